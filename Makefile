@@ -1,0 +1,74 @@
+# `make demo` and `make test` are complete on a fresh machine with Python 3.11 or newer.
+# Every target first brings .venv up to date; a stamp file makes the second call fast.
+
+# The first Python that is new enough; override with `make PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV ?= .venv
+# Options of the script or of pytest: make demo ARGS="--seed 1", make test ARGS="-k kernel".
+ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+BASE := $(VENV)/.stamp-base
+DEV := $(VENV)/.stamp-dev
+# Always with the constraints: without them torch moves to a build with gigabytes of CUDA.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs slow bench format clean
+
+help:
+	@echo "make demo    the refusal case study; results in demo-output/"
+	@echo "make test    lint, format, types, documentation, tests"
+	@echo "make check   the same without the tests"
+	@echo "make docs    the documentation, in site/"
+	@echo "make slow    the slow tests"
+	@echo "make bench   the benchmarks"
+	@echo "make format  let ruff repair style and format"
+	@echo "make clean   remove everything made here, .venv too"
+
+demo: $(BASE)
+	$(BIN)/python examples/refusal/reproduce.py --output demo-output $(ARGS)
+
+# pytest comes last: its summary closes the output.
+test: check
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+slow: $(DEV)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo-output site dist build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "saefeat needs Python 3.11 or newer; pass PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is older than Python 3.11; pass PYTHON=/path/to/python" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# The interpreter is an order-only prerequisite: its age says nothing about what is installed.
+$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[plots]'
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[test,docs,plots,pandas,dev]"
+	@touch $@ $(BASE)

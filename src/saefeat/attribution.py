@@ -1,0 +1,176 @@
+"""Attribution: the sparse result of ``Attribute``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dictionaries.base import Dictionary
+from .errors import LatentError, explain
+from .latents import Latents
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Scores by (prompt, site, position, latent), for latents that moved; all else is zero.
+
+    A score estimates the change of the metric when the latent alone goes from its clean to its
+    baseline value: (f_base − f) · mean gradient · direction. So with the zero baseline, removing a
+    latent that supports the metric scores below zero.
+
+    Attributes:
+        dictionaries: what ``dictionary`` indexes.
+        prompt: [n] long, which prompt.
+        dictionary: [n] long, index into ``dictionaries``.
+        position: [n] long, absolute position among the prompt's real tokens.
+        latent: [n] long.
+        score: [n] float32.
+        activation: [n] float32, the clean activation.
+        change: [n] float32, baseline minus clean activation.
+        clean: [prompts] float32, the metric in the clean run.
+        baseline: [prompts] float32, the metric in the baseline run.
+        tokens: [prompts] long, how many tokens were scored in each prompt.
+
+    Example:
+        >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
+        >>> one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        >>> scores = sf.Attribution((v,), zero, zero, zero, zero, 2 * one, one, -one, one, one, zero + 4)
+        >>> scores.top(1)
+        Latents(1: resid_post.0 [0])
+    """
+
+    dictionaries: tuple[Dictionary, ...]
+    prompt: Tensor
+    dictionary: Tensor
+    position: Tensor
+    latent: Tensor
+    score: Tensor
+    activation: Tensor
+    change: Tensor
+    clean: Tensor
+    baseline: Tensor
+    tokens: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """[prompts]: Σ scores − (baseline − clean) of the metric.
+
+        Zero for exact integrated gradients of a single site whose dictionary explains all of the
+        change. Sites in a row each carry the same effect, so over many sites the sum overcounts.
+        """
+        total = torch.zeros_like(self.clean).index_add_(0, self.prompt, self.score)
+        return total - (self.baseline - self.clean)
+
+    @property
+    def degenerate(self) -> Tensor:
+        """[prompts] bool: the metric is exactly zero in both runs, so nothing can be attributed.
+
+        It happens when the baseline's own token is the very token it is compared with.
+        """
+        return (self.clean == 0) & (self.baseline == 0)
+
+    def totals(self, *, per: str = "dataset") -> tuple[Tensor, Tensor, Tensor]:
+        """Scores by latent: the mean over a prompt's scored tokens, then over prompts.
+
+        Args:
+            per: ``"dataset"``, or ``"prompt"`` to keep prompts apart.
+
+        Returns:
+            keys [m, 2] (dictionary, latent), values, and the prompt of each row: [m] and [m]
+            for ``"prompt"`` (for ``"dataset"`` the last is all zeros).
+        """
+        rows = self.prompt if per == "prompt" else torch.zeros_like(self.prompt)
+        keys = torch.stack([rows, self.dictionary, self.latent], 1)
+        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+        share = self.score / self.tokens.clamp(min=1)[self.prompt]
+        if per != "prompt":
+            share = share / len(self.tokens)
+        values = torch.zeros(len(unique)).index_add_(0, inverse, share)
+        return unique[:, 1:], values, unique[:, 0]
+
+    def top(self, k: int, *, within: Latents | None = None) -> Latents:
+        """The k latents with the highest mean score over the data set.
+
+        Args:
+            k: how many; fewer come back if fewer have a positive score.
+            within: only these latents compete.
+
+        Returns:
+            Latents, best first within each dictionary.
+        """
+        keys, values, _ = self.totals()
+        return self._best(keys, values, k, within)
+
+    def top_per_prompt(self, k: int, *, within: Latents | None = None) -> tuple[Latents, ...]:
+        """The k latents with the highest score for each prompt on its own."""
+        keys, values, prompts = self.totals(per="prompt")
+        return tuple(
+            self._best(keys[prompts == p], values[prompts == p], k, within)
+            for p in range(len(self.tokens))
+        )
+
+    def scores_of(self, latents: Latents) -> Tensor:
+        """[k]: the mean score over the data set of each latent, zero where it never moved."""
+        keys, values, _ = self.totals()
+        table = {(int(d), int(i)): float(v) for (d, i), v in zip(keys, values, strict=True)}
+        place = {id(d): n for n, d in enumerate(self.dictionaries)}
+        return torch.tensor(
+            [table.get((place.get(id(b), -1), i), 0.0) for b, ix in latents.parts for i in ix]
+        )
+
+    def _best(self, keys: Tensor, values: Tensor, k: int, within: Latents | None) -> Latents:
+        if k < 1:
+            raise LatentError(
+                explain(
+                    "Attribution.top",
+                    "k",
+                    got=k,
+                    wanted="at least 1",
+                    cause="a budget of no latents",
+                    call="scores.top(20)",
+                )
+            )
+        allowed = None if within is None else _members(self.dictionaries, within)
+        chosen: dict[Dictionary, list[int]] = {}
+        taken = 0
+        for row in values.argsort(descending=True).tolist():
+            pair = (int(keys[row, 0]), int(keys[row, 1]))
+            if taken == k or values[row] <= 0:
+                break
+            if allowed is None or pair in allowed:
+                chosen.setdefault(self.dictionaries[pair[0]], []).append(pair[1])
+                taken += 1
+        ordered = sorted(chosen.items(), key=lambda item: item[0].site.order)
+        return Latents(tuple((basis, tuple(indices)) for basis, indices in ordered))
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(str(d.site) for d in self.dictionaries[:4])
+        more = ", ..." if len(self.dictionaries) > 4 else ""
+        return (
+            f"Attribution({len(self)} scores, {len(self.tokens)} prompts, at {sites}{more}; "
+            f"metric {self.clean.mean():.3f} → {self.baseline.mean():.3f})"
+        )
+
+
+def join_attributions(pieces: Sequence[Attribution]) -> Attribution:
+    """Batches of prompts as one result; prompts are renumbered in order."""
+    offsets = torch.tensor([0] + [len(piece.tokens) for piece in pieces]).cumsum(0)
+    prompt = torch.cat([p.prompt + o for p, o in zip(pieces, offsets[:-1], strict=True)])
+    names = ("dictionary", "position", "latent", "score", "activation", "change")
+    scores = {name: torch.cat([getattr(p, name) for p in pieces]) for name in names}
+    prompts = {
+        name: torch.cat([getattr(p, name) for p in pieces])
+        for name in ("clean", "baseline", "tokens")
+    }
+    return Attribution(pieces[0].dictionaries, prompt, **scores, **prompts)
+
+
+def _members(dictionaries: Sequence[Dictionary], latents: Latents) -> set[tuple[int, int]]:
+    place = {id(d): n for n, d in enumerate(dictionaries)}
+    return {(place[id(b)], i) for b, ix in latents.parts if id(b) in place for i in ix}

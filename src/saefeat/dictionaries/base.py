@@ -1,0 +1,211 @@
+"""What every dictionary is: a site, a width, and columns of selected latents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DictionaryError, SiteError, explain
+from ..kernel.encode import encode
+from ..latents import Latents, index_tensor
+from ..sites import Site
+
+
+class Dictionary(ABC):
+    """A basis for one site's values: d_sae latents, each with an encoder and a direction.
+
+    Subclasses are final and give ``columns``; everything else follows. ``site`` is where latents
+    are read, ``write_site`` where their directions are added: the same place except for
+    transcoders.
+
+    Attributes:
+        site: where values are read.
+        write_site: where edits are written.
+        d_in: width of the read site.
+        d_out: width of the write site.
+        d_sae: number of latents.
+        name: a short label for reports.
+        excluded: token ids the dictionary was not trained on, or ``"special"`` for all special
+            tokens; edits and readings skip them by default.
+
+    Example:
+        >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.Dictionary)
+        True
+    """
+
+    site: Site
+    write_site: Site
+    d_in: int
+    d_out: int
+    d_sae: int
+    name: str
+    excluded: tuple[int, ...] | str = ()
+
+    @abstractmethod
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        """The kernel's plain tensors for these latents, float32 (see ``kernel.encode``)."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash of the content, for provenance."""
+
+    def latents(self, indices: Iterable[int] | Tensor | None = None) -> Latents:
+        """Select latents by index; without an argument, all of them.
+
+        Raises:
+            LatentError: for an index that is negative, out of range or repeated.
+        """
+        return Latents.of(self, range(self.d_sae) if indices is None else indices)
+
+    def encode(self, x: Tensor, indices: Iterable[int] | Tensor | None = None) -> Tensor:
+        """Activations of the chosen latents (default: all).
+
+        Args:
+            x: [..., d_in], any float dtype; computed in at least float32.
+            indices: which latents, k of them.
+
+        Returns:
+            [..., k] in the compute dtype.
+        """
+        chosen = range(self.d_sae) if indices is None else indices
+        index = chosen if isinstance(chosen, Tensor) else index_tensor(chosen)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        columns = cast(self.columns(index), dtype, x.device)
+        return encode(columns, x.to(dtype))[0]
+
+    def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
+        """What one unit of each chosen latent adds to the write site: [k, d_out], float32."""
+        chosen = range(self.d_sae) if indices is None else indices
+        index = chosen if isinstance(chosen, Tensor) else index_tensor(chosen)
+        return self.columns(index)["directions"]
+
+    def __repr__(self) -> str:
+        at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"
+        return f"{type(self).__name__}({self.name!r}, {at}, {self.d_in} x {self.d_sae})"
+
+
+def cast(columns: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Columns on a device, floating tensors in a dtype."""
+    return {
+        key: (value.to(device, dtype) if value.is_floating_point() else value.to(device))
+        if isinstance(value, Tensor)
+        else value
+        for key, value in columns.items()
+    }
+
+
+class Dictionaries(Mapping[Site, Dictionary]):
+    """One dictionary a site: what ``load_saes`` returns and ``Attribute`` watches.
+
+    Keys are sites; ``saes["resid_post.3"]`` and, where only one site lies in a layer, ``saes[3]``
+    find the same entry.
+
+    Raises:
+        SiteError: if two dictionaries read the same site (one would hide the other).
+
+    Example:
+        >>> v = torch.ones(8)
+        >>> at = sf.Dictionaries(sf.Direction(v, site=f"resid_post.{layer}") for layer in range(3))
+        >>> at[1].site
+        Site(kind='resid_post', layer=1)
+        >>> at.latents({0: [0], 2: [0]})
+        Latents(2: resid_post.0 [0], resid_post.2 [0])
+    """
+
+    def __init__(self, dictionaries: Iterable[Dictionary]) -> None:
+        found: dict[Site, Dictionary] = {}
+        for dictionary in sorted(dictionaries, key=lambda d: d.site.order):
+            if dictionary.site in found:
+                raise SiteError(
+                    explain(
+                        "Dictionaries",
+                        "dictionaries",
+                        got=f"two at {dictionary.site}",
+                        wanted="one a site",
+                        cause="two widths or releases in one mapping",
+                        call="keep them in two mappings; edits on both compose with |",
+                    )
+                )
+            found[dictionary.site] = dictionary
+        self._found = found
+
+    def __getitem__(self, key: Site | str | int) -> Dictionary:
+        return self._found[self.resolve(key)]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._found
+
+    def resolve(self, key: Site | str | int) -> Site:
+        """The site meant by a site, its name, or its layer.
+
+        Raises:
+            SiteError: if there is none, or several.
+        """
+        if isinstance(key, int):
+            sites = [site for site in self._found if site.layer == key]
+        else:
+            sites = [site for site in self._found if site == Site.parse(key)]
+        if len(sites) == 1:
+            return sites[0]
+        raise SiteError(
+            explain(
+                "Dictionaries",
+                "key",
+                got=f"{key!r}, which matches {len(sites)} sites",
+                wanted="one of " + ", ".join(str(site) for site in self._found),
+                cause="several sites lie in that layer" if sites else "no dictionary there",
+                call='saes["resid_post.3"]',
+            )
+        )
+
+    def latents(self, indices: Mapping[Site | str | int, Iterable[int]] | None = None) -> Latents:
+        """Select latents by site; without an argument, every latent of every dictionary.
+
+        Raises:
+            SiteError: for an unknown site.
+            LatentError: for a bad index.
+        """
+        if indices is None:
+            return Latents(tuple(p for d in self._found.values() for p in d.latents().parts))
+        chosen = Latents(())
+        for key, found in indices.items():
+            chosen = chosen | self[key].latents(found)
+        return chosen
+
+    def at(self, kind: str) -> Dictionaries:
+        """Only the dictionaries that read sites of this kind."""
+        return Dictionaries(d for d in self._found.values() if d.site.kind == kind)
+
+    def __repr__(self) -> str:
+        lines = "\n".join(f"  {dictionary}" for dictionary in self._found.values())
+        return f"Dictionaries({len(self)}\n{lines}\n)"
+
+
+def require_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """The tensor, or an error that names both shapes.
+
+    Raises:
+        DictionaryError: if the shapes differ.
+    """
+    if tuple(tensor.shape) != wanted:
+        raise DictionaryError(
+            explain(
+                "dictionary",
+                name,
+                got=f"of shape {tuple(tensor.shape)}",
+                wanted=f"{wanted}",
+                cause="a transposed matrix, or tensors of two dictionaries mixed",
+                call="check the file against its cfg.json",
+            )
+        )
+    return tensor

@@ -1,0 +1,121 @@
+"""A direction is a dictionary with one latent: identity activation, f = x · v̂, direction v̂.
+
+So ablating the refusal direction, adding a steering vector and reading a probe's score are the
+same verbs on the same kernel as editing an SAE latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..errors import DictionaryError, explain
+from ..sites import Site
+from .base import Dictionaries, Dictionary
+
+
+@final
+class Direction(Dictionary):
+    """One direction, or an orthonormal set of them, read and written at a site.
+
+    ``Ablate(direction)`` is x − (x·v̂)v̂; ``Clamp(direction, add=norm)`` is x + norm·v̂.
+
+    Args:
+        vector: [d_model], or [k, d_model] for a subspace. One vector is normalized; the rows of a
+            matrix are orthonormalized, so that ablating them removes exactly their span.
+        site: where to act.
+        name: a label for reports.
+
+    Raises:
+        DictionaryError: for a zero, non-finite or rank-deficient input.
+
+    Example:
+        >>> v = sf.Direction(torch.tensor([3.0, 4.0]), site="resid_post.1")
+        >>> v.encode(torch.tensor([[1.0, 0.0]])).item()
+        0.6000000238418579
+    """
+
+    def __init__(self, vector: Tensor, *, site: Site | str, name: str = "direction") -> None:
+        rows = torch.atleast_2d(vector.detach()).to(
+            torch.promote_types(vector.dtype, torch.float32)
+        )
+        if rows.ndim != 2 or not torch.isfinite(rows).all() or bool((rows.norm(dim=1) == 0).any()):
+            raise DictionaryError(
+                explain(
+                    "Direction",
+                    "vector",
+                    got=f"of shape {tuple(vector.shape)}, with zero or non-finite rows",
+                    wanted="[d_model] or [k, d_model], finite and not zero",
+                    cause="a difference of means between identical prompt sets",
+                    call="check the activations the direction was made from",
+                )
+            )
+        self._rows = rows / rows.norm(dim=1, keepdim=True) if len(rows) == 1 else _basis(rows)
+        self.site = self.write_site = Site.parse(site)
+        self.d_sae, self.d_in = self._rows.shape
+        self.d_out = self.d_in
+        self.name = name
+
+    @property
+    def vectors(self) -> Tensor:
+        """The unit vectors, [k, d_model]."""
+        return self._rows.clone()
+
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        rows = self._rows[indices]
+        return {
+            "activation": "identity",
+            "encoder": rows.T.contiguous(),  # [d_in, k]
+            "bias": torch.zeros(len(indices), dtype=rows.dtype),
+            "directions": rows.clone(),  # [k, d_out]
+            "norm": "none",
+        }
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._rows.to(torch.float32).numpy().tobytes()).hexdigest()[:16]
+
+
+def direction(
+    vector: Tensor, *, sites: Iterable[Site | str], name: str = "direction"
+) -> Dictionaries:
+    """The same direction at several sites, as activation steering uses it.
+
+    Args:
+        vector: [d_model].
+        sites: where to place it.
+        name: a label for reports.
+
+    Returns:
+        One ``Direction`` a site.
+
+    Example:
+        >>> everywhere = sf.direction(torch.ones(8), sites=["resid_post.0", "resid_post.1"])
+        >>> sf.Ablate(everywhere).latents
+        Latents(2: resid_post.0 [0], resid_post.1 [0])
+    """
+    return Dictionaries(Direction(vector, site=site, name=name) for site in sites)
+
+
+def _basis(rows: Tensor) -> Tensor:
+    """An orthonormal basis of the rows' span, [k, d].
+
+    Raises:
+        DictionaryError: if the rows are linearly dependent.
+    """
+    q, r = torch.linalg.qr(rows.T)
+    if bool((r.diagonal().abs() < 1e-6 * r.abs().max()).any()):
+        raise DictionaryError(
+            explain(
+                "Direction",
+                "vector",
+                got=f"{len(rows)} rows of lower rank",
+                wanted="linearly independent rows",
+                cause="a direction listed twice",
+                call="drop the dependent rows",
+            )
+        )
+    return q.T.contiguous()

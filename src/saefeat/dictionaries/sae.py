@@ -1,0 +1,228 @@
+"""Sparse autoencoders and transcoders, computed from their weights without sae-lens's modules.
+
+What was checked against sae-lens 6.54, one architecture at a time:
+
+* Encoding only the columns S is exact for standard, gated and jumprelu (saved BatchTopK and
+  Matryoshka SAEs are jumprelu) and for every transcoder; topk kinds need every pre-activation.
+* The direction of a latent is its row of W_dec, except with ``rescale_acts_by_decoder_norm``
+  (divided by the row's norm, and pre-activations multiplied by it).
+* ``b_dec`` is subtracted after the input normalization, so it folds into the encoder bias.
+* SAEs trained on a model with centered writing weights want x − mean(x), which folds too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..errors import DictionaryError, explain
+from ..kernel.encode import encode
+from ..latents import index_tensor
+from ..sites import Site
+from .base import Dictionary, cast, require_shape
+from .weights import Weights
+
+ACTIVATIONS = {
+    "standard": "relu",
+    "gated": "gated",
+    "jumprelu": "jumprelu",
+    "topk": "topk",
+    "abstopk": "abstopk",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+"""sae-lens architecture → activation function of the kernel."""
+
+_EXTRA = {"relu": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
+NORMS = ("none", "layer_norm", "constant_norm_rescale")
+
+
+@final
+class SAE(Dictionary):
+    """A sparse autoencoder or transcoder; nothing is read until latents are selected.
+
+    Args:
+        weights: sae-lens tensor names: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out],
+            b_dec [d_out], and threshold [d_sae] | b_gate, b_mag, r_mag [d_sae] | W_skip
+            [d_out, d_in] as the architecture has them.
+        architecture: one of sae-lens's names, a key of ``ACTIVATIONS``.
+        site: where it reads.
+        write_site: where it writes; the read site unless it is a transcoder.
+        norm: ``none``, ``layer_norm`` or ``constant_norm_rescale``.
+        subtract_bias: whether b_dec is subtracted from the input.
+        centered: whether the input's mean over d_model is subtracted first.
+        k: active latents, for topk kinds.
+        rescale: sae-lens's ``rescale_acts_by_decoder_norm``.
+        excluded: token ids it was not trained on, or ``"special"``.
+        name: a label for reports.
+
+    Raises:
+        DictionaryError: for missing tensors, wrong shapes or an unknown architecture.
+
+    Example:
+        >>> tensors = {"W_enc": torch.randn(8, 32), "b_enc": torch.zeros(32),
+        ...            "W_dec": torch.randn(32, 8), "b_dec": torch.zeros(8)}
+        >>> sf.SAE.from_tensors(tensors, site="resid_post.1").encode(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        architecture: str = "standard",
+        site: Site | str,
+        write_site: Site | str | None = None,
+        norm: str = "none",
+        subtract_bias: bool = True,
+        centered: bool = False,
+        k: int | None = None,
+        rescale: bool = False,
+        excluded: tuple[int, ...] | str = (),
+        name: str = "sae",
+    ) -> None:
+        self.site = Site.parse(site)
+        self.write_site = Site.parse(write_site) if write_site is not None else self.site
+        self.architecture, self.norm, self.k = architecture, norm, k
+        self.subtract_bias, self.centered, self.rescale = subtract_bias, centered, rescale
+        self.excluded, self.name = excluded, name
+        self._weights = weights
+        self._check()
+        self.d_in, self.d_sae = weights.shape("W_enc")
+        self.d_out = weights.shape("W_dec")[1]
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: dict[str, Tensor],
+        *,
+        site: Site | str,
+        architecture: str = "standard",
+        write_site: Site | str | None = None,
+        subtract_bias: bool = False,
+        k: int | None = None,
+        name: str = "sae",
+    ) -> SAE:
+        """An SAE from tensors in memory, with the names and shapes of the class docstring."""
+        from .weights import InMemory
+
+        return cls(
+            InMemory(tensors),
+            architecture=architecture,
+            site=site,
+            write_site=write_site,
+            subtract_bias=subtract_bias,
+            k=k,
+            name=name,
+        )
+
+    @property
+    def activation(self) -> str:
+        """The kernel's name for the activation function."""
+        return ACTIVATIONS[self.architecture]
+
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        sparse = self.activation in ("topk", "abstopk")
+        encoded = torch.arange(self.d_sae) if sparse else indices
+        encoder = self._weights.columns("W_enc", encoded)  # [d_in, k]
+        if self.centered:  # (x − mean(x)) W = x (W − column means)
+            encoder = encoder - encoder.mean(0, keepdim=True)
+        directions = self._weights.rows("W_dec", indices)  # [k, d_out]
+        columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
+        columns |= self._biases(encoder, encoded)
+        if sparse:
+            columns |= {"k": self.k, "selected": indices}
+        if sparse and self.rescale:
+            norms = self._weights.read("W_dec").norm(dim=1)  # [d_sae]
+            encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
+            directions = directions / norms[indices].unsqueeze(1)
+        return columns | {"encoder": encoder, "directions": directions}
+
+    def _biases(self, encoder: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """Bias, threshold, gate: everything of shape [k], with b_dec folded in."""
+        shift = 0.0
+        if self.subtract_bias:
+            shift = self._weights.read("b_dec") @ encoder  # [k]
+        if self.activation == "gated":
+            gain = self._weights.rows("r_mag", indices).exp()
+            return {
+                "gain": gain,
+                "gate_bias": self._weights.rows("b_gate", indices) - shift,
+                "bias": self._weights.rows("b_mag", indices) - shift * gain,
+            }
+        found = {"bias": self._weights.rows("b_enc", indices) - shift}
+        if self.activation == "jumprelu":
+            found["threshold"] = self._weights.rows("threshold", indices)
+        return found
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The SAE's own reconstruction of x (or of the write site's value, for a transcoder).
+
+        Args:
+            x: [..., d_in].
+
+        Returns:
+            [..., d_out] in the compute dtype, without the error term.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        columns = cast(self.columns(index_tensor(range(self.d_sae))), dtype, x.device)
+        x = x.to(dtype)
+        f, scale = encode(columns, x)
+        out = f @ columns["directions"] + self._weights.read("b_dec").to(x.device, dtype)
+        # The mean that layer_norm and centering take away is the error term's business.
+        out = out if scale is None else out * scale
+        if "W_skip" in self._weights.names():
+            out = out + x @ self._weights.read("W_skip").to(x.device, dtype).T
+        return out + x.mean(-1, keepdim=True) if self.norm == "layer_norm" else out
+
+    def fingerprint(self) -> str:
+        return self._weights.fingerprint()
+
+    def _check(self) -> None:
+        _one_of("architecture", self.architecture, ACTIVATIONS)
+        _one_of("norm", self.norm, NORMS)
+        sparse = self.activation in ("topk", "abstopk")
+        bias = () if self.activation == "gated" else ("b_enc",)
+        wanted = {"W_enc", "W_dec", "b_dec", *bias, *_EXTRA.get(self.activation, ())}
+        missing = sorted(wanted - self._weights.names())
+        if missing or (sparse and not self.k):
+            raise DictionaryError(
+                explain(
+                    f"SAE {self.name!r}",
+                    "weights" if missing else "k",
+                    got=f"without {', '.join(missing)}" if missing else repr(self.k),
+                    wanted=f"what a {self.architecture} SAE has",
+                    cause="a file of another architecture, or a renamed tensor",
+                    call="pass architecture= as the release declares it",
+                )
+            )
+        d_in, d_sae = self._weights.shape("W_enc")
+        self._shape("W_dec", (d_sae, self._weights.shape("W_dec")[-1]))
+        self._shape("b_dec", (self._weights.shape("W_dec")[-1],))
+        for name in wanted - {"W_enc", "W_dec", "b_dec"}:
+            self._shape(name, (d_sae,))
+        if self.site == self.write_site:
+            self._shape("W_dec", (d_sae, d_in))
+        elif self.norm != "none":  # its scale belongs to the input, its directions to the output
+            _one_of("norm of a transcoder", self.norm, ("none",))
+
+    def _shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        require_shape(name, torch.empty(self._weights.shape(name), device="meta"), wanted)
+
+
+def _one_of(parameter: str, got: str, wanted: Any) -> None:
+    if got not in wanted:
+        raise DictionaryError(
+            explain(
+                "SAE",
+                parameter,
+                got=repr(got),
+                wanted="one of " + ", ".join(wanted),
+                cause="an architecture that cannot be computed from selected columns",
+                call="an SAE of a supported architecture",
+            )
+        )

@@ -1,0 +1,104 @@
+"""Errors that say what to do next.
+
+Every error of the library names the function, the parameter, what came and what was wanted, the
+likely cause, and the call to make. One function builds the sentence, so that all of them read
+alike; a few classes say what kind of thing is wrong, so that callers can catch it.
+"""
+
+from __future__ import annotations
+
+
+class SaefeatError(ValueError):
+    """Base of every error raised on purpose by saefeat.
+
+    Example:
+        >>> issubclass(sf.SiteError, sf.SaefeatError)
+        True
+    """
+
+
+class SiteError(SaefeatError):
+    """A site does not exist in this model, or has another width than the dictionary.
+
+    Example:
+        >>> try:
+        ...     sf.Site.parse("blocks.3.hook_nothing")
+        ... except sf.SiteError as error:
+        ...     "hook_resid_post" in str(error)
+        True
+    """
+
+
+class DictionaryError(SaefeatError):
+    """A dictionary's files or tensors are missing, truncated or inconsistent.
+
+    Example:
+        >>> try:
+        ...     sf.load_sae("no/such/folder")
+        ... except sf.DictionaryError as error:
+        ...     "no/such/folder" in str(error)
+        True
+    """
+
+
+class LatentError(SaefeatError):
+    """A latent index is negative, out of range, repeated, or not whole.
+
+    Example:
+        >>> dictionary = sf.Direction(torch.ones(4), site="resid_post.0")
+        >>> try:
+        ...     dictionary.latents([7])
+        ... except sf.LatentError as error:
+        ...     "0..0" in str(error)
+        True
+    """
+
+
+class PromptError(SaefeatError):
+    """The prompts are empty, of mixed kinds, or cannot be tokenized.
+
+    Example:
+        >>> issubclass(sf.PromptError, ValueError)
+        True
+    """
+
+
+class ModelError(SaefeatError):
+    """The model is in a state in which results would be wrong (train mode, unknown family).
+
+    Example:
+        >>> issubclass(sf.ModelError, ValueError)
+        True
+    """
+
+
+class GradientError(SaefeatError):
+    """A metric without a gradient, or gradients asked for where there are none.
+
+    Example:
+        >>> issubclass(sf.GradientError, ValueError)
+        True
+    """
+
+
+class FiringError(SaefeatError):
+    """An edit that was asked for never acted on any token.
+
+    Example:
+        >>> issubclass(sf.FiringError, ValueError)
+        True
+    """
+
+
+def explain(where: str, parameter: str, *, got: object, wanted: str, cause: str, call: str) -> str:
+    """Build the one sentence shape every error uses.
+
+    Args:
+        where: the public function or class, as the user wrote it.
+        parameter: the parameter at fault.
+        got: what came; shown with ``str`` so that shapes and sites read well.
+        wanted: what would have been right.
+        cause: the most likely reason.
+        call: the call that mends it.
+    """
+    return f"{where}: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"

@@ -1,0 +1,99 @@
+"""hooked: the same intervention on a plain Hugging Face model, by forward hooks.
+
+Evaluation harnesses and other frameworks call the model themselves; inside the ``with`` they see
+the edit at every token. It is also the oracle that tests hold the nnsight paths against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..kernel.program import new_log, visit
+from ..kernel.tokens import window
+from ..sites import torch_module
+from ..verbs.base import Intervention
+from ..verbs.lower import lower
+
+
+@contextmanager
+def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, Any]]:
+    """Apply an intervention to every forward pass made inside the ``with`` block.
+
+    Args:
+        model: a Hugging Face module (an nnsight model's module is used if one is passed).
+        intervention: what to apply.
+
+    Yields:
+        The log, for ``intervention.readings(log)`` and ``intervention.receipt(log)``. Hooks are
+        gone when the block ends, also after an error or Ctrl-C.
+
+    Raises:
+        SiteError: a layer the model lacks, or a dictionary of another width.
+        ModelError: an unknown family, or train mode with dropout.
+
+    Example:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model, tokenizer = tiny.load("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> batch = tokenizer(["how do i bake bread"], return_tensors="pt")
+        >>> probe = sf.Probe(saes.latents({1: [0]}))
+        >>> with torch.no_grad(), sf.hooked(model, probe) as log:
+        ...     _ = model(**batch)
+        >>> probe.readings(log)[0].values.shape[0]
+        1
+    """
+    module = torch_module(model)
+    program = lower(intervention, model)
+    log = new_log()
+    state: dict[str, Any] = {"view": None, "held": {}}
+    with ExitStack() as stack:
+        start = module.register_forward_pre_hook(partial(_begin, state, log), with_kwargs=True)
+        stack.callback(start.remove)
+        for stop in program["visits"]:
+            stack.callback(_install(module, stop, state, log).remove)
+        yield log
+
+
+def _begin(
+    state: dict[str, Any], log: dict[str, Any], _: nn.Module, args: Any, kwargs: Any
+) -> None:
+    """At the start of a forward pass: where are we in the sequence?"""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    shown = ids if ids is not None else kwargs["inputs_embeds"]
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    cache = kwargs.get("past_key_values")
+    fresh = state["view"] is None or cache is None or cache.get_seq_length() == 0
+    lengths = None if fresh else state["view"]["lengths"]
+    state["view"] = window(ids, mask, (shown.shape[0], shown.shape[1]), lengths)
+    state["held"] = {}
+    log["passes"] += 1
+
+
+def _install(module: nn.Module, stop: dict[str, Any], state: dict[str, Any], log: Any) -> Any:
+    """One hook on the module of a visit, at its input or its output."""
+    target = module.get_submodule(stop["path"])
+    if stop["end"] == "input":
+        hook = partial(_on_input, stop, state, log)
+        return target.register_forward_pre_hook(hook, with_kwargs=True)
+    return target.register_forward_hook(partial(_on_output, stop, state, log))
+
+
+def _on_input(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, kwargs: Any) -> Any:
+    if args:
+        x = visit(stop["actions"], args[0], state["view"], state["held"], log)
+        return (x, *args[1:]), kwargs
+    name = next(iter(kwargs))
+    x = visit(stop["actions"], kwargs[name], state["view"], state["held"], log)
+    return args, {**kwargs, name: x}
+
+
+def _on_output(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return visit(stop["actions"], output, state["view"], state["held"], log)
+    x = visit(stop["actions"], output[0], state["view"], state["held"], log)
+    return (x, *output[1:])

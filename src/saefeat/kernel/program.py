@@ -1,0 +1,116 @@
+"""One visit to one site: read latents, edit them, write the site back, record what happened.
+
+A program is plain data. ``program["visits"]`` lists the places a forward pass reaches, in the
+order it reaches them; each visit has a module ``path``, an ``end`` (input or output) and a list of
+``actions``. An edit is one *read* action, where its latents are encoded, and one *write* action,
+where the change is added: at the same visit for an SAE, at a later one for a transcoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+from .edit import changed, moved
+from .encode import encode
+from .tokens import select
+
+
+def new_log() -> dict[str, Any]:
+    """An empty record of a run: how many passes, what was read, how often edits fired."""
+    return {"passes": 0, "masks": {}, "readings": {}, "fired": {}, "kept": {}, "view": None}
+
+
+def visit(
+    actions: list[dict[str, Any]],
+    x: Float[Tensor, "b t d"],
+    view: dict[str, Any],
+    held: dict[int, Any],
+    log: dict[str, Any] | None,
+) -> Float[Tensor, "b t d"]:
+    """Apply a visit's actions to the value x found there; return the value to leave behind.
+
+    ``held`` carries what was read to where it is written, within one forward pass. The same
+    object x comes back when nothing was written, so that the caller need not write either.
+    """
+    for action in actions:
+        number = action["id"]
+        if action["do"] == "keep":
+            x = keep(action, x, log)
+            continue
+        tensors = place(action, x)
+        if action["do"] == "read":
+            f, scale = encode(tensors, lift(x, action))
+            mask = select(action["rule"], view).unsqueeze(-1).to(x.device)  # [b, t, 1]
+            held[number] = (f, scale, mask)
+            if log is not None and action["record"]:
+                log["readings"].setdefault(number, []).append(f.detach().clone())
+                log["masks"].setdefault(number, []).append(mask.squeeze(-1).clone())
+        else:
+            f, scale, mask = (t if t is None else t.to(x.device) for t in held[number])
+            step = changed(tensors, f) - f  # [b, t, k]
+            x = moved(x, step, tensors["directions"], scale, mask)
+            if log is not None:
+                log["fired"].setdefault(number, []).append(fired(step, mask))
+    return x
+
+
+def keep(
+    action: dict[str, Any], x: Float[Tensor, "b t d"], log: dict[str, Any]
+) -> Float[Tensor, "b t d"]:
+    """Keep the site's value for attribution, and let a gradient be taken there.
+
+    Without ``gradient`` a copy is kept and x is returned untouched. With it, the value kept is the
+    node at which the metric will be differentiated: moved onto ``target`` where one is given, by a
+    constant, so that the gradient passes through as if nothing had been added. The ``first`` site
+    starts the graph: nothing before it is differentiated, and frozen models work.
+    """
+    if not action["gradient"]:
+        log["kept"][action["id"]] = x.detach().clone()
+        return x
+    if action["first"]:
+        x = x.detach().clone().requires_grad_()
+    elif action["target"] is None:
+        x = x + 0.0  # a node of its own: a later in-place edit must not reach the one kept
+    if action["target"] is not None:
+        x = x + (action["target"].to(x.device) - x).detach()
+    log["kept"][action["id"]] = x
+    return x
+
+
+def lift(x: Float[Tensor, "b t d"], action: dict[str, Any]) -> Float[Tensor, "b t d"]:
+    """X in the compute dtype, through the site's own transform (a norm that is no module)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    eps = action["eps"]
+    if action["transform"] == "rms":  # a norm without its weight: TransformerLens's ln2
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    if action["transform"] == "layer":
+        x = x - x.mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return x
+
+
+def place(action: dict[str, Any], x: Float[Tensor, "b t d"]) -> dict[str, Any]:
+    """The action's tensors on the value's device in the compute dtype, moved once and kept."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if action.get("placed") != (x.device, dtype):
+        action["tensors"] = {
+            name: value.to(x.device, dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in action["tensors"].items()
+        }
+        action["placed"] = (x.device, dtype)
+    return action["tensors"]
+
+
+def fired(step: Float[Tensor, "b t k"], mask: Bool[Tensor, "b t 1"]) -> Float[Tensor, "3"]:
+    """Positions selected, (position, latent) pairs changed, largest change of a latent."""
+    change = torch.where(mask, step.detach(), 0.0)
+    counts = torch.stack([mask.sum(), (change != 0).sum()])
+    return torch.cat([counts.to(change.dtype), change.abs().amax()[None]])

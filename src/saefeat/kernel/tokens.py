@@ -1,0 +1,82 @@
+"""Which positions a token rule selects.
+
+Positions are absolute sequence coordinates of real tokens, resolved for each row through the
+attention mask and the prompt's length: a left pad has no position, and a decode step's single
+column is not position 0. A rule is a nested tuple, so that it travels as plain data.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
+
+def window(
+    ids: Int[Tensor, "b t"] | None,
+    attention_mask: Int[Tensor, "b s"] | None,
+    shape: tuple[int, int],
+    lengths: Int[Tensor, "b 1"] | None,
+) -> dict[str, Any]:
+    """What this forward pass shows of the sequence: b rows, the newest t columns of s.
+
+    Returns ``ids`` [b, t] (or None), ``position`` [b, t], ``real`` [b, t] and ``lengths``
+    [b, 1], the prompts' lengths in real tokens: given on later passes, counted on the first.
+    """
+    rows, columns = shape
+    if attention_mask is None:
+        device = None if ids is None else ids.device
+        attention_mask = torch.ones(rows, columns, dtype=torch.long, device=device)
+    if getattr(attention_mask, "ndim", 0) != 2:
+        raise ValueError(
+            "saefeat: the attention mask of this forward pass is not [batch, sequence], so padding"
+            " cannot be told from tokens. Likely cause: a compiled or static cache. Try: generate"
+            " with the default dynamic cache."
+        )
+    real = attention_mask[:, -columns:] != 0
+    position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
+    if lengths is None:
+        lengths = (attention_mask != 0).sum(1, keepdim=True)
+    return {"ids": ids, "position": position, "real": real, "lengths": lengths}
+
+
+def select(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:
+    """The positions the rule selects among the real tokens of this pass."""
+    return matches(rule, view) & view["real"]
+
+
+def matches(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:
+    """The rule alone, before padding is taken away."""
+    kind, *rest = rule
+    position, lengths = view["position"], view["lengths"]
+    if kind == "all":
+        return torch.ones_like(position, dtype=torch.bool)
+    if kind == "not":
+        return ~matches(rest[0], view)
+    if kind == "and":
+        return matches(rest[0], view) & matches(rest[1], view)
+    if kind == "or":
+        return matches(rest[0], view) | matches(rest[1], view)
+    if kind == "prompt":
+        return position < lengths
+    if kind == "first":
+        return (position < rest[0]) & (position < lengths)
+    if kind == "last":
+        return (position >= lengths - rest[0]) & (position < lengths)
+    if kind == "generated":
+        start, stop = rest
+        late = position >= lengths + start
+        return late if stop is None else late & (position < lengths + stop)
+    if view["ids"] is None:
+        raise ValueError(
+            "saefeat: this token rule looks at token ids, but the model was called with"
+            " embeddings. Try: call it with input_ids, or use a rule over positions."
+        )
+    if kind == "ids":
+        wanted = torch.tensor(rest[0], dtype=view["ids"].dtype, device=view["ids"].device)
+        return torch.isin(view["ids"], wanted)
+    return rest[0](view["ids"], position).to(torch.bool)

@@ -1,0 +1,107 @@
+"""The same program inside an nnsight block, for one forward pass or for every one of a run.
+
+nnsight facts these few lines rest on (0.8.1, each tried before it was used):
+
+* One worker must ask for locations in the order the model reaches them, so visits are sorted
+  and the model's own inputs (the attention mask) are read before any layer.
+* Without ``Iterations`` a block acts on the first forward pass of a generation only. The loop
+  over all passes ends in an ``OutOfOrderError`` thrown where it waits for a pass that never
+  comes; swallowing it here lets the rest of the block run. ``tracer.iter`` cannot be pickled
+  inside an edit, ``Iterations()`` can.
+* Decoder layers return plain tensors, attention modules return tuples: ``output[0]`` of a
+  tensor is batch row 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.iterator import Iterations
+
+from .program import visit
+from .tokens import window
+
+
+def whole_run(model: Any, program: dict[str, Any], log: dict[str, Any] | None) -> None:
+    """Apply the program to every forward pass of the run that the block belongs to."""
+    lengths = None
+    passes = 0
+    for _ in Iterations()[:]:
+        try:
+            inputs = model.inputs
+        except OutOfOrderError:
+            if passes == 0:
+                raise
+            return
+        lengths = one_pass(model, program, log, inputs, lengths)
+        passes += 1
+
+
+def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int | None) -> None:
+    """Apply the program from inside a user's block.
+
+    In a trace there is one pass, and the block must go on while the model is still running, so
+    that it can read later layers. In a generation every pass is edited, unless ``step`` says
+    that the block loops over the passes itself.
+    """
+    try:
+        inputs = model.inputs
+    except OutOfOrderError as error:
+        if step:  # a user's open loop has outrun the generation: how such loops end
+            raise
+        raise RuntimeError(
+            "saefeat: an intervention was applied after the block had already read a layer, so the"
+            " attention mask is gone. Call it before anything else in the block."
+        ) from error
+    lengths = None
+    if step:
+        mask = inputs[1].get("attention_mask")
+        lengths = None if mask is None else (mask != 0).sum(1, keepdim=True) - step
+    lengths = one_pass(model, program, log, inputs, lengths)
+    if step is not None or not generating(inputs[1]):
+        return
+    for number in Iterations()[1:]:
+        try:
+            inputs = model.inputs
+        except OutOfOrderError:
+            return
+        one_pass(model, program, log, inputs, lengths)
+
+
+def generating(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass was made by transformers' generate, which passes both of these."""
+    return "return_dict" in kwargs and "use_cache" in kwargs
+
+
+def one_pass(
+    model: Any, program: dict[str, Any], log: dict[str, Any] | None, inputs: tuple, lengths: Any
+) -> Any:
+    """Visit every site of one forward pass in order; return the prompts' lengths."""
+    args, kwargs = inputs
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    shown = ids if ids is not None else kwargs["inputs_embeds"]
+    view = window(ids, kwargs.get("attention_mask"), tuple(shown.shape[:2]), lengths)
+    held: dict[int, Any] = {}
+    for stop in program["visits"]:
+        envoy = locate(model, stop["path"])
+        value = envoy.input if stop["end"] == "input" else envoy.output
+        x = value[0] if isinstance(value, tuple) else value
+        new = visit(stop["actions"], x, view, held, log)
+        if new is not x:
+            new = (new, *value[1:]) if isinstance(value, tuple) else new
+            if stop["end"] == "input":
+                envoy.input = new
+            else:
+                envoy.output = new
+    if log is not None:
+        log["passes"] += 1
+        log["view"] = view
+    return view["lengths"]
+
+
+def locate(root: Any, path: str) -> Any:
+    """The module (or envoy) at a dotted path such as ``model.layers.3``."""
+    for name in path.split("."):
+        root = root[int(name)] if name.isdigit() else getattr(root, name)
+    return root

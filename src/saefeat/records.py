@@ -1,0 +1,185 @@
+"""Results: what was read, how often edits fired, and where a result comes from."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .latents import Latents
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Activations that a ``Probe`` read.
+
+    Attributes:
+        latents: what was read; the last dimension follows its order.
+        values: [prompts, tokens, k], float32 or wider. Prompts are aligned on the right, generated
+            tokens follow; a generated token appears once it has been fed back, so the very last
+            one has no column.
+        mask: [prompts, tokens, k], true where the token is real and selected.
+
+    Example:
+        >>> latents = sf.Direction(torch.ones(2), site="resid_post.0").latents()
+        >>> values = torch.tensor([[[1.0], [3.0]]])
+        >>> sf.Readings(latents, values, torch.tensor([[[True], [True]]])).mean()
+        tensor([2.])
+    """
+
+    latents: Latents
+    values: Tensor
+    mask: Tensor
+
+    def mean(self) -> Tensor:
+        """[k]: the mean over every selected token of every prompt."""
+        kept = torch.where(self.mask, self.values, 0.0).sum((0, 1))
+        return kept / self.mask.sum((0, 1)).clamp(min=1)
+
+    def max(self) -> Tensor:
+        """[prompts, k]: the largest value over each prompt's selected tokens."""
+        return torch.where(self.mask, self.values, -torch.inf).amax(1)
+
+    def last(self) -> Tensor:
+        """[prompts, k]: the value at each prompt's last selected token."""
+        tokens = torch.arange(self.mask.shape[1], device=self.mask.device)[None, :, None]
+        place = torch.where(self.mask, tokens, -1).amax(1, keepdim=True)  # [prompts, 1, k]
+        return self.values.gather(1, place.clamp(min=0)).squeeze(1)
+
+    def active(self) -> Tensor:
+        """[k]: the share of selected tokens at which the latent is above zero."""
+        hits = (self.mask & (self.values > 0)).sum((0, 1))
+        return hits / self.mask.sum((0, 1)).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Fired:
+    """How often one edit acted.
+
+    Attributes:
+        edit: the edit, as it prints.
+        tokens: tokens it selected, over all prompts and forward passes.
+        changed: (token, latent) pairs it really changed.
+        largest: the largest change of a latent's activation.
+
+    Example:
+        >>> sf.Fired("Ablate(...)", tokens=6, changed=2, largest=1.5).changed
+        2
+    """
+
+    edit: str
+    tokens: int
+    changed: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a run's edits did: one row an edit.
+
+    Attributes:
+        rows: one ``Fired`` an edit, in the intervention's order.
+        passes: forward passes seen, summed over batches.
+
+    Example:
+        >>> sf.Receipt((), passes=3).unfired
+        ()
+    """
+
+    rows: tuple[Fired, ...]
+    passes: int
+
+    @property
+    def unfired(self) -> tuple[str, ...]:
+        """Edits that selected no token at all."""
+        return tuple(row.edit for row in self.rows if row.tokens == 0)
+
+    def __add__(self, other: Receipt) -> Receipt:
+        rows = tuple(
+            Fired(a.edit, a.tokens + b.tokens, a.changed + b.changed, max(a.largest, b.largest))
+            for a, b in zip(self.rows, other.rows, strict=True)
+        )
+        return Receipt(rows, self.passes + other.passes)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from.
+
+    Attributes:
+        model: class and name of the model.
+        dtype: of its parameters.
+        device: of its parameters.
+        dictionaries: site → name and fingerprint.
+        intervention: as it prints.
+        versions: of Python and the libraries.
+        created: UTC, ISO 8601.
+
+    Example:
+        >>> "torch" in sf.Provenance("m", "float32", "cpu", {}, "", sf.versions(), "").to_dict()["versions"]
+        True
+    """
+
+    model: str
+    dtype: str
+    device: str
+    dictionaries: dict[str, str]
+    intervention: str
+    versions: dict[str, str]
+    created: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a result depends on.
+
+    Example:
+        >>> sorted(sf.versions())[:2]
+        ['nnsight', 'python']
+    """
+    found = {"python": platform.python_version()}
+    for name in ("saefeat", "nnsight", "torch", "transformers", "sae-lens", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def join_time(pieces: list[Tensor]) -> Tensor:
+    """Forward passes side by side on dimension 1.
+
+    Without a key-value cache every pass sees the whole sequence, and the last one says it all.
+    """
+    if len(pieces) > 1 and pieces[-1].shape[1] > pieces[0].shape[1]:
+        return pieces[-1]
+    return torch.cat(pieces, dim=1)
+
+
+def pad_left(tensor: Tensor, width: int) -> Tensor:
+    """[b, t, ...] to [b, width, ...] with zeros (or False) on the left."""
+    missing = width - tensor.shape[1]
+    blank = tensor.new_zeros((tensor.shape[0], missing, *tensor.shape[2:]))
+    return torch.cat([blank, tensor], dim=1)
+
+
+def stack_readings(batches: list[Readings]) -> Readings:
+    """The same probe's readings over several batches of prompts, aligned on the right."""
+    width = max(batch.values.shape[1] for batch in batches)
+    values = torch.cat([pad_left(batch.values, width) for batch in batches])
+    masks = torch.cat([pad_left(batch.mask, width) for batch in batches])
+    return Readings(batches[0].latents, values, masks)

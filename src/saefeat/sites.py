@@ -1,0 +1,286 @@
+"""Sites: the places in a transformer at which a dictionary reads or writes.
+
+A site is a kind and a layer, written as TransformerLens writes hook names, because that is what
+SAE releases declare. Where it lies in a Hugging Face model depends on the family; the table below
+was checked on tensors. The trap it removes: on Gemma-2 and Gemma-3 what TransformerLens calls
+``hook_mlp_out`` is not the MLP's output but that of the norm behind it, and no error says so.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from .errors import ModelError, SiteError, explain
+
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "attn_out": "hook_attn_out",
+    "mlp_in": "ln2.hook_normalized",
+    "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
+"""Site kind → TransformerLens hook, in the order a block reaches them."""
+
+_ORDER = {kind: order for order, kind in enumerate(HOOKS)}
+_NAME = re.compile(r"(?:blocks\.(\d+)\.([\w.]+)|([a-z_]+)\.(\d+))")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer.
+
+    Args:
+        kind: one of ``resid_pre``, ``attn_out``, ``mlp_in``, ``mlp_out``, ``resid_post``.
+        layer: 0-based.
+
+    Raises:
+        SiteError: for an unknown kind or a negative layer.
+
+    Example:
+        >>> sf.Site("resid_post", 15).hook
+        'blocks.15.hook_resid_post'
+        >>> sf.Site.parse("blocks.15.hook_resid_post") == sf.Site.parse("resid_post.15")
+        True
+    """
+
+    kind: str
+    layer: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in HOOKS:
+            raise SiteError(
+                explain(
+                    "Site",
+                    "kind",
+                    got=repr(self.kind),
+                    wanted="one of " + ", ".join(HOOKS),
+                    cause="a misspelt or unsupported site",
+                    call='Site("resid_post", 3)',
+                )
+            )
+        if not isinstance(self.layer, int) or self.layer < 0:
+            raise SiteError(
+                explain(
+                    "Site",
+                    "layer",
+                    got=repr(self.layer),
+                    wanted="an integer from 0",
+                    cause="layers are counted from the first, never from the last",
+                    call='Site("resid_post", 3)',
+                )
+            )
+
+    @classmethod
+    def parse(cls, name: str | Site) -> Site:
+        """Read a site from ``"blocks.3.hook_resid_post"`` or ``"resid_post.3"``.
+
+        Raises:
+            SiteError: if the name is neither.
+        """
+        if isinstance(name, Site):
+            return name
+        match = _NAME.fullmatch(name)
+        kinds = {hook: kind for kind, hook in HOOKS.items()}
+        if match and match[1] and match[2] in kinds:
+            return cls(kinds[match[2]], int(match[1]))
+        if match and match[3] in HOOKS:
+            return cls(match[3], int(match[4]))
+        raise SiteError(
+            explain(
+                "Site.parse",
+                "name",
+                got=repr(name),
+                wanted="blocks.<layer>.<hook> with hook in " + ", ".join(HOOKS.values()),
+                cause="a hook this version has no place for, or a typing error",
+                call='Site.parse("blocks.3.hook_resid_post")',
+            )
+        )
+
+    @property
+    def hook(self) -> str:
+        """The TransformerLens hook name."""
+        return f"blocks.{self.layer}.{HOOKS[self.kind]}"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts sites in the order a forward pass reaches them."""
+        return (self.layer, _ORDER[self.kind])
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.layer}"
+
+
+class Place(NamedTuple):
+    """Where a site lies in one model: a module, its input or output, and a transform."""
+
+    path: str
+    end: str
+    transform: str | None = None
+    eps: float = 0.0
+
+
+_LLAMA = {
+    "resid_pre": ("", "input"),
+    "attn_out": ("self_attn", "output"),
+    "mlp_in": ("post_attention_layernorm", "input", "rms"),
+    "mlp_out": ("mlp", "output"),
+    "resid_post": ("", "output"),
+}
+_GEMMA2 = {
+    **_LLAMA,
+    "attn_out": ("post_attention_layernorm", "output"),
+    "mlp_in": ("pre_feedforward_layernorm", "input", "rms"),
+    "mlp_out": ("post_feedforward_layernorm", "output"),
+}
+_GPT2 = {
+    "resid_pre": ("", "input"),
+    "attn_out": ("attn", "output"),
+    "mlp_in": ("ln_2", "input", "layer"),
+    "mlp_out": ("mlp", "output"),
+    "resid_post": ("", "output"),
+}
+FAMILIES: dict[str, tuple[str, dict[str, tuple]]] = {
+    "gpt2": ("transformer.h", _GPT2),
+    "llama": ("model.layers", _LLAMA),
+    "mistral": ("model.layers", _LLAMA),
+    "qwen2": ("model.layers", _LLAMA),
+    "qwen3": ("model.layers", _LLAMA),
+    "gemma2": ("model.layers", _GEMMA2),
+    "gemma3_text": ("model.layers", _GEMMA2),
+}
+"""Model type → (path of the blocks, site kind → place within a block)."""
+
+
+def torch_module(model: object) -> nn.Module:
+    """The torch module behind an nnsight model, or the module itself."""
+    module = getattr(model, "_module", model)
+    if isinstance(module, nn.Module):
+        return module
+    raise ModelError(
+        explain(
+            "saefeat",
+            "model",
+            got=type(model).__name__,
+            wanted="an nnsight TransformersModel or a Hugging Face module",
+            cause="a tokenizer, a name or a pipeline was passed instead of the model",
+            call='nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")',
+        )
+    )
+
+
+def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
+    """The blocks' path and the site table of a model's family.
+
+    Raises:
+        ModelError: for a family that is not in the table.
+    """
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    raise ModelError(
+        explain(
+            "saefeat",
+            "model",
+            got=f"of family {kind!r}",
+            wanted="one of " + ", ".join(FAMILIES),
+            cause="sites have not been checked on this family's tensors yet",
+            call="open an issue with the model's name",
+        )
+    )
+
+
+def layer_count(module: nn.Module) -> int:
+    """How many blocks the model has."""
+    return len(module.get_submodule(family(module)[0]))  # type: ignore[arg-type]
+
+
+def find(module: nn.Module, site: Site) -> Place:
+    """Where the site lies in this model.
+
+    Raises:
+        SiteError: for a layer the model lacks.
+    """
+    blocks, places = family(module)
+    layers = layer_count(module)
+    if site.layer >= layers:
+        raise SiteError(
+            explain(
+                "saefeat",
+                "site",
+                got=str(site),
+                wanted=f"a layer in 0..{layers - 1}",
+                cause="the dictionary belongs to a deeper model",
+                call=f"a dictionary trained on {type(module).__name__} with {layers} layers",
+            )
+        )
+    name, end, *transform = places[site.kind]
+    path = f"{blocks}.{site.layer}" + (f".{name}" if name else "")
+    eps = _epsilon(module.get_submodule(path)) if transform else 0.0
+    return Place(path, end, transform[0] if transform else None, eps)
+
+
+def _epsilon(norm: nn.Module) -> float:
+    """The norm's own epsilon: modules call it by three names."""
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        if hasattr(norm, name):
+            return float(getattr(norm, name))
+    raise ModelError(
+        explain(
+            "saefeat",
+            "model",
+            got=f"a {type(norm).__name__} without an epsilon",
+            wanted="a norm with `eps` or `variance_epsilon`",
+            cause="a custom norm",
+            call="a site that is a module's input or output",
+        )
+    )
+
+
+def check_width(module: nn.Module, site: Site, width: int, what: str) -> None:
+    """Refuse a dictionary that cannot belong to this model's residual stream.
+
+    Raises:
+        SiteError: naming both widths.
+    """
+    hidden = int(module.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+    if width != hidden:
+        raise SiteError(
+            explain(
+                "saefeat",
+                what,
+                got=f"{width} wide at {site}",
+                wanted=f"d_model = {hidden}, as {type(module).__name__} has",
+                cause="a dictionary of another model or another size of it",
+                call="load the release trained on this model",
+            )
+        )
+
+
+def check_ready(module: nn.Module, where: str) -> None:
+    """Refuse train mode with dropout: two identical runs would differ.
+
+    Raises:
+        ModelError: naming the first active dropout.
+    """
+    if not module.training:
+        return
+    active = [
+        name for name, part in module.named_modules() if isinstance(part, nn.Dropout) and part.p > 0
+    ]
+    config = vars(getattr(module, "config", object())) if hasattr(module, "config") else {}
+    active += [name for name, value in config.items() if "dropout" in name and value]
+    if active:
+        raise ModelError(
+            explain(
+                where,
+                "model",
+                got=f"in train mode with dropout at {active[0]!r}",
+                wanted="eval mode",
+                cause="the model was built or fine-tuned in this process",
+                call="model.eval()",
+            )
+        )

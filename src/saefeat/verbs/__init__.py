@@ -1,0 +1,8 @@
+"""Verbs: what one can do with latents.
+
+* ``base``: what an intervention is, composition with ``|``, and use inside a trace.
+* ``edits``: ``Ablate`` and ``Clamp``.
+* ``probe``: ``Probe``, the reader.
+* ``lower``: verbs made into the kernel's plain program for one model.
+* ``metrics``, ``methods``, ``attribute``: what to attribute, how, and the verb that does it.
+"""

@@ -1,0 +1,101 @@
+"""Verbs made into the kernel's plain program for one model.
+
+All checks that need the model happen here, before anything runs: families, layers, widths, train
+mode. What comes out is nested dictionaries of tensors and strings, with a storage of its own for
+every tensor: a view would drag its whole matrix over the wire.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..dictionaries.base import Dictionary
+from ..latents import index_tensor
+from ..sites import Place, check_ready, check_width, find, torch_module
+from ..tokens import Tokens
+from .base import Intervention, Step, numbered
+
+
+def lower(intervention: Intervention, model: Any) -> dict[str, Any]:
+    """The program of an intervention on a model, visits sorted in the order they are reached.
+
+    Raises:
+        ModelError: train mode with dropout, or a family without a site table.
+        SiteError: a layer the model lacks, or a dictionary of another width.
+    """
+    module = torch_module(model)
+    check_ready(module, "saefeat")
+    visits: dict[Place, dict[str, Any]] = {}
+    for step, numbers in numbered(intervention):
+        start = 0
+        for number, (basis, indices) in zip(numbers, step.latents.parts, strict=True):
+            stop = start + len(indices)
+            _add(visits, module, model, step, number, basis, indices, (start, stop))  # type: ignore[arg-type]
+            start = stop
+    ordered = sorted(visits.values(), key=lambda visit: visit["order"])
+    return {"visits": ordered}
+
+
+def _add(
+    visits: dict[Place, dict[str, Any]],
+    module: nn.Module,
+    model: Any,
+    step: Step,
+    number: int,
+    dictionary: Dictionary,
+    indices: tuple[int, ...],
+    span: tuple[int, int],
+) -> None:
+    """Append one dictionary's read, and its write if the step is an edit."""
+    check_width(module, dictionary.site, dictionary.d_in, "dictionary")
+    check_width(module, dictionary.write_site, dictionary.d_out, "dictionary")
+    columns = dictionary.columns(index_tensor(indices))
+    directions = columns.pop("directions")
+    place = find(module, dictionary.site)
+    read = {
+        "do": "read",
+        "id": number,
+        "tensors": columns,
+        "rule": (step.rule or default_rule(dictionary, model)).rule,
+        "record": step.change is None,
+        "transform": place.transform,
+        "eps": place.eps,
+    }
+    _visit(visits, place, dictionary.site.order)["actions"].append(read)
+    if step.change is not None:
+        tensors = {"directions": directions, **step.change.take(*span)}
+        write = {"do": "write", "id": number, "tensors": tensors}
+        target = find(module, dictionary.write_site)
+        _visit(visits, target, dictionary.write_site.order)["actions"].append(write)
+
+
+def _visit(
+    visits: dict[Place, dict[str, Any]], place: Place, order: tuple[int, int]
+) -> dict[str, Any]:
+    """The visit to a place; a site with a transform shares it with the plain value."""
+    key = Place(place.path, place.end)
+    new = {"path": place.path, "end": place.end, "order": order, "actions": []}
+    return visits.setdefault(key, new)
+
+
+def default_rule(dictionary: Dictionary, model: Any) -> Tokens:
+    """Every real token, less those the dictionary was not trained on."""
+    excluded = dictionary.excluded
+    if excluded == "special":
+        excluded = _special(model)
+    return ~Tokens.ids(*excluded) if excluded else Tokens.all()  # type: ignore[misc]
+
+
+def _special(model: Any) -> tuple[int, ...]:
+    """Special token ids: the tokenizer's, or those the configuration names."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        return tuple(tokenizer.all_special_ids)
+    config = torch_module(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    found = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    flat = [
+        i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])
+    ]
+    return tuple(flat)

@@ -1,0 +1,514 @@
+"""The house rules: who may import whom, what the public surface is, what src never contains.
+
+Most of it reads the source and runs nothing, so a broken module is reported by name.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import types
+import typing
+import zipfile
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+
+# DESIGN section 4. A module may import from its own level and from those below it. A name
+# covers the modules under it as well; the longest name that fits decides.
+LEVELS: dict[str, int] = {
+    "saefeat.errors": 0,
+    "saefeat.sites": 1,
+    "saefeat.tokens": 1,
+    "saefeat.prompts": 1,
+    # a selection knows only that a basis has a site and a width; dictionaries hand selections out
+    "saefeat.latents": 2,
+    "saefeat.records": 3,
+    "saefeat.dictionaries": 3,
+    # the verbs, as one package or as modules
+    "saefeat.verbs": 4,
+    "saefeat.edits": 4,
+    "saefeat.probe": 4,
+    "saefeat.chain": 4,
+    "saefeat.attribution": 4,
+    "saefeat.metrics": 4,
+    "saefeat.methods": 4,
+    # execution, and what is built on it
+    "saefeat.execution": 5,
+    "saefeat.run": 5,
+    "saefeat.edit": 5,
+    "saefeat.hooked": 5,
+    "saefeat.sweep": 5,
+    "saefeat.remote": 5,
+    "saefeat.loading": 5,
+    "saefeat.verify": 5,
+    "saefeat.evaluate": 5,
+    "saefeat.spec": 5,
+    "saefeat": 6,  # the package's own __init__ and nothing else
+    "saefeat.studies": 7,
+}
+# The kernel travels to servers: torch, nnsight and the standard library are all there is.
+# Names needed only for its annotations belong under `if TYPE_CHECKING:`.
+KERNEL = "saefeat.kernel"
+KERNEL_MAY_IMPORT = {"torch", "nnsight", *sys.stdlib_module_names}
+KERNEL_MAY_NAME_IN_TYPES = {"jaxtyping"}
+
+STUDIES = "saefeat.studies"
+SAE_LENS_IMPORTERS = ("saefeat.loading", STUDIES)
+NEVER_AT_MODULE_LEVEL = {"sae_lens", "transformer_lens", "pandas", "matplotlib", "beartype"}
+NEVER_CALLED = {"print", "torch.load", "eval", "exec", "breakpoint"}
+LONGEST_FUNCTION = 45
+
+
+typed_run = pytest.mark.skipif(
+    "SAEFEAT_UNTYPED" in os.environ, reason="SAEFEAT_UNTYPED leaves the import hook out"
+)
+
+
+class Import(NamedTuple):
+    """One imported module: where the statement stands, and when it runs."""
+
+    module: str
+    names: tuple[str, ...]
+    line: int
+    at_module_level: bool
+    for_types_only: bool
+
+
+# ------------------------------------------------------------------ reading the source
+
+
+@cache
+def sources() -> dict[str, Path]:
+    """Every module of the package: dotted name → file."""
+    found = {}
+    for path in sorted((SRC / "saefeat").rglob("*.py")):
+        parts = path.relative_to(SRC).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(sources()[module].read_text(encoding="utf-8"), str(sources()[module]))
+
+
+def where(module: str, line: int) -> str:
+    return f"{sources()[module].relative_to(ROOT)}:{line}"
+
+
+def within(module: str, room: str) -> bool:
+    return module == room or module.startswith(room + ".")
+
+
+def absolute(module: str, node: ast.ImportFrom) -> str:
+    """The absolute name of what ``from ..x import y`` imports from."""
+    if not node.level:
+        return node.module or ""
+    package = module.split(".")
+    climbs = node.level - (sources()[module].name == "__init__.py")
+    base = package[: len(package) - climbs] if climbs else package
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def dynamically_imported(node: ast.AST) -> str | None:
+    """The name in ``import_module("name")`` or ``__import__("name")``."""
+    if not isinstance(node, ast.Call) or not node.args:
+        return None
+    function, name = ast.unparse(node.func), node.args[0]
+    if function.endswith(("import_module", "__import__")) and isinstance(name, ast.Constant):
+        return str(name.value)
+    return None
+
+
+def imported_by(module: str) -> list[Import]:
+    """All imports of a module: nested ones, guarded ones and import_module("…") too."""
+    found: list[Import] = []
+
+    def add(name: str, names: tuple[str, ...], node: ast.AST, state: tuple[bool, bool]) -> None:
+        found.append(Import(name, names, node.lineno, *state))
+
+    def visit(node: ast.AST, top: bool, typed: bool) -> None:
+        state = (top, typed)
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                add(alias.name, (), node, state)
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(module, node)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                add(inner, (), node, state) if inner in sources() else add(
+                    base, (alias.name,), node, state
+                )
+        elif name := dynamically_imported(node):
+            add(name, (), node, state)
+        inside = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        guarded = set(map(id, node.body)) if is_type_checking(node) else set()
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside, typed or id(child) in guarded)
+
+    visit(tree(module), True, False)
+    return found
+
+
+def at_import_time(item: Import) -> bool:
+    return item.at_module_level and not item.for_types_only
+
+
+def level(module: str) -> int | None:
+    """The level of a module, or None when the table has no room for it."""
+    names = module.split(".")
+    for end in range(len(names), 1, -1):
+        room = ".".join(names[:end])
+        if room in LEVELS:
+            return LEVELS[room]
+    return LEVELS["saefeat"] if module == "saefeat" else None
+
+
+def qualified_functions(module: str) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    found = []
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                name = f"{prefix}{child.name}"
+                if not isinstance(child, ast.ClassDef):
+                    found.append((name, child))
+                visit(child, f"{name}.")
+            else:
+                visit(child, prefix)
+
+    visit(tree(module), "")
+    return found
+
+
+def fail_with(problems: list[str], rule: str) -> None:
+    if problems:
+        pytest.fail(
+            "\n".join([rule, *(f"  {problem}" for problem in dict.fromkeys(problems))]),
+            pytrace=False,
+        )
+
+
+# ------------------------------------------------------------------ (a) rooms
+
+
+def test_the_source_is_there():
+    assert "saefeat" in sources(), f"no package under {SRC}"
+
+
+def test_every_module_has_a_room():
+    missing = [
+        f"{name}: add it to LEVELS in tests/test_house.py, at the level of its room"
+        for name in sources()
+        if level(name) is None and not within(name, KERNEL)
+    ]
+    fail_with(missing, "Modules that belong to no room of DESIGN section 4:")
+
+
+def test_no_room_imports_upward():
+    problems = []
+    for module in sources():
+        own = level(module)
+        if own is None or within(module, KERNEL):
+            continue  # reported by the two tests beside this one
+        for item in imported_by(module):
+            if not within(item.module, "saefeat") or within(item.module, KERNEL):
+                continue
+            other = level(item.module)
+            if other is None or other > own:
+                problems.append(
+                    f"{where(module, item.line)}: {module} (level {own}) imports "
+                    f"{item.module} (level {other})"
+                )
+    fail_with(problems, "Imports that point upward:")
+
+
+def test_the_kernel_imports_only_what_a_server_has():
+    problems = []
+    for module in sources():
+        if not within(module, KERNEL):
+            continue
+        for item in imported_by(module):
+            root = item.module.split(".")[0]
+            allowed = within(item.module, KERNEL) or root in KERNEL_MAY_IMPORT
+            if item.for_types_only:
+                allowed = allowed or root in KERNEL_MAY_NAME_IN_TYPES
+            if not allowed:
+                problems.append(f"{where(module, item.line)}: imports {item.module}")
+    fail_with(
+        problems,
+        "The kernel may import torch, nnsight, the standard library and itself; jaxtyping only "
+        "under `if TYPE_CHECKING:`:",
+    )
+
+
+def kernel_functions(name: str) -> list[types.FunctionType]:
+    """The functions that a kernel module defines; none for other modules."""
+    values = vars(import_module(name)).values() if within(name, KERNEL) else ()
+    return [value for value in values if inspect.isfunction(value) and value.__module__ == name]
+
+
+@typed_run
+def test_kernel_annotations_can_be_checked():
+    """beartype skips, without a word, an annotation whose names it cannot resolve."""
+    problems = []
+    for name in sources():
+        for function in kernel_functions(name):
+            try:
+                typing.get_type_hints(inspect.unwrap(function))
+            except NameError as error:
+                problems.append(f"{name}.{function.__qualname__}: {error}")
+    fail_with(problems, "Kernel annotations that name nothing:")
+
+
+@typed_run
+def test_kernel_annotations_are_checked():
+    """The import hook of conftest.py is at work: what is no tensor is refused by name."""
+    unchecked = []
+    for name in sources():
+        for function in kernel_functions(name):
+            arguments = inspect.signature(function).parameters.values()
+            shaped = [a.name for a in arguments if "Tensor, " in str(a.annotation)]
+            if not shaped:
+                continue
+            try:
+                function(**{a.name: "no tensor" for a in arguments})
+            except jaxtyping.TypeCheckError:
+                continue
+            except Exception as error:
+                unchecked.append(f"{function.__qualname__}: {error!r} instead of TypeCheckError")
+            else:
+                unchecked.append(f"{function.__qualname__}: accepts text for {shaped}")
+    fail_with(unchecked, "Kernel functions whose shape types are not checked:")
+
+
+# ------------------------------------------------------------------ (b) studies
+
+
+def public_names() -> list[str]:
+    """``saefeat.__all__`` read from the source, so that this needs no import."""
+    for node in tree("saefeat").body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def test_studies_use_only_the_public_surface():
+    public, problems = set(public_names()), []
+    for module in filter(lambda name: within(name, STUDIES), sources()):
+        aliases = set()
+        for item in imported_by(module):
+            if within(item.module, STUDIES) or not within(item.module, "saefeat"):
+                continue
+            if item.module != "saefeat":
+                problems.append(f"{where(module, item.line)}: imports {item.module}")
+            problems += [
+                f"{where(module, item.line)}: {name} is not in saefeat.__all__"
+                for name in item.names
+                if name not in public
+            ]
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.Import):
+                aliases |= {a.asname or a.name for a in node.names if a.name == "saefeat"}
+        for node in ast.walk(tree(module)):
+            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+                continue
+            if node.value.id in aliases and node.attr not in public | {"__version__", "studies"}:
+                problems.append(
+                    f"{where(module, node.lineno)}: {ast.unparse(node)} is not in saefeat.__all__"
+                )
+    fail_with(problems, "A study needs something that the public surface does not offer:")
+
+
+# ------------------------------------------------------------------ (c) what src never contains
+
+
+def test_forbidden_calls():
+    problems = [
+        f"{where(module, node.lineno)}: {ast.unparse(node.func)}(…)"
+        for module in sources()
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in NEVER_CALLED
+    ]
+    fail_with(problems, f"Never called in src ({', '.join(sorted(NEVER_CALLED))}):")
+
+
+def test_no_bare_except():
+    problems = [
+        where(module, node.lineno)
+        for module in sources()
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+    fail_with(problems, "A bare except swallows Ctrl-C; name the exception:")
+
+
+def test_forbidden_imports():
+    problems = []
+    for module in sources():
+        for item in imported_by(module):
+            root = item.module.split(".")[0]
+            at = f"{where(module, item.line)}: {item.module}"
+            if root in {"pickle", "cPickle", "dill", "joblib"}:
+                problems.append(f"{at} (pickle runs what it reads; use safetensors and JSON)")
+            elif root == "beartype":
+                problems.append(f"{at} (crashes after nnsight; it belongs to the tests)")
+            elif item.module == "torch" and "load" in item.names:
+                problems.append(f"{at}.load (it unpickles)")
+            elif root in NEVER_AT_MODULE_LEVEL and at_import_time(item):
+                problems.append(f"{at} (heavy or optional: import it where it is used)")
+            if root == "sae_lens" and not any(within(module, r) for r in SAE_LENS_IMPORTERS):
+                problems.append(f"{at} (only saefeat.loading and the studies import sae_lens)")
+    fail_with(problems, "Imports that src does without:")
+
+
+def test_functions_are_short():
+    problems = []
+    for module in sources():
+        for name, node in qualified_functions(module):
+            body = node.body[0]
+            documented = ast.get_docstring(node, clean=False) is not None
+            docstring = body.end_lineno - body.lineno + 1 if documented else 0
+            length = node.end_lineno - node.lineno + 1 - docstring
+            if length > LONGEST_FUNCTION:
+                problems.append(f"{where(module, node.lineno)}: {name} has {length} lines")
+    fail_with(problems, f"Functions longer than {LONGEST_FUNCTION} lines (docstrings not counted):")
+
+
+# ------------------------------------------------------------------ (d) import in a new process
+
+
+def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=SRC,  # importable here even where the package is not installed
+        timeout=120,
+    )
+
+
+def test_import_is_light_and_silent():
+    done = python("import saefeat, sys, json; print(json.dumps(sorted(sys.modules)))", "-Werror")
+    assert done.returncode == 0, done.stderr
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert loaded & NEVER_AT_MODULE_LEVEL == set()
+    assert done.stderr == ""
+
+
+def test_beartype_may_be_imported_first():
+    done = python("import beartype, saefeat")
+    assert done.returncode == 0, done.stderr
+
+
+def test_beartype_imported_second_fails_for_nnsights_reason_alone():
+    """nnsight 0.8.1 mounts .save on object; after that beartype cannot be imported.
+
+    When nnsight mends it this test fails: then conftest.py need not import beartype first.
+    """
+    nnsight = python("import nnsight; import beartype")
+    assert nnsight.returncode != 0, "nnsight then beartype works now: conftest.py can say so"
+    assert "TypeError: unhashable type: 'instancemethod'" in nnsight.stderr
+
+    loads_nnsight = python("import saefeat, sys; sys.exit('nnsight' not in sys.modules)")
+    saefeat = python("import saefeat; import beartype")
+    if loads_nnsight.returncode == 0:
+        assert saefeat.stderr.splitlines()[-1] == nnsight.stderr.splitlines()[-1]
+    else:
+        assert saefeat.returncode == 0, saefeat.stderr
+
+
+# ------------------------------------------------------------------ (e) the public surface
+
+
+def exported() -> list[str]:
+    import saefeat
+
+    return list(getattr(saefeat, "__all__", []))
+
+
+def test_all_is_sorted_and_is_the_namespace():
+    import saefeat
+
+    def belongs_to_python(name: str) -> bool:
+        """Submodules, which import themselves into the namespace, and __future__'s features."""
+        value = getattr(saefeat, name)
+        if isinstance(value, types.ModuleType):
+            return within(value.__name__, "saefeat")
+        return isinstance(value, __future__._Feature)
+
+    names = {name for name in dir(saefeat) if not name.startswith("_")}
+    assert exported() == public_names(), "write __all__ as one plain list"
+    assert exported() == sorted(set(exported()))
+    hidden = [name for name in exported() if belongs_to_python(name)]
+    assert hidden == [], "a submodule stands where the public name should be"
+    public = {name for name in names if not belongs_to_python(name)}
+    assert set(exported()) - {"__version__"} == public
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    import saefeat
+
+    example = re.compile(r"^\s*(>>> |```python)", re.MULTILINE)
+    problems = []
+    for name in exported():
+        if name == "__version__":
+            continue
+        value = getattr(saefeat, name)
+        # A class must have its own: inherited text is about something else.
+        text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+        if not text:
+            problems.append(f"{name}: no docstring")
+        elif not example.search(text):
+            problems.append(f"{name}: no example (`>>>` or a ```python block)")
+    fail_with(problems, "Public names that do not show how they are used:")
+
+
+def test_one_version():
+    import saefeat
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert citation is not None
+    assert citation[1] == version
+    assert metadata.version("saefeat") == version, "install again: pip install -e ."
+    assert getattr(saefeat, "__version__", version) == version
+
+
+def test_the_wheel_carries_the_data(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        str(path.relative_to(SRC))
+        for path in (SRC / "saefeat").rglob("*")
+        if path.suffix in {".py", ".typed", ".json", ".safetensors", ".jinja"}
+    }
+    assert "saefeat/py.typed" in expected
+    assert expected - packed == set(), "files that the wheel left out"
