@@ -7,7 +7,7 @@ Site(kind='resid_post', layer=3)
 
 from .attribution import Attribution
 from .dictionaries.base import Dictionaries, Dictionary
-from .dictionaries.direction import Direction, direction
+from .dictionaries.direction import Direction, Neurons, direction
 from .dictionaries.sae import SAE
 from .errors import (
     DictionaryError,
@@ -19,11 +19,12 @@ from .errors import (
     SaefeatError,
     SiteError,
 )
+from .evaluate import continuation_loss
 from .execution.edit import edit
 from .execution.hooked import hooked
 from .execution.run import Run, run
 from .execution.wrap import wrap
-from .latents import Latents
+from .latents import Latents, stack
 from .loading import from_sae_lens, load_sae, load_saes
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
@@ -39,13 +40,11 @@ from .verbs.probe import Probe
 __version__ = "0.1.0"
 
 __all__ = [
-    "BASELINE_TOP",
-    "IG",
-    "SAE",
     "Ablate",
     "AtP",
     "Attribute",
     "Attribution",
+    "BASELINE_TOP",
     "Chain",
     "Clamp",
     "Dictionaries",
@@ -55,22 +54,26 @@ __all__ = [
     "Fired",
     "FiringError",
     "GradientError",
+    "IG",
     "Intervention",
     "LatentError",
     "Latents",
     "Method",
     "Metric",
     "ModelError",
+    "Neurons",
     "Probe",
     "PromptError",
     "Provenance",
     "Readings",
     "Receipt",
     "Run",
+    "SAE",
     "SaefeatError",
     "Site",
     "SiteError",
     "Tokens",
+    "continuation_loss",
     "direction",
     "edit",
     "encode_prompts",
@@ -82,6 +85,7 @@ __all__ = [
     "logit_diff",
     "metric",
     "run",
+    "stack",
     "versions",
     "wrap",
 ]

@@ -37,8 +37,8 @@ class Attribution:
     Example:
         >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
         >>> one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
-        >>> scores = sf.Attribution((v,), zero, zero, zero, zero, 2 * one, one, -one, one, one, zero + 4)
-        >>> scores.top(1)
+        >>> at = (zero, zero, zero, zero)  # prompt, dictionary, position, latent
+        >>> sf.Attribution((v,), *at, 2 * one, one, -one, one, one, zero + 4).top(1)
         Latents(1: resid_post.0 [0])
     """
 

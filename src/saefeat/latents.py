@@ -7,7 +7,7 @@ attribute → ablate → probe is a loop over one kind of value.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,6 +136,38 @@ class Latents:
     @classmethod
     def _from(cls, table: dict[Basis, dict[int, None]]) -> Latents:
         return cls(tuple((basis, tuple(indices)) for basis, indices in table.items() if indices))
+
+
+def stack(selections: Sequence[Latents]) -> tuple[Latents, Tensor]:
+    """The union of several selections, and which of its latents each one holds.
+
+    It turns one selection a prompt into values that differ by prompt, so that all prompts run in
+    one batch.
+
+    Args:
+        selections: n selections.
+
+    Returns:
+        The union, k latents, and membership [n, k] bool.
+
+    Example:
+        >>> v = sf.Direction(torch.eye(3), site="resid_post.0")
+        >>> union, member = sf.stack([v.latents([0]), v.latents([2, 0])])
+        >>> member
+        tensor([[ True, False],
+                [ True,  True]])
+        >>> sf.Clamp(union, scale=torch.where(member, -1.0, 1.0)).scale.shape
+        torch.Size([2, 2])
+    """
+    union = Latents(())
+    for chosen in selections:
+        union = union | chosen
+    pairs = [(id(basis), index) for basis, indices in union.parts for index in indices]
+    rows = []
+    for chosen in selections:
+        held = {(id(basis), index) for basis, indices in chosen.parts for index in indices}
+        rows.append([pair in held for pair in pairs])
+    return union, torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(pairs))
 
 
 def as_latents(subject: object, where: str) -> Latents:

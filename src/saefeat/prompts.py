@@ -19,7 +19,7 @@ Prompts = str | Tensor | Mapping[str, Tensor] | Sequence[Any]
 
 
 def encode_prompts(tokenizer: Any, prompts: Prompts) -> dict[str, Tensor]:
-    """Tokenize prompts into ``input_ids`` and ``attention_mask``, both [batch, tokens], left-padded.
+    """Tokenize prompts into ``input_ids`` and ``attention_mask`` [batch, tokens], left-padded.
 
     Args:
         tokenizer: a Hugging Face tokenizer; may be None if prompts are tensors.

@@ -122,8 +122,8 @@ class Provenance:
         created: UTC, ISO 8601.
 
     Example:
-        >>> "torch" in sf.Provenance("m", "float32", "cpu", {}, "", sf.versions(), "").to_dict()["versions"]
-        True
+        >>> sf.Provenance("m", "float32", "cpu", {}, "", {}, "2026-01-01").to_dict()["dtype"]
+        'float32'
     """
 
     model: str

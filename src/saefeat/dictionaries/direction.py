@@ -79,6 +79,40 @@ class Direction(Dictionary):
         return hashlib.sha256(self._rows.to(torch.float32).numpy().tobytes()).hexdigest()[:16]
 
 
+@final
+class Neurons(Dictionary):
+    """The identity basis: latent i is coordinate i of the site's value.
+
+    Reading all of it reads the residual stream itself; editing one latent edits one coordinate.
+
+    Args:
+        site: where to act.
+        width: d_model, or the site's width.
+
+    Example:
+        >>> sf.Neurons("resid_post.1", 8).encode(torch.arange(8.0), [2, 3])
+        tensor([2., 3.])
+    """
+
+    def __init__(self, site: Site | str, width: int) -> None:
+        self.site = self.write_site = Site.parse(site)
+        self.d_in = self.d_out = self.d_sae = width
+        self.name = "neurons"
+
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        rows = torch.eye(self.d_in)[indices]
+        return {
+            "activation": "identity",
+            "encoder": rows.T.contiguous(),  # [d_in, k]
+            "bias": torch.zeros(len(indices)),
+            "directions": rows.clone(),  # [k, d_out]
+            "norm": "none",
+        }
+
+    def fingerprint(self) -> str:
+        return f"identity-{self.d_in}"
+
+
 def direction(
     vector: Tensor, *, sites: Iterable[Site | str], name: str = "direction"
 ) -> Dictionaries:

@@ -67,8 +67,8 @@ def _begin(
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     cache = kwargs.get("past_key_values")
-    fresh = state["view"] is None or cache is None or cache.get_seq_length() == 0
-    lengths = None if fresh else state["view"]["lengths"]
+    fresh = cache is None or cache.get_seq_length() == 0
+    lengths = None if fresh or state["view"] is None else state["view"]["lengths"]
     state["view"] = window(ids, mask, (shown.shape[0], shown.shape[1]), lengths)
     state["held"] = {}
     log["passes"] += 1

@@ -17,7 +17,7 @@ from ..kernel.trace import whole_run
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Provenance, Readings, Receipt, now, stack_readings, versions
 from ..sites import torch_module
-from ..verbs.base import Chain, Intervention
+from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 
 
@@ -90,10 +90,14 @@ def run(
         (True, 2)
     """
     chosen = intervention if intervention is not None else Chain(())
-    program = lower(chosen, model)
-    batches = split(encode_prompts(getattr(model, "tokenizer", None), prompts), batch_size)
-    pieces = []
-    for batch in tqdm(batches, disable=not progress, desc="run", unit="batch"):
+    encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    require_rows(chosen, len(encoded["input_ids"]))
+    whole = lower(chosen, model)
+    pieces, start = [], 0
+    for batch in tqdm(split(encoded, batch_size), disable=not progress, desc="run", unit="batch"):
+        rows = slice(start, start + len(batch["input_ids"]))
+        start = rows.stop
+        program = lower(chosen, model, rows) if by_prompt(chosen) else whole
         log, tokens, logits = _batch(model, program, batch, max_new_tokens)
         new = _until_stop(tokens[:, batch["input_ids"].shape[1] :], model)
         pieces.append((batch, log, new, logits))

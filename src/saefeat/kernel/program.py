@@ -41,7 +41,7 @@ def visit(
     for action in actions:
         number = action["id"]
         if action["do"] == "keep":
-            x = keep(action, x, log)
+            x = keep(action, x, log["kept"] if log else {})
             continue
         tensors = place(action, x)
         if action["do"] == "read":
@@ -49,10 +49,11 @@ def visit(
             mask = select(action["rule"], view).unsqueeze(-1).to(x.device)  # [b, t, 1]
             held[number] = (f, scale, mask)
             if log is not None and action["record"]:
-                log["readings"].setdefault(number, []).append(f.detach().clone())
-                log["masks"].setdefault(number, []).append(mask.squeeze(-1).clone())
+                record(log, number, action["reduce"], f.detach(), mask)
         else:
-            f, scale, mask = (t if t is None else t.to(x.device) for t in held[number])
+            f, scale, mask = held[number]
+            f, mask = f.to(x.device), mask.to(x.device)  # a transcoder may write on another device
+            scale = None if scale is None else scale.to(x.device)
             step = changed(tensors, f) - f  # [b, t, k]
             x = moved(x, step, tensors["directions"], scale, mask)
             if log is not None:
@@ -60,8 +61,41 @@ def visit(
     return x
 
 
+def record(
+    log: dict[str, Any],
+    number: int,
+    reduce: str | None,
+    f: Float[Tensor, "b t k"],
+    mask: Bool[Tensor, "b t 1"],
+) -> None:
+    """Keep a reading: every token of this pass, or one running value a prompt.
+
+    A reduced reading is one tensor [b, 1, k] (for ``mean`` also a count) however long the run, so
+    that reading all latents of a dictionary does not need [b, t, d_sae] of memory.
+    """
+    values, masks = log["readings"].setdefault(number, []), log["masks"].setdefault(number, [])
+    if reduce is None:
+        values.append(f.clone())
+        masks.append(mask.squeeze(-1).clone())
+        return
+    seen = mask.sum(1, keepdim=True)  # [b, 1, 1]
+    if reduce == "max":
+        now = torch.where(mask, f, -torch.inf).amax(1, keepdim=True)
+        now = torch.maximum(values[0], now) if values else now
+    elif reduce == "mean":  # a sum until the run is over
+        now = torch.where(mask, f, 0.0).sum(1, keepdim=True)
+        now = values[0] + now if values else now
+    else:
+        column = torch.arange(f.shape[1], device=f.device)[None, :, None]
+        last = torch.where(mask, column, 0).amax(1, keepdim=True).expand(-1, 1, f.shape[2])
+        now = f.gather(1, last)
+        now = torch.where(seen > 0, now, values[0]) if values else now
+    seen = masks[0] + seen.squeeze(-1) if masks else seen.squeeze(-1)
+    values[:], masks[:] = [now], [seen]
+
+
 def keep(
-    action: dict[str, Any], x: Float[Tensor, "b t d"], log: dict[str, Any]
+    action: dict[str, Any], x: Float[Tensor, "b t d"], kept: dict[int, Tensor]
 ) -> Float[Tensor, "b t d"]:
     """Keep the site's value for attribution, and let a gradient be taken there.
 
@@ -71,7 +105,7 @@ def keep(
     starts the graph: nothing before it is differentiated, and frozen models work.
     """
     if not action["gradient"]:
-        log["kept"][action["id"]] = x.detach().clone()
+        kept[action["id"]] = x.detach().clone()
         return x
     if action["first"]:
         x = x.detach().clone().requires_grad_()
@@ -79,7 +113,7 @@ def keep(
         x = x + 0.0  # a node of its own: a later in-place edit must not reach the one kept
     if action["target"] is not None:
         x = x + (action["target"].to(x.device) - x).detach()
-    log["kept"][action["id"]] = x
+    kept[action["id"]] = x
     return x
 
 

@@ -41,6 +41,7 @@ def window(
     position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
     if lengths is None:
         lengths = (attention_mask != 0).sum(1, keepdim=True)
+    lengths = lengths.to(position.device)
     return {"ids": ids, "position": position, "real": real, "lengths": lengths}
 
 

@@ -23,19 +23,21 @@ from .program import visit
 from .tokens import window
 
 
-def whole_run(model: Any, program: dict[str, Any], log: dict[str, Any] | None) -> None:
-    """Apply the program to every forward pass of the run that the block belongs to."""
-    lengths = None
-    passes = 0
-    for _ in Iterations()[:]:
+def whole_run(
+    model: Any, program: dict[str, Any], log: dict[str, Any] | None, lengths: Any = None
+) -> None:
+    """Apply the program to every forward pass of the run that the block belongs to.
+
+    ``lengths`` [b, 1] says how many real tokens of the first pass are the prompt's; all by default.
+    """
+    for number in Iterations()[:]:
         try:
             inputs = model.inputs
         except OutOfOrderError:
-            if passes == 0:
+            if number == 0:
                 raise
             return
         lengths = one_pass(model, program, log, inputs, lengths)
-        passes += 1
 
 
 def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int | None) -> None:
@@ -61,7 +63,7 @@ def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int |
     lengths = one_pass(model, program, log, inputs, lengths)
     if step is not None or not generating(inputs[1]):
         return
-    for number in Iterations()[1:]:
+    for _ in Iterations()[1:]:
         try:
             inputs = model.inputs
         except OutOfOrderError:

@@ -2,8 +2,8 @@
 
 The dictionary is never in the graph. With the error term kept and a linear decoder,
 ∂m/∂f_i = (∂m/∂x) · direction_i, so the model runs bare, gradients are taken at the sites'
-values [b, t, d_model], averaged over the path, and only then read through the dictionary, a chunk of
-latents at a time, into a sparse result. Memory does not grow with the dictionary's width.
+values [b, t, d_model], averaged over the path, and only then read through the dictionary, a chunk
+of latents at a time, into a sparse result. Memory does not grow with the dictionary's width.
 
 Gradients pass through: a site's gradient holds everything downstream of it, other watched
 sites included (Marks et al. 2024; PAPER.md 2.4 verified the authors' code to do the same).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 import nnsight
@@ -61,15 +61,15 @@ class Attribute:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
-        >>> scores = sf.Attribute(saes, sf.logit_diff(5, 6), method=sf.IG(steps=2))(model, ["hello"])
-        >>> isinstance(scores.top(3), sf.Latents)
+        >>> attribute = sf.Attribute(saes, sf.logit_diff(5, 6), method=sf.IG(steps=2))
+        >>> isinstance(attribute(model, ["hello"]).top(3), sf.Latents)
         True
     """
 
     target: Dictionaries | Dictionary | Latents
     metric: Metric
     baseline: Intervention | None = None
-    method: Method = AtP()
+    method: Method = field(default_factory=AtP)
     where: Tokens | None = None
 
     def __call__(
@@ -289,7 +289,7 @@ def _score(
     """One dictionary's rows: prompt, position, latent, score, activation, change."""
     rule = where or default_rule(part.dictionary, model)
     mask = select(rule.rule, clean.view)  # [b, t]
-    prompt, column = mask.nonzero(as_tuple=True)  # [n], [n]
+    prompt = mask.nonzero()[:, 0]  # [n]
     before = lift(clean.values[part.read].detach()[mask], part.transform)  # [n, d_in]
     after = None if zero else lift(base.values[part.read].detach()[mask], part.transform)
     gradient = gradients[part.write][mask].to(before.dtype)  # [n, d_out]

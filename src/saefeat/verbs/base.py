@@ -19,7 +19,10 @@ from ..tokens import Tokens
 
 
 class Change(NamedTuple):
-    """f' = clip(scale · f + shift, low, high); each number or tensor [k], k in latent order."""
+    """f' = clip(scale · f + shift, low, high).
+
+    Each is a number, a tensor [k] in latent order, or a tensor [prompts, k].
+    """
 
     scale: Any = 1.0
     shift: Any = 0.0
@@ -27,12 +30,22 @@ class Change(NamedTuple):
     high: Any = None
     active_only: bool = False
 
-    def take(self, start: int, stop: int) -> dict[str, Any]:
-        """The kernel's plain form for latents start..stop-1."""
+    def take(self, span: slice, rows: slice) -> dict[str, Any]:
+        """The kernel's plain form for some latents and some prompts, in storage of its own."""
         return {
-            name: value[start:stop].clone() if isinstance(value, Tensor) else value
+            name: _cut(value, span, rows) if isinstance(value, Tensor) else value
             for name, value in self._asdict().items()
         }
+
+    def prompts(self) -> int | None:
+        """How many prompts the values are for, or None if they fit any."""
+        sizes = [v.shape[0] for v in self if isinstance(v, Tensor) and v.ndim == 2]
+        return sizes[0] if sizes else None
+
+
+def _cut(value: Tensor, span: slice, rows: slice) -> Tensor:
+    """[k] or, for values that differ by prompt, [b, 1, k]."""
+    return value[span].clone() if value.ndim == 1 else value[rows, span].unsqueeze(1).clone()
 
 
 class Intervention(ABC):
@@ -66,7 +79,7 @@ class Intervention(ABC):
             step: which forward pass of a generation this is, if the block loops over them.
 
         Returns:
-            A plain log, to be kept with ``nnsight.save`` and read with ``readings`` and ``receipt``.
+            A plain log, to be kept with ``nnsight.save``; ``readings`` and ``receipt`` read it.
 
         Raises:
             SiteError, ModelError: if the model lacks a site, or is in train mode with dropout.
@@ -82,11 +95,11 @@ class Intervention(ABC):
         found = []
         for step, numbers in numbered(self):
             if step.change is None:
-                values = [join_time(log["readings"][n]) for n in numbers]
-                masks = [
-                    join_time(log["masks"][n]).unsqueeze(-1).expand_as(v)
-                    for n, v in zip(numbers, values, strict=True)
-                ]
+                values = [join_time(log["readings"][n]).cpu() for n in numbers]
+                counts = [join_time(log["masks"][n]).cpu().unsqueeze(-1) for n in numbers]
+                if step.reduction == "mean":  # the kernel kept sums
+                    values = [v / c.clamp(min=1) for v, c in zip(values, counts, strict=True)]
+                masks = [(c > 0).expand_as(v) for c, v in zip(counts, values, strict=True)]
                 found.append(Readings(step.latents, torch.cat(values, -1), torch.cat(masks, -1)))
         return tuple(found)
 
@@ -119,6 +132,11 @@ class Step(Intervention):
     @abstractmethod
     def rule(self) -> Tokens | None:
         """Where it acts; None means every real token the dictionary was trained on."""
+
+    @property
+    def reduction(self) -> str | None:
+        """How a reading is reduced over tokens; None keeps every token."""
+        return None
 
     def parts(self) -> tuple[Step, ...]:
         return (self,)
@@ -153,24 +171,53 @@ def numbered(intervention: Intervention) -> Iterator[tuple[Step, list[int]]]:
 
 
 def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> float | Tensor | None:
-    """A finite number, or a tensor [k] with one value a latent.
+    """A finite number, one value a latent [k], or one a prompt and latent [prompts, k].
 
     Raises:
         LatentError: for another length, or a value that is not finite.
     """
-    if value is None or isinstance(value, (int, float)):
-        number = torch.tensor(0.0 if value is None else float(value))
-    else:
-        value = number = torch.as_tensor(value)
-    if bool(torch.isfinite(number).all()) and number.shape in ((), (len(latents),)):
-        return float(number) if isinstance(value, Tensor) and value.ndim == 0 else value
+    if value is None:
+        return None
+    number = torch.as_tensor(value)
+    finite = bool(torch.isfinite(number).all())
+    if finite and number.ndim == 0:
+        return float(number)
+    if finite and number.ndim in (1, 2) and number.shape[-1] == len(latents) and len(number):
+        return number.detach()
     raise LatentError(
         explain(
             where,
             parameter,
-            got=f"of shape {tuple(number.shape)} with finite={bool(torch.isfinite(number).all())}",
-            wanted=f"a finite number, or one for each of the {len(latents)} latents",
+            got=f"of shape {tuple(number.shape)}" + ("" if finite else " and not finite"),
+            wanted=f"a finite number, or [{len(latents)}] or [prompts, {len(latents)}] values",
             cause="values made for another selection",
             call=f"{where}(latents, torch.tensor([...]))",
         )
     )
+
+
+def by_prompt(intervention: Intervention) -> bool:
+    """Whether any values differ by prompt, so that each batch needs its own program."""
+    changes = [step.change for step in intervention.parts()]
+    return any(change is not None and change.prompts() is not None for change in changes)
+
+
+def require_rows(intervention: Intervention, prompts: int) -> None:
+    """Refuse values made for another number of prompts: rows would meet the wrong prompt.
+
+    Raises:
+        LatentError: naming both numbers.
+    """
+    for step in intervention.parts():
+        wanted = None if step.change is None else step.change.prompts()
+        if wanted is not None and wanted != prompts:
+            raise LatentError(
+                explain(
+                    "run",
+                    "intervention",
+                    got=f"values for {wanted} prompts in {step!r}",
+                    wanted=f"values for the {prompts} prompts given",
+                    cause="the prompts were filtered or batched after the values were made",
+                    call="make the values from the same prompts, in the same order",
+                )
+            )

@@ -18,8 +18,10 @@ from ..tokens import Tokens
 from .base import Intervention, Step, numbered
 
 
-def lower(intervention: Intervention, model: Any) -> dict[str, Any]:
+def lower(intervention: Intervention, model: Any, rows: slice = slice(None)) -> dict[str, Any]:
     """The program of an intervention on a model, visits sorted in the order they are reached.
+
+    ``rows`` picks the prompts of this batch out of values that differ by prompt.
 
     Raises:
         ModelError: train mode with dropout, or a family without a site table.
@@ -32,7 +34,7 @@ def lower(intervention: Intervention, model: Any) -> dict[str, Any]:
         start = 0
         for number, (basis, indices) in zip(numbers, step.latents.parts, strict=True):
             stop = start + len(indices)
-            _add(visits, module, model, step, number, basis, indices, (start, stop))  # type: ignore[arg-type]
+            _add(visits, module, model, step, number, basis, indices, slice(start, stop), rows)  # type: ignore[arg-type]
             start = stop
     ordered = sorted(visits.values(), key=lambda visit: visit["order"])
     return {"visits": ordered}
@@ -46,7 +48,8 @@ def _add(
     number: int,
     dictionary: Dictionary,
     indices: tuple[int, ...],
-    span: tuple[int, int],
+    span: slice,
+    rows: slice,
 ) -> None:
     """Append one dictionary's read, and its write if the step is an edit."""
     check_width(module, dictionary.site, dictionary.d_in, "dictionary")
@@ -60,12 +63,13 @@ def _add(
         "tensors": columns,
         "rule": (step.rule or default_rule(dictionary, model)).rule,
         "record": step.change is None,
+        "reduce": step.reduction,
         "transform": place.transform,
         "eps": place.eps,
     }
     _visit(visits, place, dictionary.site.order)["actions"].append(read)
     if step.change is not None:
-        tensors = {"directions": directions, **step.change.take(*span)}
+        tensors = {"directions": directions, **step.change.take(span, rows)}
         write = {"do": "write", "id": number, "tensors": tensors}
         target = find(module, dictionary.write_site)
         _visit(visits, target, dictionary.write_site.order)["actions"].append(write)

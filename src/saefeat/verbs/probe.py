@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
+from ..errors import LatentError, explain
 from ..latents import Latents, as_latents
 from ..tokens import Tokens
 from .base import Step
@@ -22,9 +23,11 @@ class Probe(Step):
         latents: ``Latents``, or a dictionary (all its latents).
         where: which tokens count; every real token by default. Values at other tokens are
             returned too, with a false mask.
+        reduce: ``"max"``, ``"mean"`` or ``"last"`` over the selected tokens, prompt by prompt,
+            while the model runs; readings then have one token, and memory does not grow with them.
 
     Raises:
-        LatentError: for an empty selection.
+        LatentError: for an empty selection or an unknown reduction.
 
     Example:
         >>> sf.Probe(sf.Direction(torch.ones(8), site="resid_post.1"))
@@ -32,10 +35,25 @@ class Probe(Step):
     """
 
     where: Tokens | None
+    reduce: str | None
 
-    def __init__(self, latents: Latents | Any, *, where: Tokens | None = None) -> None:
+    def __init__(
+        self, latents: Latents | Any, *, where: Tokens | None = None, reduce: str | None = None
+    ) -> None:
+        if reduce not in (None, "max", "mean", "last"):
+            raise LatentError(
+                explain(
+                    "Probe",
+                    "reduce",
+                    got=repr(reduce),
+                    wanted='"max", "mean", "last" or None',
+                    cause="a typing error",
+                    call='Probe(latents, reduce="max")',
+                )
+            )
         object.__setattr__(self, "latents", as_latents(latents, "Probe"))
         object.__setattr__(self, "where", where)
+        object.__setattr__(self, "reduce", reduce)
 
     @property
     def change(self) -> None:
@@ -45,6 +63,11 @@ class Probe(Step):
     def rule(self) -> Tokens | None:
         return self.where
 
+    @property
+    def reduction(self) -> str | None:
+        return self.reduce
+
     def __repr__(self) -> str:
         where = "" if self.where is None else f", where={self.where!r}"
-        return f"Probe({self.latents!r}{where})"
+        reduce = "" if self.reduce is None else f", reduce={self.reduce!r}"
+        return f"Probe({self.latents!r}{where}{reduce})"
