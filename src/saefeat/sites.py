@@ -18,8 +18,11 @@ from .errors import ModelError, SiteError, explain
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
+    "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
+    "resid_mid": "hook_resid_mid",
     "mlp_in": "ln2.hook_normalized",
+    "mlp_post": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
 }
@@ -34,7 +37,9 @@ class Site:
     """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer.
 
     Args:
-        kind: one of ``resid_pre``, ``attn_out``, ``mlp_in``, ``mlp_out``, ``resid_post``.
+        kind: one of ``resid_pre``, ``z`` (all heads side by side, before the output projection),
+            ``attn_out``, ``resid_mid``, ``mlp_in`` (the MLP's input, normalized without the norm's
+            weight), ``mlp_post`` (after the MLP's activation), ``mlp_out``, ``resid_post``.
         layer: 0-based.
 
     Raises:
@@ -115,42 +120,75 @@ class Site:
 
 
 class Place(NamedTuple):
-    """Where a site lies in one model: a module, its input or output, and a transform."""
+    """Where a site lies in one model.
+
+    Attributes:
+        path: the module.
+        end: its ``input`` or ``output``.
+        transform: ``rms`` or ``layer`` where the site is a norm's value without its weight.
+        eps: that norm's epsilon.
+        plus: the path of the block whose input is added to the value found here. resid_mid has no
+            module: it is the block's input plus the attention's output, and is written there.
+    """
 
     path: str
     end: str
     transform: str | None = None
     eps: float = 0.0
+    plus: str | None = None
 
 
+_SKIP = "plus the block's input"
 _LLAMA = {
     "resid_pre": ("", "input"),
+    "z": ("self_attn.o_proj", "input"),
     "attn_out": ("self_attn", "output"),
+    "resid_mid": ("self_attn", "output", _SKIP),
     "mlp_in": ("post_attention_layernorm", "input", "rms"),
+    "mlp_post": ("mlp.down_proj", "input"),
     "mlp_out": ("mlp", "output"),
     "resid_post": ("", "output"),
 }
-_GEMMA2 = {
+_SANDWICH = {  # norms behind attention and MLP: what is added to the stream is their output
     **_LLAMA,
     "attn_out": ("post_attention_layernorm", "output"),
-    "mlp_in": ("pre_feedforward_layernorm", "input", "rms"),
+    "resid_mid": ("post_attention_layernorm", "output", _SKIP),
     "mlp_out": ("post_feedforward_layernorm", "output"),
 }
+_GEMMA2 = {**_SANDWICH, "mlp_in": ("pre_feedforward_layernorm", "input", "rms")}
+_OLMO2 = {kind: place for kind, place in _SANDWICH.items() if kind != "mlp_in"}  # no norm before
 _GPT2 = {
     "resid_pre": ("", "input"),
+    "z": ("attn.c_proj", "input"),
     "attn_out": ("attn", "output"),
+    "resid_mid": ("attn", "output", _SKIP),
     "mlp_in": ("ln_2", "input", "layer"),
+    "mlp_post": ("mlp.c_proj", "input"),
+    "mlp_out": ("mlp", "output"),
+    "resid_post": ("", "output"),
+}
+_NEOX = {  # attention and MLP in parallel: there is no resid_mid
+    "resid_pre": ("", "input"),
+    "z": ("attention.dense", "input"),
+    "attn_out": ("attention", "output"),
+    "mlp_in": ("post_attention_layernorm", "input", "layer"),
+    "mlp_post": ("mlp.dense_4h_to_h", "input"),
     "mlp_out": ("mlp", "output"),
     "resid_post": ("", "output"),
 }
 FAMILIES: dict[str, tuple[str, dict[str, tuple]]] = {
     "gpt2": ("transformer.h", _GPT2),
+    "gpt_neox": ("gpt_neox.layers", _NEOX),
     "llama": ("model.layers", _LLAMA),
     "mistral": ("model.layers", _LLAMA),
     "qwen2": ("model.layers", _LLAMA),
     "qwen3": ("model.layers", _LLAMA),
+    "phi3": ("model.layers", _LLAMA),
+    "gemma": ("model.layers", _LLAMA),
+    "olmo2": ("model.layers", _OLMO2),
     "gemma2": ("model.layers", _GEMMA2),
     "gemma3_text": ("model.layers", _GEMMA2),
+    "gemma3": ("model.language_model.layers", _GEMMA2),
 }
 """Model type → (path of the blocks, site kind → place within a block)."""
 
@@ -217,10 +255,25 @@ def find(module: nn.Module, site: Site) -> Place:
                 call=f"a dictionary trained on {type(module).__name__} with {layers} layers",
             )
         )
-    name, end, *transform = places[site.kind]
-    path = f"{blocks}.{site.layer}" + (f".{name}" if name else "")
-    eps = _epsilon(module.get_submodule(path)) if transform else 0.0
-    return Place(path, end, transform[0] if transform else None, eps)
+    if site.kind not in places:
+        raise SiteError(
+            explain(
+                "saefeat",
+                "site",
+                got=str(site),
+                wanted="one of " + ", ".join(places),
+                cause=f"{type(module).__name__} has no such value: its blocks are built otherwise",
+                call="a dictionary trained on one of these sites",
+            )
+        )
+    block = f"{blocks}.{site.layer}"
+    name, end, *how = places[site.kind]
+    path = f"{block}.{name}" if name else block
+    if _SKIP in how:
+        return Place(path, end, plus=block)
+    return (
+        Place(path, end, how[0], _epsilon(module.get_submodule(path))) if how else Place(path, end)
+    )
 
 
 def _epsilon(norm: nn.Module) -> float:
@@ -240,20 +293,30 @@ def _epsilon(norm: nn.Module) -> float:
     )
 
 
+def width_at(module: nn.Module, site: Site) -> int:
+    """How wide the site's value is: d_model, or the projection's input for z and mlp_post."""
+    place = find(module, site)
+    if site.kind in ("z", "mlp_post"):
+        projection = module.get_submodule(place.path)
+        # nn.Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out] and has no in_features
+        return int(getattr(projection, "in_features", 0) or projection.weight.shape[0])  # type: ignore[union-attr, arg-type]
+    return int(module.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+
+
 def check_width(module: nn.Module, site: Site, width: int, what: str) -> None:
-    """Refuse a dictionary that cannot belong to this model's residual stream.
+    """Refuse a dictionary that cannot belong to this site of this model.
 
     Raises:
-        SiteError: naming both widths.
+        SiteError: naming both widths, or a site the model lacks.
     """
-    hidden = int(module.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
-    if width != hidden:
+    there = width_at(module, site)
+    if width != there:
         raise SiteError(
             explain(
                 "saefeat",
                 what,
                 got=f"{width} wide at {site}",
-                wanted=f"d_model = {hidden}, as {type(module).__name__} has",
+                wanted=f"{there}, as {type(module).__name__} is there",
                 cause="a dictionary of another model or another size of it",
                 call="load the release trained on this model",
             )

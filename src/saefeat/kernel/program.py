@@ -23,14 +23,15 @@ from .tokens import select
 
 def new_log() -> dict[str, Any]:
     """An empty record of a run: how many passes, what was read, how often edits fired."""
-    return {"passes": 0, "masks": {}, "readings": {}, "fired": {}, "kept": {}, "view": None}
+    names = ("readings", "masks", "fired", "kept", "nodes")
+    return {"passes": 0, "view": None, **{name: {} for name in names}}
 
 
 def visit(
     actions: list[dict[str, Any]],
     x: Float[Tensor, "b t d"],
     view: dict[str, Any],
-    held: dict[int, Any],
+    held: dict[Any, Any],
     log: dict[str, Any] | None,
 ) -> Float[Tensor, "b t d"]:
     """Apply a visit's actions to the value x found there; return the value to leave behind.
@@ -41,11 +42,15 @@ def visit(
     for action in actions:
         number = action["id"]
         if action["do"] == "keep":
-            x = keep(action, x, log["kept"] if log else {})
+            x = keep(action, x, held, log or new_log())
+            continue
+        if action["do"] == "stash":
+            held[number] = x
             continue
         tensors = place(action, x)
         if action["do"] == "read":
-            f, scale = encode(tensors, lift(x, action))
+            whole = x if action["plus"] is None else held[action["plus"]].to(x.device) + x
+            f, scale = encode(tensors, lift(whole, action))
             mask = select(action["rule"], view).unsqueeze(-1).to(x.device)  # [b, t, 1]
             held[number] = (f, scale, mask)
             if log is not None and action["record"]:
@@ -95,25 +100,27 @@ def record(
 
 
 def keep(
-    action: dict[str, Any], x: Float[Tensor, "b t d"], kept: dict[int, Tensor]
+    action: dict[str, Any],
+    x: Float[Tensor, "b t d"],
+    held: dict[Any, Any],
+    log: dict[str, Any],
 ) -> Float[Tensor, "b t d"]:
     """Keep the site's value for attribution, and let a gradient be taken there.
 
-    Without ``gradient`` a copy is kept and x is returned untouched. With it, the value kept is the
-    node at which the metric will be differentiated: moved onto ``target`` where one is given, by a
-    constant, so that the gradient passes through as if nothing had been added. The ``first`` site
-    starts the graph: nothing before it is differentiated, and frozen models work.
+    Without ``gradient`` a copy is kept and x is returned untouched. With it, the node returned is
+    kept too, for the metric to be differentiated at: moved so that the site's value is ``target``
+    where one is given, by a constant, so that the gradient passes through as if nothing had been
+    added. The ``first`` site starts the graph: nothing before it is differentiated, and frozen
+    models work.
     """
-    if not action["gradient"]:
-        kept[action["id"]] = x.detach().clone()
-        return x
-    if action["first"]:
-        x = x.detach().clone().requires_grad_()
-    elif action["target"] is None:
-        x = x + 0.0  # a node of its own: a later in-place edit must not reach the one kept
-    if action["target"] is not None:
-        x = x + (action["target"].to(x.device) - x).detach()
-    kept[action["id"]] = x
+    before = 0.0 if action["plus"] is None else held[action["plus"]].to(x.device)
+    if action["gradient"]:
+        target = action["target"]
+        shift = 0.0 if target is None else (target.to(x.device) - before - x).detach()
+        # Adding even zero makes a node of its own: later in-place edits must not reach it.
+        x = (x.detach() + shift).requires_grad_() if action["first"] else x + shift
+        log["nodes"][action["id"]] = x
+    log["kept"][action["id"]] = (x.detach() + before).clone()
     return x
 
 

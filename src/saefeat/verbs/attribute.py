@@ -33,7 +33,7 @@ from ..prompts import Prompts, encode_prompts, split
 from ..sites import Place, check_width, find, torch_module
 from ..tokens import Tokens
 from .base import Chain, Intervention
-from .lower import default_rule, lower
+from .lower import add_stash, add_visit, default_rule, in_order, lower
 from .methods import AtP, Method
 from .metrics import Metric, Scorer
 
@@ -130,9 +130,10 @@ def _attribute(
 
 
 class Pass(NamedTuple):
-    """One forward pass: values at the watched places [b, t, d], last logits [b, v], positions."""
+    """One forward pass: values at the watched sites [b, t, d], graph nodes, last logits [b, v]."""
 
     values: dict[int, Tensor]
+    nodes: dict[int, Tensor]
     logits: Tensor
     view: dict[str, Any]
 
@@ -170,7 +171,7 @@ class Watch:
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def _number(self, place: Place, order: tuple[int, int]) -> int:
-        key = Place(place.path, place.end)
+        key = Place(place.path, place.end, plus=place.plus)
         return self._places.setdefault(key, (len(self._places), order))[0]
 
     def run(
@@ -194,29 +195,28 @@ class Watch:
                 whole_run(model, program, log)
             with tracer.invoke():
                 logits = nnsight.save(model.output.logits[:, -1])
-        return Pass(log["kept"], logits, log["view"])
+        return Pass(log["kept"], log["nodes"], logits, log["view"])
 
     def _add(self, program: dict[str, Any], gradient: bool, targets: dict[int, Tensor]) -> None:
         """A keep action at the end of each watched visit."""
-        visits = {(visit["path"], visit["end"]): visit for visit in program["visits"]}
+        visits = {Place(visit["path"], visit["end"]): visit for visit in program["visits"]}
         for place, (number, order) in self._places.items():
-            visit = visits.setdefault(
-                (place.path, place.end),
-                {"path": place.path, "end": place.end, "order": order, "actions": []},
-            )
+            if place.plus is not None:
+                add_stash(visits, place.plus, order[0])
             action = {"do": "keep", "id": number, "target": targets.get(number)}
             action["gradient"] = gradient and number in self.written
             action["first"] = number == self.first
-            visit["actions"].append(action)
-        program["visits"] = sorted(visits.values(), key=lambda visit: visit["order"])
+            action["plus"] = place.plus
+            add_visit(visits, place, order)["actions"].append(action)
+        program["visits"] = in_order(visits)
 
     def zeroed(self, values: dict[int, Tensor]) -> dict[int, Tensor]:
         """What each written place holds when all the watched latents there are zero."""
         found = {}
         with torch.no_grad():
             for part in self.parts:
-                x, read = values[part.write].detach(), values[part.read].detach()
-                out = found.get(part.write, x)
+                read = values[part.read]
+                out = found.get(part.write, values[part.write])
                 for columns, _ in chunks(part, read):
                     f, scale = encode(columns, lift(read, part.transform))
                     step = f @ columns["directions"]
@@ -248,10 +248,7 @@ def _mean_gradients(
     for alpha, weight in method.nodes():
         here = clean
         if alpha != 0.0:  # the clean pass is the node at zero
-            targets = {
-                n: torch.lerp(clean.values[n].detach(), base.values[n].detach(), alpha)
-                for n in watch.written
-            }
+            targets = {n: torch.lerp(clean.values[n], base.values[n], alpha) for n in watch.written}
             here = watch.run(model, batch, Chain(()), gradient=True, targets=targets)
         for number, gradient in _gradients(scorer(here.logits, top), here, watch.written).items():
             total[number] = total.get(number, 0.0) + weight * gradient
@@ -272,7 +269,7 @@ def _gradients(values: Tensor, here: Pass, numbers: set[int]) -> dict[int, Tenso
             )
         )
     order = sorted(numbers)
-    nodes = [here.values[number] for number in order]
+    nodes = [here.nodes[number] for number in order]
     found = torch.autograd.grad(values.sum(), nodes, materialize_grads=True)
     return dict(zip(order, found, strict=True))
 
@@ -290,8 +287,8 @@ def _score(
     rule = where or default_rule(part.dictionary, model)
     mask = select(rule.rule, clean.view)  # [b, t]
     prompt = mask.nonzero()[:, 0]  # [n]
-    before = lift(clean.values[part.read].detach()[mask], part.transform)  # [n, d_in]
-    after = None if zero else lift(base.values[part.read].detach()[mask], part.transform)
+    before = lift(clean.values[part.read][mask], part.transform)  # [n, d_in]
+    after = None if zero else lift(base.values[part.read][mask], part.transform)
     gradient = gradients[part.write][mask].to(before.dtype)  # [n, d_out]
     found = []
     for columns, index in chunks(part, before):

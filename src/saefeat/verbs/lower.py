@@ -13,7 +13,7 @@ from torch import nn
 
 from ..dictionaries.base import Dictionary
 from ..latents import index_tensor
-from ..sites import Place, check_ready, check_width, find, torch_module
+from ..sites import Place, Site, check_ready, check_width, find, torch_module
 from ..tokens import Tokens
 from .base import Intervention, Step, numbered
 
@@ -36,8 +36,7 @@ def lower(intervention: Intervention, model: Any, rows: slice = slice(None)) -> 
             stop = start + len(indices)
             _add(visits, module, model, step, number, basis, indices, slice(start, stop), rows)  # type: ignore[arg-type]
             start = stop
-    ordered = sorted(visits.values(), key=lambda visit: visit["order"])
-    return {"visits": ordered}
+    return {"visits": in_order(visits)}
 
 
 def _add(
@@ -66,22 +65,39 @@ def _add(
         "reduce": step.reduction,
         "transform": place.transform,
         "eps": place.eps,
+        "plus": place.plus,
     }
-    _visit(visits, place, dictionary.site.order)["actions"].append(read)
+    if place.plus is not None:
+        add_stash(visits, place.plus, dictionary.site.layer)
+    add_visit(visits, place, dictionary.site.order)["actions"].append(read)
     if step.change is not None:
         tensors = {"directions": directions, **step.change.take(span, rows)}
         write = {"do": "write", "id": number, "tensors": tensors}
         target = find(module, dictionary.write_site)
-        _visit(visits, target, dictionary.write_site.order)["actions"].append(write)
+        add_visit(visits, target, dictionary.write_site.order)["actions"].append(write)
 
 
-def _visit(
+def add_visit(
     visits: dict[Place, dict[str, Any]], place: Place, order: tuple[int, int]
 ) -> dict[str, Any]:
     """The visit to a place; a site with a transform shares it with the plain value."""
     key = Place(place.path, place.end)
     new = {"path": place.path, "end": place.end, "order": order, "actions": []}
     return visits.setdefault(key, new)
+
+
+def add_stash(visits: dict[Place, dict[str, Any]], block: str, layer: int) -> None:
+    """Keep a block's input until its attention's output is there, for resid_mid."""
+    visit = add_visit(visits, Place(block, "input"), Site("resid_pre", layer).order)
+    if not any(action["do"] == "stash" for action in visit["actions"]):
+        visit["actions"].append({"do": "stash", "id": block})
+
+
+def in_order(visits: dict[Place, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Visits as a forward pass reaches them, stashing last: what is kept is what edits left."""
+    for visit in visits.values():
+        visit["actions"].sort(key=lambda action: action["do"] == "stash")
+    return sorted(visits.values(), key=lambda visit: visit["order"])
 
 
 def default_rule(dictionary: Dictionary, model: Any) -> Tokens:
