@@ -33,7 +33,7 @@ def moved(
     step: Float[Tensor, "*batch k"],
     directions: Float[Tensor, "k d_out"],
     scale: Float[Tensor, "*batch 1"] | None,
-    mask: Bool[Tensor, "*batch 1"],
+    mask: Bool[Tensor, "*batch 1"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
     """X + step · directions where the mask holds, x elsewhere, in x's own dtype.
 
@@ -43,4 +43,5 @@ def moved(
     delta = step @ directions  # [*batch, d_out]
     if scale is not None:
         delta = delta * scale
-    return torch.where(mask, x.to(delta.dtype) + delta, x).to(x.dtype)
+    new = x.to(delta.dtype) + delta
+    return (new if mask is None else torch.where(mask, new, x)).to(x.dtype)

@@ -51,19 +51,34 @@ def visit(
         if action["do"] == "read":
             whole = x if action["plus"] is None else held[action["plus"]].to(x.device) + x
             f, scale = encode(tensors, lift(whole, action))
-            mask = select(action["rule"], view).unsqueeze(-1).to(x.device)  # [b, t, 1]
-            held[number] = (f, scale, mask)
+            mask, everywhere = selected(action["rule"], view, x.device)
+            held[number] = (f, scale, mask, everywhere)
             if log is not None and action["record"]:
                 record(log, number, action["reduce"], f.detach(), mask)
         else:
-            f, scale, mask = held[number]
-            f, mask = f.to(x.device), mask.to(x.device)  # a transcoder may write on another device
+            f, scale, mask, everywhere = held[number]
+            f = f.to(x.device)  # a transcoder may write on another device than it reads
             scale = None if scale is None else scale.to(x.device)
+            mask = mask.to(x.device)
             step = changed(tensors, f) - f  # [b, t, k]
-            x = moved(x, step, tensors["directions"], scale, mask)
+            x = moved(x, step, tensors["directions"], scale, None if everywhere else mask)
             if log is not None:
-                log["fired"].setdefault(number, []).append(fired(step, mask))
+                note(log, number, step.detach(), mask)
     return x
+
+
+def selected(
+    rule: tuple, view: dict[str, Any], device: torch.device
+) -> tuple[Bool[Tensor, "b t 1"], bool]:
+    """Which tokens a rule selects, and whether that is all of them: once a pass for each rule.
+
+    Most edits of a chain share a rule, and most rules select every token of a decode step.
+    """
+    if rule not in view["selected"]:
+        mask = select(rule, view).unsqueeze(-1)
+        view["selected"][rule] = (mask.to(device), bool(mask.all()))
+    mask, everywhere = view["selected"][rule]
+    return mask.to(device), everywhere
 
 
 def record(
@@ -150,8 +165,16 @@ def place(action: dict[str, Any], x: Float[Tensor, "b t d"]) -> dict[str, Any]:
     return action["tensors"]
 
 
+def note(
+    log: dict[str, Any], number: int, step: Float[Tensor, "b t k"], mask: Bool[Tensor, "b t 1"]
+) -> None:
+    """Keep what a receipt needs. Counting waits until the run is over, unless there is too much."""
+    entries = log["fired"].setdefault(number, [])
+    entries.append((step, mask) if step.shape[-1] <= 64 else fired(step, mask))
+
+
 def fired(step: Float[Tensor, "b t k"], mask: Bool[Tensor, "b t 1"]) -> Float[Tensor, "3"]:
-    """Positions selected, (position, latent) pairs changed, largest change of a latent."""
-    change = torch.where(mask, step.detach(), 0.0)
+    """Tokens selected, (token, latent) pairs changed, largest change of a latent."""
+    change = torch.where(mask, step, 0.0)
     counts = torch.stack([mask.sum(), (change != 0).sum()])
     return torch.cat([counts.to(change.dtype), change.abs().amax()[None]])

@@ -26,6 +26,7 @@ def window(
 
     Returns ``ids`` [b, t] (or None), ``position`` [b, t], ``real`` [b, t] and ``lengths``
     [b, 1], the prompts' lengths in real tokens: given on later passes, counted on the first.
+    ``selected`` remembers, for this pass, what each rule selected.
     """
     rows, columns = shape
     if attention_mask is None:
@@ -42,7 +43,8 @@ def window(
     if lengths is None:
         lengths = (attention_mask != 0).sum(1, keepdim=True)
     lengths = lengths.to(position.device)
-    return {"ids": ids, "position": position, "real": real, "lengths": lengths}
+    found = {"ids": ids, "position": position, "real": real, "lengths": lengths}
+    return {**found, "selected": {}}
 
 
 def select(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LatentError, explain
-from ..kernel.program import new_log
+from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
 from ..latents import Latents
 from ..records import Fired, Readings, Receipt, join_time
@@ -108,7 +108,7 @@ class Intervention(ABC):
         rows = []
         for step, numbers in numbered(self):
             if step.change is not None:
-                counts = [torch.stack(log["fired"].get(n) or [torch.zeros(3)]) for n in numbers]
+                counts = [_counts(log["fired"].get(n, [])) for n in numbers]
                 total = torch.stack([c.to("cpu", torch.float64).sum(0) for c in counts])
                 largest = max(float(c[:, 2].max()) for c in counts)
                 rows.append(
@@ -159,6 +159,12 @@ class Chain(Intervention):
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.steps)) or "Chain(())"
+
+
+def _counts(entries: list[Any]) -> Tensor:
+    """[passes, 3] from what the kernel noted: counts, or the steps themselves to be counted."""
+    rows = [fired(*entry) if isinstance(entry, tuple) else entry for entry in entries]
+    return torch.stack(rows) if rows else torch.zeros(1, 3)
 
 
 def numbered(intervention: Intervention) -> Iterator[tuple[Step, list[int]]]:
