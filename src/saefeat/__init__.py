@@ -31,11 +31,12 @@ from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
 from .tokens import Tokens
 from .verbs.attribute import Attribute
-from .verbs.base import Chain, Intervention
+from .verbs.base import Chain, Intervention, When
 from .verbs.edits import Ablate, Clamp
 from .verbs.methods import IG, AtP, Method
 from .verbs.metrics import BASELINE_TOP, Metric, logit, logit_diff, metric
 from .verbs.probe import Probe
+from .verify import Check, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "Attribution",
     "BASELINE_TOP",
     "Chain",
+    "Check",
     "Clamp",
     "Dictionaries",
     "Dictionary",
@@ -73,6 +75,8 @@ __all__ = [
     "Site",
     "SiteError",
     "Tokens",
+    "Verification",
+    "When",
     "continuation_loss",
     "direction",
     "edit",
@@ -86,6 +90,7 @@ __all__ = [
     "metric",
     "run",
     "stack",
+    "verify",
     "versions",
     "wrap",
 ]

@@ -68,8 +68,8 @@ def _begin(
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     cache = kwargs.get("past_key_values")
     fresh = cache is None or cache.get_seq_length() == 0
-    lengths = None if fresh or state["view"] is None else state["view"]["lengths"]
-    state["view"] = window(ids, mask, (shown.shape[0], shown.shape[1]), lengths)
+    before = None if fresh else state["view"]
+    state["view"] = window(ids, mask, (shown.shape[0], shown.shape[1]), before)
     state["held"] = {}
     log["passes"] += 1
 

@@ -8,7 +8,7 @@ from nnsight import TransformersModel
 from torch import nn
 
 
-def wrap(model: nn.Module, tokenizer: Any = None) -> TransformersModel:
+def wrap(model: nn.Module, tokenizer: Any) -> TransformersModel:
     """An nnsight model around a Hugging Face causal language model already in memory.
 
     nnsight needs the tokenizer and the task spelled out for a module that has no repository, and

@@ -48,7 +48,11 @@ def visit(
             held[number] = x
             continue
         tensors = place(action, x)
-        if action["do"] == "read":
+        if action["do"] == "test":
+            whole = x if action["plus"] is None else held[action["plus"]].to(x.device) + x
+            f, _ = encode(tensors, lift(whole, action))
+            test(action, f.detach(), view, held)
+        elif action["do"] == "read":
             whole = x if action["plus"] is None else held[action["plus"]].to(x.device) + x
             f, scale = encode(tensors, lift(whole, action))
             mask, everywhere = selected(action["rule"], view, x.device)
@@ -60,11 +64,35 @@ def visit(
             f = f.to(x.device)  # a transcoder may write on another device than it reads
             scale = None if scale is None else scale.to(x.device)
             mask = mask.to(x.device)
+            if action["when"] is not None:
+                mask, everywhere = mask & held[action["when"]].to(x.device), False
             step = changed(tensors, f) - f  # [b, t, k]
             x = moved(x, step, tensors["directions"], scale, None if everywhere else mask)
             if log is not None:
                 note(log, number, step.detach(), mask)
     return x
+
+
+def test(
+    action: dict[str, Any],
+    f: Float[Tensor, "b t k"],
+    view: dict[str, Any],
+    held: dict[Any, Any],
+) -> None:
+    """Hold where a condition is met: any of its latents above the threshold, at a real token.
+
+    With ``hold`` it stays met for the rest of the sequence, later passes included.
+    """
+    key = action["id"]
+    hit = (f > action["above"]).any(-1, keepdim=True) & view["real"].unsqueeze(-1).to(f.device)
+    if key in held:  # the condition reads several dictionaries: any of them will do
+        hit = hit | held[key].to(f.device)
+    if action["hold"]:
+        hit = hit.int().cummax(1).values.bool()
+        if key in view["memory"]:
+            hit = hit | view["memory"][key].to(f.device)
+        view["memory"][key] = hit[:, -1:]
+    held[key] = hit
 
 
 def selected(

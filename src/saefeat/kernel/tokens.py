@@ -20,13 +20,14 @@ def window(
     ids: Int[Tensor, "b t"] | None,
     attention_mask: Int[Tensor, "b s"] | None,
     shape: tuple[int, int],
-    lengths: Int[Tensor, "b 1"] | None,
+    before: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What this forward pass shows of the sequence: b rows, the newest t columns of s.
 
     Returns ``ids`` [b, t] (or None), ``position`` [b, t], ``real`` [b, t] and ``lengths``
-    [b, 1], the prompts' lengths in real tokens: given on later passes, counted on the first.
-    ``selected`` remembers, for this pass, what each rule selected.
+    [b, 1], the prompts' lengths in real tokens, counted on the first pass. ``selected`` remembers
+    for this pass what each rule selected; ``memory`` what later passes must know. Both lengths
+    and memory come from ``before``, the view of the pass before, where there is one.
     """
     rows, columns = shape
     if attention_mask is None:
@@ -40,11 +41,10 @@ def window(
         )
     real = attention_mask[:, -columns:] != 0
     position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
-    if lengths is None:
-        lengths = (attention_mask != 0).sum(1, keepdim=True)
-    lengths = lengths.to(position.device)
+    known = before or {"lengths": (attention_mask != 0).sum(1, keepdim=True), "memory": {}}
+    lengths = known["lengths"].to(position.device)
     found = {"ids": ids, "position": position, "real": real, "lengths": lengths}
-    return {**found, "selected": {}}
+    return {**found, "selected": {}, "memory": known["memory"]}
 
 
 def select(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:

@@ -30,6 +30,7 @@ def whole_run(
 
     ``lengths`` [b, 1] says how many real tokens of the first pass are the prompt's; all by default.
     """
+    view = None if lengths is None else {"lengths": lengths, "memory": {}}
     for number in Iterations()[:]:
         try:
             inputs = model.inputs
@@ -37,7 +38,7 @@ def whole_run(
             if number == 0:
                 raise
             return
-        lengths = one_pass(model, program, log, inputs, lengths)
+        view = one_pass(model, program, log, inputs, view)
 
 
 def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int | None) -> None:
@@ -56,11 +57,11 @@ def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int |
             "saefeat: an intervention was applied after the block had already read a layer, so the"
             " attention mask is gone. Call it before anything else in the block."
         ) from error
-    lengths = None
-    if step:
-        mask = inputs[1].get("attention_mask")
-        lengths = None if mask is None else (mask != 0).sum(1, keepdim=True) - step
-    lengths = one_pass(model, program, log, inputs, lengths)
+    view = None
+    mask = inputs[1].get("attention_mask")
+    if step and mask is not None:
+        view = {"lengths": (mask != 0).sum(1, keepdim=True) - step, "memory": {}}
+    view = one_pass(model, program, log, inputs, view)
     if step is not None or not generating(inputs[1]):
         return
     for _ in Iterations()[1:]:
@@ -68,7 +69,7 @@ def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int |
             inputs = model.inputs
         except OutOfOrderError:
             return
-        one_pass(model, program, log, inputs, lengths)
+        view = one_pass(model, program, log, inputs, view)
 
 
 def generating(kwargs: dict[str, Any]) -> bool:
@@ -77,13 +78,13 @@ def generating(kwargs: dict[str, Any]) -> bool:
 
 
 def one_pass(
-    model: Any, program: dict[str, Any], log: dict[str, Any] | None, inputs: tuple, lengths: Any
-) -> Any:
-    """Visit every site of one forward pass in order; return the prompts' lengths."""
+    model: Any, program: dict[str, Any], log: dict[str, Any] | None, inputs: tuple, before: Any
+) -> dict[str, Any]:
+    """Visit every site of one forward pass in order; return its view, for the next pass."""
     args, kwargs = inputs
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
-    view = window(ids, kwargs.get("attention_mask"), tuple(shown.shape[:2]), lengths)
+    view = window(ids, kwargs.get("attention_mask"), tuple(shown.shape[:2]), before)
     held: dict[int, Any] = {}
     for stop in program["visits"]:
         envoy = locate(model, stop["path"])
@@ -99,7 +100,7 @@ def one_pass(
     if log is not None:
         log["passes"] += 1
         log["view"] = view
-    return view["lengths"]
+    return view
 
 
 def locate(root: Any, path: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import LatentError, explain
 from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
-from ..latents import Latents
+from ..latents import Latents, as_latents
 from ..records import Fired, Readings, Receipt, join_time
 from ..tokens import Tokens
 
@@ -117,6 +117,44 @@ class Intervention(ABC):
         return Receipt(tuple(rows), passes=log["passes"])
 
 
+@final
+@dataclass(frozen=True, init=False)
+class When:
+    """A condition on other latents: an edit acts only at tokens where it is met.
+
+    It is met where any of the latents is above the threshold; for all of them, chain two edits.
+    A direction is a latent too, so a probe's weight vector is a condition.
+
+    Args:
+        latents: ``Latents``, or a dictionary (all its latents), read no later than the edit writes.
+        above: the threshold.
+        hold: once met, met for the rest of the sequence, generated tokens included.
+
+    Raises:
+        LatentError: for an empty selection.
+
+    Example:
+        >>> harm = sf.Direction(torch.ones(8), site="resid_post.0")
+        >>> sf.Clamp(harm, 0.0, when=sf.When(harm, above=2.0))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        Clamp(Latents(1: resid_post.0 [0]), value=0.0,
+              when=When(Latents(1: resid_post.0 [0]), above=2.0))
+    """
+
+    latents: Latents
+    above: float
+    hold: bool
+
+    def __init__(self, latents: Any, *, above: float = 0.0, hold: bool = False) -> None:
+        object.__setattr__(self, "latents", as_latents(latents, "When"))
+        object.__setattr__(self, "above", float(above))
+        object.__setattr__(self, "hold", hold)
+
+    def __repr__(self) -> str:
+        hold = ", hold=True" if self.hold else ""
+        return f"When({self.latents!r}, above={self.above!r}{hold})"
+
+
 @dataclass(frozen=True)
 class Step(Intervention):
     """One verb on one selection. Subclasses are ``Ablate``, ``Clamp`` and ``Probe``."""
@@ -132,6 +170,11 @@ class Step(Intervention):
     @abstractmethod
     def rule(self) -> Tokens | None:
         """Where it acts; None means every real token the dictionary was trained on."""
+
+    @property
+    def condition(self) -> When | None:
+        """Where else it depends on; None means nothing."""
+        return None
 
     @property
     def reduction(self) -> str | None:

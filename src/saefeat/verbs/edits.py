@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import LatentError, explain
 from ..latents import as_latents
 from ..tokens import Tokens
-from .base import Change, Step, per_latent
+from .base import Change, Step, When, per_latent
 
 
 @final
@@ -26,6 +26,7 @@ class Ablate(Step):
         latents: ``Latents``, or a dictionary (all its latents).
         to: ``"zero"``, a number, or one value a latent [k].
         where: which tokens; every real token by default, prompt and generated.
+        when: a condition on other latents, token by token.
 
     Raises:
         LatentError: for an empty selection or values that do not fit it.
@@ -37,9 +38,15 @@ class Ablate(Step):
 
     to: Any
     where: Tokens | None
+    when: When | None
 
     def __init__(
-        self, latents: Any, *, to: str | float | Tensor = "zero", where: Tokens | None = None
+        self,
+        latents: Any,
+        *,
+        to: str | float | Tensor = "zero",
+        where: Tokens | None = None,
+        when: When | None = None,
     ) -> None:
         chosen = as_latents(latents, "Ablate")
         if isinstance(to, str) and to != "zero":
@@ -54,7 +61,7 @@ class Ablate(Step):
                 )
             )
         value = 0.0 if isinstance(to, str) else per_latent("Ablate", "to", to, chosen)
-        for name, given in (("latents", chosen), ("to", value), ("where", where)):
+        for name, given in (("latents", chosen), ("to", value), ("where", where), ("when", when)):
             object.__setattr__(self, name, given)
 
     @property
@@ -65,9 +72,13 @@ class Ablate(Step):
     def rule(self) -> Tokens | None:
         return self.where
 
+    @property
+    def condition(self) -> When | None:
+        return self.when
+
     def __repr__(self) -> str:
         to = "" if isinstance(self.to, float) and self.to == 0 else f", to={self.to!r}"
-        return f"Ablate({self.latents!r}{to}{_where(self.where)})"
+        return f"Ablate({self.latents!r}{to}{_where(self.where, self.when)})"
 
 
 @final
@@ -87,6 +98,7 @@ class Clamp(Step):
         low, high: bounds on f'.
         active_only: act only where f is not zero.
         where: which tokens; every real token by default, prompt and generated.
+        when: a condition on other latents, token by token.
 
     Raises:
         LatentError: for no change, two changes, or values that do not fit the selection.
@@ -103,6 +115,7 @@ class Clamp(Step):
     high: Any
     active_only: bool
     where: Tokens | None
+    when: When | None
 
     def __init__(
         self,
@@ -115,6 +128,7 @@ class Clamp(Step):
         high: float | None = None,
         active_only: bool = False,
         where: Tokens | None = None,
+        when: When | None = None,
     ) -> None:
         chosen = as_latents(latents, "Clamp")
         given = {"value": value, "scale": scale, "add": add, "low": low, "high": high}
@@ -124,6 +138,7 @@ class Clamp(Step):
             object.__setattr__(self, name, per_latent("Clamp", name, number, chosen))
         object.__setattr__(self, "active_only", active_only)
         object.__setattr__(self, "where", where)
+        object.__setattr__(self, "when", when)
 
     @property
     def change(self) -> Change:
@@ -140,16 +155,21 @@ class Clamp(Step):
     def rule(self) -> Tokens | None:
         return self.where
 
+    @property
+    def condition(self) -> When | None:
+        return self.when
+
     def __repr__(self) -> str:
         names = ("value", "scale", "add", "low", "high")
         given = [(name, getattr(self, name)) for name in names]
         shown = "".join(f", {name}={value!r}" for name, value in given if value is not None)
         only = ", active_only=True" if self.active_only else ""
-        return f"Clamp({self.latents!r}{shown}{only}{_where(self.where)})"
+        return f"Clamp({self.latents!r}{shown}{only}{_where(self.where, self.when)})"
 
 
-def _where(where: Tokens | None) -> str:
-    return "" if where is None else f", where={where!r}"
+def _where(where: Tokens | None, when: When | None) -> str:
+    shown = "" if where is None else f", where={where!r}"
+    return shown if when is None else f"{shown}, when={when!r}"
 
 
 def _one_change(given: dict[str, Any]) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..dictionaries.base import Dictionary
+from ..errors import SiteError, explain
 from ..latents import index_tensor
 from ..sites import Place, Site, check_ready, check_width, find, torch_module
 from ..tokens import Tokens
-from .base import Intervention, Step, numbered
+from .base import Intervention, Step, When, numbered
 
 
 def lower(intervention: Intervention, model: Any, rows: slice = slice(None)) -> dict[str, Any]:
@@ -25,56 +24,86 @@ def lower(intervention: Intervention, model: Any, rows: slice = slice(None)) -> 
 
     Raises:
         ModelError: train mode with dropout, or a family without a site table.
-        SiteError: a layer the model lacks, or a dictionary of another width.
+        SiteError: a layer the model lacks, a dictionary of another width, or a condition that
+            is only known after the edit.
     """
-    module = torch_module(model)
-    check_ready(module, "saefeat")
-    visits: dict[Place, dict[str, Any]] = {}
+    builder = _Builder(model, rows)
     for step, numbers in numbered(intervention):
         start = 0
         for number, (basis, indices) in zip(numbers, step.latents.parts, strict=True):
             stop = start + len(indices)
-            _add(visits, module, model, step, number, basis, indices, slice(start, stop), rows)  # type: ignore[arg-type]
+            builder.add(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
             start = stop
-    return {"visits": in_order(visits)}
+    return {"visits": in_order(builder.visits)}
 
 
-def _add(
-    visits: dict[Place, dict[str, Any]],
-    module: nn.Module,
-    model: Any,
-    step: Step,
-    number: int,
-    dictionary: Dictionary,
-    indices: tuple[int, ...],
-    span: slice,
-    rows: slice,
-) -> None:
-    """Append one dictionary's read, and its write if the step is an edit."""
-    check_width(module, dictionary.site, dictionary.d_in, "dictionary")
-    check_width(module, dictionary.write_site, dictionary.d_out, "dictionary")
-    columns = dictionary.columns(index_tensor(indices))
-    directions = columns.pop("directions")
-    place = find(module, dictionary.site)
-    read = {
-        "do": "read",
-        "id": number,
-        "tensors": columns,
-        "rule": (step.rule or default_rule(dictionary, model)).rule,
-        "record": step.change is None,
-        "reduce": step.reduction,
-        "transform": place.transform,
-        "eps": place.eps,
-        "plus": place.plus,
-    }
-    if place.plus is not None:
-        add_stash(visits, place.plus, dictionary.site.layer)
-    add_visit(visits, place, dictionary.site.order)["actions"].append(read)
-    if step.change is not None:
-        tensors = {"directions": directions, **step.change.take(span, rows)}
-        write = {"do": "write", "id": number, "tensors": tensors}
-        target = find(module, dictionary.write_site)
-        add_visit(visits, target, dictionary.write_site.order)["actions"].append(write)
+class _Builder:
+    """Collects visits for one model; steps must be added in the intervention's order."""
+
+    def __init__(self, model: Any, rows: slice) -> None:
+        self.model, self.rows = model, rows
+        self.module = torch_module(model)
+        self.visits: dict[Place, dict[str, Any]] = {}
+        check_ready(self.module, "saefeat")
+
+    def add(
+        self,
+        step: Step,
+        number: int,
+        dictionary: Dictionary,
+        indices: tuple[int, ...],
+        span: slice,
+    ) -> None:
+        """One dictionary of a step: its read, and its condition and write if it is an edit."""
+        columns = self._columns(dictionary, indices)
+        directions = columns.pop("directions")
+        rule = step.rule or default_rule(dictionary, self.model)
+        read = {"do": "read", "id": number, "tensors": columns, "rule": rule.rule}
+        read |= {"record": step.change is None, "reduce": step.reduction}
+        self._reach(dictionary.site, read)
+        if step.change is None:
+            return
+        when = step.condition
+        key = None if when is None else self._condition(step, when, number, dictionary)
+        tensors = {"directions": directions, **step.change.take(span, self.rows)}
+        write = {"do": "write", "id": number, "tensors": tensors, "when": key}
+        place = find(self.module, dictionary.write_site)
+        add_visit(self.visits, place, dictionary.write_site.order)["actions"].append(write)
+
+    def _condition(self, step: Step, when: When, number: int, edited: Dictionary) -> str:
+        """Test actions for a condition; they must be reached no later than the write."""
+        key = f"when-{number}"
+        for basis, indices in when.latents.parts:
+            dictionary: Dictionary = basis  # type: ignore[assignment]
+            if dictionary.site.order > edited.write_site.order:
+                raise SiteError(
+                    explain(
+                        "when",
+                        "latents",
+                        got=f"read at {dictionary.site}",
+                        wanted=f"a site no later than {edited.write_site}, where {step!r} writes",
+                        cause="the model reaches the condition after the edit",
+                        call="condition on an earlier site, or edit a later one",
+                    )
+                )
+            columns = self._columns(dictionary, indices)
+            del columns["directions"]
+            test = {"do": "test", "id": key, "tensors": columns}
+            self._reach(dictionary.site, test | {"above": when.above, "hold": when.hold})
+        return key
+
+    def _columns(self, dictionary: Dictionary, indices: tuple[int, ...]) -> dict[str, Any]:
+        check_width(self.module, dictionary.site, dictionary.d_in, "dictionary")
+        check_width(self.module, dictionary.write_site, dictionary.d_out, "dictionary")
+        return dictionary.columns(index_tensor(indices))
+
+    def _reach(self, site: Site, action: dict[str, Any]) -> None:
+        """Put an action that reads a site where its value is whole."""
+        place = find(self.module, site)
+        action |= {"transform": place.transform, "eps": place.eps, "plus": place.plus}
+        if place.plus is not None:
+            add_stash(self.visits, place.plus, site.layer)
+        add_visit(self.visits, place, site.order)["actions"].append(action)
 
 
 def add_visit(
