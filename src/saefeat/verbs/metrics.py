@@ -11,12 +11,29 @@ from torch import Tensor
 
 from ..errors import PromptError, explain
 
-TokenSpec = str | int | Sequence[str | int]
+
+@final
+class BaselineTop:
+    """Each prompt's most likely next token under the baseline run, in place of a token.
+
+    The refusal paper's metric: the logit of what the steered run would say, minus that of the
+    refusal it replaces. Where both are one token the metric is zero for that prompt, which
+    ``Attribution.degenerate`` reports.
+
+    Example:
+        >>> sf.logit_diff(sf.BASELINE_TOP, 7)
+        logit_diff(BASELINE_TOP, 7)
+    """
+
+    def __repr__(self) -> str:
+        return "BASELINE_TOP"
+
+
+BASELINE_TOP = BaselineTop()
+
+TokenSpec = str | int | BaselineTop | Sequence[str | int]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """``scorer(logits [b, vocabulary], top [b]) -> [b]``; ``top`` is the baseline run's argmax."""
-
-BASELINE_TOP = "<baseline's own next token>"
-"""In ``logit_diff``: each prompt's most likely token under the baseline run (PAPER eq. 4)."""
 
 
 @final
@@ -101,7 +118,7 @@ def metric(function: Callable[[Tensor], Tensor], name: str = "metric") -> Metric
 
 def _group(tokenizer: Any, spec: TokenSpec) -> Tensor | None:
     """Ids [n], or None for the baseline's own token."""
-    if spec == BASELINE_TOP:
+    if isinstance(spec, BaselineTop):
         return None
     listed = [spec] if isinstance(spec, (str, int)) else list(spec)
     return torch.tensor([_token(tokenizer, one) for one in listed])
