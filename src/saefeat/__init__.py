@@ -8,7 +8,8 @@ Site(kind='resid_post', layer=3)
 from .attribution import Attribution
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Direction, Neurons, direction
-from .dictionaries.sae import SAE
+from .dictionaries.generic import Generic
+from .dictionaries.sae import SAE, ErrorTerm
 from .errors import (
     DictionaryError,
     FiringError,
@@ -53,8 +54,10 @@ __all__ = [
     "Dictionary",
     "DictionaryError",
     "Direction",
+    "ErrorTerm",
     "Fired",
     "FiringError",
+    "Generic",
     "GradientError",
     "IG",
     "Intervention",

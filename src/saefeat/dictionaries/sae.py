@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError, explain
-from ..kernel.encode import encode
+from ..kernel.encode import decode, encode
 from ..latents import index_tensor
 from ..sites import Site
 from .base import Dictionary, cast, require_shape
@@ -169,15 +169,32 @@ class SAE(Dictionary):
             [..., d_out] in the compute dtype, without the error term.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        columns = cast(self.columns(index_tensor(range(self.d_sae))), dtype, x.device)
+        columns = cast(self._whole(), dtype, x.device)
         x = x.to(dtype)
         f, scale = encode(columns, x)
-        out = f @ columns["directions"] + self._weights.read("b_dec").to(x.device, dtype)
-        # The mean that layer_norm and centering take away is the error term's business.
-        out = out if scale is None else out * scale
+        out = decode(columns, f, x, scale)
         if "W_skip" in self._weights.names():
             out = out + x @ self._weights.read("W_skip").to(x.device, dtype).T
-        return out + x.mean(-1, keepdim=True) if self.norm == "layer_norm" else out
+        return out
+
+    def error(self) -> ErrorTerm:
+        """What the SAE leaves unexplained, x − x̂, as a dictionary of one latent that is 1.
+
+        ``Ablate(sae.error())`` puts the reconstruction in place of x; ``Clamp(sae.error(),
+        scale=0.5)`` halves the error. It reads the whole SAE, not a selection.
+
+        Raises:
+            DictionaryError: for a transcoder, whose error lies at another site than its input.
+        """
+        return ErrorTerm(self)
+
+    def _whole(self) -> dict[str, Any]:
+        """All columns, with the decoder and its bias."""
+        columns = self.columns(index_tensor(range(self.d_sae)))
+        return columns | {
+            "decoder": columns["directions"],
+            "decoder_bias": self._weights.read("b_dec"),
+        }
 
     def fingerprint(self) -> str:
         return self._weights.fingerprint()
@@ -212,6 +229,42 @@ class SAE(Dictionary):
 
     def _shape(self, name: str, wanted: tuple[int, ...]) -> None:
         require_shape(name, torch.empty(self._weights.shape(name), device="meta"), wanted)
+
+
+@final
+class ErrorTerm(Dictionary):
+    """An SAE's error term as a dictionary; made by ``SAE.error``.
+
+    Args:
+        sae: the SAE whose error it is.
+
+    Raises:
+        DictionaryError: for a transcoder.
+
+    Example:
+        >>> tensors = {"W_enc": torch.randn(8, 32), "b_enc": torch.zeros(32),
+        ...            "W_dec": torch.randn(32, 8), "b_dec": torch.zeros(8)}
+        >>> sf.SAE.from_tensors(tensors, site="resid_post.1").error().d_sae
+        1
+    """
+
+    def __init__(self, sae: SAE) -> None:
+        if sae.site != sae.write_site:
+            _one_of("kind of dictionary", "a transcoder", ("an SAE, to have an error term",))
+        self._sae = sae
+        self.site = self.write_site = sae.site
+        self.d_in = self.d_out = sae.d_in
+        self.d_sae = 1
+        self.name = f"error of {sae.name}"
+        self.excluded = sae.excluded
+
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        columns = self._sae._whole()
+        own = {"inner": columns["activation"], "activation": "error"}
+        return columns | own | {"directions": torch.ones(len(indices), self.d_in)}
+
+    def fingerprint(self) -> str:
+        return f"error-{self._sae.fingerprint()}"
 
 
 def _one_of(parameter: str, got: str, wanted: Any) -> None:

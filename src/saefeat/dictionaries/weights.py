@@ -1,13 +1,21 @@
-"""Where an SAE's tensors come from: memory, or a safetensors file read a slice at a time."""
+"""Where an SAE's tensors come from: memory, or a file read a slice at a time.
+
+Files are safetensors or npz; ``Mapped`` reads another library's file under sae-lens's names.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -136,13 +144,218 @@ class OnDisk(Weights):
 
     def fingerprint(self) -> str:
         """Hash of the size and of the first and last MiB: header, shapes and some weights."""
-        size = self.path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with self.path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-        return digest.hexdigest()[:16]
+        return _file_hash(self.path)
+
+
+@dataclass(frozen=True)
+class View:
+    """Where one tensor of an SAE lies in a file written by another library.
+
+    Args:
+        name: the tensor's name in the file.
+        transposed: whether the file holds the matrix the other way round.
+        scale: a factor, or one factor a row [n] (a row of ``W_dec`` is a latent).
+    """
+
+    name: str
+    transposed: bool = False
+    scale: float | Tensor = 1.0
+
+
+@final
+class Mapped(Weights):
+    """Another file's tensors under sae-lens's names: renamed, transposed, scaled, in slices.
+
+    Args:
+        source: the file as it is.
+        views: sae-lens name → where it lies; what is not listed is not there.
+        constants: tensors the file does not hold as such, [d_sae] each (one threshold for all
+            latents, a bias of zeros), kept in memory.
+
+    Raises:
+        DictionaryError: for a tensor the file lacks.
+    """
+
+    def __init__(
+        self,
+        source: Weights,
+        views: Mapping[str, View],
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._source, self._views = source, dict(views)
+        self._constants = InMemory(constants or {})
+        missing = sorted({view.name for view in self._views.values()} - source.names())
+        if missing:
+            raise DictionaryError(
+                explain(
+                    "load_sae",
+                    "folder",
+                    got=f"a file without {', '.join(missing)}",
+                    wanted="what its layout has; it holds " + ", ".join(sorted(source.names())),
+                    cause="another layout or architecture than its configuration declares",
+                    call="fetch the file again, or convert it to sae-lens's native layout",
+                )
+            )
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._views) | self._constants.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._views:
+            return self._constants.shape(name)
+        view = self._views[name]
+        shape = self._source.shape(view.name)
+        return shape[::-1] if view.transposed else shape
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._views:
+            return self._constants.read(name)
+        view = self._views[name]
+        tensor = self._source.read(view.name)
+        tensor = tensor.T.contiguous() if view.transposed else tensor
+        return _scaled(tensor, view.scale)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        if name not in self._views:
+            return self._constants.rows(name, index)
+        view = self._views[name]
+        if view.transposed:
+            part = self._source.columns(view.name, index).T.contiguous()
+        else:
+            part = self._source.rows(view.name, index)
+        return _scaled(part, view.scale[index] if isinstance(view.scale, Tensor) else view.scale)
+
+    def columns(self, name: str, index: Tensor) -> Tensor:
+        view = self._views[name]
+        if view.transposed:
+            part = self._source.rows(view.name, index).T.contiguous()
+        else:
+            part = self._source.columns(view.name, index)
+        return _scaled(part, view.scale)
+
+    def fingerprint(self) -> str:
+        """The file's own, mixed with every factor that is not 1 and every constant."""
+        factors = {
+            name: torch.as_tensor(view.scale)
+            for name, view in self._views.items()
+            if isinstance(view.scale, Tensor) or view.scale != 1.0
+        }
+        found = factors | {name: self._constants.read(name) for name in self._constants.names()}
+        if not found:
+            return self._source.fingerprint()
+        both = self._source.fingerprint() + InMemory(found).fingerprint()
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
+
+
+@final
+class Npz(Weights):
+    """A NumPy archive, mapped where it is stored uncompressed, as Gemma Scope's are.
+
+    A compressed member cannot be read in parts: it is read whole, once, and kept.
+
+    Raises:
+        DictionaryError: for a file that is missing, not whole, or holds Python objects.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._whole: dict[str, Tensor] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._members = {
+                    info.filename.removesuffix(".npy"): _member(path, archive, info)
+                    for info in archive.infolist()
+                }
+        except (OSError, ValueError, zipfile.BadZipFile, struct.error) as error:
+            raise DictionaryError(
+                explain(
+                    "load_sae",
+                    "path",
+                    got=f"{path}, which cannot be read ({error})",
+                    wanted="a whole npz archive of plain arrays",
+                    cause="an interrupted download or copy, or a Git LFS pointer",
+                    call="fetch the file again and compare its size",
+                )
+            ) from error
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._members)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._members[name].shape
+
+    def read(self, name: str) -> Tensor:
+        return self._take(name, (...,))
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        return self._take(name, (index.numpy(),))
+
+    def columns(self, name: str, index: Tensor) -> Tensor:
+        return self._take(name, (slice(None), index.numpy()))
+
+    def fingerprint(self) -> str:
+        return _file_hash(self.path)
+
+    def _take(self, name: str, key: tuple[Any, ...]) -> Tensor:
+        """A copy of part of an array, so that nothing stays mapped."""
+        member = self._members[name]
+        if member.offset is None:
+            if name not in self._whole:
+                with np.load(self.path, allow_pickle=False) as archive:
+                    self._whole[name] = torch.from_numpy(archive[name])
+            array = self._whole[name].numpy()
+        else:
+            order = "F" if member.fortran else "C"
+            array = np.memmap(self.path, member.dtype, "r", member.offset, member.shape, order)
+        return _up(torch.from_numpy(np.array(array[key], order="C")))
+
+
+class _Member(NamedTuple):
+    """One array of an archive; ``offset`` is None where it is compressed."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool
+    offset: int | None
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+    """Read an array's header, and where its data starts in the archive."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            header = np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{info.filename} holds Python objects")
+        skip = file.tell()
+    if info.compress_type != zipfile.ZIP_STORED:
+        return _Member(shape, dtype, fortran, None)
+    with path.open("rb") as file:  # the local header repeats the name, with its own extra field
+        file.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    start = info.header_offset + 30 + name + extra + skip
+    if start + dtype.itemsize * math.prod(shape) > path.stat().st_size:
+        raise ValueError(f"{info.filename} is cut short")
+    return _Member(shape, dtype, fortran, start)
+
+
+def _scaled(part: Tensor, scale: float | Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return part * scale.to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
+    return part if scale == 1.0 else part * scale
+
+
+def _file_hash(path: Path) -> str:
+    """Hash of the size and of the first and last MiB: header, shapes and some weights."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def _run_of(index: Tensor) -> slice | None:

@@ -32,7 +32,7 @@ def moved(
     x: Float[Tensor, "*batch d_out"],
     step: Float[Tensor, "*batch k"],
     directions: Float[Tensor, "k d_out"],
-    scale: Float[Tensor, "*batch 1"] | None,
+    scale: Float[Tensor, "*batch _"] | None,
     mask: Bool[Tensor, "*batch 1"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
     """X + step · directions where the mask holds, x elsewhere, in x's own dtype.

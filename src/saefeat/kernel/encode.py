@@ -5,7 +5,8 @@ A ``columns`` dictionary holds the selected latents of one dictionary, k of them
 ===============  =============  ==============================================================
 key              shape          meaning
 ===============  =============  ==============================================================
-``activation``   str            identity | relu | jumprelu | gated | topk | abstopk
+``activation``   str            identity | relu | jumprelu | gated | topk | abstopk | error,
+                                or a function x [..., d_in] → f [..., k]
 ``encoder``      [d_in, k]      encoder columns (all of them, [d_in, d_sae], for topk kinds)
 ``bias``         [k]            encoder bias with the decoder bias folded in
 ``directions``   [k, d_out]     what one unit of the latent adds to the write site
@@ -15,6 +16,8 @@ key              shape          meaning
 ``k``            int            topk kinds only: how many latents stay active
 ``selected``     [k]            topk kinds only: which of the d_sae latents were asked for
 ``norm``         str            none | layer_norm | constant_norm_rescale
+``inner``        str            error only: the activation function of the SAE
+``decoder``      [d_sae, d]     error only, with ``decoder_bias`` [d]
 ===============  =============  ==============================================================
 
 sae-lens keeps the scale of the last two norms on the module between ``encode`` and ``decode``,
@@ -34,15 +37,36 @@ if TYPE_CHECKING:
 
 def encode(
     columns: dict[str, Any], x: Float[Tensor, "*batch d_in"]
-) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch 1"] | None]:
+) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch _"] | None]:
     """Activations of the selected latents, and the scale their directions carry.
+
+    The error term is one latent that is always 1 and whose direction is the error itself, so its
+    scale is [*batch, d_in] on a direction of ones.
 
     ``x`` must already be in the compute dtype (float32, or float64 for float64 models):
     a bfloat16 encode flips active latents. The scale is None where directions are constant.
     """
-    x, scale = normalize(columns["norm"], x)
-    h = x @ columns["encoder"]  # [*batch, k], or [*batch, d_sae] for topk kinds
+    own: Any = columns["activation"]
+    if not isinstance(own, str):  # a dictionary of somebody else's making
+        return own(x), None
+    z, scale = normalize(columns["norm"], x)
+    h = z @ columns["encoder"]  # [*batch, k], or [*batch, d_sae] for topk kinds
+    if columns["activation"] == "error":
+        f = activate({**columns, "activation": columns["inner"]}, h)
+        return torch.ones_like(x[..., :1]), x - decode(columns, f, x, scale)
     return activate(columns, h), scale
+
+
+def decode(
+    columns: dict[str, Any],
+    f: Float[Tensor, "*batch k"],
+    x: Float[Tensor, "*batch d_in"],
+    scale: Float[Tensor, "*batch 1"] | None,
+) -> Float[Tensor, "*batch d_out"]:
+    """The reconstruction from all latents; x and its scale undo an input normalization."""
+    out = f @ columns["decoder"] + columns["decoder_bias"]
+    out = out if scale is None else out * scale
+    return out + x.mean(dim=-1, keepdim=True) if columns["norm"] == "layer_norm" else out
 
 
 def normalize(
