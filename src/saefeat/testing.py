@@ -38,8 +38,8 @@ def check_dictionary(dictionary: Dictionary, *, seed: int = 0) -> None:
     x = torch.randn(2, 5, dictionary.d_in, generator=generator)
     shuffled = torch.randperm(dictionary.d_sae, generator=generator)[:7]
     _shapes(dictionary, x, shuffled)
-    _selection(dictionary, x, shuffled)
     _stateless(dictionary, x)
+    _selection(dictionary, x, shuffled)
     _storage(dictionary, shuffled)
     _zero_step(dictionary, x, shuffled)
     for bad in ([-1], [dictionary.d_sae], [0, 0]):

@@ -135,7 +135,7 @@ class SAE(Dictionary):
         columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
         columns |= self._biases(encoder, encoded)
         if sparse:
-            columns |= {"k": self.k, "selected": indices}
+            columns |= {"k": self.k, "selected": indices.clone()}
         if sparse and self.rescale:
             norms = self._weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
