@@ -31,6 +31,7 @@ class Dictionary(ABC):
         name: a short label for reports.
         excluded: token ids the dictionary was not trained on, or ``"special"`` for all special
             tokens; edits and readings skip them by default.
+        origin: where it was loaded from, for provenance; None for tensors made in memory.
 
     Example:
         >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.Dictionary)
@@ -44,6 +45,7 @@ class Dictionary(ABC):
     d_sae: int
     name: str
     excluded: tuple[int, ...] | str = ()
+    origin: Any = None
 
     @abstractmethod
     def columns(self, indices: Tensor) -> dict[str, Any]:

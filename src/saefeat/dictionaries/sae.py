@@ -129,11 +129,11 @@ class SAE(Dictionary):
         sparse = self.activation in ("topk", "abstopk")
         encoded = torch.arange(self.d_sae) if sparse else indices
         encoder = self._weights.columns("W_enc", encoded)  # [d_in, k]
-        if self.centered:  # (x − mean(x)) W = x (W − column means)
-            encoder = encoder - encoder.mean(0, keepdim=True)
         directions = self._weights.rows("W_dec", indices)  # [k, d_out]
         columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
-        columns |= self._biases(encoder, encoded)
+        columns |= self._biases(encoder, encoded)  # b_dec is subtracted after centering
+        if self.centered:  # (x − mean(x)) W = x (W − column means)
+            encoder = encoder - encoder.mean(0, keepdim=True)
         if sparse:
             columns |= {"k": self.k, "selected": indices.clone()}
         if sparse and self.rescale:

@@ -174,7 +174,7 @@ def provenance(model: Any, intervention: Intervention) -> Provenance:
     first = next(module.parameters())
     name = getattr(getattr(module, "config", None), "name_or_path", "") or "in memory"
     found = {
-        str(basis.site): f"{basis.name} {basis.fingerprint()}"  # type: ignore[attr-defined]
+        str(basis.site): f"{basis.origin or basis.name} {basis.fingerprint()}"  # type: ignore[attr-defined]
         for step in intervention.parts()
         for basis, _ in step.latents.parts
     }

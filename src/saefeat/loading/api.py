@@ -1,0 +1,162 @@
+"""``load_sae`` for one folder, ``load_saes`` for many folders or a release."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..dictionaries.base import Dictionaries
+from ..dictionaries.sae import SAE
+from ..errors import DictionaryError, SaefeatError, explain
+from ..sites import Site
+from . import directory, native
+from .entries import Entry, Ids, Sites, choose
+from .facts import Origin, Source
+from .layouts import detect, folders, read, whole
+from .released import Released
+
+
+def load_sae(
+    folder: str | Path, *, site: Site | str | None = None, write_site: Site | str | None = None
+) -> SAE:
+    """An SAE or transcoder from a folder; tensors are read when selected.
+
+    The layout is recognized by its files: sae-lens (``cfg.json``, ``sae_weights.safetensors``),
+    Gemma Scope (``params.npz``, or ``params.safetensors`` for the second), Llama Scope
+    (``hyperparams.json``, ``checkpoints/final.safetensors``), dictionary_learning
+    (``config.json``, ``ae.safetensors``) and sparsify (``cfg.json``, ``sae.safetensors``).
+
+    Args:
+        folder: holds the files of one SAE.
+        site: overrides the hook name the files declare; needed where they declare none.
+        write_site: overrides the output hook a transcoder declares.
+
+    Raises:
+        DictionaryError: for a missing, truncated or inconsistent file, a pickle, or what cannot
+            be computed from selected latents.
+        SiteError: for a hook name this version has no place for.
+
+    Example:
+        >>> from saefeat.studies.refusal import tiny
+        >>> sae = sf.load_sae(tiny.saes_folder("chat") / "resid_post_1")
+        >>> sae.site.hook, sae.d_sae
+        ('blocks.1.hook_resid_post', 512)
+    """
+    folder = Path(folder)
+    layout = detect(folder)
+    if layout is None:
+        raise _no_sae(folder)
+    source = Source.local(folder)
+    origin = Origin(whole(layout.facts, source).layout, str(folder), folder.name)
+    name = _label(folder)
+    return read(layout, source, origin, name=name, site=site, write_site=write_site)
+
+
+def load_saes(
+    source: str | Path,
+    *,
+    sites: str | Site | Iterable[Site | str] | None = None,
+    width: int | str | None = None,
+    l0: float | None = None,
+    ids: str | Mapping[Site | str, str] | Iterable[str] | None = None,
+) -> Dictionaries:
+    """One dictionary a site, from a folder of folders or from a release sae-lens lists.
+
+    A release is planned from sae-lens's directory alone: nothing is imported, fetched or read
+    until a dictionary is used. Files come from the Hugging Face cache where they are there.
+
+    Args:
+        source: a folder whose subfolders hold SAEs, a release's name, or with ``ids`` any
+            Hugging Face repository of sae-lens native folders.
+        sites: keep only these sites, or only this kind of site (``"resid_post"``).
+        width: keep only dictionaries of this many latents: a number, or a label (``"65k"``).
+        l0: at each site, the dictionary whose known L0 is nearest (the sparser of two).
+        ids: keep only these ids, or ids like these (``"*_big"``); a mapping says which site each
+            id is read at, and wins over what the files say.
+
+    Raises:
+        DictionaryError: if nothing fits, with near misses; for a file that is missing or not
+            whole.
+        SiteError: if several fit one site; ``width``, ``l0`` or ``ids`` choose.
+
+    Example:
+        >>> from saefeat.studies.refusal import tiny
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> {site.kind for site in saes}
+        {'resid_post'}
+        >>> scope = sf.load_saes("gemma-scope-2b-pt-res", sites="resid_post", width="65k", l0=100)
+        >>> scope[15].name
+        'gemma-scope-2b-pt-res/layer_15/width_65k/average_l0_127'
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return Dictionaries(_local(folder, sites, width, l0, ids))
+    release = _release(str(source), ids)
+    chosen = choose(release.entries, source, sites=sites, width=width, l0=l0, ids=ids)
+    return Dictionaries(Released(release, entry) for entry in chosen)
+
+
+def _release(name: str, ids: Ids) -> directory.Release:
+    """The release of this name, or the repository of this name that no release lists."""
+    if name not in directory.names() and ids and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        paths = [ids] if isinstance(ids, str) else ids.values() if isinstance(ids, Mapping) else ids
+        return directory.repository(name, list(paths))
+    return directory.release(name)
+
+
+def _local(
+    folder: Path, sites: Sites, width: int | str | None, l0: float | None, ids: Ids
+) -> list[SAE]:
+    entries = [_entry(path, folder) for path in folders(folder)]
+    if not entries:
+        raise _no_sae(folder)
+    chosen = choose(entries, folder, sites=sites, width=width, l0=l0, ids=ids)
+    return [_read(entry) for entry in chosen]
+
+
+def _entry(path: Path, parent: Path) -> Entry:
+    """What a folder's configuration declares, or why it cannot be read."""
+    name = path.relative_to(parent).as_posix()
+    layout = detect(path)
+    assert layout is not None
+    try:
+        facts = whole(layout.facts, Source.local(path))
+    except SaefeatError as error:
+        return Entry(name, str(path), hook=None, problem=str(error))
+    return Entry(name, str(path), facts.hook, facts.hook_out, facts.width, facts.l0)
+
+
+def _read(entry: Entry) -> SAE:
+    folder = Path(entry.path)
+    layout = detect(folder)
+    assert layout is not None
+    source = Source.local(folder)
+    origin = Origin(whole(layout.facts, source).layout, entry.path, entry.id)
+    return read(layout, source, origin, name=entry.id, site=entry.hook)
+
+
+def _label(folder: Path) -> str:
+    """A folder's name; with its parents where the name is one of many (``average_l0_82``)."""
+    parts = folder.absolute().parts
+    return "/".join(parts[-3:]) if folder.name.startswith("average_l0") else folder.name
+
+
+def _no_sae(folder: Path) -> DictionaryError:
+    inside = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
+    pickles = sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth")) if inside else []
+    return DictionaryError(
+        explain(
+            "load_sae",
+            "folder",
+            got=f"{folder}, "
+            + (f"which holds {', '.join(inside)}" if inside else "which is empty or not there"),
+            wanted=f"a folder of one SAE ({native.CONFIG} and {native.WEIGHTS}, params.npz, ...), "
+            "or for load_saes a folder of such folders",
+            cause=f"{pickles[0].name} is a pickle, which is not read"
+            if pickles
+            else "a wrong path, or an unknown layout",
+            call="load_sae(folder) for one, load_saes(parent) for many; "
+            "sae.save_inference_model(folder) in sae-lens writes the native layout",
+        )
+    )

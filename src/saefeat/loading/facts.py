@@ -1,0 +1,244 @@
+"""What a folder declares of its SAE before a tensor is read, and the SAE made from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..dictionaries.sae import SAE
+from ..dictionaries.weights import Weights
+from ..errors import DictionaryError, explain
+from ..sites import Site
+
+
+@dataclass(frozen=True)
+class Source:
+    """One SAE's folder, and what a release says of it beside the files.
+
+    Attributes:
+        folder: where the files are.
+        where: the path that site and width are deduced from where no file declares them.
+        overrides: configuration entries the release corrects.
+        scale: the release's activation norm factor, where it lists one.
+    """
+
+    folder: Path
+    where: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    scale: float | None = None
+
+    @classmethod
+    def local(cls, folder: Path) -> Source:
+        return cls(folder, folder.absolute().as_posix())
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is declared: how the SAE computes, where it reads and writes, how wide it is.
+
+    Attributes:
+        layout: the library whose files these are.
+        hook: TransformerLens name of the read site; None where nothing declares it.
+        hook_out: of the write site, for a transcoder that declares it.
+        transcoder: whether a write site is needed although none is declared.
+        width: latents, where declared.
+        l0: active latents a token, where declared.
+    """
+
+    layout: str
+    hook: str | None
+    hook_out: str | None = None
+    transcoder: bool = False
+    architecture: str = "standard"
+    norm: str = "none"
+    subtract_bias: bool = False
+    centered: bool = False
+    k: int | None = None
+    rescale: bool = False
+    excluded: tuple[int, ...] | str = ()
+    width: int | None = None
+    l0: float | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a loaded dictionary comes from; ``dictionary.origin`` after loading.
+
+    Attributes:
+        layout: the library whose files these are.
+        file: the weights, or the folder they lie in.
+        release: sae-lens's name, for a release.
+        id: the id in the release, or the folder's name.
+        repo: the Hugging Face repository.
+        revision: the commit the file belongs to, where the cache says so.
+    """
+
+    layout: str
+    file: str
+    id: str
+    release: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        if self.repo is None:
+            return f"{self.file} ({self.layout})"
+        return f"{self.release}/{self.id} ({self.repo}@{self.revision or 'unknown'}, {self.layout})"
+
+
+def assemble(
+    facts: Facts,
+    weights: Weights,
+    origin: Origin,
+    *,
+    name: str,
+    site: Site | str | None = None,
+    write_site: Site | str | None = None,
+) -> SAE:
+    """The SAE; a site given by the caller wins over the declared one.
+
+    Raises:
+        DictionaryError: without a site, or for tensors that do not fit the declaration.
+        SiteError: for a hook this version has no place for.
+    """
+    hook = site if site is not None else facts.hook
+    output = write_site if write_site is not None else facts.hook_out
+    if hook is None:
+        raise no_site(origin.file)
+    if facts.transcoder and output is None:
+        raise refuse(
+            origin.file,
+            "a transcoder that does not say where it writes",
+            "write_site=",
+            "a layout that leaves the output to the folder's name",
+            'load_sae(folder, site="mlp_in.3", write_site="mlp_out.3")',
+        )
+    sae = SAE(
+        weights,
+        architecture=facts.architecture,
+        site=hook,
+        write_site=output,
+        norm=facts.norm,
+        subtract_bias=facts.subtract_bias,
+        centered=facts.centered,
+        k=facts.k,
+        rescale=facts.rescale,
+        excluded=facts.excluded,
+        name=name,
+    )
+    sae.origin = origin
+    return sae
+
+
+def no_site(where: object) -> DictionaryError:
+    """The error for a dictionary of which nothing says where it reads."""
+    return DictionaryError(
+        explain(
+            "load_sae",
+            "site",
+            got=f"not declared by {where}",
+            wanted="a hook name in the file, or site=",
+            cause="a layout or a folder name that does not say where the SAE reads",
+            call='load_sae(folder, site="resid_post.3"), or '
+            'load_saes(parent, ids={"resid_post.3": "subfolder"})',
+        )
+    )
+
+
+def refuse(where: object, got: str, wanted: str, cause: str, call: str) -> DictionaryError:
+    """The error for a file that is whole, but that this library must not compute with."""
+    return DictionaryError(
+        explain("load_sae", "folder", got=f"{where}, {got}", wanted=wanted, cause=cause, call=call)
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file.
+
+    Raises:
+        DictionaryError: if it is not a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DictionaryError(
+            explain(
+                "load_sae",
+                "folder",
+                got=f"{path}, which is not JSON ({error})",
+                wanted=f"the configuration that belongs in {path.name}",
+                cause="an interrupted copy, or a Git LFS pointer",
+                call="fetch the file again",
+            )
+        ) from error
+    if isinstance(found, dict):
+        return found
+    raise refuse(path, "which holds no JSON object", "a configuration", "another file", "check it")
+
+
+def width_in(text: str) -> int | None:
+    """The number of latents a path or a release name tells, or None.
+
+    Example:
+        >>> from saefeat.loading.facts import width_in
+        >>> width_in("layer_12/width_65k/average_l0_72"), width_in("topk_width-2pow14")
+        (65536, 16384)
+    """
+    for pattern, value in _WIDTHS:
+        found = re.search(pattern, text, re.IGNORECASE)
+        if found:
+            return value(found[1])
+    return None
+
+
+def width_of(label: int | str) -> int:
+    """A width as a number: 65536 or ``"65536"`` as they are, ``"65k"`` and ``"64k"`` as 65,536.
+
+    Labels count in thousands or in 1,024s, as releases do: a label that is a power of two in
+    thousands means that power.
+
+    Raises:
+        DictionaryError: for a label that is neither.
+    """
+    if isinstance(label, int):
+        return label
+    found = re.fullmatch(r"(\d+)([km]?)", label.strip().lower())
+    if found is None:
+        raise DictionaryError(
+            explain(
+                "load_saes",
+                "width",
+                got=repr(label),
+                wanted='a number of latents, or a label such as "16k" or "1m"',
+                cause="a typing error",
+                call='load_saes(release, width="16k")',
+            )
+        )
+    count = int(found[1])
+    unit = {"": 1, "k": 1000, "m": 10**6}[found[2]]
+    if unit == 1:
+        return count
+    powers = [2**n for n in range(8, 31) if 2**n // unit == count]
+    return powers[0] if powers else count * {1000: 1024, 10**6: 2**20}[unit]
+
+
+_WIDTHS = (
+    (r"width_(\d+[km])", width_of),
+    (r"width-2pow(\d+)", lambda n: 2 ** int(n)),
+    (r"\bw-?(\d+k)\b", width_of),
+    (r"[-_](\d+k)(?:[-_/ ]|$)", width_of),
+    (r"[-_](\d+)x(?:[/ ]|$)", lambda n: 4096 * int(n)),  # Llama Scope: times d_model
+    (r"_ds(\d{3,})_", int),
+    (r"hook_[a-z_]+_(\d{3,})\b", int),
+    (r"hook_[a-z_]+_(\d{3,})(?:_|$)", int),
+)
+
+
+def l0_in(text: str) -> float | None:
+    """The L0 a path tells (``average_l0_72``), or None."""
+    found = re.search(r"(?:average_l0|l0)[_-](\d+(?:\.\d+)?)", text, re.IGNORECASE)
+    return float(found[1]) if found else None

@@ -1,0 +1,37 @@
+"""A dictionary from a sae-lens object in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..dictionaries.sae import SAE
+from ..dictionaries.weights import InMemory
+from ..sites import Site
+from .facts import Origin, assemble
+from .native import declared
+
+
+def from_sae_lens(
+    sae: Any, *, site: Site | str | None = None, write_site: Site | str | None = None
+) -> SAE:
+    """A dictionary from a sae-lens object; its tensors are shared, its state is never used.
+
+    Args:
+        sae: a ``sae_lens.SAE``.
+        site: overrides the hook name it declares.
+        write_site: overrides the output hook a transcoder declares.
+
+    Raises:
+        DictionaryError: for an architecture that cannot be computed from selected columns.
+        SiteError: for a hook name this version has no place for.
+
+    Example:
+        >>> sf.from_sae_lens.__name__
+        'from_sae_lens'
+    """
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving(state)
+    name = sae.get_name()
+    facts = declared(sae.cfg.to_dict(), name)
+    origin = Origin(layout="sae_lens", file="memory", id=name)
+    return assemble(facts, InMemory(state), origin, name=name, site=site, write_site=write_site)

@@ -1,0 +1,187 @@
+"""sae-lens's own layout: ``cfg.json`` beside ``sae_weights.safetensors``, old (flat) or new.
+
+Files of sae-lens before 6 differ in three ways, all handled: other key names, topk written as an
+activation function of a standard SAE, and a boolean for the normalization.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.weights import Mapped, OnDisk, View, Weights
+from ..errors import DictionaryError, explain
+from .facts import Facts, Source, l0_in, read_json, refuse
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+AVERAGE = "expected_average_only_in"
+_OLD = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
+_OLD |= {"activation_fn_str": "activation_fn"}
+
+
+def found(folder: Path) -> bool:
+    """Whether the folder has this layout; a configuration alone counts, and is then refused."""
+    return (folder / CONFIG).is_file()
+
+
+def facts(source: Source) -> Facts:
+    """What ``cfg.json`` declares.
+
+    Raises:
+        DictionaryError: for a missing or broken file, or what cannot be computed.
+    """
+    return declared(_config(source), str(source.folder), source.where)
+
+
+def declared(config: dict[str, Any], label: str, where: str = "") -> Facts:
+    """The facts in a sae-lens configuration dictionary.
+
+    Raises:
+        DictionaryError: for one attention head's SAE, or an activation sae-lens dropped.
+    """
+    flat = {**config, **(config.get("metadata") or {})}
+    flat |= {new: flat[old] for old, new in _OLD.items() if old in flat and new not in flat}
+    if flat.get("hook_head_index") is not None:
+        raise refuse(
+            label,
+            f"which reads head {flat['hook_head_index']} of {flat.get('hook_name')} alone",
+            "an SAE that reads a whole site",
+            "SAEs of one attention head have no site in this version",
+            "an SAE trained on all heads of the layer",
+        )
+    architecture, k = _architecture(flat, label)
+    transcoder = "transcoder" in architecture
+    pretrained = flat.get("model_from_pretrained_kwargs") or {}
+    norm = _norm(flat)
+    return Facts(
+        layout="sae_lens",
+        hook=flat.get("hook_name"),
+        hook_out=flat.get("hook_name_out") if transcoder else None,
+        architecture=architecture,
+        norm="none" if norm == AVERAGE else norm,
+        subtract_bias=not transcoder and bool(flat.get("apply_b_dec_to_input", True)),
+        centered=bool(pretrained.get("center_writing_weights", False)),
+        k=k,
+        rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
+        excluded=_excluded(flat.get("exclude_special_tokens")),
+        width=flat.get("d_sae"),
+        l0=l0_in(where) if k is None else float(k),
+    )
+
+
+def weights(source: Source) -> Weights:
+    """The tensors, read when selected; factors sae-lens keeps beside them are folded in.
+
+    Raises:
+        DictionaryError: for a file that is missing, not whole, or scaled without saying so.
+    """
+    config = _config(source)
+    file = OnDisk(existing(source.folder, WEIGHTS))
+    scale, gain = _scale(source, config), _finetuned(config, file, source)
+    if scale == 1.0 and gain is None:
+        return file
+    views = {name: View(name) for name in file.names()}
+    views["W_enc"] = View("W_enc", scale=scale)
+    views["b_dec"] = View("b_dec", scale=1 / scale)
+    views["W_dec"] = View("W_dec", scale=1 / scale if gain is None else gain / scale)
+    return Mapped(file, views)
+
+
+def existing(folder: Path, name: str) -> Path:
+    """The file, or an error that names it.
+
+    Raises:
+        DictionaryError: if it is not there.
+    """
+    if (folder / name).is_file():
+        return folder / name
+    raise DictionaryError(
+        explain(
+            "load_sae",
+            "folder",
+            got=f"{folder}, which has no {name}",
+            wanted=f"a folder of SAE files, such as sae-lens's {CONFIG} and {WEIGHTS}",
+            cause="a wrong path, an interrupted copy, or a layout that is not known",
+            call="sae.save_inference_model(folder) in sae-lens writes the native layout",
+        )
+    )
+
+
+def _config(source: Source) -> dict[str, Any]:
+    return {**read_json(existing(source.folder, CONFIG)), **source.overrides}
+
+
+def _architecture(flat: dict[str, Any], label: str) -> tuple[str, int | None]:
+    """Architecture and k; old files call a topk SAE standard, with topk as its activation."""
+    architecture = flat.get("architecture") or "standard"
+    activation = flat.get("activation_fn") or "relu"
+    k = flat.get("k")
+    if activation == "topk":
+        k = (flat.get("activation_fn_kwargs") or {}).get("k", k)
+        return "topk", k
+    if activation == "relu":
+        return architecture, k
+    raise refuse(
+        label,
+        f"whose activation function is {activation}",
+        "relu or topk",
+        "sae-lens 6 dropped the others and would read this one as relu, with other latents",
+        "an SAE with another activation function",
+    )
+
+
+def _norm(flat: dict[str, Any]) -> str:
+    norm = flat.get("normalize_activations")
+    if isinstance(norm, bool):
+        return AVERAGE if norm else "none"
+    return norm or "none"
+
+
+def _scale(source: Source, config: dict[str, Any]) -> float:
+    """The factor by which activations are multiplied before the SAE, 1 where it is folded in.
+
+    sae-lens writes ``none`` into a file whose factor is folded in, so a file that still asks for
+    it was not; without the factor its latents are off by that factor.
+    """
+    if _norm(config) != AVERAGE:
+        return 1.0
+    if source.scale is not None:
+        return source.scale
+    scaler = source.folder / "activation_scaler.json"
+    factor = read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+    if factor is None:
+        warnings.warn(
+            f"{source.folder} was trained on rescaled activations and does not say by how much; "
+            "it is read unscaled, as sae-lens reads it, so check its L0 before trusting it",
+            stacklevel=2,
+        )
+    return 1.0 if factor is None else float(factor)
+
+
+def _finetuned(config: dict[str, Any], file: OnDisk, source: Source) -> Tensor | None:
+    """One factor a latent, [d_sae], by which a fine-tuned SAE multiplies what it decodes."""
+    name = next(
+        (n for n in ("scaling_factor", "finetuning_scaling_factor") if n in file.names()), ""
+    )
+    factor = file.read(name) if name else torch.ones(())
+    if torch.allclose(factor, torch.ones_like(factor)):
+        return None
+    if config.get("finetuning_scaling_factor"):
+        return factor
+    raise refuse(
+        source.folder,
+        f"whose {name} is not 1 while its {CONFIG} says finetuning_scaling_factor = false",
+        "either of the two",
+        "a fine-tuned SAE saved with the configuration it started from",
+        f'"finetuning_scaling_factor": true in {CONFIG}, if its directions carry the factor',
+    )
+
+
+def _excluded(declared: object) -> tuple[int, ...] | str:
+    if isinstance(declared, (list, tuple)):
+        return tuple(int(token) for token in declared)
+    return "special" if declared else ()

@@ -1,0 +1,152 @@
+"""A dictionary of a release: its site is known at once, its files are read when asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, final
+
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary
+from ..dictionaries.sae import SAE
+from ..errors import DictionaryError, explain
+from ..sites import Site
+from . import hub
+from .directory import Release
+from .entries import Entry
+from .facts import Origin, Source
+from .from_object import from_sae_lens
+from .layouts import GEMMA_SCOPE, LLAMA_SCOPE, NATIVE, TRANSCODERS, Layout, read, whole
+
+_READ: dict[str, tuple[Layout, tuple[str, ...]]] = {
+    "sae_lens": (NATIVE, ("/cfg.json", "/sae_weights.safetensors")),
+    "gemma_2": (GEMMA_SCOPE, ("/params.npz",)),
+    "gemma_2_transcoder": (GEMMA_SCOPE, ("/params.npz",)),
+    "gemma_3": (GEMMA_SCOPE, ("/params.safetensors",)),
+    "llama_scope": (LLAMA_SCOPE, ("/hyperparams.json", "/checkpoints/final.safetensors")),
+    "llama_scope_r1_distill": (LLAMA_SCOPE, ("/config.json", "/sae_weights.safetensors")),
+    "mwhanna_transcoder": (TRANSCODERS, ("",)),
+}
+"""sae-lens conversion → the layout read here, and what follows the path in its files' names."""
+
+_PICKLED = {"dictionary_learning_1": ("/config.json", "/ae.pt")}
+"""Pickles go through sae-lens; the others are one file, at the path itself."""
+
+
+@final
+class Released(Dictionary):
+    """A dictionary whose files are fetched and read on first use, and checked then.
+
+    Safetensors and uncompressed npz files are read a slice at a time. Releases that are pickles
+    (dictionary_learning, Qwen Scope, Goodfire, DeepSeek-R1, hook_z-kk) are converted by sae-lens,
+    which is imported then, and stay in memory.
+
+    Args:
+        release: the release.
+        entry: which of its SAEs.
+
+    Raises:
+        SiteError: for a hook this version has no place for.
+    """
+
+    def __init__(self, release: Release, entry: Entry) -> None:
+        self.site = Site.parse(entry.hook or "")
+        self.write_site = Site.parse(entry.hook_out) if entry.hook_out else self.site
+        self.name = f"{release.name}/{entry.id}"
+        self._release, self._entry = release, entry
+
+    @cached_property
+    def sae(self) -> SAE:
+        """The dictionary itself.
+
+        Raises:
+            DictionaryError: for a file that is missing or cannot be computed with.
+        """
+        found = _open(self._release, self._entry, self.name)
+        if found.site == self.site and found.write_site == self.write_site:
+            return found
+        raise DictionaryError(
+            explain(
+                "load_saes",
+                "source",
+                got=f"{self.name}, at {self.site} by its name and at {found.site} by its file",
+                wanted="a name and a file that agree",
+                cause="a file under another SAE's name",
+                call=f'load_saes(release, ids={{"{found.site}": {self._entry.id!r}}}) '
+                "once you know which is right",
+            )
+        )
+
+    @property
+    def excluded(self) -> tuple[int, ...] | str:  # type: ignore[override]
+        return self.sae.excluded
+
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        return self.sae.columns(indices)
+
+    def fingerprint(self) -> str:
+        return self.sae.fingerprint()
+
+    def __getattr__(self, name: str) -> Any:
+        """Widths, ``reconstruct``, ``origin`` and whatever else the SAE has."""
+        if name.startswith("_") or name == "sae":
+            raise AttributeError(name)
+        return getattr(self.sae, name)
+
+    def __repr__(self) -> str:
+        if "sae" in vars(self):
+            return repr(self.sae)
+        at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"
+        width = f"{self._entry.width:,} latents" if self._entry.width else "width unknown"
+        l0 = f", L0 {self._entry.l0:g}" if self._entry.l0 is not None else ""
+        return f"SAE({self.name!r}, {at}, {width}{l0}, not read yet)"
+
+
+def files(release: Release, entry: Entry) -> list[str]:
+    """The files of the repository that an SAE is made of."""
+    if release.conversion == "connor_rob_hook_z":
+        return [entry.path.split(".pt")[0] + "_cfg.json", entry.path]
+    endings = _READ[release.conversion][1] if release.conversion in _READ else ("",)
+    return [entry.path + ending for ending in _PICKLED.get(release.conversion, endings)]
+
+
+def _open(release: Release, entry: Entry, name: str) -> SAE:
+    paths = [hub.fetch(release.repo, file) for file in files(release, entry)]
+    layout = _READ[release.conversion][0] if release.conversion in _READ else None
+    origin = Origin(
+        layout=release.conversion,
+        file=str(paths[-1]),
+        id=entry.id,
+        release=release.name,
+        repo=release.repo,
+        revision=hub.revision(paths[0]),
+    )
+    if layout is None:
+        return _converted(release, entry, origin, name)
+    where = f"{release.repo}/{entry.path}"
+    source = Source(paths[0].parent, where, release.overrides, entry.scale)
+    site = entry.hook if entry.given else whole(layout.facts, source).hook or entry.hook
+    return read(layout, source, origin, name=name, site=site, write_site=entry.hook_out)
+
+
+def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE:
+    """A pickle, converted by sae-lens and kept in memory."""
+    from sae_lens import SAE as SaeLens
+
+    try:
+        loaded = SaeLens.from_pretrained(release.name, entry.id, device="cpu")
+    except Exception as error:
+        raise DictionaryError(
+            explain(
+                "load_saes",
+                "source",
+                got=f"{name}, which sae-lens cannot convert ({type(error).__name__}: {error})",
+                wanted="a file its converter reads",
+                cause="a class or a file its converter was not written for",
+                call="another SAE of the release, or the weights in sae-lens's native layout",
+            )
+        ) from error
+    sae = from_sae_lens(loaded, site=entry.hook if entry.given else None)
+    sae.name = name
+    sae.origin = origin
+    return sae

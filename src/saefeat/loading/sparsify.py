@@ -1,0 +1,86 @@
+"""EleutherAI's sparsify: ``cfg.json`` beside ``sae.safetensors``, TopK SAEs and transcoders.
+
+Read as sparsify itself computes, which sae-lens 6.54 does not: b_dec is always subtracted from
+an SAE's input (``normalize_decoder`` concerns training alone), and W_dec is [d_sae, d_in].
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dictionaries.weights import Mapped, OnDisk, View, Weights
+from .facts import Facts, Source, read_json, refuse
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+
+
+def found(folder: Path) -> bool:
+    """Whether the folder has this layout: cfg.json beside sae.safetensors."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def facts(source: Source) -> Facts:
+    """What ``cfg.json`` declares; the site is in the folder's name, for whole blocks alone.
+
+    A folder of an MLP or attention module needs ``site=``: its output is ``hook_mlp_out`` in
+    most models, but not in Gemma-2 and Gemma-3, and the folder does not say which model it is.
+
+    Raises:
+        DictionaryError: for groupmax, and for coders shared among layers.
+    """
+    config = _config(source)
+    activation = config.get("activation", "topk")
+    if activation != "topk" or config.get("n_targets"):
+        raise refuse(
+            source.folder,
+            f"with activation {activation!r} and {config.get('n_targets', 0)} target layers",
+            "a topk coder of one layer",
+            "groupmax and cross-layer coders cannot be computed by this version",
+            "a coder trained with activation topk",
+        )
+    k = int(config["k"])
+    signed, transcode = bool(config.get("signed")), bool(config.get("transcode"))
+    block = re.fullmatch(r"(?:layers|h)[._](\d+)", source.folder.name)
+    return Facts(
+        layout="sparsify",
+        hook=f"blocks.{block[1]}.hook_resid_post" if block and not transcode else None,
+        transcoder=transcode,
+        architecture="abstopk" if signed else "topk",
+        subtract_bias=not transcode,
+        k=k,
+        width=config.get("num_latents") or config["d_in"] * config.get("expansion_factor", 0),
+        l0=float(k),
+    )
+
+
+def weights(source: Source) -> Weights:
+    """The tensors, renamed and transposed, read when selected.
+
+    Raises:
+        DictionaryError: for a file that is not whole.
+    """
+    file = OnDisk(source.folder / WEIGHTS)
+    views, constants = {}, {}
+    for name, plain in (("W_enc", "encoder.weight"), ("W_dec", "decoder.weight")):
+        views[name] = View(name) if name in file.names() else View(plain, transposed=True)
+    width = Mapped(file, views).shape("W_enc")
+    for name, plain, size in (
+        ("b_enc", "encoder.bias", width[1]),
+        ("b_dec", "decoder.bias", width[0]),
+    ):
+        there = [n for n in (name, plain) if n in file.names()]
+        if there:
+            views[name] = View(there[0])
+        else:
+            constants[name] = torch.zeros(size)
+    if "W_skip" in file.names():
+        views["W_skip"] = View("W_skip")
+    return Mapped(file, views, constants)
+
+
+def _config(source: Source) -> dict[str, Any]:
+    return {**read_json(source.folder / CONFIG), **source.overrides}

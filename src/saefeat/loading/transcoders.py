@@ -1,0 +1,36 @@
+"""The mwhanna transcoders: one ``layer_<n>.safetensors`` a layer in a repository's root.
+
+Tensors are sae-lens's, except that W_enc lies as [d_sae, d_in]. They read the MLP's input and
+write its output.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..dictionaries.weights import Mapped, OnDisk, View, Weights
+from .facts import Facts, Source
+
+
+def facts(source: Source) -> Facts:
+    """What the file's name declares."""
+    layer = re.search(r"layer_(\d+)\.safetensors$", source.where)
+    block = f"blocks.{layer[1]}." if layer else None
+    return Facts(
+        layout="circuit-tracer",
+        hook=block and block + "mlp.hook_in",
+        hook_out=block and block + "hook_mlp_out",
+        transcoder=True,
+        architecture="transcoder",
+    )
+
+
+def weights(source: Source) -> Weights:
+    """The tensors, read when selected.
+
+    Raises:
+        DictionaryError: for a file that is not whole.
+    """
+    file = OnDisk(source.folder / source.where.rsplit("/", 1)[-1])
+    views = {name: View(name) for name in file.names()}
+    return Mapped(file, views | {"W_enc": View("W_enc", transposed=True)})
