@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .dictionaries.base import Dictionaries
 from .dictionaries.direction import Neurons
 from .dictionaries.sae import SAE
-from .errors import SiteError, explain
+from .errors import DictionaryError, SiteError, explain
 from .execution.run import run
 from .prompts import Prompts
 from .sites import HOOKS, Site, check_ready, family, layer_count, torch_module, width_at
@@ -130,10 +130,10 @@ def verify(
     """
     module = torch_module(model)
     check_ready(module, "verify")
-    listed = [saes] if isinstance(saes, SAE) else [sae for sae in saes.values()]
+    listed = _listed(saes)
     wanted = {site for sae in listed for site in (*_candidates(module, sae), sae.write_site)}
     values = _values(model, module, prompts, wanted)
-    checks = tuple(_check(module, sae, values) for sae in listed if isinstance(sae, SAE))
+    checks = tuple(_check(module, sae, values) for sae in listed)
     found = Verification(checks, tokens=len(next(iter(values.values()))))
     if strict and not found.right:
         wrong = next(check for check in found.checks if not check.right)
@@ -148,6 +148,24 @@ def verify(
             )
         )
     return found
+
+
+def _listed(saes: Dictionaries | SAE) -> list[Any]:
+    """The dictionaries, all of which must be able to reconstruct."""
+    listed = list(saes.values()) if isinstance(saes, Dictionaries) else [saes]
+    unable = [sae for sae in listed if not hasattr(sae, "reconstruct")]
+    if not unable:
+        return listed
+    raise DictionaryError(
+        explain(
+            "verify",
+            "saes",
+            got=repr(unable[0]),
+            wanted="SAEs and transcoders, which reconstruct their site",
+            cause="a direction or a neuron basis has nothing to be held against",
+            call='verify(model, load_saes(..., sites="resid_post"), prompts)',
+        )
+    )
 
 
 def _candidates(module: nn.Module, sae: Any) -> list[Site]:
@@ -168,7 +186,7 @@ def _values(
     return {s: r.values[r.mask[..., 0]] for s, r in zip(ordered, readings, strict=True)}
 
 
-def _check(module: nn.Module, sae: SAE, values: dict[Site, Tensor]) -> Check:
+def _check(module: nn.Module, sae: Any, values: dict[Site, Tensor]) -> Check:
     scores = {}
     for site in _candidates(module, sae):
         target = values[site] if sae.site == sae.write_site else values[sae.write_site]

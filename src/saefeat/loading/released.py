@@ -81,6 +81,10 @@ class Released(Dictionary):
     def excluded(self) -> tuple[int, ...] | str:  # type: ignore[override]
         return self.sae.excluded
 
+    @property
+    def origin(self) -> Any:  # type: ignore[override]
+        return self.sae.origin
+
     def columns(self, indices: Tensor) -> dict[str, Any]:
         return self.sae.columns(indices)
 
@@ -88,7 +92,7 @@ class Released(Dictionary):
         return self.sae.fingerprint()
 
     def __getattr__(self, name: str) -> Any:
-        """Widths, ``reconstruct``, ``origin`` and whatever else the SAE has."""
+        """Widths, ``reconstruct`` and whatever else the SAE has."""
         if name.startswith("_") or name == "sae":
             raise AttributeError(name)
         return getattr(self.sae, name)
