@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from .errors import PromptError, explain
@@ -48,6 +49,39 @@ def encode_prompts(tokenizer: Any, prompts: Prompts) -> dict[str, Tensor]:
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def role_markers(tokenizer: Any, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that open a role's turn in the tokenizer's chat template, and those that end it.
+
+    Raises:
+        PromptError: without a chat template, or for a role it does not know.
+    """
+    mark, asked = "MARK", {"role": "user", "content": "ASKED"}
+    turns = {"user": [], "assistant": [asked], "system": []}.get(role, [asked])
+    tail = [asked] if role == "system" else []
+    try:
+        text = tokenizer.apply_chat_template(
+            [*turns, {"role": role, "content": mark}, *tail], tokenize=False
+        )
+        bare = tokenizer.apply_chat_template([asked], tokenize=False)
+        opened = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+    except (AttributeError, TypeError, ValueError, TemplateError) as error:
+        raise PromptError(
+            explain(
+                "Tokens.role",
+                "role",
+                got=f"{role!r}, which cannot be rendered ({error})",
+                wanted="a role of the tokenizer's chat template",
+                cause="a base model without a template, or a template without this role",
+                call="Tokens.ids(...) or Tokens.where(...) for texts that are not chats",
+            )
+        ) from error
+    before, after = text.split(mark)
+    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after, opened)]
+    header = ids[2][len(tokenizer(bare, add_special_tokens=False)["input_ids"])]
+    start = len(ids[0]) - 1 - ids[0][::-1].index(header)  # skips BOS and a default system block
+    return tuple(ids[0][start:]), tuple(ids[1][:1])
 
 
 def split(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:

@@ -65,6 +65,19 @@ class Tokens:
         return cls(("ids", tuple(int(i) for i in ids)))
 
     @classmethod
+    def special(cls) -> Tokens:
+        """The tokenizer's special tokens: BOS, turn markers and the like."""
+        return cls(("special",))
+
+    @classmethod
+    def role(cls, role: str) -> Tokens:
+        """The contents of one role's turns in a chat, without the template's own tokens.
+
+        Tokens generated after the prompt are the assistant's.
+        """
+        return cls(("role", role))
+
+    @classmethod
     def where(cls, function: Callable[[Tensor, Tensor], Tensor]) -> Tokens:
         """Tokens for which ``function(ids [b, t], position [b, t])`` is true, a bool [b, t]."""
         return cls(("where", function))
@@ -95,6 +108,8 @@ def _spell(rule: tuple, inner: bool = False) -> str:
         rest = list(rest[0])
     if kind == "where":
         rest = [getattr(rest[0], "__name__", "function")]
+    if kind == "role":
+        rest = [repr(rest[0])]
     return f"Tokens.{kind}({', '.join(str(part) for part in rest)})"
 
 

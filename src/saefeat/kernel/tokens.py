@@ -43,8 +43,12 @@ def window(
     position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
     known = before or {"lengths": (attention_mask != 0).sum(1, keepdim=True), "memory": {}}
     lengths = known["lengths"].to(position.device)
+    memory = known["memory"]
+    if ids is not None:  # with a cache a pass shows only new tokens; rules may look further back
+        whole = ids.shape[1] == attention_mask.shape[1] or "ids" not in memory
+        memory["ids"] = ids if whole else torch.cat([memory["ids"].to(ids.device), ids], 1)
     found = {"ids": ids, "position": position, "real": real, "lengths": lengths}
-    return {**found, "selected": {}, "memory": known["memory"]}
+    return {**found, "selected": {}, "memory": memory}
 
 
 def select(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:
@@ -79,7 +83,29 @@ def matches(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:
             "saefeat: this token rule looks at token ids, but the model was called with"
             " embeddings. Try: call it with input_ids, or use a rule over positions."
         )
+    if kind == "between":
+        return between(view["memory"]["ids"], *rest)[:, -position.shape[1] :]
     if kind == "ids":
         wanted = torch.tensor(rest[0], dtype=view["ids"].dtype, device=view["ids"].device)
         return torch.isin(view["ids"], wanted)
     return rest[0](view["ids"], position).to(torch.bool)
+
+
+def between(
+    ids: Int[Tensor, "b s"], start: tuple[int, ...], stop: tuple[int, ...]
+) -> Bool[Tensor, "b s"]:
+    """Tokens after a run of ids ``start`` and before the next run ``stop``, in every row."""
+    place = torch.arange(ids.shape[1], device=ids.device)
+    opened = torch.where(runs(ids, start), place + len(start), -1).cummax(1).values
+    closed = torch.where(runs(ids, stop), place, -1).cummax(1).values
+    return (opened >= 0) & (opened <= place) & (closed < opened)
+
+
+def runs(ids: Int[Tensor, "b s"], wanted: tuple[int, ...]) -> Bool[Tensor, "b s"]:
+    """Where a run of ids begins."""
+    found = torch.ones_like(ids, dtype=torch.bool)
+    for offset, token in enumerate(wanted):
+        shifted = torch.full_like(ids, -1)
+        shifted[:, : ids.shape[1] - offset] = ids[:, offset:]
+        found &= shifted == token
+    return found

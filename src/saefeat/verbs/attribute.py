@@ -33,7 +33,7 @@ from ..prompts import Prompts, encode_prompts, split
 from ..sites import Place, check_width, find, torch_module
 from ..tokens import Tokens
 from .base import Chain, Intervention
-from .lower import add_stash, add_visit, default_rule, in_order, lower
+from .lower import add_stash, add_visit, default_rule, in_order, lower, plain
 from .methods import AtP, Method
 from .metrics import Metric, Scorer
 
@@ -113,7 +113,7 @@ def _attribute(
         base = watch.run(model, batch, Chain(()), targets=watch.zeroed(clean.values))
     top = base.logits.argmax(-1)
     gradients = _mean_gradients(job.method, watch, scorer, model, batch, clean, base)
-    mask = select((job.where or Tokens.all()).rule, clean.view)
+    mask = select(plain((job.where or Tokens.all()).rule, model), clean.view)
     with torch.no_grad():
         zero = job.baseline is None
         rows = [
@@ -285,7 +285,7 @@ def _score(
 ) -> tuple[Tensor, ...]:
     """One dictionary's rows: prompt, position, latent, score, activation, change."""
     rule = where or default_rule(part.dictionary, model)
-    mask = select(rule.rule, clean.view)  # [b, t]
+    mask = select(plain(rule.rule, model), clean.view)  # [b, t]
     prompt = mask.nonzero()[:, 0]  # [n]
     before = lift(clean.values[part.read][mask], part.transform)  # [n, d_in]
     after = None if zero else lift(base.values[part.read][mask], part.transform)

@@ -12,6 +12,7 @@ from typing import Any
 from ..dictionaries.base import Dictionary
 from ..errors import SiteError, explain
 from ..latents import index_tensor
+from ..prompts import role_markers
 from ..sites import Place, Site, check_ready, check_width, find, torch_module
 from ..tokens import Tokens
 from .base import Intervention, Step, When, numbered
@@ -58,7 +59,8 @@ class _Builder:
         columns = self._columns(dictionary, indices)
         directions = columns.pop("directions")
         rule = step.rule or default_rule(dictionary, self.model)
-        read = {"do": "read", "id": number, "tensors": columns, "rule": rule.rule}
+        read = {"do": "read", "id": number, "tensors": columns}
+        read["rule"] = plain(rule.rule, self.model)
         read |= {"record": step.change is None, "reduce": step.reduction}
         self._reach(dictionary.site, read)
         if step.change is None:
@@ -127,6 +129,18 @@ def in_order(visits: dict[Place, dict[str, Any]]) -> list[dict[str, Any]]:
     for visit in visits.values():
         visit["actions"].sort(key=lambda action: action["do"] == "stash")
     return sorted(visits.values(), key=lambda visit: visit["order"])
+
+
+def plain(rule: tuple, model: Any) -> tuple:
+    """A rule without what only the tokenizer knows: special tokens and roles become ids."""
+    kind, *rest = rule
+    if kind in ("not", "and", "or"):
+        return (kind, *(plain(part, model) for part in rest))
+    if kind == "special":
+        return ("ids", _special(model))
+    if kind == "role":
+        return ("between", *role_markers(getattr(model, "tokenizer", None), rest[0]))
+    return rule
 
 
 def default_rule(dictionary: Dictionary, model: Any) -> Tokens:
