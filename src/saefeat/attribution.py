@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dictionaries.base import Dictionary
-from .errors import LatentError, explain
+from .errors import LatentError, SaefeatError, explain
 from .latents import Latents
 
 
@@ -82,6 +82,17 @@ class Attribution:
             keys [m, 2] (dictionary, latent), values, and the prompt of each row: [m] and [m]
             for ``"prompt"`` (for ``"dataset"`` the last is all zeros).
         """
+        if per not in ("dataset", "prompt"):
+            raise SaefeatError(
+                explain(
+                    "Attribution.totals",
+                    "per",
+                    got=repr(per),
+                    wanted='"dataset" or "prompt"',
+                    cause="a typing error",
+                    call='scores.totals(per="prompt")',
+                )
+            )
         rows = self.prompt if per == "prompt" else torch.zeros_like(self.prompt)
         keys = torch.stack([rows, self.dictionary, self.latent], 1)
         unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
@@ -116,10 +127,7 @@ class Attribution:
         """[k]: the mean score over the data set of each latent, zero where it never moved."""
         keys, values, _ = self.totals()
         table = {(int(d), int(i)): float(v) for (d, i), v in zip(keys, values, strict=True)}
-        place = {id(d): n for n, d in enumerate(self.dictionaries)}
-        return torch.tensor(
-            [table.get((place.get(id(b), -1), i), 0.0) for b, ix in latents.parts for i in ix]
-        )
+        return torch.tensor([table.get(pair, 0.0) for pair in _members(self.dictionaries, latents)])
 
     def _best(self, keys: Tensor, values: Tensor, k: int, within: Latents | None) -> Latents:
         if k < 1:
@@ -133,7 +141,7 @@ class Attribution:
                     call="scores.top(20)",
                 )
             )
-        allowed = None if within is None else _members(self.dictionaries, within)
+        allowed = None if within is None else set(_members(self.dictionaries, within))
         chosen: dict[Dictionary, list[int]] = {}
         taken = 0
         for row in values.argsort(descending=True).tolist():
@@ -171,6 +179,23 @@ def join_attributions(pieces: Sequence[Attribution]) -> Attribution:
     return Attribution(pieces[0].dictionaries, prompt, **scores, **prompts)
 
 
-def _members(dictionaries: Sequence[Dictionary], latents: Latents) -> set[tuple[int, int]]:
+def _members(dictionaries: Sequence[Dictionary], latents: Latents) -> list[tuple[int, int]]:
+    """(dictionary, latent) pairs in order.
+
+    Raises:
+        LatentError: for a dictionary that was not attributed; the same file loaded twice is two.
+    """
     place = {id(d): n for n, d in enumerate(dictionaries)}
-    return {(place[id(b)], i) for b, ix in latents.parts if id(b) in place for i in ix}
+    for basis, _ in latents.parts:
+        if id(basis) not in place:
+            raise LatentError(
+                explain(
+                    "Attribution",
+                    "latents",
+                    got=f"of {basis!r}",
+                    wanted="latents of the dictionaries that were attributed",
+                    cause="the dictionaries were loaded again, and are other objects",
+                    call="select from the same saes that Attribute was given",
+                )
+            )
+    return [(place[id(basis)], index) for basis, indices in latents.parts for index in indices]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Latents:
         Raises:
             LatentError: for an index that is negative, out of range, repeated or not whole.
         """
-        found = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        found = _listed(dictionary, indices)
         _check(dictionary, found)
         return cls(((dictionary, tuple(found)),) if found else ())
 
@@ -198,10 +198,18 @@ def index_tensor(indices: Iterable[int]) -> Tensor:
     return torch.tensor(list(indices), dtype=torch.long)
 
 
+def _listed(basis: Basis, indices: object) -> list[Any]:
+    """Indices as plain integers; numpy's and torch's own integers are integers too."""
+    flat = indices.tolist() if hasattr(indices, "tolist") else indices  # type: ignore[union-attr]
+    if not isinstance(flat, Iterable) or isinstance(flat, (str, bytes)):
+        flat = [repr(indices)]  # refused below, by its own name
+    return [i if isinstance(i, bool) else getattr(i, "__index__", lambda i=i: i)() for i in flat]
+
+
 def _check(basis: Basis, indices: list[int]) -> None:
     bad = [i for i in indices if isinstance(i, bool) or not isinstance(i, int)]
     bad = bad or [i for i in indices if not 0 <= i < basis.d_sae]
-    repeated = len(set(indices)) != len(indices)
+    repeated = not bad and len(set(indices)) != len(indices)
     if bad or repeated:
         raise LatentError(
             explain(

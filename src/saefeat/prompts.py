@@ -6,7 +6,7 @@ second one; and a batch padded on the right puts the last real token in another 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def encode_prompts(tokenizer: Any, prompts: Prompts) -> dict[str, Tensor]:
             id lists; a LongTensor [batch, tokens]; or a mapping with ``input_ids``.
 
     Raises:
-        PromptError: for no prompts, an empty prompt, mixed kinds, or a missing tokenizer.
+        PromptError: for no prompts, an empty one, no known kind, or a missing tokenizer.
 
     Example:
         >>> from saefeat.studies.refusal import tiny
@@ -39,7 +39,10 @@ def encode_prompts(tokenizer: Any, prompts: Prompts) -> dict[str, Tensor]:
         True
     """
     if isinstance(prompts, Mapping):
-        return _tensors(prompts["input_ids"], prompts.get("attention_mask"))
+        ids, mask = prompts.get("input_ids"), prompts.get("attention_mask")
+        if isinstance(ids, Tensor) and (mask is None or isinstance(mask, Tensor)):
+            return _tensors(ids, mask)
+        raise _unknown(prompts)
     if isinstance(prompts, Tensor):
         return _tensors(prompts, None)
     rows = [_row(tokenizer, prompt) for prompt in _listed(prompts)]
@@ -99,6 +102,8 @@ def _listed(prompts: Any) -> list[Any]:
     """A list of single prompts, whatever came."""
     if isinstance(prompts, str) or _is_chat(prompts):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise _unknown(prompts)
     listed = list(prompts)
     if listed and all(isinstance(token, int) for token in listed):
         return [listed]
@@ -119,7 +124,10 @@ def _listed(prompts: Any) -> list[Any]:
 def _row(tokenizer: Any, prompt: Any) -> list[int]:
     """One prompt's ids, with exactly the special tokens it should have."""
     if not isinstance(prompt, str) and not _is_chat(prompt):
-        ids = [int(token) for token in prompt]
+        listed = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+        if not isinstance(listed, Sequence) or not all(type(token) is int for token in listed):
+            raise _unknown(prompt)
+        ids = list(listed)
     elif tokenizer is None:
         raise PromptError(
             explain(
@@ -149,6 +157,19 @@ def _row(tokenizer: Any, prompt: Any) -> list[int]:
             wanted="at least one token",
             cause="an empty string and a tokenizer that adds no BOS",
             call="drop empty prompts first",
+        )
+    )
+
+
+def _unknown(prompt: object) -> PromptError:
+    return PromptError(
+        explain(
+            "prompts",
+            "prompts",
+            got=f"{prompt!r:.80}",
+            wanted="a string, a chat, a list of either, ids, or tensors with input_ids",
+            cause="kinds mixed in one list, or lists where tensors belong",
+            call='tokenizer(texts, return_tensors="pt", padding=True)',
         )
     )
 

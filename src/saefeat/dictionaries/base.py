@@ -73,17 +73,19 @@ class Dictionary(ABC):
         Returns:
             [..., k] in the compute dtype.
         """
-        chosen = range(self.d_sae) if indices is None else indices
-        index = chosen if isinstance(chosen, Tensor) else index_tensor(chosen)
+        index = self._index(indices)
         dtype = torch.promote_types(x.dtype, torch.float32)
         columns = cast(self.columns(index), dtype, x.device)
         return encode(columns, x.to(dtype))[0]
 
     def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
         """What one unit of each chosen latent adds to the write site: [k, d_out], float32."""
-        chosen = range(self.d_sae) if indices is None else indices
-        index = chosen if isinstance(chosen, Tensor) else index_tensor(chosen)
-        return self.columns(index)["directions"]
+        return self.columns(self._index(indices))["directions"]
+
+    def _index(self, indices: Iterable[int] | Tensor | None) -> Tensor:
+        """Indices as a tensor, refused as ``latents`` refuses them."""
+        parts = self.latents(indices).parts
+        return index_tensor(parts[0][1] if parts else ())
 
     def __repr__(self) -> str:
         at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"
@@ -145,7 +147,15 @@ class Dictionaries(Mapping[Site, Dictionary]):
         return len(self._found)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._found
+        try:
+            self.resolve(key)  # type: ignore[arg-type]
+        except SiteError:
+            return False
+        return True
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The dictionary at a site, or the default where there is none."""
+        return self[key] if key in self else default  # noqa: SIM401  (it would call itself)
 
     def resolve(self, key: Site | str | int) -> Site:
         """The site meant by a site, its name, or its layer.
@@ -193,21 +203,20 @@ class Dictionaries(Mapping[Site, Dictionary]):
         return f"Dictionaries({len(self)}\n{lines}\n)"
 
 
-def require_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """The tensor, or an error that names both shapes.
+def require_shape(name: str, got: tuple[int, ...], wanted: tuple[int | str, ...]) -> None:
+    """Refuse a tensor of another shape.
 
     Raises:
-        DictionaryError: if the shapes differ.
+        DictionaryError: naming both shapes.
     """
-    if tuple(tensor.shape) != wanted:
+    if got != wanted:
         raise DictionaryError(
             explain(
                 "dictionary",
                 name,
-                got=f"of shape {tuple(tensor.shape)}",
+                got=f"of shape {got}",
                 wanted=f"{wanted}",
                 cause="a transposed matrix, or tensors of two dictionaries mixed",
                 call="check the file against its cfg.json",
             )
         )
-    return tensor

@@ -43,13 +43,15 @@ class Direction(Dictionary):
         rows = torch.atleast_2d(vector.detach()).to(
             torch.promote_types(vector.dtype, torch.float32)
         )
-        if rows.ndim != 2 or not torch.isfinite(rows).all() or bool((rows.norm(dim=1) == 0).any()):
+        held = rows.ndim == 2 and 0 < len(rows) <= rows.shape[1]
+        if not held or not torch.isfinite(rows).all() or bool((rows.norm(dim=1) == 0).any()):
             raise DictionaryError(
                 explain(
                     "Direction",
                     "vector",
-                    got=f"of shape {tuple(vector.shape)}, with zero or non-finite rows",
-                    wanted="[d_model] or [k, d_model], finite and not zero",
+                    got=f"of shape {tuple(vector.shape)}"
+                    + (", zero or not finite" if held else ""),
+                    wanted="[d_model] or [k, d_model] with k <= d_model, finite and not zero",
                     cause="a difference of means between identical prompt sets",
                     call="check the activations the direction was made from",
                 )

@@ -204,7 +204,9 @@ class SAE(Dictionary):
         _one_of("norm", self.norm, NORMS)
         sparse = self.activation in ("topk", "abstopk")
         bias = () if self.activation == "gated" else ("b_enc",)
+        skip = ("W_skip",) if "skip" in self.architecture else ()
         wanted = {"W_enc", "W_dec", "b_dec", *bias, *_EXTRA.get(self.activation, ())}
+        wanted |= set(skip)
         missing = sorted(wanted - self._weights.names())
         if missing or (sparse and not self.k):
             raise DictionaryError(
@@ -217,18 +219,33 @@ class SAE(Dictionary):
                     call="pass architecture= as the release declares it",
                 )
             )
+        for name in ("W_enc", "W_dec"):
+            if len(self._weights.shape(name)) != 2:
+                self._shape(name, ("d_in", "d_sae") if name == "W_enc" else ("d_sae", "d_out"))
         d_in, d_sae = self._weights.shape("W_enc")
         self._shape("W_dec", (d_sae, self._weights.shape("W_dec")[-1]))
         self._shape("b_dec", (self._weights.shape("W_dec")[-1],))
-        for name in wanted - {"W_enc", "W_dec", "b_dec"}:
+        for name in wanted - {"W_enc", "W_dec", "b_dec", "W_skip"}:
             self._shape(name, (d_sae,))
+        if "transcoder" in self.architecture and self.site == self.write_site:
+            raise DictionaryError(
+                explain(
+                    f"transcoder {self.name!r}",
+                    "write_site",
+                    got="not declared by the file",
+                    wanted="metadata.hook_name_out, or write_site=",
+                    cause="a transcoder saved without its output hook; its directions do not"
+                    " belong where it reads",
+                    call='load_sae(folder, write_site="mlp_out.3")',
+                )
+            )
         if self.site == self.write_site:
             self._shape("W_dec", (d_sae, d_in))
         elif self.norm != "none":  # its scale belongs to the input, its directions to the output
             _one_of("norm of a transcoder", self.norm, ("none",))
 
-    def _shape(self, name: str, wanted: tuple[int, ...]) -> None:
-        require_shape(name, torch.empty(self._weights.shape(name), device="meta"), wanted)
+    def _shape(self, name: str, wanted: tuple[int | str, ...]) -> None:
+        require_shape(name, self._weights.shape(name), wanted)
 
 
 @final

@@ -129,7 +129,7 @@ class OnDisk(Weights):
         with safe_open(self.path, framework="pt") as file:
             part = file.get_slice(name)
             if run is not None:
-                return _up(part[run])
+                return _up(part[run]).clone()  # a slice maps the whole tensor
             return _up(torch.cat([part[i : i + 1] for i in index.tolist()]))
 
     def columns(self, name: str, index: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class OnDisk(Weights):
         with safe_open(self.path, framework="pt") as file:
             part = file.get_slice(name)
             if run is not None:
-                return _up(part[:, run].contiguous())
+                return _up(part[:, run]).clone()
             return _up(torch.cat([part[:, i : i + 1] for i in index.tolist()], dim=1))
 
     def fingerprint(self) -> str:

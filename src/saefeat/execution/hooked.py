@@ -11,10 +11,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..kernel.program import new_log, visit
-from ..kernel.tokens import window
+from ..kernel.tokens import past_length, window
+from ..kernel.trace import generating
 from ..sites import torch_module
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
@@ -29,8 +31,9 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
         intervention: what to apply.
 
     Yields:
-        The log, for ``intervention.readings(log)`` and ``intervention.receipt(log)``. Hooks are
-        gone when the block ends, also after an error or Ctrl-C.
+        The log, for ``intervention.readings(log)``, of the last sequence run, and
+        ``intervention.receipt(log)``, of all. Hooks are gone when the block ends, also after an
+        error or Ctrl-C.
 
     Raises:
         SiteError: a layer the model lacks, or a dictionary of another width.
@@ -50,7 +53,7 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
     module = torch_module(model)
     program = lower(intervention, model)
     log = new_log()
-    state: dict[str, Any] = {"view": None, "held": {}}
+    state: dict[str, Any] = {"view": None, "held": {}, "ends": program["ends"]}
     with ExitStack() as stack:
         start = module.register_forward_pre_hook(partial(_begin, state, log), with_kwargs=True)
         stack.callback(start.remove)
@@ -66,12 +69,20 @@ def _begin(
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    cache = kwargs.get("past_key_values")
-    fresh = cache is None or cache.get_seq_length() == 0
-    before = None if fresh else state["view"]
-    state["view"] = window(ids, mask, (shown.shape[0], shown.shape[1]), before)
+    past = past_length(kwargs.get("past_key_values"))
+    before = state["view"] if past or _grown(state["view"], ids, kwargs) else None
+    shape = (shown.shape[0], shown.shape[1])
+    state["view"] = window(ids, mask, shape, past, before, state["ends"])
     state["held"] = {}
     log["passes"] += 1
+
+
+def _grown(view: dict[str, Any] | None, ids: Tensor | None, kwargs: Any) -> bool:
+    """Whether a pass without a cache is generate feeding the last sequence with one token more."""
+    if view is None or ids is None or not generating(kwargs):
+        return False
+    last = view["memory"].get("ids")
+    return last is not None and torch.equal(ids[:, :-1], last)
 
 
 def _install(module: nn.Module, stop: dict[str, Any], state: dict[str, Any], log: Any) -> Any:

@@ -114,6 +114,7 @@ def _batch(
     The logits are read in an invoke of their own, since nothing of a block runs after its loop
     over forward passes has parked.
     """
+    program = {**program, "ends": {**program["ends"], "honored": True}}
     if new == 0:
         with torch.no_grad(), model.trace() as tracer:
             with tracer.invoke(batch):
@@ -173,16 +174,18 @@ def provenance(model: Any, intervention: Intervention) -> Provenance:
     module = torch_module(model)
     first = next(module.parameters())
     name = getattr(getattr(module, "config", None), "name_or_path", "") or "in memory"
-    found = {
-        str(basis.site): f"{basis.origin or basis.name} {basis.fingerprint()}"  # type: ignore[attr-defined]
-        for step in intervention.parts()
-        for basis, _ in step.latents.parts
-    }
+    found: dict[str, list[str]] = {}
+    for step in intervention.parts():
+        for basis, _ in step.latents.parts:
+            text = f"{basis.origin or basis.name} {basis.fingerprint()}"  # type: ignore[attr-defined]
+            names = found.setdefault(str(basis.site), [])
+            if text not in names:
+                names.append(text)
     return Provenance(
         model=f"{type(module).__name__} {name}",
         dtype=str(first.dtype).removeprefix("torch."),
         device=str(first.device),
-        dictionaries=found,
+        dictionaries={site: "; ".join(names) for site, names in found.items()},
         intervention=repr(intervention),
         versions=versions(),
         created=now(),

@@ -23,8 +23,10 @@ def changed(edit: dict[str, Any], f: Float[Tensor, "*batch k"]) -> Float[Tensor,
     that differ by example. ``active_only`` leaves latents at zero untouched.
     """
     new = f * edit["scale"] + edit["shift"]
-    if edit["low"] is not None or edit["high"] is not None:
-        new = torch.clamp(new, edit["low"], edit["high"])
+    if edit["low"] is not None:
+        new = torch.clamp(new, min=edit["low"])
+    if edit["high"] is not None:  # apart: torch.clamp takes no tensor with a number
+        new = torch.clamp(new, max=edit["high"])
     return torch.where(f != 0, new, f) if edit["active_only"] else new
 
 

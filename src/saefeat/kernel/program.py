@@ -58,6 +58,8 @@ def visit(
             mask, everywhere = selected(action["rule"], view, x.device)
             held[number] = (f, scale, mask, everywhere)
             if log is not None and action["record"]:
+                if view["whole"]:  # a run begins, or shows its whole sequence once more
+                    log["readings"][number], log["masks"][number] = [], []
                 record(log, number, action["reduce"], f.detach(), mask)
         else:
             f, scale, mask, everywhere = held[number]
@@ -167,7 +169,7 @@ def keep(
     return x
 
 
-def lift(x: Float[Tensor, "b t d"], action: dict[str, Any]) -> Float[Tensor, "b t d"]:
+def lift(x: Float[Tensor, "*batch d"], action: dict[str, Any]) -> Float[Tensor, "*batch d"]:
     """X in the compute dtype, through the site's own transform (a norm that is no module)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     eps = action["eps"]

@@ -20,19 +20,31 @@ def window(
     ids: Int[Tensor, "b t"] | None,
     attention_mask: Int[Tensor, "b s"] | None,
     shape: tuple[int, int],
+    past: int,
     before: dict[str, Any] | None,
+    ends: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What this forward pass shows of the sequence: b rows, the newest t columns of s.
 
-    Returns ``ids`` [b, t] (or None), ``position`` [b, t], ``real`` [b, t] and ``lengths``
-    [b, 1], the prompts' lengths in real tokens, counted on the first pass. ``selected`` remembers
-    for this pass what each rule selected; ``memory`` what later passes must know. Both lengths
-    and memory come from ``before``, the view of the pass before, where there is one.
+    Args:
+        ids: the tokens fed in this pass, or None for embeddings.
+        attention_mask: over past and new columns. generate drops a mask of ones, and then
+            ``past`` is all that tells a new token from the first.
+        shape: (b, t).
+        past: how many columns the key-value cache already holds.
+        before: the view of the pass before, or what is known of one.
+        ends: what a finished row looks like (see ``finished``), or None.
+
+    Returns:
+        ``ids`` [b, t] (or None), ``position`` [b, t], ``real`` [b, t] and ``lengths`` [b, 1], the
+        prompts' lengths in real tokens, counted on the first pass. ``selected`` remembers for
+        this pass what each rule selected; ``memory`` what later passes must know; ``whole`` is
+        true where the pass shows the sequence from its start.
     """
     rows, columns = shape
     if attention_mask is None:
         device = None if ids is None else ids.device
-        attention_mask = torch.ones(rows, columns, dtype=torch.long, device=device)
+        attention_mask = torch.ones(rows, past + columns, dtype=torch.long, device=device)
     if getattr(attention_mask, "ndim", 0) != 2:
         raise ValueError(
             "saefeat: the attention mask of this forward pass is not [batch, sequence], so padding"
@@ -42,13 +54,43 @@ def window(
     real = attention_mask[:, -columns:] != 0
     position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
     known = before or {"lengths": (attention_mask != 0).sum(1, keepdim=True), "memory": {}}
-    lengths = known["lengths"].to(position.device)
-    memory = known["memory"]
+    lengths, memory = known["lengths"].to(position.device), known["memory"]
     if ids is not None:  # with a cache a pass shows only new tokens; rules may look further back
         whole = ids.shape[1] == attention_mask.shape[1] or "ids" not in memory
         memory["ids"] = ids if whole else torch.cat([memory["ids"].to(ids.device), ids], 1)
+        if ends is not None:
+            real = real & ~finished(ids, position >= lengths, ends, memory)
     found = {"ids": ids, "position": position, "real": real, "lengths": lengths}
-    return {**found, "selected": {}, "memory": memory}
+    return {**found, "whole": past == 0, "selected": {}, "memory": memory}
+
+
+def finished(
+    ids: Int[Tensor, "b t"],
+    generated: Bool[Tensor, "b t"],
+    ends: dict[str, Any],
+    memory: dict[str, Any],
+) -> Bool[Tensor, "b t"]:
+    """Columns with which a finished row is filled while other rows go on generating.
+
+    ``ends`` holds ``stops``, the ids that end a row, ``pad``, the id it is filled with, and
+    ``honored``: whether generation is known to stop there. Then the stop token itself, fed back
+    only because other rows go on, is filling too. Where it is not known, filling is padding
+    behind a stop, so that a caller who ignores stop tokens has every token edited.
+    """
+    stops = torch.tensor(ends["stops"], dtype=ids.dtype, device=ids.device)
+    stop = torch.isin(ids, stops) & generated
+    carry = memory.get("stopped", torch.zeros_like(stop[:, :1])).to(ids.device)
+    over = stop.int().cummax(1).values.bool() | carry
+    memory["stopped"] = over[:, -1:]
+    if ends["honored"]:
+        return over
+    behind = torch.cat([carry, over[:, :-1]], 1)
+    return behind & (ids == ends["pad"])
+
+
+def past_length(cache: Any) -> int:
+    """How many columns a key-value cache holds; none without a cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def select(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 
 from .program import visit
-from .tokens import window
+from .tokens import past_length, window
 
 
 def whole_run(
@@ -57,10 +58,7 @@ def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int |
             "saefeat: an intervention was applied after the block had already read a layer, so the"
             " attention mask is gone. Call it before anything else in the block."
         ) from error
-    view = None
-    mask = inputs[1].get("attention_mask")
-    if step and mask is not None:
-        view = {"lengths": (mask != 0).sum(1, keepdim=True) - step, "memory": {}}
+    view = known_lengths(inputs, step) if step else None
     view = one_pass(model, program, log, inputs, view)
     if step is not None or not generating(inputs[1]):
         return
@@ -70,6 +68,17 @@ def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int |
         except OutOfOrderError:
             return
         view = one_pass(model, program, log, inputs, view)
+
+
+def known_lengths(inputs: tuple, step: int) -> dict[str, Any]:
+    """The prompts' lengths at a later pass: all tokens so far, less those generated."""
+    args, kwargs = inputs
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        total = past_length(kwargs.get("past_key_values")) + ids.shape[1]
+        return {"lengths": torch.full_like(ids[:, :1], total - step), "memory": {}}
+    return {"lengths": (mask != 0).sum(1, keepdim=True) - step, "memory": {}}
 
 
 def generating(kwargs: dict[str, Any]) -> bool:
@@ -84,7 +93,9 @@ def one_pass(
     args, kwargs = inputs
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
-    view = window(ids, kwargs.get("attention_mask"), tuple(shown.shape[:2]), before)
+    past = past_length(kwargs.get("past_key_values"))
+    mask, shape = kwargs.get("attention_mask"), tuple(shown.shape[:2])
+    view = window(ids, mask, shape, past, before, program.get("ends"))
     held: dict[int, Any] = {}
     for stop in program["visits"]:
         envoy = locate(model, stop["path"])

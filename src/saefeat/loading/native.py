@@ -117,7 +117,7 @@ def _config(source: Source) -> dict[str, Any]:
 
 def _architecture(flat: dict[str, Any], label: str) -> tuple[str, int | None]:
     """Architecture and k; old files call a topk SAE standard, with topk as its activation."""
-    architecture = flat.get("architecture") or "standard"
+    architecture = flat.get("architecture", "standard")
     activation = flat.get("activation_fn") or "relu"
     k = flat.get("k")
     if activation == "topk":

@@ -113,11 +113,13 @@ def _attribute(
         base = watch.run(model, batch, Chain(()), targets=watch.zeroed(clean.values))
     top = base.logits.argmax(-1)
     gradients = _mean_gradients(job.method, watch, scorer, model, batch, clean, base)
-    mask = select(plain((job.where or Tokens.all()).rule, model), clean.view)
+    rules = [job.where or default_rule(part.dictionary, model) for part in watch.parts]
+    scored = [select(plain(rule.rule, model), clean.view) for rule in rules]
     with torch.no_grad():
         zero = job.baseline is None
         rows = [
-            _score(part, job.where, model, clean, base, gradients, zero) for part in watch.parts
+            _score(part, mask, clean, base, gradients, zero)
+            for part, mask in zip(watch.parts, scored, strict=True)
         ]
         numbered = [(*row[:1], torch.full_like(row[0], n), *row[1:]) for n, row in enumerate(rows)]
         return Attribution(
@@ -125,7 +127,7 @@ def _attribute(
             *(torch.cat(column).cpu() for column in zip(*numbered, strict=True)),
             clean=scorer(clean.logits, top).float().cpu(),
             baseline=scorer(base.logits, top).float().cpu(),
-            tokens=mask.sum(1).cpu(),
+            tokens=torch.stack(scored).any(0).sum(1).cpu(),
         )
 
 
@@ -257,7 +259,7 @@ def _mean_gradients(
 
 def _gradients(values: Tensor, here: Pass, numbers: set[int]) -> dict[int, Tensor]:
     """∂(Σ metric)/∂x at each place; prompts do not mix, so rows are the prompts' own."""
-    if values.ndim != 1 or not values.requires_grad:
+    if values.shape != here.logits.shape[:1] or not values.requires_grad:
         raise GradientError(
             explain(
                 "Attribute",
@@ -276,16 +278,16 @@ def _gradients(values: Tensor, here: Pass, numbers: set[int]) -> dict[int, Tenso
 
 def _score(
     part: Part,
-    where: Tokens | None,
-    model: Any,
+    mask: Tensor,
     clean: Pass,
     base: Pass,
     gradients: dict[int, Tensor],
     zero: bool,
 ) -> tuple[Tensor, ...]:
-    """One dictionary's rows: prompt, position, latent, score, activation, change."""
-    rule = where or default_rule(part.dictionary, model)
-    mask = select(plain(rule.rule, model), clean.view)  # [b, t]
+    """One dictionary's rows: prompt, position, latent, score, activation, change.
+
+    ``mask`` [b, t] says which tokens are scored.
+    """
     prompt = mask.nonzero()[:, 0]  # [n]
     before = lift(clean.values[part.read][mask], part.transform)  # [n, d_in]
     after = None if zero else lift(base.values[part.read][mask], part.transform)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, final
 
 import torch
@@ -155,11 +155,20 @@ class When:
         return f"When({self.latents!r}, above={self.above!r}{hold})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step(Intervention):
     """One verb on one selection. Subclasses are ``Ablate``, ``Clamp`` and ``Probe``."""
 
     latents: Latents
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in every argument; values that are tensors must be equal too."""
+        return type(self) is type(other) and all(
+            _same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.latents))
 
     @property
     @abstractmethod
@@ -204,6 +213,12 @@ class Chain(Intervention):
         return " | ".join(map(repr, self.steps)) or "Chain(())"
 
 
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
 def _counts(entries: list[Any]) -> Tensor:
     """[passes, 3] from what the kernel noted: counts, or the steps themselves to be counted."""
     rows = [fired(*entry) if isinstance(entry, tuple) else entry for entry in entries]
@@ -230,9 +245,9 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> floa
     number = torch.as_tensor(value)
     finite = bool(torch.isfinite(number).all())
     if finite and number.ndim == 0:
-        return float(number)
+        return float(value)  # not through a tensor: 0.7 stays 0.7
     if finite and number.ndim in (1, 2) and number.shape[-1] == len(latents) and len(number):
-        return number.detach()
+        return number.detach().clone()
     raise LatentError(
         explain(
             where,

@@ -14,7 +14,7 @@ from .base import Change, Step, When, per_latent
 
 
 @final
-@dataclass(frozen=True, init=False, repr=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Ablate(Step):
     """Set latents to zero, or to given values: x' = x + (to − f) · directions.
 
@@ -82,7 +82,7 @@ class Ablate(Step):
 
 
 @final
-@dataclass(frozen=True, init=False, repr=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Clamp(Step):
     """Set, scale, shift or bound latents: f' = clip(scale · f + shift, low, high).
 
@@ -124,8 +124,8 @@ class Clamp(Step):
         *,
         scale: float | Tensor | None = None,
         add: float | Tensor | None = None,
-        low: float | None = None,
-        high: float | None = None,
+        low: float | Tensor | None = None,
+        high: float | Tensor | None = None,
         active_only: bool = False,
         where: Tokens | None = None,
         when: When | None = None,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ..dictionaries.base import Dictionary
 from ..errors import SiteError, explain
 from ..latents import index_tensor
@@ -35,7 +37,17 @@ def lower(intervention: Intervention, model: Any, rows: slice = slice(None)) -> 
             stop = start + len(indices)
             builder.add(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
             start = stop
-    return {"visits": in_order(builder.visits)}
+    return {"visits": in_order(builder.visits), "ends": _ends(builder.module)}
+
+
+def _ends(module: nn.Module) -> dict[str, Any]:
+    """How the model's own settings end a row, for ``kernel.tokens.finished``."""
+    config = getattr(module, "generation_config", None)
+    stops, pad = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
+    listed = stops if isinstance(stops, (list, tuple)) else [] if stops is None else [stops]
+    if pad is None:  # generate takes the first stop token then
+        pad = listed[0] if listed else -1
+    return {"stops": tuple(listed), "pad": pad, "honored": False}
 
 
 class _Builder:
@@ -70,6 +82,18 @@ class _Builder:
         tensors = {"directions": directions, **step.change.take(span, self.rows)}
         write = {"do": "write", "id": number, "tensors": tensors, "when": key}
         place = find(self.module, dictionary.write_site)
+        if place.transform is not None:
+            raise SiteError(
+                explain(
+                    repr(step),
+                    "latents",
+                    got=f"written at {dictionary.write_site}",
+                    wanted="a site that is a module's input or output",
+                    cause="the norm's value without its weight is computed, not passed on, so it"
+                    " can be read but not edited",
+                    call="a transcoder, which writes at mlp_out, or Probe",
+                )
+            )
         add_visit(self.visits, place, dictionary.write_site.order)["actions"].append(write)
 
     def _condition(self, step: Step, when: When, number: int, edited: Dictionary) -> str:

@@ -147,5 +147,17 @@ def _joined(logits: Tensor, top: Tensor, group: Tensor | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group is None:
         return logits.gather(1, top[:, None]).squeeze(1)
+    outside = [int(token) for token in group if not 0 <= token < logits.shape[1]]
+    if outside:
+        raise PromptError(
+            explain(
+                "metric",
+                "token",
+                got=outside[0],
+                wanted=f"an id in 0..{logits.shape[1] - 1}",
+                cause="an id of another model's vocabulary, or one counted from the end",
+                call='logit_diff("Here", "I") with strings',
+            )
+        )
     chosen = logits[:, group.to(logits.device)]
     return chosen.squeeze(1) if chosen.shape[1] == 1 else chosen.logsumexp(1)

@@ -12,7 +12,7 @@ from .base import Step
 
 
 @final
-@dataclass(frozen=True, init=False, repr=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Probe(Step):
     """Read latents' activations; nothing is changed.
 
