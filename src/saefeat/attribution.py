@@ -129,7 +129,27 @@ class Attribution:
         table = {(int(d), int(i)): float(v) for (d, i), v in zip(keys, values, strict=True)}
         return torch.tensor([table.get(pair, 0.0) for pair in _members(self.dictionaries, latents)])
 
+    def ranking(
+        self, k: int, *, within: Latents | None = None
+    ) -> tuple[tuple[Latents, float], ...]:
+        """The k best latents of the data set one by one, each with its mean score, best first."""
+        keys, values, _ = self.totals()
+        return tuple(
+            (Latents(((self.dictionaries[d], (i,)),)), score)
+            for d, i, score in self._ranked(keys, values, k, within)
+        )
+
     def _best(self, keys: Tensor, values: Tensor, k: int, within: Latents | None) -> Latents:
+        chosen: dict[Dictionary, list[int]] = {}
+        for number, index, _ in self._ranked(keys, values, k, within):
+            chosen.setdefault(self.dictionaries[number], []).append(index)
+        ordered = sorted(chosen.items(), key=lambda item: item[0].site.order)
+        return Latents(tuple((basis, tuple(indices)) for basis, indices in ordered))
+
+    def _ranked(
+        self, keys: Tensor, values: Tensor, k: int, within: Latents | None
+    ) -> list[tuple[int, int, float]]:
+        """(dictionary, latent, score) of the k highest positive scores, best first."""
         if k < 1:
             raise LatentError(
                 explain(
@@ -142,17 +162,14 @@ class Attribution:
                 )
             )
         allowed = None if within is None else set(_members(self.dictionaries, within))
-        chosen: dict[Dictionary, list[int]] = {}
-        taken = 0
-        for row in values.argsort(descending=True).tolist():
+        found: list[tuple[int, int, float]] = []
+        for row in values.argsort(descending=True, stable=True).tolist():
             pair = (int(keys[row, 0]), int(keys[row, 1]))
-            if taken == k or values[row] <= 0:
+            if len(found) == k or values[row] <= 0:
                 break
             if allowed is None or pair in allowed:
-                chosen.setdefault(self.dictionaries[pair[0]], []).append(pair[1])
-                taken += 1
-        ordered = sorted(chosen.items(), key=lambda item: item[0].site.order)
-        return Latents(tuple((basis, tuple(indices)) for basis, indices in ordered))
+                found.append((*pair, float(values[row])))
+        return found
 
     def __len__(self) -> int:
         return len(self.score)

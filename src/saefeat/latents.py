@@ -95,6 +95,15 @@ class Latents:
         """The sites selected from, in order, once each."""
         return tuple(dict.fromkeys(basis.site for basis, _ in self.parts))
 
+    def singles(self) -> tuple[Latents, ...]:
+        """Each latent as a selection of its own, in order: to try them one by one."""
+        return tuple(Latents(((basis, (i,)),)) for basis, indices in self.parts for i in indices)
+
+    def at(self, site: Site | str) -> Latents:
+        """Only the latents read at this site; empty if there are none."""
+        wanted = Site.parse(site)
+        return Latents(tuple(part for part in self.parts if part[0].site == wanted))
+
     def sample(self, n: int, *, seed: int) -> Latents:
         """N latents drawn without replacement: the raw material of a random control.
 

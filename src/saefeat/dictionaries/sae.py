@@ -12,6 +12,7 @@ What was checked against sae-lens 6.54, one architecture at a time:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, final
 
 import torch
@@ -129,7 +130,6 @@ class SAE(Dictionary):
         sparse = self.activation in ("topk", "abstopk")
         encoded = torch.arange(self.d_sae) if sparse else indices
         encoder = self._weights.columns("W_enc", encoded)  # [d_in, k]
-        directions = self._weights.rows("W_dec", indices)  # [k, d_out]
         columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
         columns |= self._biases(encoder, encoded)  # b_dec is subtracted after centering
         if self.centered:  # (x − mean(x)) W = x (W − column means)
@@ -139,8 +139,16 @@ class SAE(Dictionary):
         if sparse and self.rescale:
             norms = self._weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
-            directions = directions / norms[indices].unsqueeze(1)
-        return columns | {"encoder": encoder, "directions": directions}
+        return columns | {"encoder": encoder, "directions": self._rows(indices)}
+
+    def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
+        return self._rows(self._index(indices))  # without touching the encoder
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        """[k, d_out]: decoder rows, of unit norm where activations were rescaled by it."""
+        rows = self._weights.rows("W_dec", indices)
+        rescaled = self.rescale and self.activation in ("topk", "abstopk")
+        return rows / rows.norm(dim=1, keepdim=True) if rescaled else rows
 
     def _biases(self, encoder: Tensor, indices: Tensor) -> dict[str, Tensor]:
         """Bias, threshold, gate: everything of shape [k], with b_dec folded in."""
