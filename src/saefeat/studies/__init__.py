@@ -1,0 +1,1 @@
+"""Studies: whole investigations written against saefeat's public surface alone."""

@@ -1,0 +1,25 @@
+"""The refusal case study: which few latents make a chat model refuse.
+
+It reproduces section 4.1 of "Understanding Refusal in Language Models with Sparse Autoencoders"
+(arXiv 2505.23556) on an embedded tiny model, in minutes and without a network, and runs
+unchanged on real models. Everything is said in saefeat's public surface: nothing here reaches
+into the library, and the prompts, the judges and the report belong to the study alone.
+
+* ``data``: prompt sets, embedded or read from files.
+* ``judges``: refused, complied or broken.
+* ``lab``: model, dictionaries, prompts and settings in one place.
+* ``dictionaries``: whether the SAEs fit the model at all.
+* ``direction``: the refusal direction and the layer sweep.
+* ``selection``: CosSim, ActDiff, AP, CosSim+AP and random sets.
+* ``clamping``: sets of latents made into edits.
+* ``tuning``: budget, candidates and clamp, chosen on the val split.
+* ``suppression``, ``induction``, ``side_effects``, ``check``: the experiments.
+* ``experiments``: all of them in order; the results as data.
+* ``stats``, ``tables``, ``plots``, ``report``: how numbers are given and shown.
+* ``stages``: finished work on disk, so that an interrupted study resumes.
+* ``setup``, ``cli``: a lab from the command line.
+* ``tiny``: the embedded models, their SAEs and their language.
+
+From a shell: ``python -m saefeat.studies.refusal --output results``. From Python:
+``from saefeat.studies.refusal.cli import main``.
+"""

@@ -1,0 +1,27 @@
+"""Clamps: what a set of latents, or one set a prompt, does to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+import saefeat as sf
+
+
+def scaled(latents: sf.Latents, factor: float) -> sf.Intervention | None:
+    """F ← c · f for one set, at every token; None, which edits nothing, for an empty set."""
+    return sf.Clamp(latents, scale=factor) if len(latents) else None
+
+
+def scaled_per_prompt(sets: Sequence[sf.Latents], factor: float) -> sf.Intervention | None:
+    """F ← c · f for one set a prompt, all prompts in one run: latents of others are scaled by 1."""
+    latents, member = sf.stack(list(sets))
+    if not len(latents):
+        return None
+    return sf.Clamp(latents, scale=torch.where(member, factor, 1.0))
+
+
+def held(latents: sf.Latents, value: float) -> sf.Intervention | None:
+    """F ← v for one set, at every token."""
+    return sf.Clamp(latents, value) if len(latents) else None

@@ -1,0 +1,163 @@
+"""Directions, selections and clamps against slow and plain computations on the tiny model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import saefeat as sf
+from saefeat.studies.refusal import tiny
+from saefeat.studies.refusal.clamping import held, scaled, scaled_per_prompt
+from saefeat.studies.refusal.data import chats
+from saefeat.studies.refusal.direction import adding, last_token_mean, steering, sweep_layers
+from saefeat.studies.refusal.lab import keep_typical
+from saefeat.studies.refusal.selection import (
+    active,
+    attribution,
+    by_site,
+    cosines,
+    degenerate,
+    peaks,
+    random_like,
+    restored,
+    top_overall,
+    top_per_layer,
+)
+from saefeat.studies.refusal.setup import TINY, one_thread, tiny_lab
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    settings = replace(TINY, limit=12, steps=2, batch_size=12)
+    with one_thread():
+        yield tiny_lab(tmp_path_factory.mktemp("lab"), settings, lambda text: None, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def vector(lab):
+    site = sf.Site("resid_post", 2)
+    return last_token_mean(lab, lab.sets.harmful_train, site) - last_token_mean(
+        lab, lab.sets.harmless_train, site
+    )
+
+
+def hidden(lab, prompt, layer):
+    """One prompt on its own through the plain model: ids [t] and residual stream [t, d]."""
+    batch = sf.encode_prompts(lab.model.tokenizer, chats([prompt]))
+    with torch.no_grad():
+        states = lab.model._module(**batch, output_hidden_states=True).hidden_states
+    return batch["input_ids"][0], states[layer + 1][0]
+
+
+def test_the_direction_is_the_difference_of_last_token_means(lab, vector):
+    def mean(prompts):
+        return torch.stack([hidden(lab, prompt, 2)[1][-1] for prompt in prompts]).mean(0)
+
+    expected = mean(lab.sets.harmful_train) - mean(lab.sets.harmless_train)
+    torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cosim_is_the_brute_force_cosine(lab, vector):
+    pairs = []
+    for site in lab.saes:
+        file = tiny.saes_folder("chat") / f"resid_post_{site.layer}" / "sae_weights.safetensors"
+        rows = load_file(file)["W_dec"].double()
+        values = torch.nn.functional.cosine_similarity(rows, vector.double()[None], dim=1)
+        pairs += [(float(value), str(site), n) for n, value in enumerate(values)]
+    expected = {(site, n) for _, site, n in sorted(pairs, reverse=True)[:9]}
+    found = top_overall(lab.saes, cosines(lab.saes, vector), 9)
+    assert {(str(site), n) for site, n in found} == expected
+    each = top_per_layer(lab.saes, cosines(lab.saes, vector), 3)
+    for name, part in by_site(each):
+        best = sorted((v, n) for v, site, n in pairs if site == name)[-3:]
+        assert {n for _, n in part} == {n for _, n in best}
+
+
+def test_actdiff_is_the_brute_force_difference_of_peaks(lab):
+    site = sf.Site("resid_post", 1)
+    dictionary = lab.saes[site]
+    skipped = dictionary.excluded
+    skipped = lab.model.tokenizer.all_special_ids if skipped == "special" else list(skipped)
+
+    def peak(prompt):
+        ids, stream = hidden(lab, prompt, 1)
+        return dictionary.encode(stream[~torch.isin(ids, torch.tensor(skipped))]).amax(0)
+
+    def mean(prompts):
+        return torch.stack([peak(prompt) for prompt in prompts]).mean(0)
+
+    expected = mean(lab.sets.harmful_train) - mean(lab.sets.harmless_train)
+    harmful, harmless = peaks(lab, lab.sets.harmful_train), peaks(lab, lab.sets.harmless_train)
+    found = harmful[site] - harmless[site]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert set(top_overall(lab.saes, {site: found}, 4)) == {
+        (site, int(n)) for n in expected.topk(4).indices
+    }
+    firing = dict(by_site(active(lab.saes, harmful)))[str(site)]
+    assert {n for _, n in firing} == set((harmful[site] > 0).nonzero().squeeze(1).tolist())
+
+
+def test_cosim_ap_is_the_best_of_the_candidates(lab, vector):
+    scores = attribution(lab, lab.sets.harmful_test, steering(lab, vector))
+    near = top_per_layer(lab.saes, cosines(lab.saes, vector), 6)
+    values = scores.scores_of(near)
+    order = values.argsort(descending=True)[:3]
+    listed = list(near)
+    assert set(scores.top(3, within=near)) == {listed[i] for i in order.tolist()}
+    assert len(scores.top_per_prompt(3, within=near)) == len(lab.sets.harmful_test)
+
+
+def test_random_sets_match_in_number_and_layer_and_share_nothing(lab):
+    pool = lab.saes.latents({0: range(30), 1: range(20)})
+    like = lab.saes.latents({0: [3, 4], 1: [5]})
+    drawn = random_like(pool, like, seed=0)
+    assert {site: len(part) for site, part in by_site(drawn)} == {
+        "resid_post.0": 2,
+        "resid_post.1": 1,
+    }
+    assert not set(drawn) & set(like)
+    assert set(drawn) <= set(pool)
+    assert drawn == random_like(pool, like, seed=0) != random_like(pool, like, seed=1)
+
+
+def test_selections_survive_json(lab):
+    chosen = lab.saes.latents({1: [7, 3], 3: [500]})
+    assert restored(lab.saes, chosen.to_dict()) == chosen
+
+
+def test_local_sets_in_one_batch_are_each_prompt_alone(lab):
+    prompts = lab.sets.harmful_test[:3]
+    firing = [one for _, one in by_site(active(lab.saes, peaks(lab, prompts)))]
+    sets = [firing[1].sample(6, seed=n) | firing[2].sample(6, seed=n) for n in range(2)]
+    sets.append(sf.Latents(()))
+    together = lab.read(prompts, scaled_per_prompt(sets, -1.0)).logits
+    alone = [
+        lab.read([prompt], scaled(one, -1.0)).logits[0]
+        for prompt, one in zip(prompts, sets, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(together[0], lab.read(prompts[:1]).logits[0], atol=1e-3)
+
+
+def test_empty_sets_edit_nothing():
+    empty = sf.Latents(())
+    assert (
+        scaled(empty, -1.0) is scaled_per_prompt([empty, empty], -1.0) is held(empty, 3.0) is None
+    )
+
+
+def test_steering_removes_most_refusals_and_adding_makes_them(lab):
+    """The tiny model has what the study looks for: one direction that carries refusal."""
+    lab, kept = keep_typical(lab)
+    assert all(count >= 0.8 * of for count, of in kept.values())
+    layers = sweep_layers(lab)
+    best = torch.tensor(layers["directions"][layers["best"]])
+    base = lab.outcomes(lab.sets.harmful_test)
+    steered = lab.outcomes(lab.sets.harmful_test, steering(lab, best))
+    assert base["refusal"]["value"] >= 0.9
+    assert steered["refusal"]["value"] <= 0.3
+    assert steered["jailbreak"]["value"] >= 0.6
+    assert degenerate(lab, lab.sets.harmful_test, steering(lab, best)).sum() <= 4
+    induced = lab.outcomes(lab.sets.harmless_test, adding(best, layers["best"]))
+    assert induced["refusal"]["value"] >= 0.7
