@@ -205,13 +205,13 @@ def make_sae(
     dtype=torch.float32,
     **options,
 ) -> sf.SAE:
-    """A random SAE; transcoders read mlp_in and write mlp_out of the layer."""
+    """A random SAE; transcoders read mlp_norm and write mlp_out of the layer."""
     from saefeat.dictionaries.weights import InMemory
 
     transcoder = "transcoder" in architecture
-    site = site or (f"mlp_in.{layer}" if transcoder else f"resid_post.{layer}")
+    site = site or (f"mlp_norm.{layer}" if transcoder else f"resid_post.{layer}")
     if transcoder:
-        options.setdefault("write_site", site.replace("mlp_in", "mlp_out"))
+        options.setdefault("write_site", site.replace("mlp_norm", "mlp_out"))
         options.setdefault("subtract_bias", False)
     if architecture in ("topk", "abstopk"):
         options.setdefault("k", 7)

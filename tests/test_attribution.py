@@ -97,8 +97,8 @@ def grab(model, batch, sites, intervention=None) -> dict:
 
 
 def norm_input(site, x, model):
-    """mlp_in is the norm's input, normalized without its weight."""
-    if site.kind != "mlp_in":
+    """mlp_norm is the norm's input, normalized without its weight."""
+    if site.kind != "mlp_norm":
         return x
     place = find(model, site)
     if place.transform == "layer":
@@ -665,3 +665,10 @@ def test_attribute_then_ablate_then_probe_is_a_loop():
     low = sae.latents(keys[values.argsort()[:5], 1])
     down = (score_metric(sf.run(nn, batch, sf.Ablate(low)).logits) - scores.clean).mean()
     assert moved > 0 > down
+
+
+def test_a_baseline_that_never_acts():
+    """A baseline that selects no token gives all-zero scores, which read as 'no effect'."""
+    start = sf.Ablate(make_sae(), where=sf.Tokens.ids(99))
+    with pytest.raises(sf.FiringError):
+        sf.Attribute(make_sae(), METRIC, baseline=start)(wrapped(build("llama")), RAGGED)

@@ -161,7 +161,7 @@ def test_neighboring_rows_from_a_file_own_their_storage(tmp_path, indices):
 def test_site_and_name_come_from_the_file(pair):
     theirs, on_disk, _ = pair
     if "transcoder" in theirs.cfg.architecture():
-        assert str(on_disk.site) == "mlp_in.1" and str(on_disk.write_site) == "mlp_out.1"
+        assert str(on_disk.site) == "mlp_norm.1" and str(on_disk.write_site) == "mlp_out.1"
     else:
         assert on_disk.site == on_disk.write_site == sf.Site("resid_post", 1)
     assert (on_disk.d_in, on_disk.d_sae, on_disk.d_out) == (D_IN, D_SAE, D_IN)
@@ -475,7 +475,7 @@ def test_load_saes_reads_a_folder_of_folders(tmp_path):
         lens_sae("standard", metadata=hook).save_model(tmp_path / f"x{layer}")
     lens_sae("transcoder").save_model(tmp_path / "t")
     saes = sf.load_saes(tmp_path)
-    assert [str(site) for site in saes] == ["resid_post.0", "mlp_in.1", "resid_post.2"]
+    assert [str(site) for site in saes] == ["resid_post.0", "mlp_norm.1", "resid_post.2"]
     assert [str(site) for site in sf.load_saes(tmp_path, sites="resid_post")] == [
         "resid_post.0",
         "resid_post.2",
@@ -660,3 +660,9 @@ def test_stored_dtypes_are_computed_in_float32_at_least(tmp_path, dtype):
     wanted = torch.where(h > tensors["threshold"].double(), h.clamp(min=0), 0.0)
     assert sae.encode(x).dtype == torch.float64
     torch.testing.assert_close(sae.encode(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_value_of_zero_is_encoded_to_numbers():
+    x = torch.randn(2, 3, D)
+    x[0, 1] = 0
+    assert torch.isfinite(make_sae(norm="constant_norm_rescale").encode(x)).all()

@@ -270,7 +270,7 @@ def test_gemma_scope_npz(tmp_path, compressed):
     ("repo", "read", "write"),
     [
         ("gemma-scope-9b-pt-mlp", "mlp_out", None),
-        ("models--google--gemma-scope-2b-pt-transcoders/snapshots/abc", "mlp_in", "mlp_out"),
+        ("models--google--gemma-scope-2b-pt-transcoders/snapshots/abc", "mlp_norm", "mlp_out"),
     ],
 )
 def test_gemma_scope_sites_come_from_the_path(tmp_path, repo, read, write):
@@ -322,7 +322,7 @@ def test_a_llama_scope_transcoder_has_two_norms(tmp_path):
         "dataset_average_activation_norm": {"in": math.sqrt(D), "out": 0.5},
     }  # fmt: skip
     sae = sf.load_sae(llama(tmp_path, 1.0, **changes))
-    assert (str(sae.site), str(sae.write_site)) == ("mlp_in.8", "mlp_out.8")
+    assert (str(sae.site), str(sae.write_site)) == ("mlp_norm.8", "mlp_out.8")
     torch.testing.assert_close(sae.directions([3]), tensors()["W_dec"][[3]] * 0.5 / math.sqrt(D))
 
 

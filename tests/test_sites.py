@@ -73,12 +73,12 @@ def test_the_sites_add_up(family):
         assert at("mlp_out").std() > 1e-2 and at("attn_out").std() > 1e-2
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if "mlp_in" in TABLE[f][1]])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "mlp_norm" in TABLE[f][1]])
 def test_mlp_in_is_the_norm_without_its_weight(family):
-    """The module behind the norm sees mlp_in times the weight (plus the bias, or 1 + weight)."""
+    """The module behind the norm sees mlp_norm times the weight (plus the bias, or 1 + weight)."""
     model, batch = build(family), batch_of()
     for layer in range(LAYERS):
-        place = find(model, sf.Site("mlp_in", layer))
+        place = find(model, sf.Site("mlp_norm", layer))
         norm = model.get_submodule(place.path)
         seen = capture_inputs_outputs(model, {"norm": norm}, batch)["norm"]
         raw, out = seen["input"].double(), seen["output"]
@@ -92,18 +92,18 @@ def test_mlp_in_is_the_norm_without_its_weight(family):
             wanted = raw / (raw.pow(2).mean(-1, keepdim=True) + eps).sqrt()
             full = wanted * (norm.weight + (1 if "gemma" in family else 0))
         torch.testing.assert_close(out.double(), full.double(), atol=1e-4, rtol=1e-4)
-        got = read_all(model, batch, [layer])[f"mlp_in.{layer}"]
+        got = read_all(model, batch, [layer])[f"mlp_norm.{layer}"]
         torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in PARALLEL])
 def test_mlp_in_reads_resid_mid(family):
-    if "mlp_in" not in TABLE[family][1]:
+    if "mlp_norm" not in TABLE[family][1]:
         with pytest.raises(sf.SiteError):
-            find(build(family), sf.Site("mlp_in", 1))
+            find(build(family), sf.Site("mlp_norm", 1))
         return
     model, batch = build(family), batch_of()
-    place = find(model, sf.Site("mlp_in", 1))
+    place = find(model, sf.Site("mlp_norm", 1))
     norm = {"norm": model.get_submodule(place.path)}
     raw = capture_inputs_outputs(model, norm, batch)["norm"]["input"]
     mid = read_all(model, batch, [1])["resid_mid.1"]
@@ -179,7 +179,7 @@ def test_an_edit_moves_the_site_and_what_is_downstream(family):
     model, batch = build(family, dtype), batch_of()
     real = batch["attention_mask"].bool()
     for kind in kinds(family):
-        if kind == "mlp_in":  # see the next test
+        if kind == "mlp_norm":  # see the next test
             continue
         width = {"mlp_post": 4 * D if family == "gpt2" else 64}.get(kind, D)
         v = torch.randn(width, dtype=dtype)
@@ -204,15 +204,15 @@ def test_an_edit_at_mlp_in_moves_what_the_mlp_reads(family):
     """No transcoder: the site itself is edited. It has no module, so: exact, or refused."""
     dtype, atol = precision(family)
     model, batch = build(family, dtype), batch_of()
-    norm = model.get_submodule(find(model, sf.Site("mlp_in", 1)).path)
+    norm = model.get_submodule(find(model, sf.Site("mlp_norm", 1)).path)
     real = batch["attention_mask"].bool()
     v = torch.randn(D, dtype=dtype)
     clean = capture_inputs_outputs(model, {"n": norm}, batch)["n"]["output"]
     try:
-        with sf.hooked(model, sf.Clamp(sf.Direction(v, site="mlp_in.1"), add=0.75)):
+        with sf.hooked(model, sf.Clamp(sf.Direction(v, site="mlp_norm.1"), add=0.75)):
             edited = capture_inputs_outputs(model, {"n": norm}, batch)["n"]["output"]
     except sf.SaefeatError as refused:
-        assert "mlp_in" in str(refused)
+        assert "mlp_norm" in str(refused)
         return
     weight = norm.weight + (1 if "gemma" in family else 0)
     wanted = clean + 0.75 * v / v.norm() * weight
@@ -383,3 +383,11 @@ def test_sites_sort_in_forward_order():
     with torch.no_grad():
         model(**batch)
     assert reached == sorted(reached, key=lambda site: site.order) and len(reached) == len(places)
+
+
+def test_a_part_in_train_mode_counts():
+    """Train mode: two identical traces differ."""
+    model = build("gpt2")
+    model.transformer.h[0].train()
+    with pytest.raises(sf.ModelError, match="eval"):
+        check_ready(model, "test")

@@ -40,7 +40,7 @@ CASES = [
     *(("gpt2", site, "direction") for site in SITES),
     *(("gemma2", site, "direction") for site in SITES),
     *(("qwen3", site, "jumprelu") for site in ("attn_out", "mlp_out", "resid_pre", "resid_mid")),
-    *((family, "mlp_in", a) for family in ("gpt2", "gemma2", "llama") for a in TRANSCODERS),
+    *((family, "mlp_norm", a) for family in ("gpt2", "gemma2", "llama") for a in TRANSCODERS),
 ]
 VERBS = {
     "ablate": lambda latents: sf.Ablate(latents),
@@ -124,7 +124,7 @@ NOTHING = {
 PLACES = [
     ("gemma2", "resid_post", "jumprelu"),
     ("gpt2", "attn_out", "standard"),
-    ("llama", "mlp_in", "transcoder"),
+    ("llama", "mlp_norm", "transcoder"),
     ("llama", "resid_mid", "topk"),
 ]
 
@@ -895,7 +895,7 @@ def test_a_transcoder_reads_at_one_site_and_writes_at_another(family, architectu
     real = batch["attention_mask"].bool()
     sae = make_sae(architecture, dtype=torch.float64)
     index = [3, 40, 17]
-    at_in, at_out = sf.Neurons("mlp_in.1", D), sf.Neurons("mlp_out.1", D)
+    at_in, at_out = sf.Neurons("mlp_norm.1", D), sf.Neurons("mlp_out.1", D)
     look = sf.Probe(at_in) | sf.Probe(at_out)
     chain = sf.Clamp(sae.latents(index), 2.0) | look
     with torch.no_grad(), sf.hooked(model, look) as log:
@@ -1011,3 +1011,33 @@ def test_provenance_names_both_dictionaries_of_a_site():
     out = sf.run(wrapped(build("llama")), RAGGED, sf.Ablate(a.latents([3])) | sf.Probe(b))
     text = str(out.provenance.dictionaries)
     assert a.fingerprint() in text and b.fingerprint() in text
+
+
+# ---------------------------------------------------------------- open
+
+
+def test_readings_of_batches_that_stop_early_keep_their_columns():
+    """Prompts are aligned on the right and generated tokens follow, whatever the batch size."""
+    model = build("llama")
+    nn = wrapped(model)
+    pair = [RAGGED[0], RAGGED[2]]
+    model.generation_config.eos_token_id = sf.run(nn, pair, max_new_tokens=NEW).completions[0][0]
+    probe = sf.Probe(sf.Direction(unit(), site="resid_post.1"))
+    whole = sf.run(nn, pair, probe, max_new_tokens=NEW)
+    cut = sf.run(nn, pair, probe, max_new_tokens=NEW, batch_size=1)
+    assert [len(row) for row in whole.completions] == [1, NEW]
+    assert torch.equal(whole.readings[0].mask, cut.readings[0].mask)
+
+
+def test_the_last_of_nothing_is_no_number():
+    nn = wrapped(build("llama"))
+    probe = sf.Probe(sf.Direction(unit(), site="resid_post.1"), where=sf.Tokens.ids(99))
+    (reading,) = sf.run(nn, RAGGED, probe).readings
+    assert not reading.mask.any() and not torch.isfinite(reading.max()).any()
+    assert not torch.isfinite(reading.last()).any()
+
+
+def test_a_write_site_before_the_read_site_is_refused():
+    with pytest.raises(sf.SaefeatError):
+        step = sf.Ablate(make_sae("transcoder", "mlp_norm.1", write_site="attn_out.0"))
+        trace(wrapped(build("llama")), batch_of(), step)

@@ -21,7 +21,7 @@ class Readings:
 
     Attributes:
         latents: what was read; the last dimension follows its order.
-        values: [prompts, tokens, k], float32 or wider. Prompts are aligned on the right, generated
+        values: [prompts, tokens, k], float32 or wider. Prompts end in the same column, generated
             tokens follow; a generated token appears once it has been fed back, so the very last
             one has no column.
         mask: [prompts, tokens, k], true where the token is real and selected.
@@ -38,19 +38,21 @@ class Readings:
     mask: Tensor
 
     def mean(self) -> Tensor:
-        """[k]: the mean over every selected token of every prompt."""
+        """[k]: the mean over every selected token of every prompt; NaN where there is none."""
         kept = torch.where(self.mask, self.values, 0.0).sum((0, 1))
-        return kept / self.mask.sum((0, 1)).clamp(min=1)
+        return kept / self.mask.sum((0, 1))
 
     def max(self) -> Tensor:
-        """[prompts, k]: the largest value over each prompt's selected tokens."""
-        return torch.where(self.mask, self.values, -torch.inf).amax(1)
+        """[prompts, k]: the largest value over each prompt's selected tokens, NaN without any."""
+        largest = torch.where(self.mask, self.values, -torch.inf).amax(1)
+        return torch.where(self.mask.any(1), largest, torch.nan)
 
     def last(self) -> Tensor:
-        """[prompts, k]: the value at each prompt's last selected token."""
+        """[prompts, k]: the value at each prompt's last selected token, NaN without any."""
         tokens = torch.arange(self.mask.shape[1], device=self.mask.device)[None, :, None]
-        place = torch.where(self.mask, tokens, -1).amax(1, keepdim=True)  # [prompts, 1, k]
-        return self.values.gather(1, place.clamp(min=0)).squeeze(1)
+        place = torch.where(self.mask, tokens, 0).amax(1, keepdim=True)  # [prompts, 1, k]
+        found = self.values.gather(1, place).squeeze(1)
+        return torch.where(self.mask.any(1), found, torch.nan)
 
     def active(self) -> Tensor:
         """[k]: the share of selected tokens at which the latent is above zero."""
@@ -165,16 +167,27 @@ def join_time(pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-def pad_left(tensor: Tensor, width: int) -> Tensor:
-    """[b, t, ...] to [b, width, ...] with zeros (or False) on the left."""
-    missing = width - tensor.shape[1]
-    blank = tensor.new_zeros((tensor.shape[0], missing, *tensor.shape[2:]))
-    return torch.cat([blank, tensor], dim=1)
+def pad_columns(tensor: Tensor, left: int, right: int) -> Tensor:
+    """[b, t, ...] with columns of zeros (or False) on both sides."""
+    b, _, *rest = tensor.shape
+    return torch.cat(
+        [tensor.new_zeros((b, left, *rest)), tensor, tensor.new_zeros((b, right, *rest))], dim=1
+    )
 
 
-def stack_readings(batches: list[Readings]) -> Readings:
-    """The same probe's readings over several batches of prompts, aligned on the right."""
-    width = max(batch.values.shape[1] for batch in batches)
-    values = torch.cat([pad_left(batch.values, width) for batch in batches])
-    masks = torch.cat([pad_left(batch.mask, width) for batch in batches])
-    return Readings(batches[0].latents, values, masks)
+def stack_readings(batches: list[Readings], widths: list[int]) -> Readings:
+    """The same probe's readings over several batches, prompts ending in the same column.
+
+    ``widths`` are the batches' prompt columns: what is missing of a prompt goes to its left, and
+    what a batch generated less than another to its right.
+    """
+    if batches[0].values.shape[1] == 1 and all(b.values.shape[1] == 1 for b in batches):
+        widths = [1] * len(batches)  # one column a prompt, prompt or not
+    width = max(widths)
+    new = max(b.values.shape[1] - w for b, w in zip(batches, widths, strict=True))
+    sides = [
+        (width - w, new - (b.values.shape[1] - w)) for b, w in zip(batches, widths, strict=True)
+    ]
+    values = [pad_columns(b.values, *side) for b, side in zip(batches, sides, strict=True)]
+    masks = [pad_columns(b.mask, *side) for b, side in zip(batches, sides, strict=True)]
+    return Readings(batches[0].latents, torch.cat(values), torch.cat(masks))

@@ -21,7 +21,8 @@ HOOKS = {
     "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
-    "mlp_in": "ln2.hook_normalized",
+    "mlp_norm": "ln2.hook_normalized",
+    "mlp_in": "mlp.hook_in",
     "mlp_post": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
@@ -37,9 +38,10 @@ class Site:
     """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer.
 
     Args:
-        kind: one of ``resid_pre``, ``z`` (all heads side by side, before the output projection),
-            ``attn_out``, ``resid_mid``, ``mlp_in`` (the MLP's input, normalized without the norm's
-            weight), ``mlp_post`` (after the MLP's activation), ``mlp_out``, ``resid_post``.
+        kind: one of ``resid_pre``; ``z``, all heads side by side before the output projection;
+            ``attn_out``; ``resid_mid``; ``mlp_norm``, the MLP's input normalized without the
+            norm's weight; ``mlp_in``, what the MLP is given; ``mlp_post``, after its activation;
+            ``mlp_out``; ``resid_post``.
         layer: 0-based.
 
     Raises:
@@ -144,7 +146,8 @@ _LLAMA = {
     "z": ("self_attn.o_proj", "input"),
     "attn_out": ("self_attn", "output"),
     "resid_mid": ("self_attn", "output", _SKIP),
-    "mlp_in": ("post_attention_layernorm", "input", "rms"),
+    "mlp_norm": ("post_attention_layernorm", "input", "rms"),
+    "mlp_in": ("mlp", "input"),
     "mlp_post": ("mlp.down_proj", "input"),
     "mlp_out": ("mlp", "output"),
     "resid_post": ("", "output"),
@@ -155,14 +158,15 @@ _SANDWICH = {  # norms behind attention and MLP: what is added to the stream is 
     "resid_mid": ("post_attention_layernorm", "output", _SKIP),
     "mlp_out": ("post_feedforward_layernorm", "output"),
 }
-_GEMMA2 = {**_SANDWICH, "mlp_in": ("pre_feedforward_layernorm", "input", "rms")}
-_OLMO2 = {kind: place for kind, place in _SANDWICH.items() if kind != "mlp_in"}  # no norm before
+_GEMMA2 = {**_SANDWICH, "mlp_norm": ("pre_feedforward_layernorm", "input", "rms")}
+_OLMO2 = {kind: place for kind, place in _SANDWICH.items() if kind != "mlp_norm"}  # no norm before
 _GPT2 = {
     "resid_pre": ("", "input"),
     "z": ("attn.c_proj", "input"),
     "attn_out": ("attn", "output"),
     "resid_mid": ("attn", "output", _SKIP),
-    "mlp_in": ("ln_2", "input", "layer"),
+    "mlp_norm": ("ln_2", "input", "layer"),
+    "mlp_in": ("mlp", "input"),
     "mlp_post": ("mlp.c_proj", "input"),
     "mlp_out": ("mlp", "output"),
     "resid_post": ("", "output"),
@@ -171,7 +175,8 @@ _NEOX = {  # attention and MLP in parallel: there is no resid_mid
     "resid_pre": ("", "input"),
     "z": ("attention.dense", "input"),
     "attn_out": ("attention", "output"),
-    "mlp_in": ("post_attention_layernorm", "input", "layer"),
+    "mlp_norm": ("post_attention_layernorm", "input", "layer"),
+    "mlp_in": ("mlp", "input"),
     "mlp_post": ("mlp.dense_4h_to_h", "input"),
     "mlp_out": ("mlp", "output"),
     "resid_post": ("", "output"),
@@ -327,15 +332,13 @@ def check_ready(module: nn.Module, where: str) -> None:
     """Refuse train mode with dropout: two identical runs would differ.
 
     Raises:
-        ModelError: naming the first active dropout.
+        ModelError: naming the first active dropout. A submodule alone in train mode counts.
     """
-    if not module.training:
-        return
-    active = [
-        name for name, part in module.named_modules() if isinstance(part, nn.Dropout) and part.p > 0
-    ]
-    config = vars(getattr(module, "config", object())) if hasattr(module, "config") else {}
-    active += [name for name, value in config.items() if "dropout" in name and value]
+    training = [(name, part) for name, part in module.named_modules() if part.training]
+    active = [name for name, part in training if isinstance(part, nn.Dropout) and part.p > 0]
+    if training:  # attention drops out by configuration, without a module of its own
+        config = vars(getattr(module, "config", None) or nn.Identity())
+        active += [name for name, value in config.items() if "dropout" in name and value]
     if active:
         raise ModelError(
             explain(

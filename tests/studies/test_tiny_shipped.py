@@ -12,9 +12,18 @@ from saefeat.studies.refusal.tiny.sites import Site, parse, read, sites
 
 
 @cache
+def recorded() -> dict:
+    """What the training script wrote beside the weights."""
+    return json.loads((tiny.data_folder() / "bars.json").read_text(encoding="utf-8"))
+
+
+@cache
 def figures() -> dict:
-    """Everything measured afresh on the shipped files."""
-    return {which: bars.measure(which, tiny.data_folder()) for which in ("chat", "base")}
+    """The shipped files measured afresh; the direction at its best layer alone, to be quick."""
+    best = recorded()["chat"]["direction"]["best_layer"]
+    return {
+        which: bars.measure(which, tiny.data_folder(), layers=[best]) for which in ("chat", "base")
+    }
 
 
 @pytest.mark.parametrize("bar", bars.BARS)
@@ -24,10 +33,9 @@ def test_a_bar_is_reached(bar):
 
 
 def test_the_record_tells_what_is_measured():
-    recorded = json.loads((tiny.data_folder() / "bars.json").read_text(encoding="utf-8"))
     for bar in bars.BARS:
         # Another build of torch may tip a prompt or two.
-        assert bars.values(recorded, bar) == pytest.approx(bars.values(figures(), bar), abs=0.03)
+        assert bars.values(recorded(), bar) == pytest.approx(bars.values(figures(), bar), abs=0.03)
 
 
 @pytest.mark.parametrize("which", ["chat", "base"])

@@ -78,7 +78,7 @@ class Direction(Dictionary):
         }
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._rows.to(torch.float32).numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self._rows.to(torch.float32).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 @final

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import FiringError, explain
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Provenance, Readings, Receipt, now, stack_readings, versions
 from ..sites import torch_module
-from ..verbs.base import Chain, Intervention, by_prompt, require_rows
+from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
 
 
@@ -102,7 +101,8 @@ def run(
         new = _until_stop(tokens[:, batch["input_ids"].shape[1] :], model)
         pieces.append((batch, log, new, logits))
     result = _gather(chosen, model, pieces)
-    _require_fired(result.receipt, allow_unfired)
+    if not allow_unfired:
+        require_fired(result.receipt, "run")
     return result
 
 
@@ -157,13 +157,16 @@ def _gather(intervention: Intervention, model: Any, pieces: Sequence[tuple]) -> 
     tokenizer = getattr(model, "tokenizer", None)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True) if tokenizer else ()
     per_batch = [intervention.readings(log) for _, log, _, _ in pieces]
+    widths = [batch["input_ids"].shape[1] for batch, *_ in pieces]
     receipts = [intervention.receipt(log) for _, log, _, _ in pieces]
     return Run(
         prompts=tuple(prompts),
         completions=tuple(completions),
         texts=tuple(texts),
         logits=torch.cat([logits for *_, logits in pieces]),
-        readings=tuple(stack_readings(list(batches)) for batches in zip(*per_batch, strict=True)),
+        readings=tuple(
+            stack_readings(list(batches), widths) for batches in zip(*per_batch, strict=True)
+        ),
         receipt=sum(receipts[1:], receipts[0]),
         provenance=provenance(model, intervention),
     )
@@ -190,17 +193,3 @@ def provenance(model: Any, intervention: Intervention) -> Provenance:
         versions=versions(),
         created=now(),
     )
-
-
-def _require_fired(receipt: Receipt, allowed: bool) -> None:
-    if receipt.unfired and not allowed:
-        raise FiringError(
-            explain(
-                "run",
-                "intervention",
-                got=f"an edit that selected no token: {receipt.unfired[0]}",
-                wanted="at least one token selected by each edit",
-                cause="a token rule that matches nothing in these prompts",
-                call="run(..., allow_unfired=True) if that is meant",
-            )
-        )

@@ -77,7 +77,7 @@ def normalize(
         return x, None
     if norm == "constant_norm_rescale":
         scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5  # [*batch, 1]
-        return x / scale, scale
+        return x / scale.clamp(min=torch.finfo(x.dtype).tiny), scale  # a zero stays zero
     centered = x - x.mean(dim=-1, keepdim=True)
     scale = centered.std(dim=-1, keepdim=True)  # unbiased, as sae-lens has it
     return centered / (scale + 1e-5), scale

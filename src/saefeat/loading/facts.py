@@ -115,7 +115,7 @@ def assemble(
             "a transcoder that does not say where it writes",
             "write_site=",
             "a layout that leaves the output to the folder's name",
-            'load_sae(folder, site="mlp_in.3", write_site="mlp_out.3")',
+            'load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")',
         )
     sae = SAE(
         weights,

@@ -32,7 +32,7 @@ from ..latents import Latents, as_latents, index_tensor
 from ..prompts import Prompts, encode_prompts, split
 from ..sites import Place, check_width, find, torch_module
 from ..tokens import Tokens
-from .base import Chain, Intervention
+from .base import Chain, Intervention, require_fired
 from .lower import add_stash, add_visit, default_rule, in_order, lower, plain
 from .methods import AtP, Method
 from .metrics import Metric, Scorer
@@ -197,6 +197,7 @@ class Watch:
                 whole_run(model, program, log)
             with tracer.invoke():
                 logits = nnsight.save(model.output.logits[:, -1])
+        require_fired(intervention.receipt(log), "Attribute")
         return Pass(log["kept"], log["nodes"], logits, log["view"])
 
     def _add(self, program: dict[str, Any], gradient: bool, targets: dict[int, Tensor]) -> None:

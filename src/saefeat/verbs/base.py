@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..errors import LatentError, explain
+from ..errors import FiringError, LatentError, explain
 from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
 from ..latents import Latents, as_latents
@@ -264,6 +264,25 @@ def by_prompt(intervention: Intervention) -> bool:
     """Whether any values differ by prompt, so that each batch needs its own program."""
     changes = [step.change for step in intervention.parts()]
     return any(change is not None and change.prompts() is not None for change in changes)
+
+
+def require_fired(receipt: Receipt, where: str) -> None:
+    """Refuse a result in which an edit never selected a token: it would read as "no effect".
+
+    Raises:
+        FiringError: naming the edit.
+    """
+    if receipt.unfired:
+        raise FiringError(
+            explain(
+                where,
+                "intervention",
+                got=f"an edit that selected no token: {receipt.unfired[0]}",
+                wanted="at least one token selected by each edit",
+                cause="a token rule or condition that matches nothing in these prompts",
+                call="run(..., allow_unfired=True) if that is meant",
+            )
+        )
 
 
 def require_rows(intervention: Intervention, prompts: int) -> None:

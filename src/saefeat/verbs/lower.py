@@ -81,6 +81,17 @@ class _Builder:
         key = None if when is None else self._condition(step, when, number, dictionary)
         tensors = {"directions": directions, **step.change.take(span, self.rows)}
         write = {"do": "write", "id": number, "tensors": tensors, "when": key}
+        if dictionary.write_site.order < dictionary.site.order:
+            raise SiteError(
+                explain(
+                    repr(step),
+                    "latents",
+                    got=f"read at {dictionary.site} and written at {dictionary.write_site}",
+                    wanted="a write site the model reaches no earlier than the read site",
+                    cause="read and write sites swapped, or of different layers",
+                    call='load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")',
+                )
+            )
         place = find(self.module, dictionary.write_site)
         if place.transform is not None:
             raise SiteError(

@@ -69,7 +69,7 @@ class IG(Method):
     rule: str = "left"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rule not in RULES:
+        if type(self.steps) is not int or self.steps < 1 or self.rule not in RULES:
             raise SaefeatError(
                 explain(
                     "IG",

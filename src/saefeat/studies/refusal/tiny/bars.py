@@ -56,7 +56,7 @@ def answers(
     model: "Gemma2ForCausalLM",
     tokenizer: "PreTrainedTokenizerFast",
     requests: Sequence[Request],
-    batch: int = 128,
+    batch: int = 256,
 ) -> list[str]:
     """Greedy answers, decoded without special tokens."""
     out: list[str] = []
@@ -124,21 +124,31 @@ def addition(layer: int, direction: "torch.Tensor") -> dict[Site, Edit]:
     return {Site("resid_post", layer): lambda z: z + direction}
 
 
-def behavior(
+def said(
     model: "Gemma2ForCausalLM", tokenizer: "PreTrainedTokenizerFast"
-) -> dict[str, dict[str, float]]:
-    """Verdict shares on every test split, jailbreaks also by kind."""
+) -> list[tuple[Request, str]]:
+    """Every held-out request of all test splits with the model's own answer."""
     splits = language.splits()
-    texts = {name: answers(model, tokenizer, splits[name]) for name in SETS}
-    out = {name: rates(said) for name, said in texts.items()}
+    requests = [request for name in SETS for request in splits[name]]
+    return list(zip(requests, answers(model, tokenizer, requests), strict=True))
+
+
+def behavior(pairs: Sequence[tuple[Request, str]]) -> dict[str, dict[str, float]]:
+    """Verdict shares on every test split, jailbreaks also by kind, of ``said``."""
+    splits, texts = language.splits(), dict(pairs)
+    out = {name: rates([texts[request] for request in splits[name]]) for name in SETS}
     for kind in ("prefix", "suffix"):
-        pairs = zip(splits["jailbreak_test"], texts["jailbreak_test"], strict=True)
-        out[f"jailbreak_{kind}"] = rates([text for request, text in pairs if request.kind == kind])
+        chosen = [request for request in splits["jailbreak_test"] if request.kind == kind]
+        out[f"jailbreak_{kind}"] = rates([texts[request] for request in chosen])
     return out
 
 
-def steering(model: "Gemma2ForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """The refusal direction of every layer: ablated on harmful, added on harmless requests.
+def steering(
+    model: "Gemma2ForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
+    layers: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The refusal directions of some layers: ablated on harmful, added on harmless requests.
 
     ``removed`` and ``induced`` are the shares at the best layers; the ablation's best layer is
     the one that leaves the most complying answers.
@@ -146,7 +156,8 @@ def steering(model: "Gemma2ForCausalLM", tokenizer: "PreTrainedTokenizerFast") -
     splits = language.splits()
     found = directions(model, tokenizer, splits["harmful_train"], splits["harmless_train"])
     rows = []
-    for layer, direction in enumerate(found):
+    for layer in range(len(found)) if layers is None else layers:
+        direction = found[layer]
         with editing(model, ablation(model, direction)):
             ablated = rates(answers(model, tokenizer, splits["harmful_test"]))
             kept = rates(answers(model, tokenizer, splits["harmless_test"]))
@@ -250,17 +261,6 @@ def sae_bars(
     }
 
 
-def held_out_conversations(
-    model: "Gemma2ForCausalLM", tokenizer: "PreTrainedTokenizerFast"
-) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """All held-out prompts with the model's own answers: ids and own tokens (batch, position)."""
-    splits = language.splits()
-    requests = [request for name in SETS for request in splits[name]]
-    said = answers(model, tokenizer, requests)
-    turns = [[(r.instruction, text)] for r, text in zip(requests, said, strict=True)]
-    return batch_tensors(tokenizer, turns)
-
-
 def zeroed_latents(
     model: "Gemma2ForCausalLM",
     tokenizer: "PreTrainedTokenizerFast",
@@ -286,20 +286,25 @@ def zeroed_latents(
         return rates(answers(model, tokenizer, language.splits()["harmful_test"]))
 
 
-def measure(which: "Which", data: Path) -> dict[str, Any]:
-    """All figures of one model and its SAEs, as they lie on disk."""
+def measure(which: "Which", data: Path, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """All figures of one model and its SAEs, as they lie on disk.
+
+    Args:
+        layers: whose refusal directions to try; all, if not given.
+    """
     from . import load, saes_folder
 
     model, tokenizer = load(which, data)
-    out: dict[str, Any] = {"behavior": behavior(model, tokenizer)}
+    pairs = said(model, tokenizer)
+    out: dict[str, Any] = {"behavior": behavior(pairs)}
     folder = saes_folder(which, data)
     if which == "chat":
         splits = language.splits()
-        out["direction"] = steering(model, tokenizer)
+        out["direction"] = steering(model, tokenizer, layers)
         found = directions(model, tokenizer, splits["harmful_train"], splits["harmless_train"])
         best = found[out["direction"]["best_layer"]]
         out["zeroed_latents"] = zeroed_latents(model, tokenizer, folder, best)
-    ids, own = held_out_conversations(model, tokenizer)
+    ids, own = batch_tensors(tokenizer, [[(request.instruction, text)] for request, text in pairs])
     out["saes"] = {
         place.name: sae_bars(model, parse(place), place, ids, own)
         for place in sorted(folder.iterdir())

@@ -137,7 +137,7 @@ JAILBREAKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("prefix", PREFIXES),
     ("suffix", SUFFIXES),
 )
-MAX_ANSWER_TOKENS = 24  # the longest answer and its end of turn, with some room
+MAX_ANSWER_TOKENS = 20  # the longest answer and its end of turn, with some room
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 The SAEs are sae-lens's: BatchTopK in training, JumpReLU on disk. sae-lens 6 cannot train
 transcoders (its trainer reconstructs its own input), so the transcoder has a short loop of its
-own and is saved through sae-lens's ``JumpReLUTranscoder``.
+own and is saved through sae-lens's ``JumpReLUTranscoder``. No token is left out: BOS is no outlier in models
+this small, and refusal lives in the template's tokens.
 """
 
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,15 +117,11 @@ def _train_sae(source: "torch.Tensor", facts: dict[str, Any], settings: Dictiona
         return SAETrainer(trainer_config, sae, batches).fit()
 
 
-def _train_transcoder(
+def _new_transcoder(
     source: "torch.Tensor", target: "torch.Tensor", facts: dict[str, Any], settings: Dictionary
 ) -> Any:
-    """A BatchTopK transcoder, as a sae-lens ``JumpReLUTranscoder``.
-
-    The threshold follows the smallest activation a batch keeps, as in sae-lens's BatchTopK.
-    """
+    """An untrained sae-lens ``JumpReLUTranscoder`` that puts out the mean of its target."""
     import torch
-    from sae_lens.saes.batchtopk_sae import BatchTopK
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
 
@@ -136,17 +134,29 @@ def _train_transcoder(
         metadata=SAEMetadata(**facts),
     )
     coder = JumpReLUTranscoder(config)
-    keep_top, threshold = BatchTopK(settings.k), 0.0
-    scale = target.square().mean()
     with torch.no_grad():
         coder.b_dec.copy_(target.mean(0))
         coder.W_dec.mul_(0.1)
+    return coder
+
+
+def _train_transcoder(
+    source: "torch.Tensor", target: "torch.Tensor", facts: dict[str, Any], settings: Dictionary
+) -> Any:
+    """A BatchTopK transcoder, as a sae-lens ``JumpReLUTranscoder``.
+
+    The threshold follows the smallest activation a batch keeps, as in sae-lens's BatchTopK.
+    """
+    import torch
+    from sae_lens.saes.batchtopk_sae import BatchTopK
+
+    coder = _new_transcoder(source, target, facts, settings)
+    keep_top, threshold = BatchTopK(settings.k), 0.0
+    scale = target.square().mean()
     weights = [coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec]
     optimizer = torch.optim.Adam(weights, lr=settings.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, settings.steps)
-    orders = _orders(len(source), settings)
-    for _ in range(settings.steps):
-        order = next(orders)
+    for order in itertools.islice(_orders(len(source), settings), settings.steps):
         latents = keep_top(source[order] @ coder.W_enc + coder.b_enc)
         loss = (coder.decode(latents) - target[order]).square().mean() / scale
         optimizer.zero_grad()
