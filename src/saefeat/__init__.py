@@ -32,11 +32,12 @@ from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
 from .tokens import Tokens
 from .verbs.attribute import Attribute
-from .verbs.base import Chain, Intervention, When
+from .verbs.base import Chain, Intervention
 from .verbs.edits import Ablate, Clamp
 from .verbs.methods import IG, AtP, Method
 from .verbs.metrics import BASELINE_TOP, Metric, logit, logit_diff, metric
 from .verbs.probe import Probe
+from .verbs.steps import When
 from .verify import Check, Verification, verify
 
 __version__ = "0.1.0"

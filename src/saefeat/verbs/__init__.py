@@ -1,5 +1,6 @@
 """Verbs: what one can do with latents.
 
+* ``steps``: the plain values a step is made of: a change, a condition.
 * ``base``: what an intervention is, composition with ``|``, and use inside a trace.
 * ``edits``: ``Ablate`` and ``Clamp``.
 * ``probe``: ``Probe``, the reader.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -13,39 +12,11 @@ from torch import Tensor
 from ..errors import FiringError, LatentError, explain
 from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
-from ..latents import Latents, as_latents
+from ..latents import Latents
 from ..records import Fired, Readings, Receipt, join_time
 from ..tokens import Tokens
-
-
-class Change(NamedTuple):
-    """f' = clip(scale · f + shift, low, high).
-
-    Each is a number, a tensor [k] in latent order, or a tensor [prompts, k].
-    """
-
-    scale: Any = 1.0
-    shift: Any = 0.0
-    low: Any = None
-    high: Any = None
-    active_only: bool = False
-
-    def take(self, span: slice, rows: slice) -> dict[str, Any]:
-        """The kernel's plain form for some latents and some prompts, in storage of its own."""
-        return {
-            name: _cut(value, span, rows) if isinstance(value, Tensor) else value
-            for name, value in self._asdict().items()
-        }
-
-    def prompts(self) -> int | None:
-        """How many prompts the values are for, or None if they fit any."""
-        sizes = [v.shape[0] for v in self if isinstance(v, Tensor) and v.ndim == 2]
-        return sizes[0] if sizes else None
-
-
-def _cut(value: Tensor, span: slice, rows: slice) -> Tensor:
-    """[k] or, for values that differ by prompt, [b, 1, k]."""
-    return value[span].clone() if value.ndim == 1 else value[rows, span].unsqueeze(1).clone()
+from .lower import lower
+from .steps import Change, When, numbered
 
 
 class Intervention(ABC):
@@ -84,8 +55,6 @@ class Intervention(ABC):
         Raises:
             SiteError, ModelError: if the model lacks a site, or is in train mode with dropout.
         """
-        from .lower import lower
-
         log = new_log()
         inline(model, lower(self, model), log, step)
         return log
@@ -93,7 +62,7 @@ class Intervention(ABC):
     def readings(self, log: dict[str, Any]) -> tuple[Readings, ...]:
         """What each ``Probe`` of this intervention read, in order."""
         found = []
-        for step, numbers in numbered(self):
+        for step, numbers in numbered(self.parts()):
             if step.change is None:
                 values = [join_time(log["readings"][n]).cpu() for n in numbers]
                 counts = [join_time(log["masks"][n]).cpu().unsqueeze(-1) for n in numbers]
@@ -106,7 +75,7 @@ class Intervention(ABC):
     def receipt(self, log: dict[str, Any]) -> Receipt:
         """How often each edit acted."""
         rows = []
-        for step, numbers in numbered(self):
+        for step, numbers in numbered(self.parts()):
             if step.change is not None:
                 counts = [_counts(log["fired"].get(n, [])) for n in numbers]
                 total = torch.stack([c.to("cpu", torch.float64).sum(0) for c in counts])
@@ -115,44 +84,6 @@ class Intervention(ABC):
                     Fired(repr(step), int(total[:, 0].max()), int(total[:, 1].sum()), largest)
                 )
         return Receipt(tuple(rows), passes=log["passes"])
-
-
-@final
-@dataclass(frozen=True, init=False)
-class When:
-    """A condition on other latents: an edit acts only at tokens where it is met.
-
-    It is met where any of the latents is above the threshold; for all of them, chain two edits.
-    A direction is a latent too, so a probe's weight vector is a condition.
-
-    Args:
-        latents: ``Latents``, or a dictionary (all its latents), read no later than the edit writes.
-        above: the threshold.
-        hold: once met, met for the rest of the sequence, generated tokens included.
-
-    Raises:
-        LatentError: for an empty selection.
-
-    Example:
-        >>> harm = sf.Direction(torch.ones(8), site="resid_post.0")
-        >>> sf.Clamp(harm, 0.0, when=sf.When(harm, above=2.0))
-        ... # doctest: +NORMALIZE_WHITESPACE
-        Clamp(Latents(1: resid_post.0 [0]), value=0.0,
-              when=When(Latents(1: resid_post.0 [0]), above=2.0))
-    """
-
-    latents: Latents
-    above: float
-    hold: bool
-
-    def __init__(self, latents: Any, *, above: float = 0.0, hold: bool = False) -> None:
-        object.__setattr__(self, "latents", as_latents(latents, "When"))
-        object.__setattr__(self, "above", float(above))
-        object.__setattr__(self, "hold", hold)
-
-    def __repr__(self) -> str:
-        hold = ", hold=True" if self.hold else ""
-        return f"When({self.latents!r}, above={self.above!r}{hold})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,15 +154,6 @@ def _counts(entries: list[Any]) -> Tensor:
     """[passes, 3] from what the kernel noted: counts, or the steps themselves to be counted."""
     rows = [fired(*entry) if isinstance(entry, tuple) else entry for entry in entries]
     return torch.stack(rows) if rows else torch.zeros(1, 3)
-
-
-def numbered(intervention: Intervention) -> Iterator[tuple[Step, list[int]]]:
-    """Each step with the numbers its dictionaries have in a lowered program."""
-    number = 0
-    for step in intervention.parts():
-        count = len(step.latents.parts)
-        yield step, list(range(number, number + count))
-        number += count
 
 
 def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> float | Tensor | None:

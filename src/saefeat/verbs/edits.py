@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import LatentError, explain
 from ..latents import as_latents
 from ..tokens import Tokens
-from .base import Change, Step, When, per_latent
+from .base import Step, per_latent
+from .steps import Change, When
 
 
 @final

@@ -7,7 +7,7 @@ every tensor: a view would drag its whole matrix over the wire.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -17,10 +17,16 @@ from ..latents import index_tensor
 from ..prompts import role_markers
 from ..sites import Place, Site, check_ready, check_width, find, torch_module
 from ..tokens import Tokens
-from .base import Intervention, Step, When, numbered
+from .steps import StepLike, When, numbered
 
 
-def lower(intervention: Intervention, model: Any, rows: slice = slice(None)) -> dict[str, Any]:
+class HasParts(Protocol):
+    """An intervention, seen from below."""
+
+    def parts(self) -> tuple[StepLike, ...]: ...
+
+
+def lower(intervention: HasParts, model: Any, rows: slice = slice(None)) -> dict[str, Any]:
     """The program of an intervention on a model, visits sorted in the order they are reached.
 
     ``rows`` picks the prompts of this batch out of values that differ by prompt.
@@ -31,7 +37,7 @@ def lower(intervention: Intervention, model: Any, rows: slice = slice(None)) -> 
             is only known after the edit.
     """
     builder = _Builder(model, rows)
-    for step, numbers in numbered(intervention):
+    for step, numbers in numbered(intervention.parts()):
         start = 0
         for number, (basis, indices) in zip(numbers, step.latents.parts, strict=True):
             stop = start + len(indices)
@@ -61,7 +67,7 @@ class _Builder:
 
     def add(
         self,
-        step: Step,
+        step: StepLike,
         number: int,
         dictionary: Dictionary,
         indices: tuple[int, ...],
@@ -81,6 +87,11 @@ class _Builder:
         key = None if when is None else self._condition(step, when, number, dictionary)
         tensors = {"directions": directions, **step.change.take(span, self.rows)}
         write = {"do": "write", "id": number, "tensors": tensors, "when": key}
+        place = self._writable(step, dictionary)
+        add_visit(self.visits, place, dictionary.write_site.order)["actions"].append(write)
+
+    def _writable(self, step: StepLike, dictionary: Dictionary) -> Place:
+        """Where the dictionary's directions are added, or an error if they cannot be."""
         if dictionary.write_site.order < dictionary.site.order:
             raise SiteError(
                 explain(
@@ -105,9 +116,9 @@ class _Builder:
                     call="a transcoder, which writes at mlp_out, or Probe",
                 )
             )
-        add_visit(self.visits, place, dictionary.write_site.order)["actions"].append(write)
+        return place
 
-    def _condition(self, step: Step, when: When, number: int, edited: Dictionary) -> str:
+    def _condition(self, step: StepLike, when: When, number: int, edited: Dictionary) -> str:
         """Test actions for a condition; they must be reached no later than the write."""
         key = f"when-{number}"
         for basis, indices in when.latents.parts:

@@ -2,8 +2,8 @@
 
 The SAEs are sae-lens's: BatchTopK in training, JumpReLU on disk. sae-lens 6 cannot train
 transcoders (its trainer reconstructs its own input), so the transcoder has a short loop of its
-own and is saved through sae-lens's ``JumpReLUTranscoder``. No token is left out: BOS is no outlier in models
-this small, and refusal lives in the template's tokens.
+own and is saved through sae-lens's ``JumpReLUTranscoder``. No token is left out: BOS is no
+outlier in models this small, and refusal lives in the template's tokens.
 """
 
 import contextlib

@@ -13,7 +13,8 @@ transcoder input of ``model.layers.L``         output of ``model.layers.L``
 
 The transcoder's input is TransformerLens's ``ln2.hook_normalized``: the normalization *without*
 its weight, ``x / sqrt(mean(x²) + eps)``. No Hugging Face module puts that tensor out; times
-``1 + weight`` (the norm's parameter) it is the output of ``pre_feedforward_layernorm``, the input of the MLP.
+``1 + weight`` (the norm's parameter) it is the output of ``pre_feedforward_layernorm``, the
+input of the MLP.
 """
 
 from dataclasses import dataclass
