@@ -34,7 +34,7 @@ class Attribution:
         baseline: [prompts] float32, the metric in the baseline run.
         tokens: [prompts] long, how many tokens were scored in each prompt.
 
-    Example:
+    Examples:
         >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
         >>> one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
         >>> at = (zero, zero, zero, zero)  # prompt, dictionary, position, latent

@@ -11,7 +11,7 @@ from __future__ import annotations
 class SaefeatError(ValueError):
     """Base of every error raised on purpose by saefeat.
 
-    Example:
+    Examples:
         >>> issubclass(sf.SiteError, sf.SaefeatError)
         True
     """
@@ -20,7 +20,7 @@ class SaefeatError(ValueError):
 class SiteError(SaefeatError):
     """A site does not exist in this model, or has another width than the dictionary.
 
-    Example:
+    Examples:
         >>> try:
         ...     sf.Site.parse("blocks.3.hook_nothing")
         ... except sf.SiteError as error:
@@ -32,7 +32,7 @@ class SiteError(SaefeatError):
 class DictionaryError(SaefeatError):
     """A dictionary's files or tensors are missing, truncated or inconsistent.
 
-    Example:
+    Examples:
         >>> try:
         ...     sf.load_sae("no/such/folder")
         ... except sf.DictionaryError as error:
@@ -44,7 +44,7 @@ class DictionaryError(SaefeatError):
 class LatentError(SaefeatError):
     """A latent index is negative, out of range, repeated, or not whole.
 
-    Example:
+    Examples:
         >>> dictionary = sf.Direction(torch.ones(4), site="resid_post.0")
         >>> try:
         ...     dictionary.latents([7])
@@ -57,7 +57,7 @@ class LatentError(SaefeatError):
 class PromptError(SaefeatError):
     """The prompts are empty, of mixed kinds, or cannot be tokenized.
 
-    Example:
+    Examples:
         >>> issubclass(sf.PromptError, ValueError)
         True
     """
@@ -66,7 +66,7 @@ class PromptError(SaefeatError):
 class ModelError(SaefeatError):
     """The model is in a state in which results would be wrong (train mode, unknown family).
 
-    Example:
+    Examples:
         >>> issubclass(sf.ModelError, ValueError)
         True
     """
@@ -75,7 +75,7 @@ class ModelError(SaefeatError):
 class GradientError(SaefeatError):
     """A metric without a gradient, or gradients asked for where there are none.
 
-    Example:
+    Examples:
         >>> issubclass(sf.GradientError, ValueError)
         True
     """
@@ -84,7 +84,7 @@ class GradientError(SaefeatError):
 class FiringError(SaefeatError):
     """An edit that was asked for never acted on any token.
 
-    Example:
+    Examples:
         >>> issubclass(sf.FiringError, ValueError)
         True
     """

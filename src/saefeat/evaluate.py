@@ -43,7 +43,7 @@ def continuation_loss(
     Raises:
         PromptError: for another number of continuations, or an empty one.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> out = sf.run(model, ["hello", "how do i bake bread"], max_new_tokens=4)

@@ -36,7 +36,7 @@ class Latents:
     ``|`` (union, keeping order), ``&`` and ``-``. Iterating gives ``(site, index)`` pairs in the
     order in which per-latent values are read.
 
-    Example:
+    Examples:
         >>> a = sf.Direction(torch.eye(4)[0], site="resid_post.1").latents()
         >>> b = sf.Direction(torch.eye(4)[1], site="resid_post.2").latents()
         >>> a | b
@@ -159,7 +159,7 @@ def stack(selections: Sequence[Latents]) -> tuple[Latents, Tensor]:
     Returns:
         The union, k latents, and membership [n, k] bool.
 
-    Example:
+    Examples:
         >>> v = sf.Direction(torch.eye(3), site="resid_post.0")
         >>> union, member = sf.stack([v.latents([0]), v.latents([2, 0])])
         >>> member
@@ -189,6 +189,7 @@ def as_latents(subject: object, where: str) -> Latents:
     if not isinstance(subject, Latents) and callable(getattr(subject, "latents", None)):
         found = subject.latents()  # type: ignore[attr-defined]
     if isinstance(found, Latents) and len(found):
+        _loaded_once(found, where)
         return found
     raise LatentError(
         explain(
@@ -200,6 +201,28 @@ def as_latents(subject: object, where: str) -> Latents:
             call="dictionary.latents([12, 40]) or saes.latents({site: [12]})",
         )
     )
+
+
+def _loaded_once(latents: Latents, where: str) -> None:
+    """Refuse one file's dictionary under two names: its latents would be edited twice."""
+    seen: dict[tuple[object, Site], set[int]] = {}
+    for basis, indices in latents.parts:
+        origin = getattr(basis, "origin", None)
+        if origin is None:
+            continue
+        held = seen.setdefault((origin, basis.site), set())
+        if held.intersection(indices):
+            raise LatentError(
+                explain(
+                    where,
+                    "latents",
+                    got=f"latents of {origin} twice",
+                    wanted="each latent once",
+                    cause="the dictionary was loaded twice, and is two objects",
+                    call="select from one load_saes(...)",
+                )
+            )
+        held.update(indices)
 
 
 def index_tensor(indices: Iterable[int]) -> Tensor:

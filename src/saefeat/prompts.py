@@ -30,7 +30,7 @@ def encode_prompts(tokenizer: Any, prompts: Prompts) -> dict[str, Tensor]:
     Raises:
         PromptError: for no prompts, an empty one, no known kind, or a missing tokenizer.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model, tokenizer = tiny.load("chat")
         >>> chat = [{"role": "user", "content": "hello"}]
@@ -60,6 +60,17 @@ def role_markers(tokenizer: Any, role: str) -> tuple[tuple[int, ...], tuple[int,
     Raises:
         PromptError: without a chat template, or for a role it does not know.
     """
+    if tokenizer is None:
+        raise PromptError(
+            explain(
+                "Tokens.role",
+                "role",
+                got=f"{role!r} on a model without its tokenizer",
+                wanted="a model that knows its chat template",
+                cause="a plain Hugging Face module, which has none",
+                call="an nnsight model: wrap(model, tokenizer)",
+            )
+        )
     mark, asked = "MARK", {"role": "user", "content": "ASKED"}
     turns = {"user": [], "assistant": [asked], "system": []}.get(role, [asked])
     tail = [asked] if role == "system" else []

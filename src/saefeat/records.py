@@ -26,7 +26,7 @@ class Readings:
             one has no column.
         mask: [prompts, tokens, k], true where the token is real and selected.
 
-    Example:
+    Examples:
         >>> latents = sf.Direction(torch.ones(2), site="resid_post.0").latents()
         >>> values = torch.tensor([[[1.0], [3.0]]])
         >>> sf.Readings(latents, values, torch.tensor([[[True], [True]]])).mean()
@@ -70,7 +70,7 @@ class Fired:
         changed: (token, latent) pairs it really changed.
         largest: the largest change of a latent's activation.
 
-    Example:
+    Examples:
         >>> sf.Fired("Ablate(...)", tokens=6, changed=2, largest=1.5).changed
         2
     """
@@ -89,7 +89,7 @@ class Receipt:
         rows: one ``Fired`` an edit, in the intervention's order.
         passes: forward passes seen, summed over batches.
 
-    Example:
+    Examples:
         >>> sf.Receipt((), passes=3).unfired
         ()
     """
@@ -123,7 +123,7 @@ class Provenance:
         versions: of Python and the libraries.
         created: UTC, ISO 8601.
 
-    Example:
+    Examples:
         >>> sf.Provenance("m", "float32", "cpu", {}, "", {}, "2026-01-01").to_dict()["dtype"]
         'float32'
     """
@@ -144,7 +144,7 @@ class Provenance:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries a result depends on.
 
-    Example:
+    Examples:
         >>> sorted(sf.versions())[:2]
         ['nnsight', 'python']
     """

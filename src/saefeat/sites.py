@@ -47,7 +47,7 @@ class Site:
     Raises:
         SiteError: for an unknown kind or a negative layer.
 
-    Example:
+    Examples:
         >>> sf.Site("resid_post", 15).hook
         'blocks.15.hook_resid_post'
         >>> sf.Site.parse("blocks.15.hook_resid_post") == sf.Site.parse("resid_post.15")

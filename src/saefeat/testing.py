@@ -30,7 +30,7 @@ def check_dictionary(dictionary: Dictionary, *, seed: int = 0) -> None:
     Raises:
         DictionaryError: naming the first promise that does not hold.
 
-    Example:
+    Examples:
         >>> from saefeat.testing import check_dictionary
         >>> check_dictionary(sf.Direction(torch.randn(8), site="resid_post.0"))
     """

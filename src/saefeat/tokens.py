@@ -21,7 +21,7 @@ class Tokens:
 
     Build one with the class methods; combine with ``&``, ``|``, ``~``.
 
-    Example:
+    Examples:
         >>> sf.Tokens.last(5) | sf.Tokens.generated()
         Tokens.last(5) | Tokens.generated()
         >>> ~sf.Tokens.first(1) & sf.Tokens.prompt()

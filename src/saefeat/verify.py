@@ -21,6 +21,7 @@ from .errors import DictionaryError, SiteError, explain
 from .execution.run import run
 from .prompts import Prompts
 from .sites import HOOKS, Site, check_ready, family, layer_count, torch_module, width_at
+from .tokens import Tokens
 from .verbs.base import Chain
 from .verbs.probe import Probe
 
@@ -37,7 +38,7 @@ class Check:
         best: the candidate site with the lowest fvu.
         best_fvu: the fvu there.
 
-    Example:
+    Examples:
         >>> site = sf.Site("resid_post", 1)
         >>> sf.Check("sae", site, fvu=0.1, l0=12.0, best=site, best_fvu=0.1).right
         True
@@ -64,7 +65,7 @@ class Verification:
         checks: one a dictionary.
         tokens: how many tokens were measured.
 
-    Example:
+    Examples:
         >>> sf.Verification((), tokens=0).right
         True
     """
@@ -119,7 +120,7 @@ def verify(
         SiteError: naming the site at which the dictionary does fit, with the table.
         ModelError, PromptError: as in ``run``.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
@@ -179,9 +180,12 @@ def _candidates(module: nn.Module, sae: Any) -> list[Site]:
 def _values(
     model: Any, module: nn.Module, prompts: Prompts, sites: Iterable[Site]
 ) -> dict[Site, Tensor]:
-    """The value at each site, one row a real token: [n, width], float32 or wider."""
+    """The value at each site, one row a real token but BOS: [n, width], float32 or wider."""
     ordered = sorted(sites, key=lambda site: site.order)
-    probes = tuple(Probe(Neurons(site, width_at(module, site))) for site in ordered)
+    bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    # BOS is an outlier in many models; it would be most of the variance, explained or not.
+    where = Tokens.all() if bos is None else ~Tokens.ids(bos)
+    probes = tuple(Probe(Neurons(site, width_at(module, site)), where=where) for site in ordered)
     readings = run(model, prompts, Chain(probes)).readings
     return {s: r.values[r.mask[..., 0]] for s, r in zip(ordered, readings, strict=True)}
 

@@ -33,7 +33,7 @@ class Dictionary(ABC):
             tokens; edits and readings skip them by default.
         origin: where it was loaded from, for provenance; None for tensors made in memory.
 
-    Example:
+    Examples:
         >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.Dictionary)
         True
     """
@@ -111,7 +111,7 @@ class Dictionaries(Mapping[Site, Dictionary]):
     Raises:
         SiteError: if two dictionaries read the same site (one would hide the other).
 
-    Example:
+    Examples:
         >>> v = torch.ones(8)
         >>> at = sf.Dictionaries(sf.Direction(v, site=f"resid_post.{layer}") for layer in range(3))
         >>> at[1].site

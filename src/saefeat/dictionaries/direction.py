@@ -33,7 +33,7 @@ class Direction(Dictionary):
     Raises:
         DictionaryError: for a zero, non-finite or rank-deficient input.
 
-    Example:
+    Examples:
         >>> v = sf.Direction(torch.tensor([3.0, 4.0]), site="resid_post.1")
         >>> v.encode(torch.tensor([[1.0, 0.0]])).item()
         0.6000000238418579
@@ -91,7 +91,7 @@ class Neurons(Dictionary):
         site: where to act.
         width: d_model, or the site's width.
 
-    Example:
+    Examples:
         >>> sf.Neurons("resid_post.1", 8).encode(torch.arange(8.0), [2, 3])
         tensor([2., 3.])
     """
@@ -128,7 +128,7 @@ def direction(
     Returns:
         One ``Direction`` a site.
 
-    Example:
+    Examples:
         >>> everywhere = sf.direction(torch.ones(8), sites=["resid_post.0", "resid_post.1"])
         >>> sf.Ablate(everywhere).latents
         Latents(2: resid_post.0 [0], resid_post.1 [0])

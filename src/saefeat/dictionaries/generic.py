@@ -32,7 +32,7 @@ class Generic(Dictionary):
     Raises:
         DictionaryError: for directions that are not a matrix.
 
-    Example:
+    Examples:
         >>> squares = sf.Generic(lambda x: x**2, torch.eye(4), site="resid_post.0", width=4)
         >>> squares.encode(torch.tensor([1.0, 2.0, 3.0, 4.0]), [1, 3])
         tensor([ 4., 16.])

@@ -64,7 +64,7 @@ class SAE(Dictionary):
     Raises:
         DictionaryError: for missing tensors, wrong shapes or an unknown architecture.
 
-    Example:
+    Examples:
         >>> tensors = {"W_enc": torch.randn(8, 32), "b_enc": torch.zeros(32),
         ...            "W_dec": torch.randn(32, 8), "b_dec": torch.zeros(8)}
         >>> sf.SAE.from_tensors(tensors, site="resid_post.1").encode(torch.randn(2, 5, 8)).shape
@@ -266,7 +266,7 @@ class ErrorTerm(Dictionary):
     Raises:
         DictionaryError: for a transcoder.
 
-    Example:
+    Examples:
         >>> tensors = {"W_enc": torch.randn(8, 32), "b_enc": torch.zeros(32),
         ...            "W_dec": torch.randn(32, 8), "b_dec": torch.zeros(8)}
         >>> sf.SAE.from_tensors(tensors, site="resid_post.1").error().d_sae

@@ -27,7 +27,7 @@ def edit(model: Any, intervention: Intervention) -> Any:
         SiteError: a layer the model lacks, or a dictionary of another width.
         ModelError: an unknown family, or train mode with dropout.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")

@@ -39,7 +39,7 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
         SiteError: a layer the model lacks, or a dictionary of another width.
         ModelError: an unknown family, or train mode with dropout.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model, tokenizer = tiny.load("chat")
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")

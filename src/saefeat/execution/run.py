@@ -33,7 +33,7 @@ class Run:
         receipt: how often each edit acted.
         provenance: where the result comes from.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> out = sf.run(model, ["how do i bake bread"], max_new_tokens=3)
@@ -79,7 +79,7 @@ def run(
         FiringError: if an edit selected no token in the whole run.
         SiteError, ModelError: if the intervention does not fit the model.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")

@@ -18,7 +18,7 @@ def wrap(model: nn.Module, tokenizer: Any) -> TransformersModel:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> type(model).__name__

@@ -37,7 +37,7 @@ def load_sae(
             be computed from selected latents.
         SiteError: for a hook name this version has no place for.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> sae = sf.load_sae(tiny.saes_folder("chat") / "resid_post_1")
         >>> sae.site.hook, sae.d_sae
@@ -80,7 +80,7 @@ def load_saes(
             whole.
         SiteError: if several fit one site; ``width``, ``l0`` or ``ids`` choose.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> {site.kind for site in saes}

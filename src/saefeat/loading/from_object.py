@@ -25,7 +25,7 @@ def from_sae_lens(
         DictionaryError: for an architecture that cannot be computed from selected columns.
         SiteError: for a hook name this version has no place for.
 
-    Example:
+    Examples:
         >>> sf.from_sae_lens.__name__
         'from_sae_lens'
     """

@@ -42,7 +42,7 @@ def found(folder: Path) -> bool:
 def hooks(where: str) -> tuple[str | None, str | None]:
     """Read and write hook of ``<repository>/<folder>``; None where it does not say.
 
-    Example:
+    Examples:
         >>> from saefeat.loading.gemma_scope import hooks
         >>> hooks("google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
         ('blocks.12.hook_resid_post', None)

@@ -32,7 +32,7 @@ from ..latents import Latents, as_latents, index_tensor
 from ..prompts import Prompts, encode_prompts, split
 from ..sites import Place, check_width, find, torch_module
 from ..tokens import Tokens
-from .base import Chain, Intervention, require_fired
+from .base import Chain, Intervention, require_fired, require_rows
 from .lower import add_stash, add_visit, default_rule, in_order, lower, plain
 from .methods import AtP, Method
 from .metrics import Metric, Scorer
@@ -57,7 +57,7 @@ class Attribute:
         method: ``AtP()`` or ``IG(steps, rule)``.
         where: which tokens are scored; every real token by default.
 
-    Example:
+    Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
@@ -93,21 +93,29 @@ class Attribute:
         _require_gradients()
         latents = as_latents(self.target, "Attribute")
         scorer = self.metric.bind(getattr(model, "tokenizer", None))
-        batches = split(encode_prompts(getattr(model, "tokenizer", None), prompts), batch_size)
-        return join_attributions(
-            [
-                _attribute(self, latents, scorer, model, batch)
-                for batch in tqdm(batches, disable=not progress, desc="attribute", unit="batch")
-            ]
-        )
+        encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+        if self.baseline is not None:
+            require_rows(self.baseline, len(encoded["input_ids"]))
+        pieces, start = [], 0
+        batches = split(encoded, batch_size)
+        for batch in tqdm(batches, disable=not progress, desc="attribute", unit="batch"):
+            rows = slice(start, start + len(batch["input_ids"]))
+            start = rows.stop
+            pieces.append(_attribute(self, latents, scorer, model, batch, rows))
+        return join_attributions(pieces)
 
 
 def _attribute(
-    job: Attribute, latents: Latents, scorer: Scorer, model: Any, batch: dict[str, Tensor]
+    job: Attribute,
+    latents: Latents,
+    scorer: Scorer,
+    model: Any,
+    batch: dict[str, Tensor],
+    rows: slice,
 ) -> Attribution:
     """One batch: baseline run, gradients along the path, scores."""
     watch = Watch(latents, model)
-    base = None if job.baseline is None else watch.run(model, batch, job.baseline)
+    base = None if job.baseline is None else watch.run(model, batch, job.baseline, rows=rows)
     clean = watch.run(model, batch, Chain(()), gradient=True)
     if base is None:
         base = watch.run(model, batch, Chain(()), targets=watch.zeroed(clean.values))
@@ -117,11 +125,13 @@ def _attribute(
     scored = [select(plain(rule.rule, model), clean.view) for rule in rules]
     with torch.no_grad():
         zero = job.baseline is None
-        rows = [
+        scores = [
             _score(part, mask, clean, base, gradients, zero)
             for part, mask in zip(watch.parts, scored, strict=True)
         ]
-        numbered = [(*row[:1], torch.full_like(row[0], n), *row[1:]) for n, row in enumerate(rows)]
+        numbered = [
+            (*row[:1], torch.full_like(row[0], n), *row[1:]) for n, row in enumerate(scores)
+        ]
         return Attribution(
             tuple(part.dictionary for part in watch.parts),
             *(torch.cat(column).cpu() for column in zip(*numbered, strict=True)),
@@ -184,12 +194,13 @@ class Watch:
         *,
         gradient: bool = False,
         targets: dict[int, Tensor] | None = None,
+        rows: slice = slice(None),
     ) -> Pass:
         """One forward pass; with ``gradient``, values are nodes of the graph.
 
         The values are kept as the intervention left them; ``targets`` are put there first.
         """
-        program = lower(intervention, model)
+        program = lower(intervention, model, rows)
         self._add(program, gradient or targets is not None, targets or {})
         with torch.set_grad_enabled(gradient), model.trace(**self.options) as tracer:
             with tracer.invoke(batch):

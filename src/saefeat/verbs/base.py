@@ -25,7 +25,7 @@ class Intervention(ABC):
     Interventions are immutable and hold no results, so one object can be used in a trace, in
     a generation, as an edited model, on a plain Hugging Face model, and again.
 
-    Example:
+    Examples:
         >>> v = sf.Direction(torch.ones(8), site="resid_post.1")
         >>> sf.Ablate(v) | sf.Probe(v)
         Ablate(Latents(1: resid_post.1 [0])) | Probe(Latents(1: resid_post.1 [0]))
@@ -130,7 +130,7 @@ class Step(Intervention):
 class Chain(Intervention):
     """Several steps in order; at one site the second reads what the first left.
 
-    Example:
+    Examples:
         >>> len(sf.Chain(()).parts())
         0
     """

@@ -32,7 +32,7 @@ class Ablate(Step):
     Raises:
         LatentError: for an empty selection or values that do not fit it.
 
-    Example:
+    Examples:
         >>> sf.Ablate(sf.Direction(torch.ones(8), site="resid_post.1"), where=sf.Tokens.last(5))
         Ablate(Latents(1: resid_post.1 [0]), where=Tokens.last(5))
     """
@@ -96,7 +96,8 @@ class Clamp(Step):
         value: f' = value.
         scale: f' = scale · f.
         add: f' = f + add. With a ``Direction`` and its norm this is activation steering.
-        low, high: bounds on f'.
+        low: the least f' may be.
+        high: the most f' may be.
         active_only: act only where f is not zero.
         where: which tokens; every real token by default, prompt and generated.
         when: a condition on other latents, token by token.
@@ -104,7 +105,7 @@ class Clamp(Step):
     Raises:
         LatentError: for no change, two changes, or values that do not fit the selection.
 
-    Example:
+    Examples:
         >>> sf.Clamp(sf.Direction(torch.ones(8), site="resid_post.1"), add=4.0)
         Clamp(Latents(1: resid_post.1 [0]), add=4.0)
     """

@@ -20,7 +20,7 @@ RULES = ("left", "midpoint", "gauss")
 class Method(ABC):
     """A quadrature on the path from the clean run (α = 0) to the baseline (α = 1).
 
-    Example:
+    Examples:
         >>> sf.AtP().nodes()
         ((0.0, 1.0),)
     """
@@ -38,7 +38,7 @@ class AtP(Method):
     With the zero baseline this is gradient x activation, with the sign of removing the latent. It
     misleads where the metric is flat at the clean point, such as behind a saturated softmax.
 
-    Example:
+    Examples:
         >>> sf.AtP()
         AtP()
     """
@@ -60,7 +60,7 @@ class IG(Method):
     Raises:
         SaefeatError: for no steps or an unknown rule.
 
-    Example:
+    Examples:
         >>> sf.IG(steps=2, rule="midpoint").nodes()
         ((0.25, 0.5), (0.75, 0.5))
     """

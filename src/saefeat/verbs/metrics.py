@@ -20,7 +20,7 @@ class BaselineTop:
     refusal it replaces. Where both are one token the metric is zero for that prompt, which
     ``Attribution.degenerate`` reports.
 
-    Example:
+    Examples:
         >>> sf.logit_diff(sf.BASELINE_TOP, 7)
         logit_diff(BASELINE_TOP, 7)
     """
@@ -43,7 +43,7 @@ class Metric:
 
     Build one with ``logit_diff``, ``logit`` or ``metric``.
 
-    Example:
+    Examples:
         >>> sf.logit_diff(5, 7)
         logit_diff(5, 7)
     """
@@ -71,7 +71,7 @@ def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
     Raises:
         PromptError: when bound, for a string that is not one token.
 
-    Example:
+    Examples:
         >>> scorer = sf.logit_diff([0, 1], 2).bind(None)
         >>> scorer(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))
         tensor([0.6931, 0.6931])
@@ -90,7 +90,7 @@ def logit(token: TokenSpec) -> Metric:
     Args:
         token: as in ``logit_diff``.
 
-    Example:
+    Examples:
         >>> sf.logit(2).bind(None)(torch.arange(4.0)[None], torch.zeros(1, dtype=torch.long))
         tensor([2.])
     """
@@ -109,7 +109,7 @@ def metric(function: Callable[[Tensor], Tensor], name: str = "metric") -> Metric
         function: one number a prompt; a sum over prompts would mix them.
         name: how it prints.
 
-    Example:
+    Examples:
         >>> sf.metric(lambda logits: logits.logsumexp(-1), "mass")
         mass
     """

@@ -29,7 +29,7 @@ class Probe(Step):
     Raises:
         LatentError: for an empty selection or an unknown reduction.
 
-    Example:
+    Examples:
         >>> sf.Probe(sf.Direction(torch.ones(8), site="resid_post.1"))
         Probe(Latents(1: resid_post.1 [0]))
     """

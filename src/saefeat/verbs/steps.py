@@ -61,7 +61,7 @@ class When:
     Raises:
         LatentError: for an empty selection.
 
-    Example:
+    Examples:
         >>> harm = sf.Direction(torch.ones(8), site="resid_post.0")
         >>> sf.Clamp(harm, 0.0, when=sf.When(harm, above=2.0))
         ... # doctest: +NORMALIZE_WHITESPACE
