@@ -20,7 +20,16 @@ from .dictionaries.sae import SAE
 from .errors import DictionaryError, SiteError, explain
 from .execution.run import run
 from .prompts import Prompts
-from .sites import HOOKS, Site, check_ready, family, layer_count, torch_module, width_at
+from .sites import (
+    HOOKS,
+    Site,
+    check_ready,
+    check_width,
+    family,
+    layer_count,
+    torch_module,
+    width_at,
+)
 from .tokens import Tokens
 from .verbs.base import Chain
 from .verbs.probe import Probe
@@ -132,6 +141,9 @@ def verify(
     module = torch_module(model)
     check_ready(module, "verify")
     listed = _listed(saes)
+    for sae in listed:
+        check_width(module, sae.site, sae.d_in, "saes")
+        check_width(module, sae.write_site, sae.d_out, "saes")
     wanted = {site for sae in listed for site in (*_candidates(module, sae), sae.write_site)}
     values = _values(model, module, prompts, wanted)
     checks = tuple(_check(module, sae, values) for sae in listed)
