@@ -95,7 +95,7 @@ def child(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     plain = models.model(args.layers, args.width)
     plain.requires_grad_(False)
-    saes = models.saes(args.layers, args.width, args.latents)
+    saes = models.saes(plain, args.latents)
     inputs = models.batch(4, 32)
     target: object = saes
     if args.variant == "10 candidates a site":

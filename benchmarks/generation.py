@@ -49,7 +49,7 @@ def variants(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         "nnsight, no edit": nnsight_run(traced),
     }
     for latents in (4096, 16384, 65536):
-        saes = models.saes(args.layers, args.width, latents)
+        saes = models.saes(plain, latents)
         chosen = saes.latents({layer: range(20) for layer in range(args.layers)})
         clamp = sf.Clamp(chosen, scale=0.5)
         if latents == 16384:

@@ -32,18 +32,29 @@ def model(layers: int, width: int, vocabulary: int = 1024) -> Gemma2ForCausalLM:
     return built
 
 
-def saes(layers: int, width: int, latents: int) -> sf.Dictionaries:
-    """JumpReLU SAEs on every resid_post, with about one latent in a hundred active."""
+def saes(plain: Gemma2ForCausalLM, latents: int, l0: int = 100) -> sf.Dictionaries:
+    """JumpReLU SAEs on every resid_post, with about ``l0`` latents active a token."""
+    values: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda m, a, out: values.append(out.flatten(0, 1)))
+        for block in plain.model.layers
+    ]
+    with torch.no_grad():
+        plain(**batch(4, 32))
+    for hook in hooks:
+        hook.remove()
     torch.manual_seed(1)
     found = []
-    for layer in range(layers):
+    for layer, x in enumerate(values):
+        width = x.shape[1]
         encoder = torch.randn(width, latents) / width**0.5
+        threshold = float((x @ encoder).flatten().kthvalue(len(x) * (latents - l0)).values)
         tensors = {
             "W_enc": encoder,
             "b_enc": torch.zeros(latents),
             "W_dec": encoder.T.contiguous(),
             "b_dec": torch.zeros(width),
-            "threshold": torch.full((latents,), 2.3),
+            "threshold": torch.full((latents,), threshold),
         }
         site = f"resid_post.{layer}"
         found.append(sf.SAE.from_tensors(tensors, architecture="jumprelu", site=site))

@@ -116,7 +116,8 @@ def _attribute(
     """One batch: baseline run, gradients along the path, scores."""
     watch = Watch(latents, model)
     base = None if job.baseline is None else watch.run(model, batch, job.baseline, rows=rows)
-    clean = watch.run(model, batch, Chain(()), gradient=True)
+    starts = job.method.nodes()[0][0] == 0.0  # then the clean pass is the first node too
+    clean = watch.run(model, batch, Chain(()), gradient=starts)
     if base is None:
         base = watch.run(model, batch, Chain(()), targets=watch.zeroed(clean.values))
     top = base.logits.argmax(-1)
@@ -135,7 +136,7 @@ def _attribute(
         return Attribution(
             tuple(part.dictionary for part in watch.parts),
             *(torch.cat(column).cpu() for column in zip(*numbered, strict=True)),
-            clean=scorer(clean.logits, top).float().cpu(),
+            clean=scorer(clean.logits.detach(), top).float().cpu(),
             baseline=scorer(base.logits, top).float().cpu(),
             tokens=torch.stack(scored).any(0).sum(1).cpu(),
         )
@@ -266,6 +267,7 @@ def _mean_gradients(
             here = watch.run(model, batch, Chain(()), gradient=True, targets=targets)
         for number, gradient in _gradients(scorer(here.logits, top), here, watch.written).items():
             total[number] = total.get(number, 0.0) + weight * gradient
+        here.nodes.clear()  # one graph at a time
     return total
 
 
@@ -322,11 +324,12 @@ def _score(
 def _dot(slope: Tensor, directions: Tensor, token: Tensor, latent: Tensor) -> Tensor:
     """[m]: slope[token] · directions[latent], gathering only the pairs that are wanted.
 
-    Dense where most pairs are: a matrix product of all is then cheaper than the gathers.
+    Dense unless fewer than one pair in 64 is wanted: until then a matrix product of all pairs is
+    cheaper than moving rows about.
     """
-    if len(token) * 8 > len(slope) * len(directions):
+    if len(token) * 64 > len(slope) * len(directions):
         return (slope @ directions.T)[token, latent]
-    step = max(1, (1 << 24) // slope.shape[1])  # 64 MiB of float32 at a time
+    step = max(1, (1 << 21) // slope.shape[1])  # 8 MiB of float32 at a time
     pieces = [
         (slope[token[i : i + step]] * directions[latent[i : i + step]]).sum(-1)
         for i in range(0, max(len(token), 1), step)
