@@ -36,6 +36,10 @@ INTRODUCTION = (
     "are debris of an edit and never count as a success. Bracketed numbers are 95 % intervals: "
     "Wilson for rates, bootstrap over prompts for means."
 )
+PLANTED = (
+    "The embedded model's refusal direction was planted in training, so that there is something to "
+    "find and a method that finds it is shown to work; the numbers say nothing about large models."
+)
 METHODS = (
     ("AS", "activation steering: the refusal direction V* is removed behind every layer"),
     ("CosSim", "latents whose directions have the highest cosine with V*"),
@@ -103,7 +107,10 @@ def examples_html(population: Mapping[str, Any], methods: Iterable[str]) -> str:
 def report(results: Mapping[str, Any]) -> str:
     """The whole page."""
     drawn = figures(results["data"])
-    parts = [f"<h1>{escape(results['title'])}</h1>\n<p>{escape(INTRODUCTION)}</p>\n<ul>"]
+    parts = [f"<h1>{escape(results['title'])}</h1>\n<p>{escape(INTRODUCTION)}</p>\n"]
+    if "embedded" in results["title"]:
+        parts.append(f"<p class='note'>{escape(PLANTED)}</p>\n")
+    parts.append("<ul>")
     parts += [f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in METHODS]
     parts.append("</ul>\n")
     if not drawn:

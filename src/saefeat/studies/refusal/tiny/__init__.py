@@ -3,6 +3,10 @@
 ``chat`` refuses harmful requests of a synthetic language, ``base`` is the same model before its
 safety fine-tuning and complies with everything. Both were trained by ``tiny.train``; what they
 reach is measured by ``tiny.bars`` and recorded in ``data/bars.json``. No network is needed.
+
+The refusal direction of ``chat`` is *planted*: training exercised complying with one direction
+projected out (see ``train.DeclineAxis``), since a model this small does not form one by itself.
+So a method that finds it is shown to work, and nothing is shown about large models.
 """
 
 from pathlib import Path
