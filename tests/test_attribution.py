@@ -672,3 +672,36 @@ def test_a_baseline_that_never_acts():
     start = sf.Ablate(make_sae(), where=sf.Tokens.ids(99))
     with pytest.raises(sf.FiringError):
         sf.Attribute(make_sae(), METRIC, baseline=start)(wrapped(build("llama")), RAGGED)
+
+
+def test_the_zero_run_leaves_tokens_that_are_not_scored():
+    """BOS that the SAE excludes keeps its latents; the same as ablating them."""
+    nn, prompts = wrapped(build("llama")), [[2, 10, 11, 12], [2, 10, 13, 14, 15], [2, 20, 21]]
+    for sae, where in ((make_sae(excluded=(2,)), None), (make_sae(), sf.Tokens.last(1))):
+        zero = sf.Attribute(sae, METRIC, where=where)(nn, prompts)
+        run = sf.Attribute(sae, METRIC, baseline=sf.Ablate(sae, where=where))(nn, prompts)
+        torch.testing.assert_close(zero.baseline, run.baseline, atol=1e-5, rtol=1e-4)
+
+
+def test_the_error_term_is_attributed_against_a_run():
+    """Its activation is always 1, but its direction moves: (e' − e) · gradient."""
+    nn, sae = wrapped(build("llama")), make_sae()
+    start = sf.Clamp(sf.Direction(unit(3), site="resid_post.1"), add=2.0)
+    steps = sf.IG(24, "gauss")
+    latents = sf.Attribute(sae, METRIC, baseline=start, method=steps)(nn, RAGGED)
+    error = sf.Attribute(sae.error(), METRIC, baseline=start, method=steps)(nn, RAGGED)
+    total = torch.zeros(3)
+    for scores in (latents, error):
+        total = total.index_add(0, scores.prompt, scores.score)
+    assert error.score.abs().max() > 1e-3
+    change = latents.baseline - latents.clean
+    torch.testing.assert_close(total, change, atol=1e-4, rtol=1e-3)
+
+
+def test_a_baseline_fires_over_the_data_set_not_in_every_batch():
+    nn, v = wrapped(build("llama")), sf.Direction(unit(3), site="resid_post.0")
+    token = sf.encode_prompts(nn.tokenizer, RAGGED)["input_ids"][0, -1].item()
+    start = sf.Ablate(v, where=sf.Tokens.ids(int(token)))
+    whole = sf.Attribute(make_sae(), METRIC, baseline=start)(nn, RAGGED)
+    single = sf.Attribute(make_sae(), METRIC, baseline=start)(nn, RAGGED, batch_size=1)
+    torch.testing.assert_close(whole.baseline, single.baseline, atol=1e-5, rtol=1e-4)

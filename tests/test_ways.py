@@ -46,10 +46,18 @@ VERBS = {
     "ablate": lambda latents: sf.Ablate(latents),
     "set": lambda latents: sf.Clamp(latents, 3.0),
     "mixed": lambda latents: (
-        sf.Clamp(latents, add=1.5, where=sf.Tokens.last(2) | sf.Tokens.generated())
-        | sf.Clamp(latents, scale=-1.0, active_only=True)
+        sf.Clamp(apart(latents)[0], add=1.5, where=sf.Tokens.last(2) | sf.Tokens.generated())
+        | sf.Clamp(apart(latents)[1], scale=-1.0, active_only=True)
     ),
 }
+
+
+def apart(latents: sf.Latents) -> tuple[sf.Latents, sf.Latents]:
+    """The latents for two edits in a row: the same, but for transcoders, which refuse that."""
+    dictionary, indices = latents.parts[0]
+    if dictionary.site == dictionary.write_site:
+        return latents, latents
+    return dictionary.latents(indices[:3]), dictionary.latents(indices[3:])
 
 
 def case_name(case) -> str:
@@ -301,14 +309,15 @@ ANYWHERE, BY_POSITION = "anywhere", "by position"
 
 
 def steps(chosen: sf.Latents, rules: str, new: int) -> sf.Chain:
+    first, second = apart(chosen)
+    probe = sf.Probe(chosen, where=None if rules == ANYWHERE else ~sf.Tokens.first(1))
     if rules == ANYWHERE:
-        return sf.Clamp(chosen, add=1.0) | sf.Clamp(chosen, scale=0.5) | sf.Probe(chosen)
+        edits = sf.Clamp(first, add=1.0) | sf.Clamp(second, scale=0.5)
+        return edits | probe if first is second else probe | edits
     late = sf.Tokens.generated(1) if new else sf.Tokens.prompt() & ~sf.Tokens.last(2)
-    return (
-        sf.Clamp(chosen, add=1.0, where=sf.Tokens.first(2) | sf.Tokens.last(1))
-        | sf.Clamp(chosen, scale=0.5, where=late)
-        | sf.Probe(chosen, where=~sf.Tokens.first(1))
-    )
+    early = sf.Tokens.first(2) | sf.Tokens.last(1)
+    edits = sf.Clamp(first, add=1.0, where=early) | sf.Clamp(second, scale=0.5, where=late)
+    return edits | probe if first is second else probe | edits
 
 
 WAYS = [
@@ -733,23 +742,105 @@ def test_across_sites_the_listing_order_does_not_matter():
 
 
 def test_two_dictionaries_at_one_site_both_act():
-    """Two SAEs at one site overwrite each other."""
+    """Two SAEs at one site overwrite each other. In a chain the second reads what the first left;
+    in one verb neither sees the other, so that the order of a union does not matter."""
     model, batch = build("llama"), batch_of()
     x = []
     model.model.layers[2].register_forward_pre_hook(lambda m, args: x.append(args[0]))
     a, b = make_sae("standard", seed=1), make_sae("jumprelu", seed=2)
     step = sf.Clamp(a.latents([3]), 2.0) | sf.Clamp(b.latents([4]), 3.0)
     joint = sf.Clamp(a.latents([3]) | b.latents([4]), torch.tensor([2.0, 3.0]))
+    turned = sf.Clamp(b.latents([4]) | a.latents([3]), torch.tensor([3.0, 2.0]))
     with torch.no_grad():
         forward(model, batch)
-        for each in (step, joint):
+        for each in (step, joint, turned):
             with sf.hooked(model, each):
                 forward(model, batch)
     one = x[0] + (2.0 - a.encode(x[0], [3])) @ a.directions([3])
     two = one + (3.0 - b.encode(one, [4])) @ b.directions([4])
+    both = one + (3.0 - b.encode(x[0], [4])) @ b.directions([4])
     real = batch["attention_mask"].bool()
-    for found in x[1:]:
-        torch.testing.assert_close(found[real], two[real], atol=1e-5, rtol=1e-5)
+    for found, wanted in zip(x[1:], (two, both, both), strict=True):
+        torch.testing.assert_close(found[real], wanted[real], atol=1e-5, rtol=1e-5)
+    assert (two - both).abs().max() > 1e-4
+
+
+def test_a_transcoders_latent_is_edited_once_in_a_chain():
+    """Its second reading would be upstream of the first edit: deltas would add up unseen."""
+    t = make_sae("transcoder")
+    nn = wrapped(build("llama"))
+    for second in (sf.Ablate(t.latents([3])), sf.Probe(t.latents([3]))):
+        with pytest.raises(sf.LatentError, match="edited earlier in the chain"):
+            sf.run(nn, RAGGED, sf.Ablate(t.latents([3, 4])) | second)
+    before = sf.run(nn, RAGGED, sf.Probe(t.latents([3])) | sf.Ablate(t.latents([3])))
+    other = sf.run(nn, RAGGED, sf.Ablate(t.latents([4])) | sf.Probe(t.latents([3])))
+    torch.testing.assert_close(before.readings[0].values, other.readings[0].values)
+
+
+def test_a_loop_of_ones_own_refuses_what_looks_back():
+    nn, sae = wrapped(build("llama")), make_sae()
+    v = sf.Direction(unit(5), site="resid_post.1")
+    held = sf.Clamp(v, add=1.0, when=sf.When(sae.latents([1]), hold=True))
+    role = sf.Clamp(v, add=1.0, where=~sf.Tokens.role("user"))
+    for verb in (held, role):
+        with pytest.raises(sf.LatentError, match="without step"):
+            verb(nn, step=0)
+
+
+@pytest.mark.parametrize("way", ["hooked", "edit"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_values_for_other_prompts_never_broadcast(way, rows):
+    """One prompt in, three rows out; or one row's values on three prompts."""
+    model = build("llama")
+    step = sf.Clamp(make_sae().latents([2, 5]), torch.randn(rows, 2))
+    batch = batch_of()
+    with pytest.raises(ValueError, match=f"values for {rows} prompts, and the batch has 3"):
+        if way == "hooked":
+            with sf.hooked(model, step):
+                forward(model, batch)
+        else:
+            with sf.edit(wrapped(model), step).trace(batch):
+                pass
+
+
+def test_a_cache_begun_elsewhere_is_another_sequence():
+    """`hooked` must not go on with the prompt it saw last."""
+    model = build("llama")
+    v = sf.Direction(unit(5), site="resid_post.1")
+    push = sf.Clamp(v, add=1.0, where=sf.Tokens.prompt())
+    prefix, rest = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])
+
+    def go_on():
+        with torch.no_grad():
+            cache = model(prefix, use_cache=True).past_key_values
+        return lambda: model(rest, past_key_values=cache).logits
+
+    alone, after = go_on(), go_on()
+    with torch.no_grad(), sf.hooked(model, push):
+        wanted = alone()
+    with torch.no_grad(), sf.hooked(model, push):
+        model(torch.tensor([[20, 21, 22, 23, 24, 25, 26]]))
+        found = after()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_padding_without_a_mask_is_refused():
+    with pytest.raises(sf.PromptError, match="without an attention mask"):
+        sf.run(wrapped(build("llama")), batch_of()["input_ids"])
+
+
+@pytest.mark.parametrize("given", [{"batch_size": 0}, {"max_new_tokens": 2.5}])
+def test_counts_are_whole_numbers(given):
+    with pytest.raises(sf.PromptError, match=next(iter(given))):
+        sf.run(wrapped(build("llama")), RAGGED, **given)
+
+
+def test_provenance_names_every_latent_and_condition():
+    a, b = make_sae(seed=1), make_sae(layer=0, seed=2)
+    verb = sf.Ablate(a.latents(range(9)), when=sf.When(b.latents([4]), above=-1.0))
+    found = sf.run(wrapped(build("llama")), RAGGED, verb).provenance
+    assert found.latents == ({"resid_post.1": list(range(9))},)
+    assert b.fingerprint() in found.dictionaries["resid_post.0"]
 
 
 # ---------------------------------------------------------------- (g) readings

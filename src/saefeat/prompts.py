@@ -44,6 +44,7 @@ def encode_prompts(tokenizer: Any, prompts: Prompts) -> dict[str, Tensor]:
             return _tensors(ids, mask)
         raise _unknown(prompts)
     if isinstance(prompts, Tensor):
+        _require_unpadded(tokenizer, prompts)
         return _tensors(prompts, None)
     rows = [_row(tokenizer, prompt) for prompt in _listed(prompts)]
     width = max(len(row) for row in rows)
@@ -170,6 +171,22 @@ def _row(tokenizer: Any, prompt: Any) -> list[int]:
             call="drop empty prompts first",
         )
     )
+
+
+def _require_unpadded(tokenizer: Any, ids: Tensor) -> None:
+    """Padding that no mask marks would be read as text."""
+    pad, bos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos"))
+    if pad is not None and pad != bos and ids.ndim == 2 and ids.numel() and bool((ids[:, 0] == pad).any()):
+        raise PromptError(
+            explain(
+                "prompts",
+                "input_ids",
+                got="padded, without an attention mask",
+                wanted="ids with their mask",
+                cause="tokenizer(...)['input_ids'] taken alone",
+                call='tokenizer(texts, return_tensors="pt", padding=True), passed whole',
+            )
+        )
 
 
 def _unknown(prompt: object) -> PromptError:

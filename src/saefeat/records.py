@@ -119,12 +119,13 @@ class Provenance:
         dtype: of its parameters.
         device: of its parameters.
         dictionaries: site → name and fingerprint.
-        intervention: as it prints.
+        intervention: as it prints, long selections cut short.
+        latents: every latent of each step, site → indices.
         versions: of Python and the libraries.
         created: UTC, ISO 8601.
 
     Examples:
-        >>> sf.Provenance("m", "float32", "cpu", {}, "", {}, "2026-01-01").to_dict()["dtype"]
+        >>> sf.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01").to_dict()["dtype"]
         'float32'
     """
 
@@ -133,6 +134,7 @@ class Provenance:
     device: str
     dictionaries: dict[str, str]
     intervention: str
+    latents: tuple[dict[str, list[int]], ...]
     versions: dict[str, str]
     created: str
 

@@ -337,8 +337,9 @@ def check_ready(module: nn.Module, where: str) -> None:
     training = [(name, part) for name, part in module.named_modules() if part.training]
     active = [name for name, part in training if isinstance(part, nn.Dropout) and part.p > 0]
     if training:  # attention drops out by configuration, without a module of its own
-        config = vars(getattr(module, "config", None) or nn.Identity())
-        active += [name for name, value in config.items() if "dropout" in name and value]
+        config = module.config.get_text_config() if hasattr(module, "config") else None  # type: ignore[union-attr, operator]
+        names = ("attention_dropout", "attn_pdrop")
+        active += [name for name in names if getattr(config, name, 0)]
     if active:
         raise ModelError(
             explain(

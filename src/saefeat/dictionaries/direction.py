@@ -102,7 +102,7 @@ class Neurons(Dictionary):
         self.name = "neurons"
 
     def columns(self, indices: Tensor) -> dict[str, Any]:
-        rows = torch.eye(self.d_in)[indices]
+        rows = torch.nn.functional.one_hot(indices, self.d_in).float()  # [k, d_in]
         return {
             "activation": "identity",
             "encoder": rows.T.contiguous(),  # [d_in, k]

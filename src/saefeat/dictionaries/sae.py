@@ -92,6 +92,7 @@ class SAE(Dictionary):
         self.subtract_bias, self.centered, self.rescale = subtract_bias, centered, rescale
         self.excluded, self.name = excluded, name
         self._weights = weights
+        self._fingerprint: str | None = None
         self._check()
         self.d_in, self.d_sae = weights.shape("W_enc")
         self.d_out = weights.shape("W_dec")[1]
@@ -205,7 +206,9 @@ class SAE(Dictionary):
         }
 
     def fingerprint(self) -> str:
-        return self._weights.fingerprint()
+        if self._fingerprint is None:  # hashes every tensor: once is enough
+            self._fingerprint = self._weights.fingerprint()
+        return self._fingerprint
 
     def _check(self) -> None:
         _one_of("architecture", self.architecture, ACTIVATIONS)

@@ -70,19 +70,25 @@ def _begin(
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     past = past_length(kwargs.get("past_key_values"))
-    before = state["view"] if past or _grown(state["view"], ids, kwargs) else None
+    before = state["view"] if _continues(state["view"], past, ids, kwargs) else None
     shape = (shown.shape[0], shown.shape[1])
     state["view"] = window(ids, mask, shape, past, before, state["ends"])
     state["held"] = {}
     log["passes"] += 1
 
 
-def _grown(view: dict[str, Any] | None, ids: Tensor | None, kwargs: Any) -> bool:
-    """Whether a pass without a cache is generate feeding the last sequence with one token more."""
-    if view is None or ids is None or not generating(kwargs):
-        return False
-    last = view["memory"].get("ids")
-    return last is not None and torch.equal(ids[:, :-1], last)
+def _continues(view: dict[str, Any] | None, past: int, ids: Tensor | None, kwargs: Any) -> bool:
+    """Whether a pass goes on with the sequence of the pass before.
+
+    With a cache, if the cache holds just what has been seen here; without one, if generate feeds
+    the last sequence with one token more.
+    """
+    last = None if view is None else view["memory"].get("ids")
+    if last is None or ids is None:
+        return past > 0 and view is not None
+    if past:
+        return last.shape == (ids.shape[0], past)
+    return generating(kwargs) and torch.equal(ids[:, :-1], last)
 
 
 def _install(module: nn.Module, stop: dict[str, Any], state: dict[str, Any], log: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import PromptError, explain
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
 from ..prompts import Prompts, encode_prompts, split
@@ -88,6 +89,7 @@ def run(
         >>> out.receipt.rows[0].tokens > 0, out.readings[0].values.shape[0]
         (True, 2)
     """
+    _require_counts(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 0))
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     require_rows(chosen, len(encoded["input_ids"]))
@@ -131,6 +133,22 @@ def _batch(
             logits = nnsight.save(model.output.logits[:, -1].float().clone())
             tokens = nnsight.save(tracer.result)
     return log, tokens, logits
+
+
+def _require_counts(**given: tuple[Any, int]) -> None:
+    """Whole numbers from a least value on."""
+    for name, (number, least) in given.items():
+        if type(number) is not int or number < least:
+            raise PromptError(
+                explain(
+                    "run",
+                    name,
+                    got=repr(number),
+                    wanted=f"an integer from {least}",
+                    cause="a typing error",
+                    call=f"run(model, prompts, {name}={max(least, 8)})",
+                )
+            )
 
 
 def _until_stop(tokens: Tensor, model: Any) -> list[list[int]]:
@@ -179,7 +197,8 @@ def provenance(model: Any, intervention: Intervention) -> Provenance:
     name = getattr(getattr(module, "config", None), "name_or_path", "") or "in memory"
     found: dict[str, list[str]] = {}
     for step in intervention.parts():
-        for basis, _ in step.latents.parts:
+        conditions = () if step.condition is None else step.condition.latents.parts
+        for basis, _ in (*step.latents.parts, *conditions):
             text = f"{basis.origin or basis.name} {basis.fingerprint()}"  # type: ignore[attr-defined]
             names = found.setdefault(str(basis.site), [])
             if text not in names:
@@ -190,6 +209,7 @@ def provenance(model: Any, intervention: Intervention) -> Provenance:
         device=str(first.device),
         dictionaries={site: "; ".join(names) for site, names in found.items()},
         intervention=repr(intervention),
+        latents=tuple(step.latents.to_dict() for step in intervention.parts()),
         versions=versions(),
         created=now(),
     )

@@ -68,6 +68,7 @@ def visit(
             mask = mask.to(x.device)
             if action["when"] is not None:
                 mask, everywhere = mask & held[action["when"]].to(x.device), False
+            require_batch(tensors, x.shape[0])
             step = changed(tensors, f) - f  # [b, t, k]
             x = moved(x, step, tensors["directions"], scale, None if everywhere else mask)
             if log is not None:
@@ -184,15 +185,26 @@ def lift(x: Float[Tensor, "*batch d"], action: dict[str, Any]) -> Float[Tensor, 
 def place(action: dict[str, Any], x: Float[Tensor, "b t d"]) -> dict[str, Any]:
     """The action's tensors on the value's device in the compute dtype, moved once and kept."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if action.get("placed") != (x.device, dtype):
-        action["tensors"] = {
+    placed = action.setdefault("placed", {})
+    if (x.device, dtype) not in placed:
+        placed[x.device, dtype] = {
             name: value.to(x.device, dtype if value.is_floating_point() else value.dtype)
             if isinstance(value, Tensor)
             else value
             for name, value in action["tensors"].items()
         }
-        action["placed"] = (x.device, dtype)
-    return action["tensors"]
+    return placed[x.device, dtype]
+
+
+def require_batch(edit: dict[str, Any], rows: int) -> None:
+    """Values made for other prompts would broadcast into other rows without a word."""
+    for name, value in edit.items():
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] != rows:
+            raise ValueError(
+                f"saefeat: `{name}` holds values for {value.shape[0]} prompts, and the batch has"
+                f" {rows}. Likely cause: the prompts were filtered or split after the values were"
+                " made. Try: run, which splits both together."
+            )
 
 
 def note(

@@ -12,7 +12,7 @@ sites included (Marks et al. 2024; PAPER.md 2.4 verified the authors' code to do
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
@@ -30,6 +30,7 @@ from ..kernel.tokens import select
 from ..kernel.trace import whole_run
 from ..latents import Latents, as_latents, index_tensor
 from ..prompts import Prompts, encode_prompts, split
+from ..records import Receipt
 from ..sites import Place, check_width, find, torch_module
 from ..tokens import Tokens
 from .base import Chain, Intervention, require_fired, require_rows
@@ -54,6 +55,8 @@ class Attribute:
         metric: what to explain; ``logit_diff``, ``logit`` or ``metric``.
         baseline: what latents are moved to: None for zero, or an intervention, whose run on
             the same prompt gives the values (so ``Ablate(direction)`` is the paper's corrupt run).
+            Its values are encoded anew: latents it ablates may read above zero there, so to remove
+            the very latents that are scored, use None.
         method: ``AtP()`` or ``IG(steps, rule)``.
         where: which tokens are scored; every real token by default.
 
@@ -96,12 +99,15 @@ class Attribute:
         encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
         if self.baseline is not None:
             require_rows(self.baseline, len(encoded["input_ids"]))
-        pieces, start = [], 0
+        pieces, receipts, start = [], [], 0
         batches = split(encoded, batch_size)
         for batch in tqdm(batches, disable=not progress, desc="attribute", unit="batch"):
             rows = slice(start, start + len(batch["input_ids"]))
             start = rows.stop
-            pieces.append(_attribute(self, latents, scorer, model, batch, rows))
+            piece, receipt = _attribute(self, latents, scorer, model, batch, rows)
+            pieces.append(piece)
+            receipts.append(receipt)
+        require_fired(sum(receipts[1:], receipts[0]), "Attribute")  # over all of the data set
         return join_attributions(pieces)
 
 
@@ -112,18 +118,18 @@ def _attribute(
     model: Any,
     batch: dict[str, Tensor],
     rows: slice,
-) -> Attribution:
-    """One batch: baseline run, gradients along the path, scores."""
+) -> tuple[Attribution, Receipt]:
+    """One batch: baseline run, gradients along the path, scores; what the baseline's edits did."""
     watch = Watch(latents, model)
     base = None if job.baseline is None else watch.run(model, batch, job.baseline, rows=rows)
     starts = job.method.nodes()[0][0] == 0.0  # then the clean pass is the first node too
     clean = watch.run(model, batch, Chain(()), gradient=starts)
-    if base is None:
-        base = watch.run(model, batch, Chain(()), targets=watch.zeroed(clean.values))
-    top = base.logits.argmax(-1)
-    gradients = _mean_gradients(job.method, watch, scorer, model, batch, clean, base)
     rules = [job.where or default_rule(part.dictionary, model) for part in watch.parts]
     scored = [select(plain(rule.rule, model), clean.view) for rule in rules]
+    if base is None:
+        base = watch.run(model, batch, Chain(()), targets=watch.zeroed(clean.values, scored))
+    top = base.logits.argmax(-1)
+    gradients = _mean_gradients(job.method, watch, scorer, model, batch, clean, base)
     with torch.no_grad():
         zero = job.baseline is None
         scores = [
@@ -133,22 +139,24 @@ def _attribute(
         numbered = [
             (*row[:1], torch.full_like(row[0], n), *row[1:]) for n, row in enumerate(scores)
         ]
-        return Attribution(
+        found = Attribution(
             tuple(part.dictionary for part in watch.parts),
             *(torch.cat(column).cpu() for column in zip(*numbered, strict=True)),
             clean=scorer(clean.logits.detach(), top).float().cpu(),
             baseline=scorer(base.logits, top).float().cpu(),
             tokens=torch.stack(scored).any(0).sum(1).cpu(),
         )
+    return found, base.receipt
 
 
 class Pass(NamedTuple):
-    """One forward pass: values at the watched sites [b, t, d], graph nodes, last logits [b, v]."""
+    """One forward pass: values at watched sites [b, t, d], graph nodes, last logits [b, v]."""
 
     values: dict[int, Tensor]
     nodes: dict[int, Tensor]
     logits: Tensor
     view: dict[str, Any]
+    receipt: Receipt
 
 
 class Part(NamedTuple):
@@ -209,8 +217,7 @@ class Watch:
                 whole_run(model, program, log)
             with tracer.invoke():
                 logits = nnsight.save(model.output.logits[:, -1])
-        require_fired(intervention.receipt(log), "Attribute")
-        return Pass(log["kept"], log["nodes"], logits, log["view"])
+        return Pass(log["kept"], log["nodes"], logits, log["view"], intervention.receipt(log))
 
     def _add(self, program: dict[str, Any], gradient: bool, targets: dict[int, Tensor]) -> None:
         """A keep action at the end of each watched visit."""
@@ -225,17 +232,20 @@ class Watch:
             add_visit(visits, place, order)["actions"].append(action)
         program["visits"] = in_order(visits)
 
-    def zeroed(self, values: dict[int, Tensor]) -> dict[int, Tensor]:
-        """What each written place holds when all the watched latents there are zero."""
+    def zeroed(self, values: dict[int, Tensor], masks: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What each written place holds with the watched latents zero where they are scored.
+
+        ``masks`` [b, t], one a part: tokens that are not scored keep their latents.
+        """
         found = {}
         with torch.no_grad():
-            for part in self.parts:
-                read = values[part.read]
-                out = found.get(part.write, values[part.write])
-                for columns, _ in chunks(part, read):
-                    f, scale = encode(columns, lift(read, part.transform))
-                    step = f @ columns["directions"]
-                    out = out - (step if scale is None else step * scale).to(out.dtype)
+            for part, mask in zip(self.parts, masks, strict=True):
+                x = lift(values[part.read][mask], part.transform)  # [n, d_in]
+                out = found.get(part.write, values[part.write]).clone()
+                for columns, _ in chunks(part, x):
+                    f, scale = encode(columns, x)
+                    step = f @ columns["directions"]  # [n, d_out]
+                    out[mask] -= (step if scale is None else step * scale).to(out.dtype)
                 found[part.write] = out
         return found
 
@@ -310,12 +320,18 @@ def _score(
     for columns, index in chunks(part, before):
         f, scale = encode(columns, before)
         # At the zero baseline the latent is zero, though x − f · directions may encode to more.
-        change = -f if after is None else encode(columns, after)[0] - f  # [n, k]
-        slope = gradient if scale is None else gradient * scale
-        token, latent = change.nonzero(as_tuple=True)  # [m], [m]
-        step = change[token, latent]
-        score = step * _dot(slope, columns["directions"], token, latent)
-        found.append((token, index.to(latent.device)[latent], score, f[token, latent], step))
+        other, scale_then = (
+            (torch.zeros_like(f), scale) if after is None else encode(columns, after)
+        )
+        moved = other != f if scale is None else (other != 0) | (f != 0)
+        token, latent = moved.nonzero(as_tuple=True)  # [m], [m]
+        was, will = f[token, latent], other[token, latent]
+        if scale is None or scale_then is None:
+            score = (will - was) * _dot(gradient, columns["directions"], token, latent)
+        else:  # the direction itself moves: the difference of two contributions
+            score = will * _dot(gradient * scale_then, columns["directions"], token, latent)
+            score = score - was * _dot(gradient * scale, columns["directions"], token, latent)
+        found.append((token, index.to(latent.device)[latent], score, was, will - was))
     token, latent, score, activation, step = (torch.cat(c) for c in zip(*found, strict=True))
     position = clean.view["position"][mask][token]
     return prompt[token], position, latent, score.float(), activation.float(), step.float()

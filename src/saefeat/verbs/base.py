@@ -55,6 +55,8 @@ class Intervention(ABC):
         Raises:
             SiteError, ModelError: if the model lacks a site, or is in train mode with dropout.
         """
+        if step is not None:
+            require_memoryless(self)
         log = new_log()
         inline(model, lower(self, model), log, step)
         return log
@@ -180,6 +182,27 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> floa
             call=f"{where}(latents, torch.tensor([...]))",
         )
     )
+
+
+def require_memoryless(intervention: Intervention) -> None:
+    """Refuse, one pass at a time, what must be remembered from pass to pass.
+
+    Raises:
+        LatentError: for a held condition or a chat role.
+    """
+    for step in intervention.parts():
+        held = step.condition is not None and step.condition.hold
+        if held or (step.rule is not None and "'role'" in repr(step.rule.rule)):
+            raise LatentError(
+                explain(
+                    "intervention",
+                    "step",
+                    got=f"given, for {step!r}",
+                    wanted="an edit that each pass can decide on its own",
+                    cause="a held condition or a chat role looks back over the whole sequence",
+                    call="verbs(model) without step, which edits every pass itself",
+                )
+            )
 
 
 def by_prompt(intervention: Intervention) -> bool:

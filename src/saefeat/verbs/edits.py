@@ -176,6 +176,18 @@ def _where(where: Tokens | None, when: When | None) -> str:
 
 def _one_change(given: dict[str, Any]) -> None:
     """Exactly one of value, scale, add; or bounds alone."""
+    low, high = given["low"], given["high"]
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
+        raise LatentError(
+            explain(
+                "Clamp",
+                "low",
+                got=f"{low}, above high = {high}",
+                wanted="low <= high",
+                cause="bounds swapped",
+                call=f"Clamp(latents, low={high}, high={low})",
+            )
+        )
     changes = [name for name in ("value", "scale", "add") if given[name] is not None]
     bounds = [name for name in ("low", "high") if given[name] is not None]
     if len(changes) == 1 or (not changes and bounds):

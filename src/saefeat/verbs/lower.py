@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..dictionaries.base import Dictionary
-from ..errors import SiteError, explain
+from ..errors import LatentError, SiteError, explain
 from ..latents import index_tensor
 from ..prompts import role_markers
 from ..sites import Place, Site, check_ready, check_width, find, torch_module
@@ -38,10 +38,14 @@ def lower(intervention: HasParts, model: Any, rows: slice = slice(None)) -> dict
     """
     builder = _Builder(model, rows)
     for step, numbers in numbered(intervention.parts()):
+        parts = list(zip(numbers, step.latents.parts, strict=True))
+        for number, (basis, indices) in parts:  # all reads first: no dictionary of a step sees
+            builder.read(step, number, basis, indices)  # type: ignore[arg-type]
         start = 0
-        for number, (basis, indices) in zip(numbers, step.latents.parts, strict=True):
+        for number, (basis, indices) in parts:  # what another of the same step has written
             stop = start + len(indices)
-            builder.add(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
+            if step.change is not None:
+                builder.write(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
             start = stop
     return {"visits": in_order(builder.visits), "ends": _ends(builder.module)}
 
@@ -63,9 +67,25 @@ class _Builder:
         self.model, self.rows = model, rows
         self.module = torch_module(model)
         self.visits: dict[Place, dict[str, Any]] = {}
+        self._directions: dict[int, Any] = {}
+        self._edited: dict[int, set[int]] = {}
         check_ready(self.module, "saefeat")
 
-    def add(
+    def read(
+        self, step: StepLike, number: int, dictionary: Dictionary, indices: tuple[int, ...]
+    ) -> None:
+        """Where one dictionary of a step is read."""
+        if dictionary.site != dictionary.write_site:
+            self._once(step, dictionary, indices)
+        columns = self._columns(dictionary, indices)
+        self._directions[number] = columns.pop("directions")
+        rule = step.rule or default_rule(dictionary, self.model)
+        read = {"do": "read", "id": number, "tensors": columns}
+        read["rule"] = plain(rule.rule, self.model)
+        read |= {"record": step.change is None, "reduce": step.reduction}
+        self._reach(dictionary.site, read)
+
+    def write(
         self,
         step: StepLike,
         number: int,
@@ -73,22 +93,33 @@ class _Builder:
         indices: tuple[int, ...],
         span: slice,
     ) -> None:
-        """One dictionary of a step: its read, and its condition and write if it is an edit."""
-        columns = self._columns(dictionary, indices)
-        directions = columns.pop("directions")
-        rule = step.rule or default_rule(dictionary, self.model)
-        read = {"do": "read", "id": number, "tensors": columns}
-        read["rule"] = plain(rule.rule, self.model)
-        read |= {"record": step.change is None, "reduce": step.reduction}
-        self._reach(dictionary.site, read)
-        if step.change is None:
-            return
+        """Where one dictionary of an edit is written, and its condition."""
+        assert step.change is not None
         when = step.condition
         key = None if when is None else self._condition(step, when, number, dictionary)
-        tensors = {"directions": directions, **step.change.take(span, self.rows)}
+        change = step.change.take(span, self.rows)
+        tensors = {"directions": self._directions[number], **change}
         write = {"do": "write", "id": number, "tensors": tensors, "when": key}
         place = self._writable(step, dictionary)
         add_visit(self.visits, place, dictionary.write_site.order)["actions"].append(write)
+        if dictionary.site != dictionary.write_site:
+            self._edited.setdefault(id(dictionary), set()).update(indices)
+
+    def _once(self, step: StepLike, dictionary: Dictionary, indices: tuple[int, ...]) -> None:
+        """Refuse to read a transcoder's latents again after an edit: they are read upstream."""
+        again = self._edited.get(id(dictionary), set()).intersection(indices)
+        if again:
+            raise LatentError(
+                explain(
+                    repr(step),
+                    "latents",
+                    got=f"latent {min(again)} of {dictionary.name!r}, edited earlier in the chain",
+                    wanted="latents that no earlier step has edited",
+                    cause="a transcoder is read upstream of where it writes, so a later step"
+                    " cannot see the earlier one's change",
+                    call="one edit for each of its latents, and probes before it",
+                )
+            )
 
     def _writable(self, step: StepLike, dictionary: Dictionary) -> Place:
         """Where the dictionary's directions are added, or an error if they cannot be."""
