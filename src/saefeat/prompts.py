@@ -176,7 +176,13 @@ def _row(tokenizer: Any, prompt: Any) -> list[int]:
 def _require_unpadded(tokenizer: Any, ids: Tensor) -> None:
     """Padding that no mask marks would be read as text."""
     pad, bos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos"))
-    if pad is not None and pad != bos and ids.ndim == 2 and ids.numel() and bool((ids[:, 0] == pad).any()):
+    if (
+        pad is not None
+        and pad != bos
+        and ids.ndim == 2
+        and ids.numel()
+        and bool((ids[:, 0] == pad).any())
+    ):
         raise PromptError(
             explain(
                 "prompts",

@@ -108,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted; finished tables are in {stages}, run again to go on\n")
+        sys.stderr.write(
+            f"interrupted; finished tables are in {options.output / 'tables.txt'}, "
+            "run again to go on\n"
+        )
         return 130
     write_atomically(options.output / "results.json", json.dumps(results, indent=1))
     write_atomically(options.output / "report.html", report(results))

@@ -19,7 +19,7 @@ from .direction import layer_table, sweep_layers
 from .induction import induce, induction_table
 from .lab import Lab, keep_typical
 from .side_effects import side_effect_table, side_effects
-from .stages import Say, Stages
+from .stages import Say, Stages, write_atomically
 from .suppression import POPULATIONS, global_edits, suppress, suppression_table
 from .tables import Table, render
 from .tuning import sets_table, tune, tuning_table
@@ -65,6 +65,8 @@ class Notebook:
             self.say(f"{name}: reused from disk: {len(self.stages.reused) - before} stages\n")
         for one in self.tables[name]:
             self.say(render(one))
+        whole = [render(one) for tables in self.tables.values() for one in tables]
+        write_atomically(self.stages.folder.parent / "tables.txt", "\n".join(whole))
         return found
 
 

@@ -73,7 +73,7 @@ def side_effect_table(rows: list[dict[str, Any]], number: int) -> Table:
     heads = [f"{name.removesuffix('_test')}: refused / complied / broken" for name in sizes]
     return table(
         f"{number}. Side effects on requests that are no harm",
-        f"Cross-entropy (nats a token) of the unedited model's own answers to "
+        f"Cross-entropy (thousandths of a nat a token) of the unedited model's own answers to "
         f"{len(rows[0]['loss'])} harmless test prompts under each edit, per-prompt mean with a "
         f"bootstrap 95 % interval, and its rise over no edit, paired by prompt: lower is better. "
         f"Then outcomes on {shown} test prompts: all should comply (sensitive ones borrow harmful "
@@ -95,4 +95,6 @@ def side_effect_table(rows: list[dict[str, Any]], number: int) -> Table:
 
 
 def _spell(found: dict[str, float]) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    """In thousandths of a nat: what is at stake on a small model is far below one."""
+    value, low, high = (1000 * found[name] for name in ("value", "low", "high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
