@@ -40,45 +40,67 @@ def visit(
     object x comes back when nothing was written, so that the caller need not write either.
     """
     for action in actions:
-        number = action["id"]
-        if action["do"] == "keep":
-            x = keep(action, x, held, log or new_log())
-            continue
-        if action["do"] == "stash":
-            held[number] = x
-            continue
-        tensors = place(action, x)
-        if action["do"] == "test":
-            whole = x if action["plus"] is None else held[action["plus"]].to(x.device) + x
-            f, _ = encode(tensors, lift(whole, action))
-            test(action, f.detach(), view, held)
-        elif action["do"] == "read":
-            whole = x if action["plus"] is None else held[action["plus"]].to(x.device) + x
-            f, scale = encode(tensors, lift(whole, action))
-            mask, everywhere = selected(action["rule"], view, x.device)
-            held[number] = (f, scale, mask, everywhere)
-            if log is not None and action["record"]:
-                if view["whole"]:  # a run begins, or shows its whole sequence once more
-                    log["readings"][number], log["masks"][number] = [], []
-                record(log, number, action["reduce"], f.detach(), mask)
+        if action["do"] == "read":
+            read(action, x, view, held, log)
+        elif action["do"] == "write":
+            x = write(action, x, held, log)
+        elif action["do"] == "test":
+            test(action, x, view, held)
+        elif action["do"] == "stash":
+            held[action["id"]] = x
         else:
-            f, scale, mask, everywhere = held[number]
-            f = f.to(x.device)  # a transcoder may write on another device than it reads
-            scale = None if scale is None else scale.to(x.device)
-            mask = mask.to(x.device)
-            if action["when"] is not None:
-                mask, everywhere = mask & held[action["when"]].to(x.device), False
-            require_batch(tensors, x.shape[0])
-            step = changed(tensors, f) - f  # [b, t, k]
-            x = moved(x, step, tensors["directions"], scale, None if everywhere else mask)
-            if log is not None:
-                note(log, number, step.detach(), mask)
+            x = keep(action, x, held, log or new_log())
     return x
+
+
+def read(
+    action: dict[str, Any],
+    x: Float[Tensor, "b t d"],
+    view: dict[str, Any],
+    held: dict[Any, Any],
+    log: dict[str, Any] | None,
+) -> None:
+    """Encode the action's latents and hold them for its write; record them if it is a probe."""
+    number = action["id"]
+    f, scale = encode(place(action, x), lift(whole(action, x, held), action))
+    mask, everywhere = selected(action["rule"], view, x.device)
+    held[number] = (f, scale, mask, everywhere)
+    if log is not None and action["record"]:
+        if view["whole"]:  # a run begins, or shows its whole sequence once more
+            log["readings"][number], log["masks"][number] = [], []
+        record(log, number, action["reduce"], f.detach(), mask)
+
+
+def write(
+    action: dict[str, Any],
+    x: Float[Tensor, "b t d"],
+    held: dict[Any, Any],
+    log: dict[str, Any] | None,
+) -> Float[Tensor, "b t d"]:
+    """Add the change of the latents that were read; a transcoder may write on another device."""
+    number, tensors = action["id"], place(action, x)
+    f, scale, mask, everywhere = held[number]
+    f, mask = f.to(x.device), mask.to(x.device)
+    scale = None if scale is None else scale.to(x.device)
+    if action["when"] is not None:
+        mask, everywhere = mask & held[action["when"]].to(x.device), False
+    require_batch(tensors, x.shape[0])
+    step = changed(tensors, f) - f  # [b, t, k]
+    if log is not None:
+        note(log, number, step.detach(), mask)
+    return moved(x, step, tensors["directions"], scale, None if everywhere else mask)
+
+
+def whole(
+    action: dict[str, Any], x: Float[Tensor, "b t d"], held: dict[Any, Any]
+) -> Float[Tensor, "b t d"]:
+    """The site's value: x, and for resid_mid the block's input as well."""
+    return x if action["plus"] is None else held[action["plus"]].to(x.device) + x
 
 
 def test(
     action: dict[str, Any],
-    f: Float[Tensor, "b t k"],
+    x: Float[Tensor, "b t d"],
     view: dict[str, Any],
     held: dict[Any, Any],
 ) -> None:
@@ -86,6 +108,7 @@ def test(
 
     With ``hold`` it stays met for the rest of the sequence, later passes included.
     """
+    f = encode(place(action, x), lift(whole(action, x, held), action))[0].detach()
     key = action["id"]
     hit = (f > action["above"]).any(-1, keepdim=True) & view["real"].unsqueeze(-1).to(f.device)
     if key in held:  # the condition reads several dictionaries: any of them will do
