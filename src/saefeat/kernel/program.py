@@ -43,7 +43,7 @@ def visit(
         if action["do"] == "read":
             read(action, x, view, held, log)
         elif action["do"] == "write":
-            x = write(action, x, held, log)
+            x = write(action, x, view, held, log)
         elif action["do"] == "test":
             test(action, x, view, held)
         elif action["do"] == "stash":
@@ -74,6 +74,7 @@ def read(
 def write(
     action: dict[str, Any],
     x: Float[Tensor, "b t d"],
+    view: dict[str, Any],
     held: dict[Any, Any],
     log: dict[str, Any] | None,
 ) -> Float[Tensor, "b t d"]:
@@ -87,7 +88,7 @@ def write(
     require_batch(tensors, x.shape[0])
     step = changed(tensors, f) - f  # [b, t, k]
     if log is not None:
-        note(log, number, step.detach(), mask)
+        note(log, number, f.detach(), step.detach(), mask, view)
     return moved(x, step, tensors["directions"], scale, None if everywhere else mask)
 
 
@@ -231,7 +232,12 @@ def require_batch(edit: dict[str, Any], rows: int) -> None:
 
 
 def note(
-    log: dict[str, Any], number: int, step: Float[Tensor, "b t k"], mask: Bool[Tensor, "b t 1"]
+    log: dict[str, Any],
+    number: int,
+    f: Float[Tensor, "b t k"],
+    step: Float[Tensor, "b t k"],
+    mask: Bool[Tensor, "b t 1"],
+    view: dict[str, Any],
 ) -> None:
     """Keep what a receipt needs. Counting waits until the run is over, unless there is too much."""
     entries = log["fired"].setdefault(number, [])
