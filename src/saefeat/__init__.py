@@ -24,6 +24,7 @@ from .evaluate import continuation_loss
 from .execution.edit import edit
 from .execution.hooked import hooked
 from .execution.run import Run, run
+from .execution.sweep import sweep
 from .execution.wrap import wrap
 from .latents import Latents, stack
 from .loading import from_sae_lens, load_sae, load_saes
@@ -94,6 +95,7 @@ __all__ = [
     "metric",
     "run",
     "stack",
+    "sweep",
     "verify",
     "versions",
     "wrap",

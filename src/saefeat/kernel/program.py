@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 from .edit import changed, moved
 from .encode import encode
-from .tokens import select
+from .tokens import narrowed, select
 
 
 def new_log() -> dict[str, Any]:
@@ -39,17 +39,38 @@ def visit(
     ``held`` carries what was read to where it is written, within one forward pass. The same
     object x comes back when nothing was written, so that the caller need not write either.
     """
+    own = False
     for action in actions:
-        if action["do"] == "read":
-            read(action, x, view, held, log)
-        elif action["do"] == "write":
-            x = write(action, x, view, held, log)
-        elif action["do"] == "test":
-            test(action, x, view, held)
-        elif action["do"] == "stash":
-            held[action["id"]] = x
-        else:
-            x = keep(action, x, held, log or new_log())
+        if action.get("rows") is None:
+            x = act(action, x, view, held, log)
+            continue
+        start, stop = action["rows"]  # one of several interventions that share the batch
+        part = x[start:stop]
+        new = act(action, part, narrowed(view, start, stop), held, log)
+        if new is not part:
+            x, own = x if own else x.clone(), True  # one copy, however many write
+            x[start:stop] = new
+    return x
+
+
+def act(
+    action: dict[str, Any],
+    x: Float[Tensor, "b t d"],
+    view: dict[str, Any],
+    held: dict[Any, Any],
+    log: dict[str, Any] | None,
+) -> Float[Tensor, "b t d"]:
+    """One action on the value x."""
+    if action["do"] == "read":
+        read(action, x, view, held, log)
+    elif action["do"] == "write":
+        x = write(action, x, view, held, log)
+    elif action["do"] == "test":
+        test(action, x, view, held)
+    elif action["do"] == "stash":
+        held[action["id"]] = x
+    else:
+        x = keep(action, x, held, log or new_log())
     return x
 
 

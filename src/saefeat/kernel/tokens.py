@@ -64,6 +64,19 @@ def window(
     return {**found, "whole": past == 0, "selected": {}, "memory": memory}
 
 
+def narrowed(view: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The view of some rows alone, made once a pass; it has a memory of its own."""
+    key = ("rows", start, stop)
+    if key not in view["selected"]:
+        names = ("ids", "position", "real", "lengths")
+        part = {name: None if view[name] is None else view[name][start:stop] for name in names}
+        memory = view["memory"].setdefault(key, {})
+        if "ids" in view["memory"]:
+            memory["ids"] = view["memory"]["ids"][start:stop]
+        view["selected"][key] = {**view, **part, "selected": {}, "memory": memory}
+    return view["selected"][key]
+
+
 def finished(
     ids: Int[Tensor, "b t"],
     generated: Bool[Tensor, "b t"],

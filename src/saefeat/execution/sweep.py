@@ -1,0 +1,126 @@
+"""sweep: many interventions on the same prompts, side by side in one batch.
+
+A setting is a few rows of the batch, so that thirty settings of one prompt cost little more than
+one: the model's own passes, which are most of the time, are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import LatentError, explain
+from ..prompts import Prompts, encode_prompts, split
+from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
+from ..verbs.beside import beside, taken_apart
+from ..verbs.lower import lower
+from .run import Run, _batch, _gather, _until_stop
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def sweep(
+    model: Any,
+    prompts: Prompts,
+    settings: Mapping[Key, Intervention | None],
+    *,
+    max_new_tokens: int = 0,
+    batch_size: int = 32,
+    allow_unfired: bool = False,
+    progress: bool = False,
+) -> dict[Key, Run]:
+    """Run the same prompts under many interventions, several to a batch.
+
+    Each setting gives what ``run`` gives for it, to rounding; any interventions will do, with
+    probes, conditions and values of their own.
+
+    Args:
+        model: an nnsight ``TransformersModel``.
+        prompts: as in ``run``.
+        settings: name → intervention; None is the bare model.
+        max_new_tokens: how many tokens to generate, greedily; 0 makes one forward pass.
+        batch_size: rows a batch; prompts x settings rows are run in all.
+        allow_unfired: accept edits that selected no token at all.
+        progress: show a progress bar.
+
+    Returns:
+        Name → ``Run``, in the order given.
+
+    Raises:
+        LatentError: without settings.
+        FiringError, PromptError, SiteError, ModelError: as in ``run``, naming the setting.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = sf.wrap(*tiny.load("chat"))
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> values = {v: sf.Clamp(saes.latents({2: [7]}), v) for v in (0.0, 2.0, 4.0)}
+        >>> found = sf.sweep(model, ["hello"], values, max_new_tokens=3)
+        >>> [len(found[v].completions[0]) for v in values]
+        [3, 3, 3]
+    """
+    chosen = {key: one or Chain(()) for key, one in settings.items()}
+    _require_settings(chosen)
+    encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    total = len(encoded["input_ids"])
+    for one in chosen.values():
+        require_rows(one, total)
+    batches = split(encoded, min(batch_size, total))
+    groups = _groups(list(chosen.values()), max(1, batch_size // len(batches[0]["input_ids"])))
+    whole = [None if by_prompt(one) else lower(one, model) for one in chosen.values()]
+    pieces: list[list[tuple]] = [[] for _ in chosen]
+    jobs = [(batch, group) for batch in batches for group in groups]
+    start, bar = 0, tqdm(jobs, disable=not progress, desc="sweep", unit="batch")
+    for batch, group in bar:
+        rows = slice(start, start + len(batch["input_ids"]))
+        programs = [whole[n] or lower(list(chosen.values())[n], model, rows) for n in group]
+        for n, piece in zip(group, _together(model, programs, batch, max_new_tokens), strict=True):
+            pieces[n].append(piece)
+        start = rows.stop if group is groups[-1] else start
+    found = {
+        key: _gather(one, model, own)
+        for (key, one), own in zip(chosen.items(), pieces, strict=True)
+    }
+    for key, result in found.items():
+        if not allow_unfired:
+            require_fired(result.receipt, f"sweep, setting {key!r}")
+    return found
+
+
+def _groups(settings: list[Intervention], size: int) -> list[range]:
+    """Numbers of the settings that share a batch."""
+    return [range(n, min(n + size, len(settings))) for n in range(0, len(settings), size)]
+
+
+def _together(
+    model: Any, programs: list[dict[str, Any]], batch: dict[str, Tensor], new: int
+) -> list[tuple]:
+    """One batch under several programs: what ``_gather`` wants of each."""
+    rows, width = batch["input_ids"].shape
+    shared = {name: value.repeat(len(programs), 1) for name, value in batch.items()}
+    log, tokens, logits = _batch(model, beside(programs, rows), shared, new)
+    ends = [_until_stop(part[:, width:], model) for part in tokens.split(rows)]
+    passes = [max(1, *(len(row) for row in part)) for part in ends]
+    logs = taken_apart(log, len(programs), rows, passes)
+    return [
+        (batch, own, part, found)
+        for own, part, found in zip(logs, ends, logits.split(rows), strict=True)
+    ]
+
+
+def _require_settings(settings: Mapping[Any, Intervention]) -> None:
+    if settings:
+        return
+    raise LatentError(
+        explain(
+            "sweep",
+            "settings",
+            got="empty",
+            wanted="at least one intervention",
+            cause="a search space without points",
+            call='sweep(model, prompts, {"ablate": Ablate(latents)})',
+        )
+    )
