@@ -39,6 +39,7 @@ from .verbs.methods import IG, AtP, Method
 from .verbs.metrics import BASELINE_TOP, Metric, logit, logit_diff, metric
 from .verbs.probe import Probe
 from .verbs.steps import When
+from .verbs.values import Pin, Resample, Schedule
 from .verify import Check, Verification, verify
 
 __version__ = "0.1.0"
@@ -69,14 +70,17 @@ __all__ = [
     "Metric",
     "ModelError",
     "Neurons",
+    "Pin",
     "Probe",
     "PromptError",
     "Provenance",
     "Readings",
     "Receipt",
+    "Resample",
     "Run",
     "SAE",
     "SaefeatError",
+    "Schedule",
     "Site",
     "SiteError",
     "Tokens",

@@ -25,6 +25,8 @@ class Readings:
             tokens follow; a generated token appears once it has been fed back, so the very last
             one has no column.
         mask: [prompts, tokens, k], true where the token is real and selected.
+        starts: [prompts], the column of each prompt's first token, so that a token's position
+            is its column less this; None for a reduced reading, whose columns are no tokens.
 
     Examples:
         >>> latents = sf.Direction(torch.ones(2), site="resid_post.0").latents()
@@ -36,6 +38,7 @@ class Readings:
     latents: Latents
     values: Tensor
     mask: Tensor
+    starts: Tensor | None = None
 
     def mean(self) -> Tensor:
         """[k]: the mean over every selected token of every prompt; NaN where there is none."""
@@ -192,4 +195,8 @@ def stack_readings(batches: list[Readings], widths: list[int]) -> Readings:
     ]
     values = [pad_columns(b.values, *side) for b, side in zip(batches, sides, strict=True)]
     masks = [pad_columns(b.mask, *side) for b, side in zip(batches, sides, strict=True)]
-    return Readings(batches[0].latents, torch.cat(values), torch.cat(masks))
+    starts = [
+        b.starts + left for b, (left, _) in zip(batches, sides, strict=True) if b.starts is not None
+    ]
+    joined = torch.cat(starts) if len(starts) == len(batches) else None
+    return Readings(batches[0].latents, torch.cat(values), torch.cat(masks), joined)

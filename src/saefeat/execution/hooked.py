@@ -72,7 +72,7 @@ def _begin(
     past = past_length(kwargs.get("past_key_values"))
     before = state["view"] if _continues(state["view"], past, ids, kwargs) else None
     shape = (shown.shape[0], shown.shape[1])
-    state["view"] = window(ids, mask, shape, past, before, state["ends"])
+    state["view"] = log["view"] = window(ids, mask, shape, past, before, state["ends"])
     state["held"] = {}
     log["passes"] += 1
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .encode import top
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -20,14 +22,39 @@ def changed(edit: dict[str, Any], f: Float[Tensor, "*batch k"]) -> Float[Tensor,
     """F' = clip(scale · f + shift, low, high), where each of the four may be absent.
 
     ``edit`` holds numbers or tensors that broadcast to f: [k], or [batch, 1, k] for values
-    that differ by example. ``active_only`` leaves latents at zero untouched.
+    that differ by example. ``active_only`` leaves latents at zero untouched; where ``known`` is
+    given and false there is no value to give (see ``values``), and f stays too.
     """
     new = f * edit["scale"] + edit["shift"]
     if edit["low"] is not None:
         new = torch.clamp(new, min=edit["low"])
     if edit["high"] is not None:  # apart: torch.clamp takes no tensor with a number
         new = torch.clamp(new, max=edit["high"])
-    return torch.where(f != 0, new, f) if edit["active_only"] else new
+    if edit["active_only"]:
+        new = torch.where(f != 0, new, f)
+    known = edit.get("known")
+    return new if known is None else torch.where(known, new, f)
+
+
+def reselected(
+    edit: dict[str, Any], f: Float[Tensor, "*batch d_sae"]
+) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch d_sae"]]:
+    """An edit of a topk kind before its selection: who enters and who leaves is decided anew.
+
+    ``f`` are the activations of all latents that compete. The edited ones compete with what the
+    change makes of them, so a latent that fell just short is scaled from there and not from zero.
+    ``active_only`` still means those that were selected.
+
+    Returns:
+        The edited latents as they were, their steps, and the steps of all latents.
+    """
+    selected, before = edit["top"]["selected"], top(edit["top"], f)
+    own = before[..., selected]
+    new = changed({**edit, "active_only": False}, f[..., selected])
+    if edit["active_only"]:
+        new = torch.where(own != 0, new, f[..., selected])
+    step = top(edit["top"], f.index_copy(-1, selected, new)) - before
+    return own, step[..., selected], step
 
 
 def moved(

@@ -57,6 +57,20 @@ def encode(
     return activate(columns, h), scale
 
 
+def scored(scorer: Any, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t 1"]:
+    """A user's score of a site's value as one latent: how a condition reads a function."""
+    with torch.no_grad():
+        score = scorer(x.detach())
+    if not isinstance(score, Tensor) or score.shape != x.shape[:2]:
+        got = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else repr(score)
+        raise ValueError(
+            f"saefeat: the scorer of a When gave a score {got} for x of shape {tuple(x.shape)},"
+            f" wanted {tuple(x.shape[:2])}, one number a token. Likely cause: a last dimension of"
+            " one, or a mean over tokens. Try: lambda x: probe(x).squeeze(-1)."
+        )
+    return score.to(x.dtype).unsqueeze(-1)
+
+
 def decode(
     columns: dict[str, Any],
     f: Float[Tensor, "*batch k"],

@@ -16,9 +16,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-from .edit import changed, moved
+from .edit import changed, moved, reselected
 from .encode import encode
 from .tokens import narrowed, select
+from .values import require_batch, resolve
 
 
 def new_log() -> dict[str, Any]:
@@ -107,10 +108,17 @@ def write(
     if action["when"] is not None:
         mask, everywhere = mask & held[action["when"]].to(x.device), False
     require_batch(tensors, x.shape[0])
-    step = changed(tensors, f) - f  # [b, t, k]
+    if action["varying"]:
+        tensors = resolve(tensors, action["varying"], view, f)
+        if tensors["known"] is not None:
+            mask, everywhere = mask & tensors["known"].any(-1, keepdim=True), False
+    if "top" in tensors:
+        f, step, written = reselected(tensors, f)  # the edit's latents, and all of them
+    else:
+        step = written = changed(tensors, f) - f  # [b, t, k]
     if log is not None:
         note(log, number, f.detach(), step.detach(), mask, view)
-    return moved(x, step, tensors["directions"], scale, None if everywhere else mask)
+    return moved(x, written, tensors["directions"], scale, None if everywhere else mask)
 
 
 def whole(
@@ -126,21 +134,30 @@ def test(
     view: dict[str, Any],
     held: dict[Any, Any],
 ) -> None:
-    """Hold where a condition is met: any of its latents above the threshold, at a real token.
+    """Hold where a condition is met: any or all of its latents within its bounds, at a real token.
 
-    With ``hold`` it stays met for the rest of the sequence, later passes included.
+    A condition may read several dictionaries, one test each. With ``hold`` it stays met for the
+    rest of the sequence, later passes included, once all of its tests have been made.
     """
     f = encode(place(action, x), lift(whole(action, x, held), action))[0].detach()
-    key = action["id"]
-    hit = (f > action["above"]).any(-1, keepdim=True) & view["real"].unsqueeze(-1).to(f.device)
-    if key in held:  # the condition reads several dictionaries: any of them will do
-        hit = hit | held[key].to(f.device)
-    if action["hold"]:
+    within = torch.ones_like(f, dtype=torch.bool)
+    if action["above"] is not None:
+        within = within & (f > action["above"])
+    if action["below"] is not None:
+        within = within & (f < action["below"])
+    every, key = action["match"] == "all", action["id"]
+    hit = within.all(-1, keepdim=True) if every else within.any(-1, keepdim=True)
+    hit = hit & view["real"].unsqueeze(-1).to(f.device)
+    made, before = held.get(("tests", key), 0) + 1, held.get(key)
+    if before is not None:
+        before = before.to(f.device)
+        hit = hit & before if every else hit | before
+    if action["hold"] and made == action["of"]:
         hit = hit.int().cummax(1).values.bool()
         if key in view["memory"]:
             hit = hit | view["memory"][key].to(f.device)
         view["memory"][key] = hit[:, -1:]
-    held[key] = hit
+    held[key], held["tests", key] = hit, made
 
 
 def selected(
@@ -232,24 +249,20 @@ def place(action: dict[str, Any], x: Float[Tensor, "b t d"]) -> dict[str, Any]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     placed = action.setdefault("placed", {})
     if (x.device, dtype) not in placed:
-        placed[x.device, dtype] = {
-            name: value.to(x.device, dtype if value.is_floating_point() else value.dtype)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in action["tensors"].items()
-        }
+        placed[x.device, dtype] = to(action["tensors"], x.device, dtype)
     return placed[x.device, dtype]
 
 
-def require_batch(edit: dict[str, Any], rows: int) -> None:
-    """Values made for other prompts would broadcast into other rows without a word."""
-    for name, value in edit.items():
-        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] != rows:
-            raise ValueError(
-                f"saefeat: `{name}` holds values for {value.shape[0]} prompts, and the batch has"
-                f" {rows}. Likely cause: the prompts were filtered or split after the values were"
-                " made. Try: run, which splits both together."
-            )
+def to(tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors on a device, floating ones in a dtype; what is no tensor as it is."""
+    found = {}
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            value = to(value, device, dtype)
+        elif isinstance(value, Tensor):
+            value = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        found[name] = value
+    return found
 
 
 def note(

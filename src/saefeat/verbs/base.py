@@ -17,6 +17,7 @@ from ..records import Fired, Readings, Receipt, join_time
 from ..tokens import Tokens
 from .lower import lower
 from .steps import Change, When, numbered
+from .values import Value, same
 
 
 class Intervention(ABC):
@@ -71,7 +72,9 @@ class Intervention(ABC):
                 if step.reduction == "mean":  # the kernel kept sums
                     values = [v / c.clamp(min=1) for v, c in zip(values, counts, strict=True)]
                 masks = [(c > 0).expand_as(v) for c, v in zip(counts, values, strict=True)]
-                found.append(Readings(step.latents, torch.cat(values, -1), torch.cat(masks, -1)))
+                starts = None if step.reduction else _starts(log, values[0].shape[1])
+                joined = torch.cat(values, -1), torch.cat(masks, -1)
+                found.append(Readings(step.latents, *joined, starts))
         return tuple(found)
 
     def receipt(self, log: dict[str, Any]) -> Receipt:
@@ -97,7 +100,7 @@ class Step(Intervention):
     def __eq__(self, other: object) -> bool:
         """Equal in every argument; values that are tensors must be equal too."""
         return type(self) is type(other) and all(
-            _same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
+            same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
         )
 
     def __hash__(self) -> int:
@@ -146,10 +149,9 @@ class Chain(Intervention):
         return " | ".join(map(repr, self.steps)) or "Chain(())"
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    return type(a) is type(b) and a == b
+def _starts(log: dict[str, Any], columns: int) -> Tensor:
+    """[b]: the column of position 0, from where the last column stands in its row's text."""
+    return columns - 1 - log["view"]["position"][:, -1].cpu()
 
 
 def _counts(entries: list[Any]) -> Tensor:
@@ -158,28 +160,40 @@ def _counts(entries: list[Any]) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(1, 3)
 
 
-def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> float | Tensor | None:
-    """A finite number, one value a latent [k], or one a prompt and latent [prompts, k].
+def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
+    """A finite number, values [k] or [prompts, k], or a ``Value`` that fits the latents.
 
     Raises:
         LatentError: for another length, or a value that is not finite.
     """
     if value is None:
         return None
-    number = torch.as_tensor(value)
-    finite = bool(torch.isfinite(number).all())
-    if finite and number.ndim == 0:
+    if isinstance(value, Value):
+        value.check(where, parameter, latents)
+        return value
+    try:
+        number = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    finite = number is None or bool(torch.isfinite(number).all())
+    if number is not None and finite and number.ndim == 0:
         return float(value)  # not through a tensor: 0.7 stays 0.7
-    if finite and number.ndim in (1, 2) and number.shape[-1] == len(latents) and len(number):
+    fits = number is not None and number.ndim in (1, 2) and number.shape[-1] == len(latents)
+    if number is not None and finite and fits and len(number):
         return number.detach().clone()
+    shape = "" if number is None else f" of shape {tuple(number.shape)}"
     raise LatentError(
         explain(
             where,
             parameter,
-            got=f"of shape {tuple(number.shape)}" + ("" if finite else " and not finite"),
-            wanted=f"a finite number, or [{len(latents)}] or [prompts, {len(latents)}] values",
-            cause="values made for another selection",
-            call=f"{where}(latents, torch.tensor([...]))",
+            got=f"{type(value).__name__}{shape}" + ("" if finite else " and not finite"),
+            wanted=f"a finite number, [{len(latents)}] or [prompts, {len(latents)}] values, or a"
+            " Schedule, Pin or Resample",
+            cause="readings without a word on how to use them"
+            if isinstance(value, Readings)
+            else "values made for another selection",
+            call=f"{where}(latents, {parameter}=readings.mean()), or {parameter}=Pin(readings), or"
+            f" {parameter}=Resample(readings)",
         )
     )
 
@@ -208,7 +222,7 @@ def require_memoryless(intervention: Intervention) -> None:
 def by_prompt(intervention: Intervention) -> bool:
     """Whether any values differ by prompt, so that each batch needs its own program."""
     changes = [step.change for step in intervention.parts()]
-    return any(change is not None and change.prompts() is not None for change in changes)
+    return any(change is not None and change.numbered() for change in changes)
 
 
 def require_fired(receipt: Receipt, where: str) -> None:

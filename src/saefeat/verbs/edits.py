@@ -12,6 +12,7 @@ from ..latents import as_latents
 from ..tokens import Tokens
 from .base import Step, per_latent
 from .steps import Change, When
+from .values import Value
 
 
 @final
@@ -19,18 +20,28 @@ from .steps import Change, When
 class Ablate(Step):
     """Set latents to zero, or to given values: x' = x + (to − f) · directions.
 
+    With ``to="orthogonal"`` x loses its whole part in the span of the latents' directions at the
+    write site: x' = x − P x. Nothing is left along any of them, at tokens where f = 0 too, so it
+    removes more than the latents: whatever else has a part there. All latents of one write site
+    span one space, however they depend on one another; the receipt counts its coordinates.
+
     On a direction this is x − (x·v̂)v̂. It misleads where latents overlap: removing a set one by one
     and at once are different edits, and an ablated latent may be rebuilt by later layers, which is
     why one usually ablates at every layer at which a latent lives.
 
     Args:
         latents: ``Latents``, or a dictionary (all its latents).
-        to: ``"zero"``, a number, or one value a latent [k].
+        to: ``"zero"``, a number, one value a latent [k] or [prompts, k], a ``Schedule``, ``Pin`` or
+            ``Resample``, or ``"orthogonal"``.
         where: which tokens; every real token by default, prompt and generated.
-        when: a condition on other latents, token by token.
+        when: a condition on latents or on a score of a site, token by token.
+        support: what a topk or abstopk dictionary does: ``"frozen"``, its other latents stay as
+            they were; or ``"reselect"``, the edit comes before the k largest are selected, so that
+            others take the places that become free, and all that changes is written.
 
     Raises:
-        LatentError: for an empty selection or values that do not fit it.
+        LatentError: for an empty selection or values that do not fit it; when it is lowered, for
+            ``"reselect"`` on a dictionary that selects nothing.
 
     Examples:
         >>> sf.Ablate(sf.Direction(torch.ones(8), site="resid_post.1"), where=sf.Tokens.last(5))
@@ -40,34 +51,43 @@ class Ablate(Step):
     to: Any
     where: Tokens | None
     when: When | None
+    support: str
 
     def __init__(
         self,
         latents: Any,
         *,
-        to: str | float | Tensor = "zero",
+        to: str | float | Tensor | Value = "zero",
         where: Tokens | None = None,
         when: When | None = None,
+        support: str = "frozen",
     ) -> None:
         chosen = as_latents(latents, "Ablate")
-        if isinstance(to, str) and to != "zero":
+        _check_support("Ablate", support, to)
+        if isinstance(to, str) and to not in ("zero", "orthogonal"):
             raise LatentError(
                 explain(
                     "Ablate",
                     "to",
                     got=repr(to),
-                    wanted='"zero", a number, or one value a latent',
-                    cause="a mean has to come from data: measure it with a Probe",
-                    call="Ablate(latents, to=readings.mean())",
+                    wanted='"zero", "orthogonal", a number, or one value a latent',
+                    cause="a mean or other activations have to come from data: read them with a"
+                    " Probe",
+                    call="Ablate(latents, to=readings.mean()), or to=Resample(readings)",
                 )
             )
-        value = 0.0 if isinstance(to, str) else per_latent("Ablate", "to", to, chosen)
-        for name, given in (("latents", chosen), ("to", value), ("where", where), ("when", when)):
-            object.__setattr__(self, name, given)
+        value = 0.0 if isinstance(to, str) and to == "zero" else to
+        if not isinstance(value, str):
+            value = per_latent("Ablate", "to", value, chosen)
+        given = {"latents": chosen, "to": value, "where": where, "when": when, "support": support}
+        for name, argument in given.items():
+            object.__setattr__(self, name, argument)
 
     @property
     def change(self) -> Change:
-        return Change(scale=0.0, shift=self.to)
+        if isinstance(self.to, str):
+            return Change(scale=0.0, shift=0.0, how=self.to)
+        return Change(scale=0.0, shift=self.to, how=self.support)
 
     @property
     def rule(self) -> Tokens | None:
@@ -79,7 +99,7 @@ class Ablate(Step):
 
     def __repr__(self) -> str:
         to = "" if isinstance(self.to, float) and self.to == 0 else f", to={self.to!r}"
-        return f"Ablate({self.latents!r}{to}{_where(self.where, self.when)})"
+        return f"Ablate({self.latents!r}{to}{_where(self.where, self.when, self.support)})"
 
 
 @final
@@ -93,14 +113,15 @@ class Clamp(Step):
 
     Args:
         latents: ``Latents``, or a dictionary (all its latents).
-        value: f' = value.
-        scale: f' = scale · f.
-        add: f' = f + add. With a ``Direction`` and its norm this is activation steering.
+        value: f' = value; a number, [k], [prompts, k], or a ``Schedule``, ``Pin`` or ``Resample``.
+        scale: f' = scale · f; likewise.
+        add: f' = f + add; likewise. With a ``Direction`` and its norm this is activation steering.
         low: the least f' may be.
         high: the most f' may be.
         active_only: act only where f is not zero.
         where: which tokens; every real token by default, prompt and generated.
-        when: a condition on other latents, token by token.
+        when: a condition on latents or on a score of a site, token by token.
+        support: ``"frozen"`` or ``"reselect"``, as for ``Ablate``.
 
     Raises:
         LatentError: for no change, two changes, or values that do not fit the selection.
@@ -118,21 +139,24 @@ class Clamp(Step):
     active_only: bool
     where: Tokens | None
     when: When | None
+    support: str
 
     def __init__(
         self,
         latents: Any,
-        value: float | Tensor | None = None,
+        value: float | Tensor | Value | None = None,
         *,
-        scale: float | Tensor | None = None,
-        add: float | Tensor | None = None,
+        scale: float | Tensor | Value | None = None,
+        add: float | Tensor | Value | None = None,
         low: float | Tensor | None = None,
         high: float | Tensor | None = None,
         active_only: bool = False,
         where: Tokens | None = None,
         when: When | None = None,
+        support: str = "frozen",
     ) -> None:
         chosen = as_latents(latents, "Clamp")
+        _check_support("Clamp", support, None)
         given = {"value": value, "scale": scale, "add": add, "low": low, "high": high}
         _one_change(given)
         object.__setattr__(self, "latents", chosen)
@@ -141,6 +165,7 @@ class Clamp(Step):
         object.__setattr__(self, "active_only", active_only)
         object.__setattr__(self, "where", where)
         object.__setattr__(self, "when", when)
+        object.__setattr__(self, "support", support)
 
     @property
     def change(self) -> Change:
@@ -151,7 +176,7 @@ class Clamp(Step):
             scale = self.scale
         if self.add is not None:
             shift = self.add
-        return Change(scale, shift, self.low, self.high, self.active_only)
+        return Change(scale, shift, self.low, self.high, self.active_only, self.support)
 
     @property
     def rule(self) -> Tokens | None:
@@ -166,17 +191,48 @@ class Clamp(Step):
         given = [(name, getattr(self, name)) for name in names]
         shown = "".join(f", {name}={value!r}" for name, value in given if value is not None)
         only = ", active_only=True" if self.active_only else ""
-        return f"Clamp({self.latents!r}{shown}{only}{_where(self.where, self.when)})"
+        return f"Clamp({self.latents!r}{shown}{only}{_where(self.where, self.when, self.support)})"
 
 
-def _where(where: Tokens | None, when: When | None) -> str:
+def _where(where: Tokens | None, when: When | None, support: str) -> str:
     shown = "" if where is None else f", where={where!r}"
-    return shown if when is None else f"{shown}, when={when!r}"
+    shown += "" if when is None else f", when={when!r}"
+    return shown if support == "frozen" else f"{shown}, support={support!r}"
+
+
+def _check_support(where: str, support: str, to: object) -> None:
+    """One of two words, and no selection of k where no latents are written."""
+    orthogonal = isinstance(to, str) and to == "orthogonal"
+    if support == "frozen" or (support == "reselect" and not orthogonal):
+        return
+    raise LatentError(
+        explain(
+            where,
+            "support",
+            got=f'{support!r}, with to="orthogonal"' if orthogonal else repr(support),
+            wanted='"frozen"' if orthogonal else '"frozen" or "reselect"',
+            cause="an orthogonal ablation changes x, and no latent competes"
+            if orthogonal
+            else "a typing error",
+            call=f'{where}(latents, support="reselect")',
+        )
+    )
 
 
 def _one_change(given: dict[str, Any]) -> None:
-    """Exactly one of value, scale, add; or bounds alone."""
+    """Exactly one of value, scale, add; or bounds alone, which are the same at every token."""
     low, high = given["low"], given["high"]
+    if isinstance(low, Value) or isinstance(high, Value):
+        raise LatentError(
+            explain(
+                "Clamp",
+                "low" if isinstance(low, Value) else "high",
+                got=repr(low if isinstance(low, Value) else high),
+                wanted="a number, [k] or [prompts, k]",
+                cause="bounds do not change from token to token",
+                call="Clamp(latents, Pin(readings)), which sets them",
+            )
+        )
     if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
         raise LatentError(
             explain(

@@ -7,16 +7,19 @@ every tensor: a view would drag its whole matrix over the wire.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..dictionaries.base import Dictionary
 from ..errors import LatentError, SiteError, explain
-from ..latents import index_tensor
+from ..kernel.encode import scored
 from ..prompts import role_markers
-from ..sites import Place, Site, check_ready, check_width, find, torch_module
+from ..sites import Place, Site, check_ready, check_width, find, torch_module, width_at
 from ..tokens import Tokens
+from .forms import frozen, orthogonal, reselect
 from .steps import StepLike, When, numbered
 
 
@@ -41,6 +44,7 @@ def lower(intervention: HasParts, model: Any, rows: slice = slice(None)) -> dict
         parts = list(zip(numbers, step.latents.parts, strict=True))
         for number, (basis, indices) in parts:  # all reads first: no dictionary of a step sees
             builder.read(step, number, basis, indices)  # type: ignore[arg-type]
+        builder.condition(step, numbers[0])
         start = 0
         for number, (basis, indices) in parts:  # what another of the same step has written
             stop = start + len(indices)
@@ -67,23 +71,33 @@ class _Builder:
         self.model, self.rows = model, rows
         self.module = torch_module(model)
         self.visits: dict[Place, dict[str, Any]] = {}
-        self._directions: dict[int, Any] = {}
+        self._written: dict[int, dict[str, Any]] = {}
         self._edited: dict[int, set[int]] = {}
+        self._spans: dict[Site, tuple[Tokens, Tensor]] = {}  # of the step at hand
+        self._when: str | None = None  # likewise
         check_ready(self.module, "saefeat")
 
     def read(
         self, step: StepLike, number: int, dictionary: Dictionary, indices: tuple[int, ...]
     ) -> None:
         """Where one dictionary of a step is read."""
-        if dictionary.site != dictionary.write_site:
+        check_width(self.module, dictionary.site, dictionary.d_in, "dictionary")
+        check_width(self.module, dictionary.write_site, dictionary.d_out, "dictionary")
+        how = "frozen" if step.change is None else step.change.how
+        if dictionary.site != dictionary.write_site and how != "orthogonal":
             self._once(step, dictionary, indices)
-        columns = self._columns(dictionary, indices)
-        self._directions[number] = columns.pop("directions")
         rule = step.rule or default_rule(dictionary, self.model)
-        read = {"do": "read", "id": number, "tensors": columns}
+        if how == "orthogonal":
+            form = orthogonal(dictionary, indices, self._before(step, rule, dictionary))
+            place, written = dictionary.write_site, form.written["directions"]
+            self._spans[place] = rule, torch.cat([self._spans[place][1], written])
+        else:
+            form = (reselect if how == "reselect" else frozen)(dictionary, indices)
+        self._written[number] = form.written
+        read = {"do": "read", "id": number, "tensors": form.columns}
         read["rule"] = plain(rule.rule, self.model)
         read |= {"record": step.change is None, "reduce": step.reduction}
-        self._reach(dictionary.site, read)
+        self._reach(form.site, read)
 
     def write(
         self,
@@ -93,17 +107,39 @@ class _Builder:
         indices: tuple[int, ...],
         span: slice,
     ) -> None:
-        """Where one dictionary of an edit is written, and its condition."""
+        """Where one dictionary of an edit is written."""
         assert step.change is not None
-        when = step.condition
-        key = None if when is None else self._condition(step, when, number, dictionary)
-        change = step.change.take(span, self.rows)
-        tensors = {"directions": self._directions[number], **change}
-        write = {"do": "write", "id": number, "tensors": tensors, "when": key}
+        change = step.change.take(step.latents, span, self.rows)
+        write = {"do": "write", "id": number, "tensors": self._written[number] | change}
+        write["varying"] = tuple(name for name, value in change.items() if isinstance(value, dict))
+        write["when"] = self._when
+        if step.condition is not None:
+            self._early(step, step.condition, dictionary)
         place = self._writable(step, dictionary)
         add_visit(self.visits, place, dictionary.write_site.order)["actions"].append(write)
         if dictionary.site != dictionary.write_site:
             self._edited.setdefault(id(dictionary), set()).update(indices)
+
+    def _before(self, step: StepLike, rule: Tokens, dictionary: Dictionary) -> Tensor:
+        """[n, d]: what dictionaries before this one of the step span at its write site.
+
+        Each removes only what those before it leave, so all must act at the same tokens.
+        """
+        place = dictionary.write_site
+        empty = torch.zeros(0, dictionary.d_out, dtype=torch.float64)
+        other, rows = self._spans.setdefault(place, (rule, empty))
+        if other != rule:
+            raise LatentError(
+                explain(
+                    repr(step),
+                    "where",
+                    got=f"None, for dictionaries of {place} that skip different tokens by default",
+                    wanted="one rule for all that span one space",
+                    cause="dictionaries of different releases at one site",
+                    call="Ablate(latents, to='orthogonal', where=Tokens.all())",
+                )
+            )
+        return rows
 
     def _once(self, step: StepLike, dictionary: Dictionary, indices: tuple[int, ...]) -> None:
         """Refuse to read a transcoder's latents again after an edit: they are read upstream."""
@@ -149,32 +185,41 @@ class _Builder:
             )
         return place
 
-    def _condition(self, step: StepLike, when: When, number: int, edited: Dictionary) -> str:
-        """Test actions for a condition; they must be reached no later than the write."""
-        key = f"when-{number}"
+    def condition(self, step: StepLike, number: int) -> None:
+        """Test actions for a step's condition, after its reads and before it writes anything."""
+        when, self._spans = step.condition, {}
+        self._when = None if when is None else f"when-{number}"
+        if when is None:
+            return
+        tests: list[tuple[Site, dict[str, Any]]] = []
+        if when.site is not None:
+            width_at(self.module, when.site)  # it must be a site of this model
+            own = {"activation": partial(scored, when.scorer), "norm": "none"}
+            tests.append((when.site, own))
         for basis, indices in when.latents.parts:
             dictionary: Dictionary = basis  # type: ignore[assignment]
-            if dictionary.site.order > edited.write_site.order:
-                raise SiteError(
-                    explain(
-                        "when",
-                        "latents",
-                        got=f"read at {dictionary.site}",
-                        wanted=f"a site no later than {edited.write_site}, where {step!r} writes",
-                        cause="the model reaches the condition after the edit",
-                        call="condition on an earlier site, or edit a later one",
-                    )
-                )
-            columns = self._columns(dictionary, indices)
-            del columns["directions"]
-            test = {"do": "test", "id": key, "tensors": columns}
-            self._reach(dictionary.site, test | {"above": when.above, "hold": when.hold})
-        return key
+            check_width(self.module, dictionary.site, dictionary.d_in, "dictionary")
+            tests.append((dictionary.site, frozen(dictionary, indices).columns))
+        asked = {name: getattr(when, name) for name in ("above", "below", "match", "hold")}
+        for site, columns in tests:
+            test = {"do": "test", "id": self._when, "tensors": columns, "of": len(tests)}
+            self._reach(site, test | asked)
 
-    def _columns(self, dictionary: Dictionary, indices: tuple[int, ...]) -> dict[str, Any]:
-        check_width(self.module, dictionary.site, dictionary.d_in, "dictionary")
-        check_width(self.module, dictionary.write_site, dictionary.d_out, "dictionary")
-        return dictionary.columns(index_tensor(indices))
+    def _early(self, step: StepLike, when: When, edited: Dictionary) -> None:
+        """Refuse a condition that the model reaches after the edit."""
+        sites = when.latents.sites if when.site is None else (when.site,)
+        late = [site for site in sites if site.order > edited.write_site.order]
+        if late:
+            raise SiteError(
+                explain(
+                    "when",
+                    "latents" if when.site is None else "site",
+                    got=f"read at {late[0]}",
+                    wanted=f"a site no later than {edited.write_site}, where {step!r} writes",
+                    cause="the model reaches the condition after the edit",
+                    call="condition on an earlier site, or edit a later one",
+                )
+            )
 
     def _reach(self, site: Site, action: dict[str, Any]) -> None:
         """Put an action that reads a site where its value is whole."""

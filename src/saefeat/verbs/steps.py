@@ -5,20 +5,27 @@ These are plain values, below the verbs that carry them and the lowering that re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, final
 
 from torch import Tensor
 
+from ..errors import LatentError, explain
 from ..latents import Latents, as_latents
+from ..sites import Site
 from ..tokens import Tokens
+from .values import Value
 
 
 class Change(NamedTuple):
     """f' = clip(scale · f + shift, low, high).
 
-    Each is a number, a tensor [k] in latent order, or a tensor [prompts, k].
+    Each is a number, a tensor [k] in latent order, or a tensor [prompts, k]; scale and shift may
+    be a ``Value`` too. ``how`` says what is written: ``frozen``, the change of these latents;
+    ``reselect``, the change of all latents of a topk kind once these have new values; or
+    ``orthogonal``, the change of x's part in the span of these latents' directions.
     """
 
     scale: Any = 1.0
@@ -26,18 +33,28 @@ class Change(NamedTuple):
     low: Any = None
     high: Any = None
     active_only: bool = False
+    how: str = "frozen"
 
-    def take(self, span: slice, rows: slice) -> dict[str, Any]:
+    def take(self, latents: Latents, span: slice, rows: slice) -> dict[str, Any]:
         """The kernel's plain form for some latents and some prompts, in storage of its own."""
-        return {
-            name: _cut(value, span, rows) if isinstance(value, Tensor) else value
-            for name, value in self._asdict().items()
-        }
+        found = {"active_only": self.active_only}
+        for name, value in zip(("scale", "shift", "low", "high"), self[:4], strict=True):
+            if isinstance(value, Value):
+                found[name] = value.plain(latents, span, rows)
+            else:
+                found[name] = _cut(value, span, rows) if isinstance(value, Tensor) else value
+        return found
 
     def prompts(self) -> int | None:
         """How many prompts the values are for, or None if they fit any."""
-        sizes = [v.shape[0] for v in self if isinstance(v, Tensor) and v.ndim == 2]
-        return sizes[0] if sizes else None
+        sizes = [v.prompts() for v in self if isinstance(v, Value)]
+        sizes += [v.shape[0] for v in self if isinstance(v, Tensor) and v.ndim == 2]
+        return next((size for size in sizes if size is not None), None)
+
+    def numbered(self) -> bool:
+        """Whether values depend on the prompt's number, so that each batch has its own program."""
+        own = any(isinstance(v, Value) and v.numbered for v in self)
+        return own or self.prompts() is not None
 
 
 def _cut(value: Tensor, span: slice, rows: slice) -> Tensor:
@@ -48,18 +65,24 @@ def _cut(value: Tensor, span: slice, rows: slice) -> Tensor:
 @final
 @dataclass(frozen=True, init=False)
 class When:
-    """A condition on other latents: an edit acts only at tokens where it is met.
+    """A condition on latents, or on any score of a site: an edit acts only where it is met.
 
-    It is met where any of the latents is above the threshold; for all of them, chain two edits.
-    A direction is a latent too, so a probe's weight vector is a condition.
+    It is read at every real token, no later than the edit writes. A direction is a latent too, so
+    a probe's weight vector is a condition; a probe of any other form is a scorer.
 
     Args:
-        latents: ``Latents``, or a dictionary (all its latents), read no later than the edit writes.
-        above: the threshold.
+        subject: ``Latents``, a dictionary (all its latents), or a function that takes the site's
+            value [batch, tokens, d], float32 or wider, and gives a score [batch, tokens]. It runs
+            without gradients, and sees one pass: after the prompt, one token at a time.
+        site: where a function reads; latents know their own.
+        above: met where f or the score is above it; 0 if neither bound is given.
+        below: met where it is below; with ``above``, where it lies between them.
+        match: ``"any"`` of the latents, or ``"all"`` of them at the same token.
         hold: once met, met for the rest of the sequence, generated tokens included.
 
     Raises:
-        LatentError: for an empty selection.
+        LatentError: for an empty selection, a function without a site, or bounds that nothing
+            can meet.
 
     Examples:
         >>> harm = sf.Direction(torch.ones(8), site="resid_post.0")
@@ -67,20 +90,78 @@ class When:
         ... # doctest: +NORMALIZE_WHITESPACE
         Clamp(Latents(1: resid_post.0 [0]), value=0.0,
               when=When(Latents(1: resid_post.0 [0]), above=2.0))
+        >>> def norm(x):
+        ...     return x.norm(dim=-1)
+        >>> sf.When(norm, site="resid_post.0", below=40.0, hold=True)
+        When(norm, site='resid_post.0', below=40.0, hold=True)
     """
 
     latents: Latents
-    above: float
+    scorer: Any
+    site: Site | None
+    above: float | None
+    below: float | None
+    match: str
     hold: bool
 
-    def __init__(self, latents: Any, *, above: float = 0.0, hold: bool = False) -> None:
-        object.__setattr__(self, "latents", as_latents(latents, "When"))
-        object.__setattr__(self, "above", float(above))
-        object.__setattr__(self, "hold", hold)
+    def __init__(
+        self,
+        subject: Any,
+        *,
+        site: Site | str | None = None,
+        above: float | None = None,
+        below: float | None = None,
+        match: str = "any",
+        hold: bool = False,
+    ) -> None:
+        scores = callable(subject) and not callable(getattr(subject, "latents", None))
+        if above is None and below is None:
+            above = 0.0
+        _check_when(scores, site, above, below, match)
+        given = {
+            "latents": Latents(()) if scores else as_latents(subject, "When"),
+            "scorer": subject if scores else None,
+            "site": None if site is None else Site.parse(site),
+            "above": None if above is None else float(above),
+            "below": None if below is None else float(below),
+            "match": match,
+            "hold": hold,
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        hold = ", hold=True" if self.hold else ""
-        return f"When({self.latents!r}, above={self.above!r}{hold})"
+        name = getattr(self.scorer, "__name__", None) or type(self.scorer).__name__
+        shown = [f"{self.latents!r}" if self.scorer is None else f"{name}, site={str(self.site)!r}"]
+        bounds = (("above", self.above), ("below", self.below))
+        shown += [f"{name}={bound!r}" for name, bound in bounds if bound is not None]
+        shown += [] if self.match == "any" else [f"match={self.match!r}"]
+        return f"When({', '.join(shown + (['hold=True'] if self.hold else []))})"
+
+
+def _check_when(scores: bool, site: Any, above: Any, below: Any, match: str) -> None:
+    """A function has a site and latents have none; bounds that something can meet."""
+    bounds = [bound for bound in (above, below) if bound is not None]
+    if scores != (site is not None):
+        problem = ("site", repr(site), "a site for a function, and none for latents")
+    elif not all(isinstance(bound, (int, float)) and math.isfinite(bound) for bound in bounds):
+        problem = ("above", f"{above!r}, and below {below!r}", "finite numbers")
+    elif len(bounds) == 2 and above >= below:
+        problem = ("above", f"{above!r}, and below {below!r}", "above < below")
+    elif match not in ("any", "all"):
+        problem = ("match", repr(match), '"any" or "all"')
+    else:
+        return
+    raise LatentError(
+        explain(
+            "When",
+            problem[0],
+            got=problem[1],
+            wanted=problem[2],
+            cause="a scorer reads one site's value, where latents bring their own",
+            call='When(scorer, site="resid_post.3", above=0.5), or When(latents, below=2.0)',
+        )
+    )
 
 
 class StepLike(Protocol):

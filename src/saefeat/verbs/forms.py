@@ -1,0 +1,113 @@
+"""What an edit reads and writes: its latents, all latents of a topk kind, or a span.
+
+The kernel has one edit, f → f' and x + (f' − f) · directions. The three ways a ``Change`` is
+written differ in what stands for f and for the directions:
+
+* ``frozen``: the selected latents and their directions.
+* ``reselect``: the activations that all latents have before the k largest are selected, and all
+  directions. The edited ones take their new values into the selection.
+* ``orthogonal``: the coordinates of x itself in an orthonormal basis of the directions' span, and
+  that basis.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary
+from ..dictionaries.sae import ErrorTerm
+from ..errors import LatentError, explain
+from ..latents import index_tensor
+from ..sites import Site
+
+OPEN = {"topk": "relu", "abstopk": "identity"}
+"""Topk kind → its activation function without the selection."""
+
+
+class Form(NamedTuple):
+    """Where one dictionary of a step is read, with what columns, and what is written."""
+
+    site: Site
+    columns: dict[str, Any]
+    written: dict[str, Any]
+
+
+def frozen(dictionary: Dictionary, indices: tuple[int, ...]) -> Form:
+    """The selected latents: all that most edits and every probe need."""
+    columns = dictionary.columns(index_tensor(indices))
+    return Form(dictionary.site, columns, {"directions": columns.pop("directions")})
+
+
+def reselect(dictionary: Dictionary, indices: tuple[int, ...]) -> Form:
+    """All latents of a topk kind, before the selection.
+
+    Raises:
+        LatentError: for a dictionary that selects nothing: there each latent is on its own.
+    """
+    columns = dictionary.columns(index_tensor(indices))
+    kind = columns["activation"]
+    if not isinstance(kind, str) or kind not in OPEN:
+        raise LatentError(
+            explain(
+                "support",
+                "latents",
+                got=f"of {dictionary!r}, whose activation is {kind!r}",
+                wanted="a topk or abstopk dictionary",
+                cause="in other architectures no latent depends on another; saved BatchTopK and"
+                " Matryoshka SAEs are jumprelu",
+                call='support="frozen", the default',
+            )
+        )
+    top = {"activation": kind, "k": columns.pop("k"), "selected": columns.pop("selected")}
+    columns |= {"activation": OPEN[kind]}
+    del columns["directions"]
+    return Form(dictionary.site, columns, {"directions": dictionary.directions(), "top": top})
+
+
+def orthogonal(dictionary: Dictionary, indices: tuple[int, ...], before: Tensor) -> Form:
+    """The span of the directions at the write site, less what ``before`` [n, d_out] spans.
+
+    Raises:
+        LatentError: for an SAE's error term, whose direction is another at every token.
+    """
+    if isinstance(dictionary, ErrorTerm):
+        raise LatentError(
+            explain(
+                "Ablate",
+                "to",
+                got=f'"orthogonal", for {dictionary!r}',
+                wanted="latents with directions of their own",
+                cause="the error's direction is the error itself, another at every token",
+                call="Ablate(sae.error())",
+            )
+        )
+    basis = span(dictionary.directions(indices), before)
+    columns = {
+        "activation": "identity",
+        "encoder": basis.T.contiguous(),  # [d_out, k]
+        "bias": basis.new_zeros(len(basis)),
+        "norm": "none",
+    }
+    return Form(dictionary.write_site, columns, {"directions": basis})
+
+
+def span(rows: Tensor, before: Tensor) -> Tensor:
+    """An orthonormal basis of what rows [k, d] span beyond orthonormal ``before`` [n, d].
+
+    Always [k, d]: where fewer than k are independent the last rows are zero. Rows are taken at
+    unit norm, and what is within rounding of their dtype counts as dependent; in float64, so that
+    a row listed twice is found out exactly.
+    """
+    found = rows.to(torch.float64)
+    found = found / found.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    known = before.to(torch.float64)
+    for _ in range(2):  # once leaves rounding where a row nearly lies in the span before it
+        found = found - found @ known.T @ known
+    _, sizes, basis = torch.linalg.svd(found, full_matrices=False)  # [r], [r, d]
+    basis = basis[sizes > 16 * torch.finfo(rows.dtype).eps * max(1.0, float(sizes.max()))]
+    out = torch.zeros(rows.shape, dtype=rows.dtype)
+    out[: len(basis)] = basis.to(rows.dtype)
+    return out
