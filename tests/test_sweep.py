@@ -36,6 +36,8 @@ def same(a: sf.Run, b: sf.Run) -> None:
     assert len(a.readings) == len(b.readings)
     for mine, theirs in zip(a.readings, b.readings, strict=True):
         assert torch.equal(mine.mask, theirs.mask)
+        if theirs.starts is not None:
+            assert torch.equal(mine.starts, theirs.starts)
         assert torch.allclose(mine.values[mine.mask], theirs.values[mine.mask], atol=1e-4)
     for mine, theirs in zip(a.receipt.rows, b.receipt.rows, strict=True):
         assert (mine.edit, mine.tokens, mine.changed) == (

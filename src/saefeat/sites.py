@@ -329,10 +329,15 @@ def check_width(module: nn.Module, site: Site, width: int, what: str) -> None:
 
 
 def check_ready(module: nn.Module, where: str) -> None:
-    """Refuse train mode with dropout: two identical runs would differ.
+    """Refuse train mode with dropout, in which two identical runs differ, and with checkpointing.
+
+    Gradient checkpointing runs blocks anew in the backward pass, when an edit is no longer there
+    or its hooks have gone on to another forward pass: tried, gradients were wrong by 80 percent,
+    without an error with ``use_reentrant=True``. In eval mode it does nothing.
 
     Raises:
-        ModelError: naming the first active dropout. A submodule alone in train mode counts.
+        ModelError: naming the first active dropout, or the module that checkpoints. A submodule
+            alone in train mode counts.
     """
     training = [(name, part) for name, part in module.named_modules() if part.training]
     active = [name for name, part in training if isinstance(part, nn.Dropout) and part.p > 0]
@@ -349,5 +354,17 @@ def check_ready(module: nn.Module, where: str) -> None:
                 wanted="eval mode",
                 cause="the model was built or fine-tuned in this process",
                 call="model.eval()",
+            )
+        )
+    redone = [name for name, part in training if getattr(part, "gradient_checkpointing", False)]
+    if redone:
+        raise ModelError(
+            explain(
+                where,
+                "model",
+                got=f"in train mode with gradient checkpointing at {redone[0]!r}",
+                wanted="blocks that run once in a forward and backward pass",
+                cause="the backward pass would run blocks again, without the intervention",
+                call="model.eval(), or model.gradient_checkpointing_disable()",
             )
         )

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import FiringError, ModelError, explain
 from ..kernel.program import new_log, visit
-from ..kernel.tokens import past_length, window
+from ..kernel.tokens import past_length, require_sequential, window
 from ..kernel.trace import generating
 from ..sites import torch_module
 from ..verbs.base import Intervention
@@ -37,7 +38,9 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
 
     Raises:
         SiteError: a layer the model lacks, or a dictionary of another width.
-        ModelError: an unknown family, or train mode with dropout.
+        ModelError: an unknown family, or train mode with dropout; a forward pass that does not
+            reach every site.
+        FiringError: if no forward pass was made at all: results came from somewhere else.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -53,42 +56,81 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
     module = torch_module(model)
     program = lower(intervention, model)
     log = new_log()
-    state: dict[str, Any] = {"view": None, "held": {}, "ends": program["ends"]}
+    state: dict[str, Any] = {"view": None, "held": {}, "ends": program["ends"], "left": set()}
+    state["paths"] = {(stop["path"], stop["end"]) for stop in program["visits"]}
     with ExitStack() as stack:
         start = module.register_forward_pre_hook(partial(_begin, state, log), with_kwargs=True)
         stack.callback(start.remove)
         for stop in program["visits"]:
             stack.callback(_install(module, stop, state, log).remove)
+        stack.callback(module.register_forward_hook(partial(_end, state)).remove)
         yield log
+    if not log["passes"]:
+        raise FiringError(
+            explain(
+                "hooked",
+                "model",
+                got="never called inside the block",
+                wanted="at least one forward pass",
+                cause="results from a cache, or another copy of the model was called",
+                call="with hooked(model, intervention): model(...)",
+            )
+        )
 
 
 def _begin(
     state: dict[str, Any], log: dict[str, Any], _: nn.Module, args: Any, kwargs: Any
 ) -> None:
     """At the start of a forward pass: where are we in the sequence?"""
+    require_sequential(kwargs)
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     past = past_length(kwargs.get("past_key_values"))
-    before = state["view"] if _continues(state["view"], past, ids, kwargs) else None
     shape = (shown.shape[0], shown.shape[1])
+    before = state["view"] if _continues(state["view"], past, shape, ids, kwargs) else None
     state["view"] = log["view"] = window(ids, mask, shape, past, before, state["ends"])
     state["held"] = {}
+    state["left"] = set(state["paths"])
     log["passes"] += 1
 
 
-def _continues(view: dict[str, Any] | None, past: int, ids: Tensor | None, kwargs: Any) -> bool:
+def _end(state: dict[str, Any], module: nn.Module, _: Any, __: Any) -> None:
+    """At the end of a forward pass: was every site reached?"""
+    if not state["left"]:
+        return
+    path, end = min(state["left"])
+    raise ModelError(
+        explain(
+            "hooked",
+            "model",
+            got=f"a {type(module).__name__} that did not pass through {path}.{end}",
+            wanted="every site of the intervention reached in every forward pass",
+            cause="skipped layers, or code compiled before the hooks were there",
+            call="hooked on the model as it was loaded",
+        )
+    )
+
+
+def _continues(
+    view: dict[str, Any] | None, past: int, shape: tuple[int, int], ids: Tensor | None, kwargs: Any
+) -> bool:
     """Whether a pass goes on with the sequence of the pass before.
 
     With a cache, if the cache holds just what has been seen here; without one, if generate feeds
-    the last sequence with one token more.
+    the last sequence with one token more. Beams change rows within a prompt's own, so what is
+    compared then is the prompt.
     """
-    last = None if view is None else view["memory"].get("ids")
-    if last is None or ids is None:
-        return past > 0 and view is not None
+    if view is None or len(view["real"]) != shape[0]:
+        return False
+    memory = view["memory"]
     if past:
-        return last.shape == (ids.shape[0], past)
-    return generating(kwargs) and torch.equal(ids[:, :-1], last)
+        return memory["seen"] == past
+    last = memory.get("ids")
+    if not generating(kwargs) or last is None or ids is None or memory["seen"] + 1 != shape[1]:
+        return False
+    prompt = memory["prompt"]
+    return torch.equal(ids[:, :prompt], last[:, :prompt])
 
 
 def _install(module: nn.Module, stop: dict[str, Any], state: dict[str, Any], log: Any) -> Any:
@@ -102,15 +144,18 @@ def _install(module: nn.Module, stop: dict[str, Any], state: dict[str, Any], log
 
 def _on_input(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, kwargs: Any) -> Any:
     if args:
-        x = visit(stop["actions"], args[0], state["view"], state["held"], log)
+        x = _visit(stop, args[0], state, log)
         return (x, *args[1:]), kwargs
     name = next(iter(kwargs))
-    x = visit(stop["actions"], kwargs[name], state["view"], state["held"], log)
-    return args, {**kwargs, name: x}
+    return args, {**kwargs, name: _visit(stop, kwargs[name], state, log)}
 
 
 def _on_output(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, output: Any) -> Any:
     if isinstance(output, Tensor):
-        return visit(stop["actions"], output, state["view"], state["held"], log)
-    x = visit(stop["actions"], output[0], state["view"], state["held"], log)
-    return (x, *output[1:])
+        return _visit(stop, output, state, log)
+    return (_visit(stop, output[0], state, log), *output[1:])
+
+
+def _visit(stop: Any, x: Tensor, state: Any, log: Any) -> Tensor:
+    state["left"].discard((stop["path"], stop["end"]))
+    return visit(stop["actions"], x, state["view"], state["held"], log)

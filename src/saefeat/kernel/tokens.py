@@ -48,13 +48,14 @@ def window(
     if getattr(attention_mask, "ndim", 0) != 2:
         raise ValueError(
             "saefeat: the attention mask of this forward pass is not [batch, sequence], so padding"
-            " cannot be told from tokens. Likely cause: a compiled or static cache. Try: generate"
-            " with the default dynamic cache."
+            " cannot be told from tokens. Likely cause: a compiled or static cache, or a 4-D mask"
+            " of your own. Try: the default dynamic cache, and the tokenizer's own mask."
         )
     real = attention_mask[:, -columns:] != 0
     position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
     known = before or {"lengths": (attention_mask != 0).sum(1, keepdim=True), "memory": {}}
     lengths, memory = known["lengths"].to(position.device), known["memory"]
+    follow(memory, past, columns)
     if ids is not None:  # with a cache a pass shows only new tokens; rules may look further back
         whole = ids.shape[1] == attention_mask.shape[1] or "ids" not in memory
         memory["ids"] = ids if whole else torch.cat([memory["ids"].to(ids.device), ids], 1)
@@ -70,11 +71,64 @@ def narrowed(view: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     if key not in view["selected"]:
         names = ("ids", "position", "real", "lengths")
         part = {name: None if view[name] is None else view[name][start:stop] for name in names}
-        memory = view["memory"].setdefault(key, {})
-        if "ids" in view["memory"]:
-            memory["ids"] = view["memory"]["ids"][start:stop]
+        shared = view["memory"]
+        memory = shared.setdefault(key, {})
+        memory |= {name: shared[name] for name in ("seen", "prompt", "blocks") if name in shared}
+        if "ids" in shared:
+            memory["ids"] = shared["ids"][start:stop]
         view["selected"][key] = {**view, **part, "selected": {}, "memory": memory}
     return view["selected"][key]
+
+
+def follow(memory: dict[str, Any], past: int, columns: int) -> None:
+    """Keep account of the columns of a sequence, pass by pass.
+
+    ``seen`` columns have been shown so far, ``prompt`` in the first pass. ``blocks`` is true once a
+    pass has added several to a sequence already begun: then the first pass was not all of the
+    prompt, and nobody can tell where the prompt ended (see ``whole_prompt``).
+    """
+    seen = memory.get("seen")
+    if past and seen is not None:
+        if past != seen:
+            raise ValueError(
+                f"saefeat: the key-value cache holds {past} columns where {seen} have been seen, so"
+                " tokens that were edited and read have been taken back. Likely cause: assisted"
+                " generation, or a cache cropped between passes. Try: generate without an"
+                " assistant, or begin anew for each sequence."
+            )
+        memory["blocks"] = memory.get("blocks", False) or columns > 1
+    memory["seen"] = past + columns
+    memory.setdefault("prompt", past + columns)
+
+
+def require_sequential(kwargs: dict[str, Any]) -> None:
+    """Refuse a forward pass whose columns are not simply the next tokens of one text a row.
+
+    transformers' generate passes ``return_dict`` on every path but one: assisted generation and
+    prompt lookup, which feed guesses and take them back (5.23, tried).
+    """
+    cached = kwargs.get("past_key_values") is not None and "use_cache" in kwargs
+    if cached and "logits_to_keep" in kwargs and "return_dict" not in kwargs:
+        raise ValueError(
+            "saefeat: this forward pass may hold guessed tokens that are taken back later, which"
+            " would be edited, read and counted. Likely cause: assisted generation or prompt"
+            " lookup. Try: generate without assistant_model and prompt_lookup_num_tokens; in a"
+            " loop of your own, call the model with return_dict=True."
+        )
+    places = kwargs.get("position_ids")
+    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
+    if isinstance(places, Tensor) and places.ndim == 2 and places.shape[1] > 1 and not packed:
+        falls = places[:, 1:] < places[:, :-1]  # a left pad's place is 0 or 1, whichever it is
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            falls = falls & (mask[:, -places.shape[1] :][:, :-1] != 0).to(falls.device)
+        packed = bool(falls.any())
+    if packed:
+        raise ValueError(
+            "saefeat: several texts lie in one row of this forward pass, and positions are counted"
+            " along the row. Likely cause: packed sequences (position_ids that start again). Try:"
+            " one text a row, padded, with an attention mask."
+        )
 
 
 def finished(
@@ -123,6 +177,8 @@ def matches(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:
         return matches(rest[0], view) & matches(rest[1], view)
     if kind == "or":
         return matches(rest[0], view) | matches(rest[1], view)
+    if kind in ("prompt", "first", "last", "generated"):
+        whole_prompt(view)
     if kind == "prompt":
         return position < lengths
     if kind == "first":
@@ -139,11 +195,35 @@ def matches(rule: tuple, view: dict[str, Any]) -> Bool[Tensor, "b t"]:
             " embeddings. Try: call it with input_ids, or use a rule over positions."
         )
     if kind == "between":
+        whole_text(view)
         return between(view["memory"]["ids"], *rest)[:, -position.shape[1] :]
     if kind == "ids":
         wanted = torch.tensor(rest[0], dtype=view["ids"].dtype, device=view["ids"].device)
         return torch.isin(view["ids"], wanted)
     return rest[0](view["ids"], position).to(torch.bool)
+
+
+def whole_prompt(view: dict[str, Any]) -> None:
+    """Refuse a rule that counts from the prompt's end where that end is not known."""
+    if view["memory"].get("blocks"):
+        raise ValueError(
+            "saefeat: this token rule needs the prompt's length, but several tokens came after the"
+            " first forward pass at once, so the first was not all of the prompt. Likely cause:"
+            " prefill_chunk_size, or a second turn on the same cache. Try: the whole prompt in one"
+            " pass, a `hooked` block for each turn, or a rule that needs no length (Tokens.all,"
+            " Tokens.ids)."
+        )
+
+
+def whole_text(view: dict[str, Any]) -> None:
+    """Refuse a rule over the text before this pass where its tokens were never shown."""
+    memory = view["memory"]
+    if memory["ids"].shape[1] != memory.get("seen", memory["ids"].shape[1]):
+        raise ValueError(
+            "saefeat: this token rule looks back over the whole text, but the model was given a"
+            " key-value cache or embeddings for part of it. Try: run the whole text under the"
+            " intervention, or use a rule over positions."
+        )
 
 
 def between(

@@ -21,7 +21,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 
 from .program import visit
-from .tokens import past_length, window
+from .tokens import past_length, require_sequential, window
 
 
 def whole_run(
@@ -94,6 +94,7 @@ def one_pass(
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     past = past_length(kwargs.get("past_key_values"))
+    require_sequential(kwargs)
     mask, shape = kwargs.get("attention_mask"), tuple(shown.shape[:2])
     view = window(ids, mask, shape, past, before, program.get("ends"))
     held: dict[int, Any] = {}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernel.program import new_log
+from ..kernel.tokens import narrowed
 
 STRIDE = 1_000_000
 """Actions of the n-th program are numbered from n · STRIDE."""
@@ -29,7 +30,10 @@ def taken_apart(
     """Each program's own log, as if it had run alone and stopped after its own ``passes``."""
     logs = []
     for number in range(programs):
-        own = {**new_log(), "passes": min(passes[number], log["passes"])}
+        view = narrowed(log["view"], number * rows, (number + 1) * rows)
+        cut = 0 if view["whole"] else log["passes"] - passes[number]
+        view = {**view, "position": view["position"] - cut}  # of the last column that is kept
+        own = {**new_log(), "passes": passes[number], "view": view}
         for name in ("readings", "masks", "fired"):
             for key, entries in log[name].items():
                 if key // STRIDE == number:  # one entry a pass, or fewer where they were reduced
