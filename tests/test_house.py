@@ -37,6 +37,7 @@ LEVELS: dict[str, int] = {
     "saefeat.prompts": 1,
     # a selection knows only that a basis has a site and a width; dictionaries hand selections out
     "saefeat.latents": 2,
+    "saefeat.events": 3,
     "saefeat.records": 3,
     "saefeat.dictionaries": 3,
     # finished batches of a long job, kept by the verbs and by the ways of running

@@ -22,6 +22,7 @@ from .errors import (
     SiteError,
 )
 from .evaluate import continuation_loss
+from .events import Events
 from .execution.edit import edit
 from .execution.hooked import hooked
 from .execution.run import Run, run
@@ -59,6 +60,7 @@ __all__ = [
     "DictionaryError",
     "Direction",
     "ErrorTerm",
+    "Events",
     "Fired",
     "FiringError",
     "Generic",

@@ -20,11 +20,14 @@ from .edit import changed, moved
 from .encode import encode
 from .tokens import narrowed, select
 
+PAIRS = 1 << 22
+"""(token, latent) pairs of a log whose values are kept for the receipt: 32 MiB of float32."""
+
 
 def new_log() -> dict[str, Any]:
     """An empty record of a run: how many passes, what was read, how often edits fired."""
-    names = ("readings", "masks", "fired", "kept", "nodes")
-    return {"passes": 0, "view": None, **{name: {} for name in names}}
+    names = ("readings", "masks", "fired", "events", "directions", "kept", "nodes")
+    return {"passes": 0, "pairs": 0, "view": None, **{name: {} for name in names}}
 
 
 def visit(
@@ -109,7 +112,7 @@ def write(
     require_batch(tensors, x.shape[0])
     step = changed(tensors, f) - f  # [b, t, k]
     if log is not None:
-        note(log, number, f.detach(), step.detach(), mask, view)
+        note(log, number, f.detach(), step.detach(), mask, view, tensors["directions"], scale)
     return moved(x, step, tensors["directions"], scale, None if everywhere else mask)
 
 
@@ -259,10 +262,23 @@ def note(
     step: Float[Tensor, "b t k"],
     mask: Bool[Tensor, "b t 1"],
     view: dict[str, Any],
+    directions: Float[Tensor, "k d_out"],
+    scale: Float[Tensor, "b t _"] | None,
 ) -> None:
-    """Keep what a receipt needs. Counting waits until the run is over, unless there is too much."""
+    """Keep what a receipt needs, by reference: counting and norms wait until the run is over.
+
+    Where that is too much (more than 64 latents, or a long run) it is counted at once, and the
+    receipt then has counts alone.
+    """
     entries = log["fired"].setdefault(number, [])
-    entries.append((step, mask) if step.shape[-1] <= 64 else fired(step, mask))
+    log["pairs"] += step.numel()
+    if step.shape[-1] > 64 or log["pairs"] > PAIRS:
+        entries.append(fired(step, mask))
+        return
+    entries.append((step, mask))
+    seen = {name: view[name] for name in ("ids", "position", "lengths", "begins")}
+    log["events"].setdefault(number, []).append({**seen, "before": f, "scale": scale})
+    log["directions"][number] = directions
 
 
 def fired(step: Float[Tensor, "b t k"], mask: Bool[Tensor, "b t 1"]) -> Float[Tensor, "3"]:

@@ -30,10 +30,13 @@ def taken_apart(
     logs = []
     for number in range(programs):
         own = {**new_log(), "passes": min(passes[number], log["passes"])}
-        for name in ("readings", "masks", "fired"):
+        for name in ("readings", "masks", "fired", "events"):
             for key, entries in log[name].items():
                 if key // STRIDE == number:  # one entry a pass, or fewer where they were reduced
                     own[name][key % STRIDE] = entries[: passes[number]]
+        for key, directions in log["directions"].items():
+            if key // STRIDE == number:
+                own["directions"][key % STRIDE] = directions
         logs.append(own)
     return logs
 
