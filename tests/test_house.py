@@ -37,8 +37,12 @@ LEVELS: dict[str, int] = {
     "saefeat.prompts": 1,
     # a selection knows only that a basis has a site and a width; dictionaries hand selections out
     "saefeat.latents": 2,
+    "saefeat.events": 3,
     "saefeat.records": 3,
     "saefeat.dictionaries": 3,
+    # finished batches of a long job, kept by the verbs and by the ways of running
+    "saefeat.checkpoint": 4,
+    "saefeat.identity": 4,
     # the verbs, as one package or as modules
     "saefeat.verbs": 4,
     "saefeat.edits": 4,

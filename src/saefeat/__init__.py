@@ -11,6 +11,7 @@ from .dictionaries.direction import Direction, Neurons, direction
 from .dictionaries.generic import Generic
 from .dictionaries.sae import SAE, ErrorTerm
 from .errors import (
+    CheckpointError,
     DictionaryError,
     FiringError,
     GradientError,
@@ -21,6 +22,7 @@ from .errors import (
     SiteError,
 )
 from .evaluate import continuation_loss
+from .events import Events
 from .execution.edit import edit
 from .execution.hooked import hooked
 from .execution.run import Run, run
@@ -52,12 +54,14 @@ __all__ = [
     "BASELINE_TOP",
     "Chain",
     "Check",
+    "CheckpointError",
     "Clamp",
     "Dictionaries",
     "Dictionary",
     "DictionaryError",
     "Direction",
     "ErrorTerm",
+    "Events",
     "Fired",
     "FiringError",
     "Generic",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .events import Events, frame, join_events
+
 if TYPE_CHECKING:
+    import pandas
+
     from .latents import Latents
 
 
@@ -72,6 +77,9 @@ class Fired:
         tokens: tokens it selected, over all prompts and forward passes.
         changed: (token, latent) pairs it really changed.
         largest: the largest change of a latent's activation.
+        events: each change with its prompt, token and values; None where only counts were kept:
+            for edits of more than 64 latents of one dictionary, and for long runs (4 million
+            (token, latent) pairs). ``stream`` keeps them batch by batch.
 
     Examples:
         >>> sf.Fired("Ablate(...)", tokens=6, changed=2, largest=1.5).changed
@@ -82,6 +90,7 @@ class Fired:
     tokens: int
     changed: int
     largest: float
+    events: Events | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -106,11 +115,36 @@ class Receipt:
         return tuple(row.edit for row in self.rows if row.tokens == 0)
 
     def __add__(self, other: Receipt) -> Receipt:
-        rows = tuple(
-            Fired(a.edit, a.tokens + b.tokens, a.changed + b.changed, max(a.largest, b.largest))
-            for a, b in zip(self.rows, other.rows, strict=True)
+        return join_receipts([self, other])
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Every event of every edit, with the edit as it prints; edits without events are absent.
+
+        Raises:
+            SaefeatError: without pandas.
+        """
+        columns: dict[str, list[Any]] = {"edit": []}
+        for row in self.rows:
+            table = {} if row.events is None else row.events.to_pandas().to_dict("list")
+            columns["edit"] += [row.edit] * len(table.get("site", ()))
+            for name, column in table.items():
+                columns.setdefault(name, []).extend(column)
+        return frame(columns, "Receipt.to_pandas")
+
+
+def join_receipts(receipts: Sequence[Receipt]) -> Receipt:
+    """The receipts of several batches as one; events' prompts are numbered on."""
+    rows = tuple(
+        Fired(
+            batches[0].edit,
+            sum(row.tokens for row in batches),
+            sum(row.changed for row in batches),
+            max(row.largest for row in batches),
+            join_events([row.events for row in batches]),
         )
-        return Receipt(rows, self.passes + other.passes)
+        for batches in zip(*(receipt.rows for receipt in receipts), strict=True)
+    )
+    return Receipt(rows, sum(receipt.passes for receipt in receipts))
 
 
 @dataclass(frozen=True)

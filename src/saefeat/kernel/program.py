@@ -21,11 +21,14 @@ from .encode import encode
 from .tokens import narrowed, select
 from .values import require_batch, resolve
 
+PAIRS = 1 << 22
+"""(token, latent) pairs of a log whose values are kept for the receipt: 32 MiB of float32."""
+
 
 def new_log() -> dict[str, Any]:
     """An empty record of a run: how many passes, what was read, how often edits fired."""
-    names = ("readings", "masks", "fired", "kept", "nodes")
-    return {"passes": 0, "view": None, **{name: {} for name in names}}
+    names = ("readings", "masks", "fired", "events", "directions", "kept", "nodes")
+    return {"passes": 0, "pairs": 0, "view": None, **{name: {} for name in names}}
 
 
 def visit(
@@ -117,7 +120,8 @@ def write(
     else:
         step = written = changed(tensors, f) - f  # [b, t, k]
     if log is not None:
-        note(log, number, f.detach(), step.detach(), mask, view)
+        directions = tensors["directions"]
+        note(log, number, f.detach(), step.detach(), written.detach(), mask, view, directions, scale)
     return moved(x, written, tensors["directions"], scale, None if everywhere else mask)
 
 
@@ -270,12 +274,28 @@ def note(
     number: int,
     f: Float[Tensor, "b t k"],
     step: Float[Tensor, "b t k"],
+    written: Float[Tensor, "b t n"],
     mask: Bool[Tensor, "b t 1"],
     view: dict[str, Any],
+    directions: Float[Tensor, "n d_out"],
+    scale: Float[Tensor, "b t _"] | None,
 ) -> None:
-    """Keep what a receipt needs. Counting waits until the run is over, unless there is too much."""
+    """Keep what a receipt needs, by reference: counting and norms wait until the run is over.
+
+    Where that is too much (more than 64 latents, or a long run) it is counted at once, and the
+    receipt then has counts alone.
+    """
     entries = log["fired"].setdefault(number, [])
-    entries.append((step, mask) if step.shape[-1] <= 64 else fired(step, mask))
+    log["pairs"] += written.numel()
+    if step.shape[-1] > 64 or log["pairs"] > PAIRS:
+        entries.append(fired(step, mask))
+        return
+    entries.append((step, mask))
+    seen = {name: view[name] for name in ("ids", "position", "lengths", "begins")}
+    log["events"].setdefault(number, []).append(
+        {**seen, "before": f, "written": written, "scale": scale}
+    )
+    log["directions"][number] = directions
 
 
 def fired(step: Float[Tensor, "b t k"], mask: Bool[Tensor, "b t 1"]) -> Float[Tensor, "3"]:

@@ -39,7 +39,7 @@ def window(
         ``ids`` [b, t] (or None), ``position`` [b, t], ``real`` [b, t] and ``lengths`` [b, 1], the
         prompts' lengths in real tokens, counted on the first pass. ``selected`` remembers for
         this pass what each rule selected; ``memory`` what later passes must know; ``whole`` is
-        true where the pass shows the sequence from its start.
+        true where the pass shows the sequence from its start, ``begins`` where it is its first.
     """
     rows, columns = shape
     if attention_mask is None:
@@ -62,7 +62,8 @@ def window(
         if ends is not None:
             real = real & ~finished(ids, position >= lengths, ends, memory)
     found = {"ids": ids, "position": position, "real": real, "lengths": lengths}
-    return {**found, "whole": past == 0, "selected": {}, "memory": memory}
+    begins = "position" not in known
+    return {**found, "whole": past == 0, "begins": begins, "selected": {}, "memory": memory}
 
 
 def narrowed(view: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

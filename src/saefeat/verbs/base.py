@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FiringError, LatentError, explain
+from ..events import record_events
 from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
 from ..latents import Latents
@@ -78,16 +79,16 @@ class Intervention(ABC):
         return tuple(found)
 
     def receipt(self, log: dict[str, Any]) -> Receipt:
-        """How often each edit acted."""
+        """How often each edit acted, and where."""
         rows = []
         for step, numbers in numbered(self.parts()):
             if step.change is not None:
                 counts = [_counts(log["fired"].get(n, [])) for n in numbers]
                 total = torch.stack([c.to("cpu", torch.float64).sum(0) for c in counts])
                 largest = max(float(c[:, 2].max()) for c in counts)
-                rows.append(
-                    Fired(repr(step), int(total[:, 0].max()), int(total[:, 1].sum()), largest)
-                )
+                tokens, pairs = int(total[:, 0].max()), int(total[:, 1].sum())
+                events = record_events(step.latents, numbers, log)
+                rows.append(Fired(repr(step), tokens, pairs, largest, events))
         return Receipt(tuple(rows), passes=log["passes"])
 
 

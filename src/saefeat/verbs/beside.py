@@ -34,10 +34,13 @@ def taken_apart(
         cut = 0 if view["whole"] else log["passes"] - passes[number]
         view = {**view, "position": view["position"] - cut}  # of the last column that is kept
         own = {**new_log(), "passes": passes[number], "view": view}
-        for name in ("readings", "masks", "fired"):
+        for name in ("readings", "masks", "fired", "events"):
             for key, entries in log[name].items():
                 if key // STRIDE == number:  # one entry a pass, or fewer where they were reduced
                     own[name][key % STRIDE] = entries[: passes[number]]
+        for key, directions in log["directions"].items():
+            if key // STRIDE == number:
+                own["directions"][key % STRIDE] = directions
         logs.append(own)
     return logs
 
