@@ -17,6 +17,7 @@ from .errors import (
     LatentError,
     ModelError,
     PromptError,
+    RemoteError,
     SaefeatError,
     SiteError,
 )
@@ -27,6 +28,7 @@ from .execution.run import Run, run
 from .execution.wrap import wrap
 from .latents import Latents, stack
 from .loading import from_sae_lens, load_sae, load_saes
+from .loopback import Server, serve
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
@@ -73,9 +75,11 @@ __all__ = [
     "Provenance",
     "Readings",
     "Receipt",
+    "RemoteError",
     "Run",
     "SAE",
     "SaefeatError",
+    "Server",
     "Site",
     "SiteError",
     "Tokens",
@@ -93,6 +97,7 @@ __all__ = [
     "logit_diff",
     "metric",
     "run",
+    "serve",
     "stack",
     "verify",
     "versions",
