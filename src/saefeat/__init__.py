@@ -24,7 +24,10 @@ from .errors import (
 from .evaluate import continuation_loss
 from .execution.edit import edit
 from .execution.hooked import hooked
+from .execution.jobs import Job
+from .execution.preflight import Preflight, preflight
 from .execution.run import Run, run
+from .execution.submit import submit
 from .execution.wrap import wrap
 from .latents import Latents, stack
 from .loading import from_sae_lens, load_sae, load_saes
@@ -64,12 +67,14 @@ __all__ = [
     "GradientError",
     "IG",
     "Intervention",
+    "Job",
     "LatentError",
     "Latents",
     "Method",
     "Metric",
     "ModelError",
     "Neurons",
+    "Preflight",
     "Probe",
     "PromptError",
     "Provenance",
@@ -96,9 +101,11 @@ __all__ = [
     "logit",
     "logit_diff",
     "metric",
+    "preflight",
     "run",
     "serve",
     "stack",
+    "submit",
     "verify",
     "versions",
     "wrap",

@@ -15,9 +15,7 @@ from .program import fired
 from .trace import inline
 
 
-def applied(
-    program: dict[str, Any], model: Any, *, step: int | None = None
-) -> dict[str, Any]:
+def applied(program: dict[str, Any], model: Any, *, step: int | None = None) -> dict[str, Any]:
     """What an intervention is on a server: its program, called with the model inside a block.
 
     Only what needs no memory from pass to pass may be applied pass by pass with ``step``.
@@ -67,7 +65,7 @@ def pack(log: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(log: dict[str, Any]) -> dict[str, Any]:
-    """A packed log as the kernel writes it, zeros where nothing was selected; others as they are."""
+    """A packed log as the kernel writes it, with zeros at tokens that were not selected."""
     if not log.get("packed"):
         return log
     readings, masks = {}, {}
@@ -77,4 +75,4 @@ def unpack(log: dict[str, Any]) -> dict[str, Any]:
         whole[mask > 0] = f
         readings[number], masks[number] = [whole], [mask]
     fired_rows = {number: list(rows) for number, rows in log["fired"].items()}
-    return {**log, "readings": readings, "masks": masks, "fired": fired_rows}
+    return {**log, "readings": readings, "masks": masks, "fired": fired_rows, "packed": False}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class Worker:
         self._setup = setup
         self._turn = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
 
     def run(self, job: dict[str, Any], blob: bytes) -> tuple[bool, str, bytes]:
         """Whether the request succeeded, what went wrong otherwise, and its result."""
@@ -65,19 +66,13 @@ class Worker:
         if process is not None:
             code = process.wait()
             for stream in (process.stdin, process.stdout):
-                if stream is not None and not stream.closed:
-                    _close(stream)
+                if stream is not None:
+                    with suppress(BrokenPipeError):  # what it had not taken yet
+                        stream.close()
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - 2000))
         last = self._errors.read().decode(errors="replace").strip()
         return f"The worker process died (exit code {code}).\n{last}"
-
-
-def _close(stream: Any) -> None:
-    try:
-        stream.close()
-    except BrokenPipeError:  # what it had not taken yet
-        pass
 
 
 def _write(process: subprocess.Popen[bytes], data: bytes) -> None:

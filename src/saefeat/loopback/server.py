@@ -198,7 +198,7 @@ def serve(
     version: str = NNSIGHT,
     slow: float = 1.0,
 ) -> Iterator[Server]:
-    """Run a server on this machine that treats requests as NDIF does, to check code before it queues.
+    """Run a server on this machine that treats requests as NDIF does: to check code before queues.
 
     Jobs run one after another in a process of their own, on a copy of the model, with nnsight,
     torch and transformers alone: saefeat, sae_lens, transformer_lens, jaxtyping and beartype cannot
