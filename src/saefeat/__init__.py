@@ -18,6 +18,7 @@ from .errors import (
     LatentError,
     ModelError,
     PromptError,
+    RemoteError,
     SaefeatError,
     SiteError,
 )
@@ -25,11 +26,15 @@ from .evaluate import continuation_loss
 from .events import Events
 from .execution.edit import edit
 from .execution.hooked import hooked
+from .execution.jobs import Job
+from .execution.preflight import Preflight, preflight
 from .execution.run import Run, run
+from .execution.submit import submit
 from .execution.sweep import sweep
 from .execution.wrap import wrap
 from .latents import Latents, stack
 from .loading import from_sae_lens, load_sae, load_saes
+from .loopback import Server, serve
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
@@ -68,6 +73,7 @@ __all__ = [
     "GradientError",
     "IG",
     "Intervention",
+    "Job",
     "LatentError",
     "Latents",
     "Method",
@@ -75,16 +81,19 @@ __all__ = [
     "ModelError",
     "Neurons",
     "Pin",
+    "Preflight",
     "Probe",
     "PromptError",
     "Provenance",
     "Readings",
     "Receipt",
     "Resample",
+    "RemoteError",
     "Run",
     "SAE",
     "SaefeatError",
     "Schedule",
+    "Server",
     "Site",
     "SiteError",
     "Tokens",
@@ -101,9 +110,12 @@ __all__ = [
     "logit",
     "logit_diff",
     "metric",
+    "preflight",
     "run",
+    "serve",
     "stack",
     "sweep",
+    "submit",
     "verify",
     "versions",
     "wrap",

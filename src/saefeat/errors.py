@@ -99,6 +99,15 @@ class CheckpointError(SaefeatError):
     """
 
 
+class RemoteError(SaefeatError):
+    """A request that must not or cannot travel, or a remote job that failed, expired or was lost.
+
+    Examples:
+        >>> issubclass(sf.RemoteError, ValueError)
+        True
+    """
+
+
 def explain(where: str, parameter: str, *, got: object, wanted: str, cause: str, call: str) -> str:
     """Build the one sentence shape every error uses.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import LatentError, explain
+from .requests import stay_here
 from .sites import Site
 
 
@@ -89,6 +90,10 @@ class Latents:
         shown = [f"{b.site} [{_brief(ix)}]" for b, ix in self.parts[:6]]
         more = f", and {len(self.parts) - 6} more sites" if len(self.parts) > 6 else ""
         return f"Latents({len(self)}: {', '.join(shown)}{more})" if shown else "Latents(0)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stay_here(self, "latents")
+        return super().__reduce_ex__(protocol)
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import DictionaryError, SiteError, explain
 from ..kernel.encode import encode
 from ..latents import Latents, index_tensor
+from ..requests import stay_here
 from ..sites import Site
 
 
@@ -86,6 +87,10 @@ class Dictionary(ABC):
         """Indices as a tensor, refused as ``latents`` refuses them."""
         parts = self.latents(indices).parts
         return index_tensor(parts[0][1] if parts else ())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stay_here(self, "dictionary")
+        return super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"

@@ -19,6 +19,8 @@ from ..records import Provenance, Readings, Receipt, now, stack_readings, versio
 from ..sites import torch_module
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
+from .preflight import PAYLOAD_LIMIT, preflight, require_light
+from .remote import remote_batch, with_stops
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def run(
     batch_size: int = 32,
     allow_unfired: bool = False,
     progress: bool = False,
+    remote: bool | str = False,
+    dtype: torch.dtype | None = None,
+    payload_limit: int = PAYLOAD_LIMIT,
 ) -> Run:
     """Run prompts under an intervention, greedily, in batches.
 
@@ -71,6 +76,12 @@ def run(
         batch_size: prompts a batch.
         allow_unfired: accept edits that selected no token at all.
         progress: show a progress bar.
+        remote: True runs on NDIF, a URL on another server, ``"local"`` here by way of a request.
+            Each batch is one job, waited for; ``submit`` does not wait. The model here needs no
+            weights then, and readings hold zeros where no token was selected.
+        dtype: of the matrices that are sent; None sends each in the narrowest dtype that holds it
+            exactly. Only with ``remote``.
+        payload_limit: the most bytes a batch's request may have. Only with ``remote``.
 
     Returns:
         A ``Run``.
@@ -79,6 +90,7 @@ def run(
         PromptError: for empty or mixed prompts.
         FiringError: if an edit selected no token in the whole run.
         SiteError, ModelError: if the intervention does not fit the model.
+        RemoteError: for a request that is too large or bound to fail.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -89,20 +101,26 @@ def run(
         >>> out.receipt.rows[0].tokens > 0, out.readings[0].values.shape[0]
         (True, 2)
     """
-    _require_counts(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 0))
+    require_counts(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 0))
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     require_rows(chosen, len(encoded["input_ids"]))
+    if remote:
+        with_stops(model)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        require_light(preflight(model, encoded, chosen, dtype=dtype, **options), payload_limit)
     whole = lower(chosen, model)
-    pieces, start = [], 0
-    for batch in tqdm(split(encoded, batch_size), disable=not progress, desc="run", unit="batch"):
+    batches, found, start = split(encoded, batch_size), [], 0
+    for batch in tqdm(batches, disable=not progress, desc="run", unit="batch"):
         rows = slice(start, start + len(batch["input_ids"]))
         start = rows.stop
         program = lower(chosen, model, rows) if by_prompt(chosen) else whole
-        log, tokens, logits = _batch(model, program, batch, max_new_tokens)
-        new = _until_stop(tokens[:, batch["input_ids"].shape[1] :], model)
-        pieces.append((batch, log, new, logits))
-    result = _gather(chosen, model, pieces)
+        if remote:
+            how: dict[str, Any] = {"dtype": dtype, "remote": remote}
+            found.append(remote_batch(model, program, batch, max_new_tokens, **how)[0])
+        else:
+            found.append(_batch(model, program, batch, max_new_tokens))
+    result = finish(chosen, model, batches, found)
     if not allow_unfired:
         require_fired(result.receipt, "run")
     return result
@@ -135,7 +153,7 @@ def _batch(
     return log, tokens, logits
 
 
-def _require_counts(**given: tuple[Any, int]) -> None:
+def require_counts(**given: tuple[Any, int]) -> None:
     """Whole numbers from a least value on."""
     for name, (number, least) in given.items():
         if type(number) is not int or number < least:
@@ -161,6 +179,20 @@ def _until_stop(tokens: Tensor, model: Any) -> list[list[int]]:
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         rows.append(row[:end])
     return rows
+
+
+def finish(
+    intervention: Intervention,
+    model: Any,
+    batches: Sequence[dict[str, Tensor]],
+    found: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
+) -> Run:
+    """All batches as one result, from each one's log, token ids and logits."""
+    pieces = []
+    for batch, (log, tokens, logits) in zip(batches, found, strict=True):
+        new = _until_stop(tokens[:, batch["input_ids"].shape[1] :], model)
+        pieces.append((batch, log, new, logits))
+    return _gather(intervention, model, pieces)
 
 
 def _gather(intervention: Intervention, model: Any, pieces: Sequence[tuple]) -> Run:

@@ -120,8 +120,8 @@ def write(
     else:
         step = written = changed(tensors, f) - f  # [b, t, k]
     if log is not None:
-        directions = tensors["directions"]
-        note(log, number, f.detach(), step.detach(), written.detach(), mask, view, directions, scale)
+        steps = (f.detach(), step.detach(), written.detach())
+        note(log, number, *steps, mask, view, tensors["directions"], scale)
     return moved(x, written, tensors["directions"], scale, None if everywhere else mask)
 
 

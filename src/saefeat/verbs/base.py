@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ..errors import FiringError, LatentError, explain
 from ..events import record_events
+from ..kernel.pack import unpack
 from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
 from ..latents import Latents
 from ..records import Fired, Readings, Receipt, join_time
+from ..requests import traced_model
 from ..tokens import Tokens
 from .lower import lower
 from .steps import Change, When, numbered
+from .travel import as_shipped
 from .values import Value, same
 
 
@@ -63,9 +66,16 @@ class Intervention(ABC):
         inline(model, lower(self, model), log, step)
         return log
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a remote request, the intervention is its program, bound to a kernel function."""
+        model = traced_model()
+        if model is None:
+            return super().__reduce_ex__(protocol)
+        return as_shipped(lower(self, model)).__reduce__()
+
     def readings(self, log: dict[str, Any]) -> tuple[Readings, ...]:
         """What each ``Probe`` of this intervention read, in order."""
-        found = []
+        found, log = [], unpack(log)
         for step, numbers in numbered(self.parts()):
             if step.change is None:
                 values = [join_time(log["readings"][n]).cpu() for n in numbers]
@@ -80,7 +90,7 @@ class Intervention(ABC):
 
     def receipt(self, log: dict[str, Any]) -> Receipt:
         """How often each edit acted, and where."""
-        rows = []
+        rows, log = [], unpack(log)
         for step, numbers in numbered(self.parts()):
             if step.change is not None:
                 counts = [_counts(log["fired"].get(n, [])) for n in numbers]
