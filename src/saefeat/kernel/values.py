@@ -83,7 +83,7 @@ def mixed(word: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
     In int64, of which the low half is kept: products wrap around, and leave it right.
     """
-    word = word & WORD
+    word = (word + 0x9E3779B9) & WORD  # or zero would stay zero
     word = ((word ^ (word >> 16)) * 0x85EBCA6B) & WORD
     word = ((word ^ (word >> 13)) * 0xC2B2AE35) & WORD
     return word ^ (word >> 16)

@@ -37,7 +37,7 @@ class Change(NamedTuple):
 
     def take(self, latents: Latents, span: slice, rows: slice) -> dict[str, Any]:
         """The kernel's plain form for some latents and some prompts, in storage of its own."""
-        found = {"active_only": self.active_only}
+        found: dict[str, Any] = {"active_only": self.active_only}
         for name, value in zip(("scale", "shift", "low", "high"), self[:4], strict=True):
             if isinstance(value, Value):
                 found[name] = value.plain(latents, span, rows)

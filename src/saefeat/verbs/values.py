@@ -262,7 +262,7 @@ def numbers(where: str, parameter: str, given: Any, dims: tuple[int, ...]) -> Te
         LatentError: for another number of dimensions, none at all, NaN or infinity.
     """
     try:
-        found = torch.as_tensor(given).detach().to("cpu", torch.float64).clone()
+        found = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.ndim in dims and found.numel() and bool(torch.isfinite(found).all()):
