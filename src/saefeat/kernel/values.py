@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .tokens import whole_prompt
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -43,6 +45,7 @@ def resolve(
         value = edit[name]
         require_batch(value, f.shape[0])
         if value["kind"] == "schedule":
+            whole_prompt(view)
             found[name] = scheduled(value["values"], value["prompt"], position - lengths)
         elif value["kind"] == "resample":
             rows = drawn(value["seed"], value["first"], position, len(value["values"]))

@@ -23,7 +23,8 @@ class Ablate(Step):
     With ``to="orthogonal"`` x loses its whole part in the span of the latents' directions at the
     write site: x' = x − P x. Nothing is left along any of them, at tokens where f = 0 too, so it
     removes more than the latents: whatever else has a part there. All latents of one write site
-    span one space, however they depend on one another; the receipt counts its coordinates.
+    span one space, however they depend on one another. A latent's row in the receipt is then x's
+    part along what its direction adds to those of the latents before it.
 
     On a direction this is x − (x·v̂)v̂. It misleads where latents overlap: removing a set one by one
     and at once are different edits, and an ablated latent may be rebuilt by later layers, which is

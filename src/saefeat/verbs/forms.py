@@ -97,17 +97,24 @@ def orthogonal(dictionary: Dictionary, indices: tuple[int, ...], before: Tensor)
 def span(rows: Tensor, before: Tensor) -> Tensor:
     """An orthonormal basis of what rows [k, d] span beyond orthonormal ``before`` [n, d].
 
-    Always [k, d]: where fewer than k are independent the last rows are zero. Rows are taken at
-    unit norm, and what is within rounding of their dtype counts as dependent; in float64, so that
-    a row listed twice is found out exactly.
+    Row by row (Gram-Schmidt), so that coordinate i is along what latent i's direction adds to
+    those before it, and receipts keep their meaning; a direction that adds nothing, within
+    rounding of its dtype, has a row of zeros. In float64, so that a row listed twice is found out
+    exactly.
     """
-    found = rows.to(torch.float64)
-    found = found / found.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    known = before.to(torch.float64)
-    for _ in range(2):  # once leaves rounding where a row nearly lies in the span before it
-        found = found - found @ known.T @ known
-    _, sizes, basis = torch.linalg.svd(found, full_matrices=False)  # [r], [r, d]
-    basis = basis[sizes > 16 * torch.finfo(rows.dtype).eps * max(1.0, float(sizes.max()))]
-    out = torch.zeros(rows.shape, dtype=rows.dtype)
-    out[: len(basis)] = basis.to(rows.dtype)
-    return out
+    unit = rows.to(torch.float64)
+    unit = unit / unit.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    known = before[before.any(1)].to(torch.float64)
+    count, width = len(known), rows.shape[1]
+    held = torch.cat([known, unit.new_zeros(min(len(rows), width - count), width)])
+    out = torch.zeros_like(unit)
+    for i, row in enumerate(unit):
+        if count == width:  # nothing is left to add
+            break
+        for _ in range(2):  # once leaves rounding where a row nearly lies in the span before it
+            row = row - (held[:count] @ row) @ held[:count]
+        size = row.norm()
+        if size > 16 * torch.finfo(rows.dtype).eps:
+            out[i] = held[count] = row / size
+            count += 1
+    return out.to(rows.dtype)
