@@ -8,10 +8,12 @@ Site(kind='resid_post', layer=3)
 from .attribution import Attribution
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Direction, Neurons, direction
+from .dictionaries.excerpt import Excerpt
 from .dictionaries.generic import Generic
 from .dictionaries.sae import SAE, ErrorTerm
 from .errors import (
     DictionaryError,
+    FileError,
     FiringError,
     GradientError,
     LatentError,
@@ -30,6 +32,7 @@ from .loading import from_sae_lens, load_sae, load_saes
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
+from .spec.files import load, save
 from .tokens import Tokens
 from .verbs.attribute import Attribute
 from .verbs.base import Chain, Intervention
@@ -56,6 +59,8 @@ __all__ = [
     "DictionaryError",
     "Direction",
     "ErrorTerm",
+    "Excerpt",
+    "FileError",
     "Fired",
     "FiringError",
     "Generic",
@@ -87,12 +92,14 @@ __all__ = [
     "encode_prompts",
     "from_sae_lens",
     "hooked",
+    "load",
     "load_sae",
     "load_saes",
     "logit",
     "logit_diff",
     "metric",
     "run",
+    "save",
     "stack",
     "verify",
     "versions",
