@@ -33,6 +33,8 @@ from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
 from .spec.files import load, save
+from .spec.hub import pull, push
+from .spec.vectors import steering_vector
 from .tokens import Tokens
 from .verbs.attribute import Attribute
 from .verbs.base import Chain, Intervention
@@ -98,9 +100,12 @@ __all__ = [
     "logit",
     "logit_diff",
     "metric",
+    "pull",
+    "push",
     "run",
     "save",
     "stack",
+    "steering_vector",
     "verify",
     "versions",
     "wrap",

@@ -56,9 +56,11 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def refuse(where: str, got: object, wanted: str, cause: str, call: str) -> FileError:
+def refuse(
+    where: str, got: object, wanted: str, cause: str, call: str, parameter: str = "path"
+) -> FileError:
     """The error for a file or for what a file should hold."""
-    return FileError(explain(where, "path", got=got, wanted=wanted, cause=cause, call=call))
+    return FileError(explain(where, parameter, got=got, wanted=wanted, cause=cause, call=call))
 
 
 def canonical(document: Any) -> str:

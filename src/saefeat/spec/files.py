@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..container import MAX_BYTES, Contents, brief, broken, pack, read, refuse, write
+from ..container import MAX_BYTES, MAX_HEADER, Contents, brief, broken, pack, read, refuse, write
 from ..errors import ModelError, explain
 from ..records import versions
 from ..sites import check_width, layer_count, torch_module
@@ -58,7 +58,7 @@ def packed(intervention: Intervention, model: Any, max_bytes: int = MAX_BYTES) -
     """
     if not isinstance(intervention, Intervention):
         got, call = type(intervention).__name__, "save(sf.Ablate(latents), path)"
-        raise refuse("save", got, "an intervention", "a selection or a result", call)
+        raise refuse("save", got, "one", "a selection or a result", call, "intervention")
     writer = Writer()
     spec = writer.intervention(intervention)
     spec["model"] = None if model is None else facts(model)
@@ -66,11 +66,11 @@ def packed(intervention: Intervention, model: Any, max_bytes: int = MAX_BYTES) -
     data = b""
     if found <= max_bytes:
         data = pack(document(spec, writer.tensors, versions()), writer.tensors, "save")
-        found = len(data)
-    if found > max_bytes:
+    if max(found, len(data)) > max_bytes:
+        got, wanted = f"of {len(data) or found:,} bytes", f"at most {max_bytes:,}"
         cause = "latents of a topk SAE or an error term, which need the whole encoder"
-        call = f"save(..., max_bytes={found})"
-        raise refuse("save", f"for {found:,} bytes", f"at most {max_bytes:,}", cause, call)
+        call = f"save(..., max_bytes={len(data) or found + MAX_HEADER})"
+        raise refuse("save", got, wanted, cause, call, "intervention")
     return data
 
 

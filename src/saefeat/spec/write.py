@@ -14,12 +14,16 @@ from ..container import canonical, raw, refuse
 from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import WHOLE, Excerpt, shapes
+from ..errors import FileError
 from ..latents import Latents
 from ..tokens import Tokens
 from ..verbs.base import Chain, Intervention
 from .forms import FORMAT, FORMS, MAX_TEXT, RULES, STEPS, VERSION
 
-WHERE = "save"
+
+def cannot(got: str, wanted: str, cause: str, call: str) -> FileError:
+    """The error for what a file cannot hold."""
+    return refuse("save", got, wanted, cause, call, "intervention")
 
 
 class Writer:
@@ -45,9 +49,8 @@ class Writer:
         name = type(value).__name__
         form = FORMS.get(name)
         if form is None or form.cls is not type(value) or name not in allowed:
-            raise refuse(
-                WHERE,
-                f"for {what}, a {type(value).__module__}.{name}",
+            raise cannot(
+                f"one with {what}: a {type(value).__module__}.{name}",
                 "one of " + ", ".join(n for n in allowed if n in FORMS),
                 "a class that a file has no name for",
                 "save the steps that have one, and make the others in code",
@@ -67,9 +70,7 @@ class Writer:
             kind = "number"
         if kind not in kinds:
             wanted = "one of " + ", ".join(kinds)
-            raise refuse(
-                WHERE, f"for {what}, {kind}", wanted, "a value made in code", "a plain one"
-            )
+            raise cannot(f"one with {what}: {kind}", wanted, "a value made in code", "a plain one")
         if kind == "tensor":
             name = f"values.{sum(n.startswith('values.') for n in self.tensors)}"
             self.tensors[name] = sound(value, name, what)
@@ -81,7 +82,10 @@ class Writer:
         if kind == "number":
             return number(value, what)
         if kind == "text" and len(value) > MAX_TEXT:
-            raise refuse(WHERE, f"for {what}, a long text", f"{MAX_TEXT} characters", "?", "cut it")
+            most = f"at most {MAX_TEXT} characters"
+            raise cannot(
+                f"one with {what}: a long text", most, "a text in place of a name", "cut it"
+            )
         return self.form(value, kinds, what) if kind in FORMS else value
 
     def _latents(self, latents: Latents) -> list[list[int]]:
@@ -158,9 +162,7 @@ def kind_of(value: Any) -> str:
 def number(value: float, what: str) -> Any:
     """A float as JSON has it, which has no infinity."""
     if math.isnan(value):
-        raise refuse(
-            WHERE, f"for {what}, NaN", "a number", "a threshold from no data", "measure it"
-        )
+        raise cannot(f"one with {what}: NaN", "a number", "a threshold from no data", "measure it")
     return value if math.isfinite(value) else {"infinite": 1 if value > 0 else -1}
 
 
@@ -169,9 +171,9 @@ def rule(found: tuple, what: str) -> list[Any]:
     kind, *rest = found
     if kind not in RULES:
         function = getattr(rest[0], "__name__", "a function") if rest else kind
-        got = f"for {what}, Tokens.{kind}({function})"
+        got = f"one with {what}: Tokens.{kind}({function})"
         call = "Tokens.ids, .role, .first, .last, .generated and their combinations"
-        raise refuse(WHERE, got, "a rule that is data", "a Python function is code", call)
+        raise cannot(got, "a rule that is data", "a Python function is code", call)
     return [
         kind,
         *(
@@ -194,9 +196,8 @@ def cut(dictionary: Dictionary, selections: list[tuple[int, ...]]) -> Excerpt:
     activation: Any = dictionary.columns(torch.tensor(selections[0][:1]))["activation"]
     if isinstance(activation, str):
         return Excerpt.of(dictionary, selections)
-    raise refuse(
-        WHERE,
-        f"for {dictionary!r}, whose encoder is a Python function",
+    raise cannot(
+        f"one with {dictionary!r}, whose encoder is a Python function",
         "a dictionary made of tensors",
         "a file holds no code",
         "an SAE, Direction or Neurons; or save the directions alone, as a Direction",
@@ -207,8 +208,8 @@ def sound(tensor: Tensor, name: str, what: str) -> Tensor:
     """A tensor without NaN, infinite at most where a threshold is."""
     bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
     if bool(bad.any()):
-        got = f"for {what}, {name} with a NaN or infinity"
-        raise refuse(WHERE, got, "finite values", "a broken download or training run", "check it")
+        got = f"one with {what}: {name} with a NaN or infinity"
+        raise cannot(got, "finite values", "a broken download or training run", "check it")
     return tensor
 
 
