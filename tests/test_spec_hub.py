@@ -266,7 +266,7 @@ V = sf.Direction(unit(1), site="resid_post.1")
 @pytest.mark.parametrize(
     "make, why",
     [
-        (lambda: sf.Ablate(V), "with a Ablate"),
+        (lambda: sf.Ablate(V), "another verb"),
         (lambda: sf.Clamp(V, 2.0), "with value="),
         (lambda: sf.Clamp(V, scale=2.0), "with scale="),
         (lambda: sf.Clamp(V, low=2.0), "with low="),
@@ -275,7 +275,7 @@ V = sf.Direction(unit(1), site="resid_post.1")
         (lambda: sf.Clamp(V, add=2.0, when=sf.When(V)), "with when="),
         (lambda: sf.Clamp(V, add=2.0, where=sf.Tokens.last(1)), r"where=Tokens\.last\(1\)"),
         (lambda: sf.Clamp(V, add=torch.ones(3, 1)), "differ by prompt"),
-        (lambda: sf.Clamp(V, add=2.0) | sf.Probe(V), "with a Probe"),
+        (lambda: sf.Clamp(V, add=2.0) | sf.Probe(V), "another verb"),
         (lambda: sf.Chain(()), "no edit at all"),
         (lambda: sf.Clamp(make_sae(norm="layer_norm").latents([1]), add=1.0), "scale with"),
         (lambda: sf.Clamp(make_sae().error(), add=1.0), "scale with"),

@@ -75,7 +75,7 @@ def _constant(step: Step) -> Tensor:
     Raises:
         LatentError: naming what else it does.
     """
-    _require(type(step) is Clamp, step, f"a {type(step).__name__}")
+    _require(type(step) is Clamp, step, "another verb than Clamp")
     form, add = FORMS["Clamp"], step.add  # type: ignore[attr-defined]
     for name in form.kinds:
         given = getattr(step, name)

@@ -83,9 +83,7 @@ class Writer:
             return number(value, what)
         if kind == "text" and len(value) > MAX_TEXT:
             most = f"at most {MAX_TEXT} characters"
-            raise cannot(
-                f"one with {what}: a long text", most, "a text in place of a name", "cut it"
-            )
+            raise cannot(f"one with {what}: a long text", most, "no mere name", "cut it")
         return self.form(value, kinds, what) if kind in FORMS else value
 
     def _latents(self, latents: Latents) -> list[list[int]]:
