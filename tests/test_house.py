@@ -32,6 +32,7 @@ SRC = ROOT / "src"
 # covers the modules under it as well; the longest name that fits decides.
 LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
+    "saefeat.container": 1,
     "saefeat.sites": 1,
     "saefeat.tokens": 1,
     "saefeat.prompts": 1,

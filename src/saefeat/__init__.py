@@ -8,11 +8,13 @@ Site(kind='resid_post', layer=3)
 from .attribution import Attribution
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Direction, Neurons, direction
+from .dictionaries.excerpt import Excerpt
 from .dictionaries.generic import Generic
 from .dictionaries.sae import SAE, ErrorTerm
 from .errors import (
     CheckpointError,
     DictionaryError,
+    FileError,
     FiringError,
     GradientError,
     LatentError,
@@ -38,6 +40,9 @@ from .loopback import Server, serve
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
+from .spec.files import load, save
+from .spec.hub import pull, push
+from .spec.vectors import steering_vector
 from .tokens import Tokens
 from .verbs.attribute import Attribute
 from .verbs.base import Chain, Intervention
@@ -67,6 +72,8 @@ __all__ = [
     "Direction",
     "ErrorTerm",
     "Events",
+    "Excerpt",
+    "FileError",
     "Fired",
     "FiringError",
     "Generic",
@@ -87,8 +94,8 @@ __all__ = [
     "Provenance",
     "Readings",
     "Receipt",
-    "Resample",
     "RemoteError",
+    "Resample",
     "Run",
     "SAE",
     "SaefeatError",
@@ -105,17 +112,22 @@ __all__ = [
     "encode_prompts",
     "from_sae_lens",
     "hooked",
+    "load",
     "load_sae",
     "load_saes",
     "logit",
     "logit_diff",
     "metric",
     "preflight",
+    "pull",
+    "push",
     "run",
+    "save",
     "serve",
     "stack",
-    "sweep",
+    "steering_vector",
     "submit",
+    "sweep",
     "verify",
     "versions",
     "wrap",

@@ -108,6 +108,20 @@ class RemoteError(SaefeatError):
     """
 
 
+class FileError(SaefeatError):
+    """A file of this library's own is broken, of another kind, too large, or from a newer version.
+
+    Also raised for what such a file cannot hold.
+
+    Examples:
+        >>> try:
+        ...     sf.load("no/such/file.safetensors")
+        ... except sf.FileError as error:
+        ...     "no/such/file.safetensors" in str(error)
+        True
+    """
+
+
 def explain(where: str, parameter: str, *, got: object, wanted: str, cause: str, call: str) -> str:
     """Build the one sentence shape every error uses.
 

@@ -62,6 +62,37 @@ class Direction(Dictionary):
         self.d_out = self.d_in
         self.name = name
 
+    @classmethod
+    def orthonormal(cls, rows: Tensor, *, site: Site | str, name: str = "direction") -> Direction:
+        """The direction whose ``vectors`` these are, kept bit for bit.
+
+        Normalizing a unit vector once more moves its last bits; a file must give back what it was
+        given.
+
+        Args:
+            rows: [k, d_model], orthonormal within rounding, float32 or float64.
+            site: where to act.
+            name: a label for reports.
+
+        Raises:
+            DictionaryError: for rows that are not orthonormal.
+        """
+        found = cls(rows, site=site, name=name)
+        off = (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max()
+        if rows.ndim != 2 or off > 1e-4:
+            raise DictionaryError(
+                explain(
+                    "Direction.orthonormal",
+                    "rows",
+                    got=f"{float(off):.2g} away from orthonormal",
+                    wanted="rows of length 1 at right angles",
+                    cause="vectors that were scaled, or not made by Direction",
+                    call="Direction(rows, site=...), which normalizes",
+                )
+            )
+        found._rows = rows.detach().clone()
+        return found
+
     @property
     def vectors(self) -> Tensor:
         """The unit vectors, [k, d_model]."""
