@@ -29,28 +29,30 @@ def new_log() -> dict[str, Any]:
 
 def visit(
     actions: list[dict[str, Any]],
-    x: Float[Tensor, "b t d"],
+    x: Float[Tensor, "*batch d"],
     view: dict[str, Any],
     held: dict[Any, Any],
     log: dict[str, Any] | None,
-) -> Float[Tensor, "b t d"]:
+) -> Float[Tensor, "*batch d"]:
     """Apply a visit's actions to the value x found there; return the value to leave behind.
 
     ``held`` carries what was read to where it is written, within one forward pass. The same
     object x comes back when nothing was written, so that the caller need not write either.
     """
+    new = by_token(x, view)
+    before = new
     for action in actions:
         if action["do"] == "read":
-            read(action, x, view, held, log)
+            read(action, new, view, held, log)
         elif action["do"] == "write":
-            x = write(action, x, view, held, log)
+            new = write(action, new, view, held, log)
         elif action["do"] == "test":
-            test(action, x, view, held)
+            test(action, new, view, held)
         elif action["do"] == "stash":
-            held[action["id"]] = x
+            held[action["id"]] = new
         else:
-            x = keep(action, x, held, log or new_log())
-    return x
+            new = keep(action, new, held, log or new_log())
+    return x if new is before else new.reshape(x.shape)
 
 
 def read(
@@ -218,6 +220,24 @@ def place(action: dict[str, Any], x: Float[Tensor, "b t d"]) -> dict[str, Any]:
             for name, value in action["tensors"].items()
         }
     return placed[x.device, dtype]
+
+
+def by_token(x: Float[Tensor, "*batch d"], view: dict[str, Any]) -> Float[Tensor, "b t d"]:
+    """The value with a row for each sequence: some modules are given all tokens in one row.
+
+    A value of fewer tokens than the pass has would broadcast against their mask.
+    """
+    rows, tokens = view["real"].shape
+    if x.ndim == 3 and tuple(x.shape[:2]) == (rows, tokens):
+        return x
+    if x.ndim == 2 and x.shape[0] == rows * tokens:
+        return x.reshape(rows, tokens, -1)
+    raise ValueError(
+        f"saefeat: a site's value is of shape {tuple(x.shape)}, and this pass has {rows} rows of"
+        f" {tokens} tokens. Likely cause: a module that sees only part of them, as the unembedding"
+        " does in generate, or that is given all invokes' tokens in one row. Try: the input or"
+        " output of another module, or one invoke."
+    )
 
 
 def require_batch(edit: dict[str, Any], rows: int) -> None:
