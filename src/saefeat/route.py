@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,22 @@ from .errors import ModelError, SiteError, explain
 from .sites import Order, Place, Site, find, torch_module, width_at
 
 ROWS, TOKENS = 2, 3
+
+
+class Fits(Protocol):
+    """What a route needs to know of a dictionary."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def write_site(self) -> Site: ...
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def d_out(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,7 @@ class Route:
         widths: of the site's values.
         orders: sorts sites as a forward pass reaches them.
         starts: path of a block → order of its input, for the sites that add it.
+        centers: whether its norms take out the mean, so that nothing depends on it.
     """
 
     model: str
@@ -45,13 +62,31 @@ class Route:
     widths: dict[Site, int]
     orders: dict[Site, Order]
     starts: dict[str, Order]
+    centers: bool
 
-    def check_width(self, site: Site, width: int, what: str) -> None:
-        """Refuse a dictionary that cannot belong to this site of this model.
+    def check(self, dictionary: Fits, what: str) -> None:
+        """Refuse a dictionary that cannot belong to its sites of this model.
 
         Raises:
             SiteError: naming both widths.
+            ModelError: for an SAE of centered values where the model does not center.
         """
+        self._check_width(dictionary.site, dictionary.d_in, what)
+        self._check_width(dictionary.write_site, dictionary.d_out, what)
+        if getattr(dictionary, "centered", False) and not self.centers:
+            raise ModelError(
+                explain(
+                    "saefeat",
+                    what,
+                    got=f"an SAE of centered values (center_writing_weights) at {dictionary.site}",
+                    wanted=f"a model with LayerNorm; {self.model} has RMSNorm",
+                    cause="TransformerLens trained it on a stream whose mean was taken out, which"
+                    " only a LayerNorm does not see",
+                    call="an SAE trained on this model as it is",
+                )
+            )
+
+    def _check_width(self, site: Site, width: int, what: str) -> None:
         there = self.widths[site]
         if width != there:
             raise SiteError(
@@ -93,6 +128,7 @@ def route(model: Any, sites: Iterable[Site]) -> Route:
             for site, place in places.items()
             if place.plus is not None
         },
+        centers=_centers(module),
     )
 
 
@@ -117,7 +153,14 @@ def _tried(model: Any, module: nn.Module, places: dict[Site, Place]) -> Route:
         # several kinds of site may lie at one place: then as the table has them
         orders={site: (0, moment, site.order[2], "") for site, (moment, _) in found.items()},
         starts={block: (0, moment, 0, "") for block, moment in starts.items()},
+        centers=_centers(module),
     )
+
+
+def _centers(module: nn.Module) -> bool:
+    """Whether every norm is a LayerNorm; norms are told apart by the names of their classes."""
+    names = {type(part).__name__ for part in module.modules()}
+    return any("LayerNorm" in name for name in names) and not any("RMSNorm" in n for n in names)
 
 
 def _once(site: Site, seen: list[Seen]) -> tuple[int, int]:

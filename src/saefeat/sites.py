@@ -234,6 +234,16 @@ FAMILIES: dict[str, tuple[str, dict[str, tuple]]] = {
 }
 """Model type → (path of the blocks, site kind → place within a block)."""
 
+NESTED = {
+    "llava": "model.language_model.layers",
+    "mistral3": "model.language_model.layers",
+    "qwen2_vl": "model.language_model.layers",
+    "qwen2_5_vl": "model.language_model.layers",
+}
+"""Multimodal model type → path of the blocks, which are those of its text model's own type."""
+
+_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
+
 
 def torch_module(model: object) -> nn.Module:
     """The torch module behind an nnsight model, or the module itself."""
@@ -261,12 +271,15 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind in FAMILIES:
         return FAMILIES[kind]
+    text = module.config.get_text_config().model_type if kind in NESTED else None  # type: ignore[union-attr, operator]
+    if text is not None and _TEXT.get(text, text) in FAMILIES:
+        return NESTED[kind], FAMILIES[_TEXT.get(text, text)][1]
     raise ModelError(
         explain(
             "saefeat",
             "model",
-            got=f"of family {kind!r}",
-            wanted="one of " + ", ".join(FAMILIES),
+            got=f"of family {kind!r}" + (f" around {text!r}" if text else ""),
+            wanted="one of " + ", ".join([*FAMILIES, *NESTED]),
             cause="sites have not been checked on this family's tensors yet",
             call=f'a site by its module\'s path, such as "{_example(module)}"',
         )

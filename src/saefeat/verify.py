@@ -143,8 +143,7 @@ def verify(
     listed = _listed(saes)
     found = route(model, [site for sae in listed for site in (sae.site, sae.write_site)])
     for sae in listed:
-        found.check_width(sae.site, sae.d_in, "saes")
-        found.check_width(sae.write_site, sae.d_out, "saes")
+        found.check(sae, "saes")
     wanted = {site for sae in listed for site in (*_candidates(module, sae), sae.write_site)}
     values = _values(model, module, prompts, wanted)
     checks = tuple(_check(module, sae, values) for sae in listed)

@@ -182,8 +182,7 @@ class Watch:
         self.parts: list[Part] = []
         for basis, indices in latents.parts:
             dictionary: Dictionary = basis  # type: ignore[assignment]
-            self.route.check_width(dictionary.site, dictionary.d_in, "dictionary")
-            self.route.check_width(dictionary.write_site, dictionary.d_out, "dictionary")
+            self.route.check(dictionary, "dictionary")
             read, place = self._number(dictionary.site), self.route.places[dictionary.site]
             write = self._number(dictionary.write_site)
             transform = {"transform": place.transform, "eps": place.eps}

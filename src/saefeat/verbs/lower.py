@@ -188,8 +188,7 @@ class _Builder:
         return key
 
     def _columns(self, dictionary: Dictionary, indices: tuple[int, ...]) -> dict[str, Any]:
-        self.route.check_width(dictionary.site, dictionary.d_in, "dictionary")
-        self.route.check_width(dictionary.write_site, dictionary.d_out, "dictionary")
+        self.route.check(dictionary, "dictionary")
         return dictionary.columns(index_tensor(indices))
 
     def _reach(self, site: Site, action: dict[str, Any]) -> None:
