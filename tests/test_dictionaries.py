@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import saefeat as sf
-from helpers import ARCHITECTURES, TRANSCODERS, D, build, make_sae, tensors_for, unit
+from helpers import (
+    ARCHITECTURES,
+    RAGGED,
+    TRANSCODERS,
+    D,
+    batch_of,
+    blocks_of,
+    build,
+    forward,
+    make_sae,
+    tensors_for,
+    unit,
+    wrapped,
+)
 from saefeat.dictionaries.weights import InMemory, OnDisk
 
 D_IN, D_SAE, K = 16, 40, 5
@@ -666,3 +679,155 @@ def test_a_value_of_zero_is_encoded_to_numbers():
     x = torch.randn(2, 3, D)
     x[0, 1] = 0
     assert torch.isfinite(make_sae(norm="constant_norm_rescale").encode(x)).all()
+
+
+# ---------------------------------------------------------------- hook_z
+
+
+def lens_z(architecture: str = "standard", heads: int = 4, **options):
+    """A sae-lens SAE of all heads' z, which it is given as [batch, tokens, heads, d_head]."""
+    metadata = {"hook_name": "blocks.1.attn.hook_z", "hook_head_index": None}
+    sae = lens_sae(architecture, metadata=metadata, reshape_activations="hook_z", **options)
+    assert sae.hook_z_reshaping_mode
+    return sae
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
+def test_an_sae_of_z_reads_the_heads_side_by_side(tmp_path, architecture):
+    """The flat value of Hugging Face's o_proj input is the heads in their order."""
+    theirs = lens_z(architecture)
+    theirs.save_model(tmp_path)
+    x = torch.randn(2, 5, 4, D_IN // 4)
+    wanted = theirs.encode(x)
+    for ours in (sf.load_sae(tmp_path), sf.from_sae_lens(theirs)):
+        assert str(ours.site) == "z.1" and ours.d_in == D_IN
+        torch.testing.assert_close(ours.encode(x.flatten(-2)), wanted, atol=1e-5, rtol=1e-5)
+        theirs.encode(x)  # its decode reshapes by what encode saw last
+        rebuilt = ours.reconstruct(x.flatten(-2)).unflatten(-1, (4, -1))
+        torch.testing.assert_close(rebuilt, theirs.decode(wanted), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_ablating_latents_of_z_is_the_hand_written_edit(family, tmp_path, monkeypatch):
+    """Against sae-lens's own encode of the heads' [b, t, h, d_head], at each model's projection."""
+    monkeypatch.setattr("test_dictionaries.D_IN", D)
+    theirs = lens_z()
+    theirs.save_model(tmp_path)
+    model, batch, picked = build(family), batch_of(), [3, 11, 29]
+    block = blocks_of(model)[1]
+    projection = block.attn.c_proj if family == "gpt2" else block.self_attn.o_proj
+    real = batch["attention_mask"].bool().unsqueeze(-1)
+
+    def hook(_, args):
+        f = theirs.encode(args[0].unflatten(-1, (4, -1)))[..., picked]
+        return (torch.where(real, args[0] - f @ theirs.W_dec[picked], args[0]),)
+
+    handle = projection.register_forward_pre_hook(hook)
+    wanted = forward(model, batch)[:, -1]
+    handle.remove()
+    out = sf.run(wrapped(model), RAGGED, sf.Ablate(sf.load_sae(tmp_path).latents(picked)))
+    torch.testing.assert_close(out.logits, wanted.detach(), atol=1e-5, rtol=1e-5)
+    assert (wanted - forward(model, batch)[:, -1]).abs().max() > 1e-3
+
+
+def test_an_sae_of_one_head_is_refused(folder):
+    rewrite(folder, lambda c: c["metadata"].update(hook_head_index=3, hook_name="blocks.1.attn.x"))
+    text = refused(folder)
+    assert "head 3" in text and "all heads" in text
+
+
+# ---------------------------------------------------------------- centered writing weights
+
+
+def centered_copy(model):
+    """GPT-2 as TransformerLens's center_writing_weights leaves it: what is written has mean zero.
+
+    Its logits are those of the model itself, since every LayerNorm takes the mean out.
+    """
+    import copy
+
+    model = copy.deepcopy(model)
+    body = model.transformer
+    written = [body.wte.weight, body.wpe.weight]
+    for block in body.h:
+        written += [block.attn.c_proj.weight, block.attn.c_proj.bias]
+        written += [block.mlp.c_proj.weight, block.mlp.c_proj.bias]
+    for weight in written:
+        weight.data -= weight.data.mean(-1, keepdim=True)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", ["resid_pre.1", "resid_mid.1", "resid_post.1", "mlp_out.1"])
+def test_a_centered_sae_is_exact_on_a_model_with_layer_norm(site):
+    """Read and ablate on the raw model as the plain SAE does on the centered one."""
+    raw = build("gpt2", torch.float64)
+    centered, batch = centered_copy(raw), batch_of()
+    torch.testing.assert_close(forward(raw, batch), forward(centered, batch))
+    tensors = tensors_for("jumprelu", dtype=torch.float64)
+    plain = sf.SAE(InMemory(tensors), architecture="jumprelu", site=site)
+    ours = sf.SAE(InMemory(tensors), architecture="jumprelu", site=site, centered=True)
+    for edit in (sf.Ablate, lambda d: sf.Clamp(d.latents([3, 9]), 4.0)):
+        results = []
+        for model, sae in ((centered, plain), (raw, ours)):
+            chain = sf.Probe(sae) | edit(sae)
+            with sf.hooked(model, chain) as log:
+                logits = forward(model, batch)
+            results.append((logits, chain.readings(log)[0].values))
+        assert (results[0][0] - forward(raw, batch)).abs().max() > 0.05
+        real = batch["attention_mask"].bool()
+        for wanted, got in zip(*results, strict=True):
+            torch.testing.assert_close(got[real], wanted[real], atol=1e-9, rtol=1e-7)
+
+
+@torch.no_grad()
+def test_a_centered_sae_reconstructs_the_raw_value():
+    """The mean it was not shown is no error of its."""
+    x = torch.randn(2, 5, D, dtype=torch.float64) + 3
+    tensors = tensors_for("standard", dtype=torch.float64)
+    plain = sf.SAE(InMemory(tensors), site="resid_post.1")
+    ours = sf.SAE(InMemory(tensors), site="resid_post.1", centered=True)
+    mean = x.mean(-1, keepdim=True)
+    torch.testing.assert_close(ours.reconstruct(x) - mean, plain.reconstruct(x - mean))
+    probe = sf.Probe(sf.Neurons("resid_post.1", D))
+    chain = probe | sf.Ablate(ours.error()) | probe
+    model, batch = build("gpt2", torch.float64), batch_of()
+    with sf.hooked(model, chain) as log:
+        forward(model, batch)
+    before, after = (r.values[batch["attention_mask"].bool()] for r in chain.readings(log))
+    torch.testing.assert_close(after, ours.reconstruct(before))
+
+
+@pytest.mark.parametrize("use", ["run", "hooked", "attribute", "error", "verify"])
+def test_a_centered_sae_is_refused_on_a_model_with_rms_norm(use):
+    model = build("llama")
+    sae = sf.SAE(InMemory(tensors_for("standard")), site="resid_post.1", centered=True)
+    with pytest.raises(sf.ModelError, match=r"center_writing_weights.*RMSNorm"):
+        if use == "hooked":
+            with sf.hooked(model, sf.Ablate(sae)):
+                pass
+        elif use == "attribute":
+            sf.Attribute(sae, sf.logit(3))(wrapped(model), RAGGED)
+        elif use == "verify":
+            sf.verify(wrapped(model), sae, RAGGED)
+        else:
+            sf.run(wrapped(model), RAGGED, sf.Ablate(sae if use == "run" else sae.error()))
+
+
+@pytest.mark.parametrize(
+    ("hook", "centered"),
+    [
+        ("hook_resid_pre", True),
+        ("hook_mlp_out", True),
+        ("hook_attn_out", True),
+        ("attn.hook_z", False),
+        ("mlp.hook_post", False),
+    ],
+)
+def test_only_what_is_written_to_the_stream_is_centered(tmp_path, hook, centered):
+    metadata = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    lens_sae("standard", metadata={"hook_name": f"blocks.1.{hook}", **metadata}).save_model(
+        tmp_path
+    )
+    assert sf.load_sae(tmp_path).centered is centered

@@ -34,6 +34,7 @@ LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
     "saefeat.container": 1,
     "saefeat.sites": 1,
+    "saefeat.route": 1,
     "saefeat.tokens": 1,
     "saefeat.prompts": 1,
     # a selection knows only that a basis has a site and a width; dictionaries hand selections out

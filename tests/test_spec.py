@@ -75,7 +75,17 @@ CASES = {
     "error, standardized": lambda: sf.Clamp(make_sae("standard", norm="layer_norm").error(), 0.0),
     "excluded": lambda: sf.Ablate(few(excluded=(4, 5, 6))),
     "excluded special": lambda: sf.Ablate(few(excluded="special")),
-    "normalized": lambda: sf.Ablate(few(norm="layer_norm", centered=True)),
+    "normalized": lambda: sf.Ablate(few(norm="layer_norm")),
+    "centered": lambda: sf.Ablate(few(centered=True)) | sf.Clamp(centered().error(), scale=0.5),
+    "orthogonal": lambda: sf.Ablate(few(), to="orthogonal"),
+    "schedule": lambda: sf.Clamp(few(), add=sf.Schedule([3.0, 2.0, 0.7], prompt=0.1)),
+    "schedule by latent": lambda: sf.Clamp(few(), scale=sf.Schedule(torch.rand(2, 4))),
+    "pin": lambda: pinned(few()),
+    "resample": lambda: sf.Ablate(few(), to=sf.Resample(torch.rand(5, 4), seed=7)),
+    "resample readings": lambda: resampled(few()),
+    "when between": lambda: sf.Ablate(
+        few(), when=sf.When(upstream(), above=-2.0, below=9.0, match="all")
+    ),
     "rescaled topk": lambda: sf.Clamp(few("topk", norm="constant_norm_rescale", rescale=True), 2.0),
     "one SAE, many selections": lambda: many_selections(),
     "empty": lambda: sf.Chain(()),
@@ -85,6 +95,8 @@ CASES = {
         for a in ("transcoder", "skip_transcoder", "jumprelu_transcoder")
     },
 }
+GPT2 = ("centered",)
+"""Cases for a model with LayerNorm."""
 RULES = [
     sf.Tokens.all(),
     sf.Tokens.prompt() & ~sf.Tokens.first(1),
@@ -103,6 +115,27 @@ def many_selections() -> sf.Chain:
         | sf.Ablate(sae.latents([3]), when=sf.When(sae.latents([20]), above=0.0))
         | sf.Probe(sae.latents([9, 3]))
     )
+
+
+def norm(x):
+    return x.norm(dim=-1)
+
+
+def centered() -> sf.SAE:
+    return make_sae("standard", layer=2, centered=True)
+
+
+def clean(latents: sf.Latents) -> sf.Readings:
+    found = sf.run(wrapped(build("gemma2")), RAGGED, sf.Probe(latents)).readings[0]
+    return replace(found, values=found.values + 1)
+
+
+def pinned(latents: sf.Latents) -> sf.Ablate:
+    return sf.Ablate(latents, to=sf.Pin(clean(latents)), where=sf.Tokens.prompt())
+
+
+def resampled(latents: sf.Latents) -> sf.Ablate:
+    return sf.Ablate(latents, to=sf.Resample(clean(latents)))
 
 
 def again(intervention, tmp_path, **options):
@@ -126,7 +159,7 @@ def test_a_loaded_intervention_is_the_saved_one(name, tmp_path):
     assert type(loaded) is type(saved)
     first = (tmp_path / "x.safetensors").read_bytes()
     assert sf.save(loaded, tmp_path / "y.safetensors").read_bytes() == first
-    nn = wrapped(build("gemma2"))
+    nn = wrapped(build("gpt2" if name in GPT2 else "gemma2"))
     runs = [sf.run(nn, RAGGED, i, max_new_tokens=NEW, allow_unfired=True) for i in (saved, loaded)]
     assert torch.equal(runs[0].logits, runs[1].logits)
     assert runs[0].completions == runs[1].completions
@@ -138,13 +171,13 @@ def test_a_loaded_intervention_is_the_saved_one(name, tmp_path):
 
 def test_the_edits_do_something():
     """The test above would hold for edits that never act."""
-    nn = wrapped(build("gemma2"))
-    bare = sf.run(nn, RAGGED).logits
-    still = [
-        name
-        for name, make in CASES.items()
-        if torch.equal(sf.run(nn, RAGGED, make(), allow_unfired=True).logits, bare)
-    ]
+    models = [wrapped(build("gemma2")), wrapped(build("gpt2"))]
+    bare = [sf.run(nn, RAGGED).logits for nn in models]
+    still = []
+    for name, make in CASES.items():
+        which = int(name in GPT2)
+        logits = sf.run(models[which], RAGGED, make(), allow_unfired=True).logits
+        still += [name] if torch.equal(logits, bare[which]) else []
     assert still == ["probe", "empty"]
 
 
@@ -390,7 +423,8 @@ class Custom(sf.Intervention):
         (lambda: Custom(), "Custom"),
         (lambda: harm().latents(), "Latents"),
         (lambda: sf.When(harm()), "When"),
-        (lambda: sf.Ablate(harm(), when=sf.When(harm(), above=float("nan"))), "NaN"),
+        (lambda: sf.Ablate(harm(), when=sf.When(norm, site="resid_post.0")), "function"),
+        (lambda: sf.Ablate(few("topk"), support="reselect"), "reselect"),
         (lambda: sf.Clamp(harm(), add=torch.ones(1, dtype=torch.complex64)), "complex64"),
         (lambda: sf.Ablate(broken_sae()), "NaN"),
     ],

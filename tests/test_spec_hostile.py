@@ -217,7 +217,7 @@ SPEC_LIES = {
     "a list as a verb": (put("steps", 0, "form", value=["Ablate"]), "Ablate"),
     "an unknown field": (put("steps", 0, "fields", "strength", value=2), "strength"),
     "a private field": (put("steps", 0, "fields", "__class__", value="x"), "__class__"),
-    "text for a number": (put("steps", 0, "fields", "to", value="zero"), "text 'zero'"),
+    "text for a number": (put("steps", 2, "fields", "add", value="zero"), "text 'zero'"),
     "a bool for a number": (put("steps", 2, "fields", "add", value=True), "bool True"),
     "a list for a number": (put("steps", 2, "fields", "add", value=[1]), "list"),
     "no latents": (drop("steps", 0, "fields", "latents"), "latents"),

@@ -4,13 +4,17 @@ A site is a kind and a layer, written as TransformerLens writes hook names, beca
 SAE releases declare. Where it lies in a Hugging Face model depends on the family; the table below
 was checked on tensors. The trap it removes: on Gemma-2 and Gemma-3 what TransformerLens calls
 ``hook_mlp_out`` is not the MLP's output but that of the norm behind it, and no error says so.
+
+Any other place is a site by its module's path, ``model.layers.3.mlp.gate_proj.output``; ``route``
+tries those out, since nothing tells when a model reaches them, nor how wide they are.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -31,45 +35,64 @@ HOOKS = {
 
 _ORDER = {kind: order for order, kind in enumerate(HOOKS)}
 _NAME = re.compile(r"(?:blocks\.(\d+)\.([\w.]+)|([a-z_]+)\.(\d+))")
+_PATH = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)\.(input|output)")
+Order = tuple[int, int, int, str]
+"""Sorts sites."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer.
+    """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer, or a module.
 
     Args:
         kind: one of ``resid_pre``; ``z``, all heads side by side before the output projection;
             ``attn_out``; ``resid_mid``; ``mlp_norm``, the MLP's input normalized without the
             norm's weight; ``mlp_in``, what the MLP is given; ``mlp_post``, after its activation;
-            ``mlp_out``; ``resid_post``.
-        layer: 0-based.
+            ``mlp_out``; ``resid_post``. Or, without a layer, a module's path as the model names
+            it and ``.input`` or ``.output``: the first thing it is given or returns, which must
+            be [batch, tokens, width] and come once a forward pass.
+        layer: 0-based; None for a module's path.
 
     Raises:
-        SiteError: for an unknown kind or a negative layer.
+        SiteError: for an unknown kind, a negative layer, or a path with a layer.
 
     Examples:
         >>> sf.Site("resid_post", 15).hook
         'blocks.15.hook_resid_post'
         >>> sf.Site.parse("blocks.15.hook_resid_post") == sf.Site.parse("resid_post.15")
         True
+        >>> print(sf.Site.parse("model.layers.3.mlp.gate_proj.output"))
+        model.layers.3.mlp.gate_proj.output
     """
 
     kind: str
-    layer: int
+    layer: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in HOOKS:
+        path = isinstance(self.kind, str) and _PATH.fullmatch(self.kind)
+        if not path and self.kind not in HOOKS:
             raise SiteError(
                 explain(
                     "Site",
                     "kind",
                     got=repr(self.kind),
-                    wanted="one of " + ", ".join(HOOKS),
+                    wanted="one of " + ", ".join(HOOKS) + ", or a module's path and its end",
                     cause="a misspelt or unsupported site",
-                    call='Site("resid_post", 3)',
+                    call='Site("resid_post", 3) or Site("model.layers.3.mlp.output")',
                 )
             )
-        if not isinstance(self.layer, int) or self.layer < 0:
+        if path and self.layer is not None:
+            raise SiteError(
+                explain(
+                    "Site",
+                    "layer",
+                    got=repr(self.layer),
+                    wanted="none beside a module's path",
+                    cause="the path names its layer itself",
+                    call=f"Site({self.kind!r})",
+                )
+            )
+        if not path and (not isinstance(self.layer, int) or self.layer < 0):
             raise SiteError(
                 explain(
                     "Site",
@@ -83,10 +106,14 @@ class Site:
 
     @classmethod
     def parse(cls, name: str | Site) -> Site:
-        """Read a site from ``"blocks.3.hook_resid_post"`` or ``"resid_post.3"``.
+        """Read a site from a hook's name, its short form, or a module's path and its end.
+
+        Args:
+            name: ``"blocks.3.hook_resid_post"``, ``"resid_post.3"`` or
+                ``"model.layers.3.mlp.output"``.
 
         Raises:
-            SiteError: if the name is neither.
+            SiteError: if the name is none of them.
         """
         if isinstance(name, Site):
             return name
@@ -96,29 +123,39 @@ class Site:
             return cls(kinds[match[2]], int(match[1]))
         if match and match[3] in HOOKS:
             return cls(match[3], int(match[4]))
+        if _PATH.fullmatch(name):
+            return cls(name)
         raise SiteError(
             explain(
                 "Site.parse",
                 "name",
                 got=repr(name),
-                wanted="blocks.<layer>.<hook> with hook in " + ", ".join(HOOKS.values()),
+                wanted="blocks.<layer>.<hook> with hook in "
+                + ", ".join(HOOKS.values())
+                + ", or a module's path that ends in .input or .output",
                 cause="a hook this version has no place for, or a typing error",
-                call='Site.parse("blocks.3.hook_resid_post")',
+                call='Site.parse("blocks.3.hook_resid_post") or, for any module, '
+                'Site.parse("model.layers.3.mlp.output")',
             )
         )
 
     @property
     def hook(self) -> str:
-        """The TransformerLens hook name."""
-        return f"blocks.{self.layer}.{HOOKS[self.kind]}"
+        """The TransformerLens hook name; a module's path as it is."""
+        return self.kind if self.layer is None else f"blocks.{self.layer}.{HOOKS[self.kind]}"
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Sorts sites in the order a forward pass reaches them."""
-        return (self.layer, _ORDER[self.kind])
+    def order(self) -> Order:
+        """Sorts sites for display: the table's as a pass reaches them, then paths by name.
+
+        In which order a model reaches a path is for ``route`` to find out.
+        """
+        if self.layer is None:
+            return (1, 0, 0, re.sub(r"\d+", lambda number: number[0].zfill(6), self.kind))
+        return (0, self.layer, _ORDER[self.kind], "")
 
     def __str__(self) -> str:
-        return f"{self.kind}.{self.layer}"
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
 
 
 class Place(NamedTuple):
@@ -197,6 +234,16 @@ FAMILIES: dict[str, tuple[str, dict[str, tuple]]] = {
 }
 """Model type → (path of the blocks, site kind → place within a block)."""
 
+NESTED = {
+    "llava": "model.language_model.layers",
+    "mistral3": "model.language_model.layers",
+    "qwen2_vl": "model.language_model.layers",
+    "qwen2_5_vl": "model.language_model.layers",
+}
+"""Multimodal model type → path of the blocks, which are those of its text model's own type."""
+
+_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
+
 
 def torch_module(model: object) -> nn.Module:
     """The torch module behind an nnsight model, or the module itself."""
@@ -221,19 +268,29 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     Raises:
         ModelError: for a family that is not in the table.
     """
-    kind = getattr(getattr(module, "config", None), "model_type", None)
+    kind: Any = getattr(getattr(module, "config", None), "model_type", None)
     if kind in FAMILIES:
         return FAMILIES[kind]
+    text: Any = module.config.get_text_config().model_type if kind in NESTED else None  # type: ignore[union-attr, operator]
+    known: Any = _TEXT.get(text, text)
+    if text is not None and known in FAMILIES:
+        return NESTED[kind], FAMILIES[known][1]
     raise ModelError(
         explain(
             "saefeat",
             "model",
-            got=f"of family {kind!r}",
-            wanted="one of " + ", ".join(FAMILIES),
+            got=f"of family {kind!r}" + (f" around {text!r}" if text else ""),
+            wanted="one of " + ", ".join([*FAMILIES, *NESTED]),
             cause="sites have not been checked on this family's tensors yet",
-            call="open an issue with the model's name",
+            call=f'a site by its module\'s path, such as "{_example(module)}"',
         )
     )
+
+
+def _example(module: nn.Module) -> str:
+    """A path site of this model: what its second block returns, if it has blocks."""
+    lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList)]
+    return f"{lists[0]}.1.output" if lists else "model.layers.1.output"
 
 
 def layer_count(module: nn.Module) -> int:
@@ -245,8 +302,11 @@ def find(module: nn.Module, site: Site) -> Place:
     """Where the site lies in this model.
 
     Raises:
-        SiteError: for a layer the model lacks.
+        SiteError: for a layer or a module the model lacks.
+        ModelError: for a kind of site in a family that is not in the table.
     """
+    if site.layer is None:
+        return _module_at(module, site)
     blocks, places = family(module)
     layers = layer_count(module)
     if site.layer >= layers:
@@ -268,7 +328,7 @@ def find(module: nn.Module, site: Site) -> Place:
                 got=str(site),
                 wanted="one of " + ", ".join(places),
                 cause=f"{type(module).__name__} has no such value: its blocks are built otherwise",
-                call="a dictionary trained on one of these sites",
+                call="a dictionary trained on one of these sites, or a site by its module's path",
             )
         )
     block = f"{blocks}.{site.layer}"
@@ -278,6 +338,29 @@ def find(module: nn.Module, site: Site) -> Place:
         return Place(path, end, plus=block)
     return (
         Place(path, end, how[0], _epsilon(module.get_submodule(path))) if how else Place(path, end)
+    )
+
+
+def _module_at(module: nn.Module, site: Site) -> Place:
+    """The place of a path.
+
+    Raises:
+        SiteError: naming modules of like names.
+    """
+    path, _, end = site.kind.rpartition(".")
+    names = [name for name, _ in module.named_modules() if name]
+    if path in names:
+        return Place(path, end)
+    near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
+    raise SiteError(
+        explain(
+            "saefeat",
+            "site",
+            got=f"{site}, and {type(module).__name__} has no module {path}",
+            wanted="a module of the model, such as " + ", ".join(near or names[:3]),
+            cause="a typing error, a layer the model lacks, or a path of another model",
+            call="a name from model.named_modules() and .input or .output",
+        )
     )
 
 
@@ -299,33 +382,13 @@ def _epsilon(norm: nn.Module) -> float:
 
 
 def width_at(module: nn.Module, site: Site) -> int:
-    """How wide the site's value is: d_model, or the projection's input for z and mlp_post."""
+    """How wide a table's site is: d_model, or the projection's input for z and mlp_post."""
     place = find(module, site)
     if site.kind in ("z", "mlp_post"):
         projection = module.get_submodule(place.path)
         # nn.Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out] and has no in_features
         return int(getattr(projection, "in_features", 0) or projection.weight.shape[0])  # type: ignore[union-attr, arg-type]
     return int(module.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
-
-
-def check_width(module: nn.Module, site: Site, width: int, what: str) -> None:
-    """Refuse a dictionary that cannot belong to this site of this model.
-
-    Raises:
-        SiteError: naming both widths, or a site the model lacks.
-    """
-    there = width_at(module, site)
-    if width != there:
-        raise SiteError(
-            explain(
-                "saefeat",
-                what,
-                got=f"{width} wide at {site}",
-                wanted=f"{there}, as {type(module).__name__} is there",
-                cause="a dictionary of another model or another size of it",
-                call="load the release trained on this model",
-            )
-        )
 
 
 def check_ready(module: nn.Module, where: str) -> None:

@@ -20,11 +20,11 @@ from .dictionaries.sae import SAE
 from .errors import DictionaryError, SiteError, explain
 from .execution.run import run
 from .prompts import Prompts
+from .route import route
 from .sites import (
     HOOKS,
     Site,
     check_ready,
-    check_width,
     family,
     layer_count,
     torch_module,
@@ -141,9 +141,9 @@ def verify(
     module = torch_module(model)
     check_ready(module, "verify")
     listed = _listed(saes)
+    found = route(model, [site for sae in listed for site in (sae.site, sae.write_site)])
     for sae in listed:
-        check_width(module, sae.site, sae.d_in, "saes")
-        check_width(module, sae.write_site, sae.d_out, "saes")
+        found.check(sae, "saes")
     wanted = {site for sae in listed for site in (*_candidates(module, sae), sae.write_site)}
     values = _values(model, module, prompts, wanted)
     checks = tuple(_check(module, sae, values) for sae in listed)

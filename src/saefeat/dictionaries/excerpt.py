@@ -27,6 +27,9 @@ SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Kernel activation → its tensors and their shapes, beside ``encoder`` and ``directions``."""
 
+PLAIN = ("activation", "norm", "inner", "k", "centered")
+"""Entries of columns that are no tensors, where they are there."""
+
 _SPARSE = ("topk", "abstopk")
 WHOLE = ("topk", "abstopk", "error")
 """Activations that need every encoder column, whichever latents are wanted."""
@@ -71,6 +74,7 @@ class Excerpt(Dictionary):
         excluded: token ids that edits and readings skip, or ``"special"``.
         origin: where the original came from.
         fingerprint: the original's.
+        centered: whether the original reads x − mean(x), which only LayerNorm models allow.
 
     Raises:
         DictionaryError: for columns of the wrong shape, or of an unknown kind.
@@ -97,11 +101,12 @@ class Excerpt(Dictionary):
         excluded: tuple[int, ...] | str,
         origin: object,
         fingerprint: str,
+        centered: bool = False,
     ) -> None:
         self.site, self.write_site = Site.parse(site), Site.parse(write_site)
         self.d_in, self.d_out, self.d_sae = d_in, d_out, d_sae
         self.name, self.excluded, self.origin = name, excluded, origin
-        self._fingerprint = fingerprint
+        self._fingerprint, self.centered = fingerprint, centered
         self._selections = {tuple(k): dict(columns) for k, columns in selections.items()}
         for indices, columns in self._selections.items():
             Latents.of(self, indices)
@@ -130,6 +135,7 @@ class Excerpt(Dictionary):
             excluded=dictionary.excluded,
             origin=dictionary.origin,
             fingerprint=dictionary.fingerprint(),
+            centered=getattr(dictionary, "centered", False),
         )
 
     @property
@@ -219,7 +225,9 @@ class Excerpt(Dictionary):
             value = columns.get(name)
             got = tuple(value.shape) if isinstance(value, Tensor) else ()
             require_shape(name, got, tuple(size[axis] for axis in shape))
-        plain = {"activation", "norm"} | ({"inner"} & set(columns))
+        plain = {"activation", "norm"} | ({"inner", "centered"} & set(columns))
+        if type(columns.get("centered", False)) is not bool:
+            raise _unknown("centered", columns["centered"], "true or false")
         if columns.get("inner", columns["activation"]) in _SPARSE:
             plain.add("k")
             if type(columns.get("k")) is not int or not 1 <= columns["k"] <= every:

@@ -55,7 +55,10 @@ class SAE(Dictionary):
         write_site: where it writes; the read site unless it is a transcoder.
         norm: ``none``, ``layer_norm`` or ``constant_norm_rescale``.
         subtract_bias: whether b_dec is subtracted from the input.
-        centered: whether the input's mean over d_model is subtracted first.
+        centered: whether the input's mean over d_model is subtracted first, for SAEs trained with
+            TransformerLens's center_writing_weights. Such an SAE belongs to a model with
+            LayerNorm, which does not see the mean; it is left in the value, and in what
+            ``reconstruct`` gives.
         k: active latents, for topk kinds.
         rescale: sae-lens's ``rescale_acts_by_decoder_norm``.
         excluded: token ids it was not trained on, or ``"special"``.
@@ -203,6 +206,7 @@ class SAE(Dictionary):
         return columns | {
             "decoder": columns["directions"],
             "decoder_bias": self._weights.read("b_dec"),
+            "centered": self.centered,
         }
 
     def fingerprint(self) -> str:
@@ -284,7 +288,7 @@ class ErrorTerm(Dictionary):
         self.d_in = self.d_out = sae.d_in
         self.d_sae = 1
         self.name = f"error of {sae.name}"
-        self.excluded = sae.excluded
+        self.excluded, self.centered = sae.excluded, sae.centered
 
     def columns(self, indices: Tensor) -> dict[str, Any]:
         columns = self._sae._whole()

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from ..errors import LatentError, explain
 from ..prompts import Prompts, encode_prompts, split
+from ..route import route
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.beside import beside, taken_apart
-from ..verbs.lower import lower
+from ..verbs.lower import lower, sites_of
 from .run import Run, _batch, _gather, _until_stop
 
 Key = TypeVar("Key", bound=Hashable)
@@ -70,13 +71,14 @@ def sweep(
         require_rows(one, total)
     batches = split(encoded, min(batch_size, total))
     groups = _groups(list(chosen.values()), max(1, batch_size // len(batches[0]["input_ids"])))
-    whole = [None if by_prompt(one) else lower(one, model) for one in chosen.values()]
+    way = route(model, [site for one in chosen.values() for site in sites_of(one)])
+    whole = [None if by_prompt(one) else lower(one, model, way=way) for one in chosen.values()]
     pieces: list[list[tuple]] = [[] for _ in chosen]
     jobs = [(batch, group) for batch in batches for group in groups]
     start, bar = 0, tqdm(jobs, disable=not progress, desc="sweep", unit="batch")
     for batch, group in bar:
         rows = slice(start, start + len(batch["input_ids"]))
-        programs = [whole[n] or lower(list(chosen.values())[n], model, rows) for n in group]
+        programs = [whole[n] or lower(list(chosen.values())[n], model, rows, way) for n in group]
         for n, piece in zip(group, _together(model, programs, batch, max_new_tokens), strict=True):
             pieces[n].append(piece)
         start = rows.stop if group is groups[-1] else start

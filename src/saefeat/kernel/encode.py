@@ -17,7 +17,8 @@ key              shape          meaning
 ``selected``     [k]            topk kinds only: which of the d_sae latents were asked for
 ``norm``         str            none | layer_norm | constant_norm_rescale
 ``inner``        str            error only: the activation function of the SAE
-``decoder``      [d_sae, d]     error only, with ``decoder_bias`` [d]
+``decoder``      [d_sae, d]     error only, with ``decoder_bias`` [d] and ``centered``,
+                                whether it decodes x less its mean
 ===============  =============  ==============================================================
 
 sae-lens keeps the scale of the last two norms on the module between ``encode`` and ``decode``,
@@ -80,7 +81,8 @@ def decode(
     """The reconstruction from all latents; x and its scale undo an input normalization."""
     out = f @ columns["decoder"] + columns["decoder_bias"]
     out = out if scale is None else out * scale
-    return out + x.mean(dim=-1, keepdim=True) if columns["norm"] == "layer_norm" else out
+    mean_out = columns["norm"] == "layer_norm" or columns.get("centered", False)
+    return out + x.mean(dim=-1, keepdim=True) if mean_out else out
 
 
 def normalize(

@@ -33,28 +33,29 @@ def new_log() -> dict[str, Any]:
 
 def visit(
     actions: list[dict[str, Any]],
-    x: Float[Tensor, "b t d"],
+    x: Float[Tensor, "*batch d"],
     view: dict[str, Any],
     held: dict[Any, Any],
     log: dict[str, Any] | None,
-) -> Float[Tensor, "b t d"]:
+) -> Float[Tensor, "*batch d"]:
     """Apply a visit's actions to the value x found there; return the value to leave behind.
 
     ``held`` carries what was read to where it is written, within one forward pass. The same
     object x comes back when nothing was written, so that the caller need not write either.
     """
+    new = before = by_token(x, view)
     own = False
     for action in actions:
         if action.get("rows") is None:
-            x = act(action, x, view, held, log)
+            new = act(action, new, view, held, log)
             continue
         start, stop = action["rows"]  # one of several interventions that share the batch
-        part = x[start:stop]
-        new = act(action, part, narrowed(view, start, stop), held, log)
-        if new is not part:
-            x, own = x if own else x.clone(), True  # one copy, however many write
-            x[start:stop] = new
-    return x
+        part = new[start:stop]
+        found = act(action, part, narrowed(view, start, stop), held, log)
+        if found is not part:
+            new, own = new if own else new.clone(), True  # one copy, however many write
+            new[start:stop] = found
+    return x if new is before else new.reshape(x.shape)
 
 
 def act(
@@ -267,6 +268,24 @@ def to(tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dic
             value = value.to(device, dtype if value.is_floating_point() else value.dtype)
         found[name] = value
     return found
+
+
+def by_token(x: Float[Tensor, "*batch d"], view: dict[str, Any]) -> Float[Tensor, "b t d"]:
+    """The value with a row for each sequence: some modules are given all tokens in one row.
+
+    A value of fewer tokens than the pass has would broadcast against their mask.
+    """
+    rows, tokens = view["real"].shape
+    if x.ndim == 3 and tuple(x.shape[:2]) == (rows, tokens):
+        return x
+    if x.ndim == 2 and x.shape[0] == rows * tokens:
+        return x.reshape(rows, tokens, -1)
+    raise ValueError(
+        f"saefeat: a site's value is of shape {tuple(x.shape)}, and this pass has {rows} rows of"
+        f" {tokens} tokens. Likely cause: a module that sees only part of them, as the unembedding"
+        " does in generate, or that is given all invokes' tokens in one row. Try: the input or"
+        " output of another module, or one invoke."
+    )
 
 
 def note(

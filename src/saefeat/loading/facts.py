@@ -14,6 +14,10 @@ from ..dictionaries.weights import Weights
 from ..errors import DictionaryError, explain
 from ..sites import Site
 
+_UNCENTERED = ("z", "mlp_norm", "mlp_in", "mlp_post")
+"""Sites that TransformerLens's center_writing_weights leaves alone: nothing there is written to
+the residual stream, or a LayerNorm has taken the mean out already."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -124,7 +128,7 @@ def assemble(
         write_site=output,
         norm=facts.norm,
         subtract_bias=facts.subtract_bias,
-        centered=facts.centered,
+        centered=facts.centered and Site.parse(hook).kind not in _UNCENTERED,
         k=facts.k,
         rescale=facts.rescale,
         excluded=facts.excluded,

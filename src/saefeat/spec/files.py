@@ -8,8 +8,10 @@ from typing import Any
 from ..container import MAX_BYTES, MAX_HEADER, Contents, brief, broken, pack, read, refuse, write
 from ..errors import ModelError, explain
 from ..records import versions
-from ..sites import check_width, layer_count, torch_module
+from ..route import route
+from ..sites import layer_count, torch_module
 from ..verbs.base import Intervention
+from ..verbs.lower import sites_of
 from .read import Reader, checked, record
 from .write import Writer, document
 
@@ -174,10 +176,8 @@ def require_model(
                     call="load(path) without model= if another vocabulary is meant",
                 )
             )
-    module = torch_module(model)
+    way = route(model, sites_of(intervention))
     for step in intervention.parts():
         conditions = () if step.condition is None else step.condition.latents.parts
         for basis, _ in (*step.latents.parts, *conditions):
-            dictionary: Any = basis
-            check_width(module, dictionary.site, dictionary.d_in, "dictionary")
-            check_width(module, dictionary.write_site, dictionary.d_out, "dictionary")
+            way.check(basis, "dictionary")  # type: ignore[arg-type]

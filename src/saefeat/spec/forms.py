@@ -12,9 +12,11 @@ import inspect
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from ..records import Readings
 from ..verbs.edits import Ablate, Clamp
 from ..verbs.probe import Probe
 from ..verbs.steps import When
+from ..verbs.values import Pin, Resample, Schedule
 
 FORMAT = "saefeat.intervention"
 VERSION = 1
@@ -31,28 +33,45 @@ MAX_TEXT = 4_096
 MAX_WIDTH = 2**31
 
 
+ARGUMENTS = {("When", "latents"): "subject"}
+"""(Form, field) → the constructor's argument, where it has another name than the field."""
+
+
 class Form(NamedTuple):
     """A class that a file may name."""
 
     cls: type
     kinds: dict[str, tuple[str, ...]]
 
+    def argument(self, name: str) -> str:
+        """The constructor's name for a field."""
+        return ARGUMENTS.get((self.cls.__name__, name), name)
+
     def default(self, name: str) -> Any:
         """The constructor's default of a field; fields at their default are not written."""
-        return inspect.signature(self.cls).parameters[name].default
+        found = inspect.signature(self.cls).parameters.get(self.argument(name))
+        return None if found is None else found.default
 
 
 def _form(cls: type, **kinds: str) -> Form:
     return Form(cls, {name: tuple(text.split(" | ")) for name, text in kinds.items()})
 
 
-_VALUE = "number | tensor | none"
+_MOVING = "Schedule | Pin | Resample"
+_VALUE = f"number | tensor | none | {_MOVING}"
 _WHERE = "tokens | none"
 
 FORMS = {
     form.cls.__name__: form
     for form in (
-        _form(Ablate, latents="latents", to="number | tensor", where=_WHERE, when="When | none"),
+        _form(
+            Ablate,
+            latents="latents",
+            to=f"number | tensor | text | {_MOVING}",
+            where=_WHERE,
+            when="When | none",
+            support="text",
+        ),
         _form(
             Clamp,
             latents="latents",
@@ -60,9 +79,23 @@ FORMS = {
             active_only="bool",
             where=_WHERE,
             when="When | none",
+            support="text",
         ),
         _form(Probe, latents="latents", where=_WHERE, reduce="text | none"),
-        _form(When, latents="latents", above="number", hold="bool"),
+        _form(
+            When,
+            latents="latents",
+            scorer="none",  # a Python function is code
+            site="none",
+            above="number | none",
+            below="number | none",
+            match="text",
+            hold="bool",
+        ),
+        _form(Schedule, values="tensor", prompt="tensor | none"),
+        _form(Pin, readings="Readings"),
+        _form(Resample, activations="Readings | tensor", seed="int"),
+        _form(Readings, latents="latents", values="tensor", mask="tensor", starts="tensor | none"),
     )
 }
 STEPS = ("Ablate", "Clamp", "Probe")

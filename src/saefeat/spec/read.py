@@ -12,7 +12,7 @@ from torch import Tensor
 from ..container import brief, broken, refuse
 from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
-from ..dictionaries.excerpt import WHOLE, Excerpt, shapes
+from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
 from ..errors import FileError, SaefeatError
 from ..latents import Latents
 from ..sites import Site
@@ -93,7 +93,7 @@ class Reader:
                 "pip install --upgrade saefeat",
             )
         values = {
-            field: self.value(value, form.kinds[field], f"{name}({field}=...)")
+            form.argument(field): self.value(value, form.kinds[field], f"{name}({field}=...)")
             for field, value in given.items()
         }
         return self._build(form.cls, values, name)
@@ -199,7 +199,10 @@ class Reader:
         self, number: int, entry: dict, selections: list[tuple[int, ...]], site: Site, name: str
     ) -> Dictionary:
         """A dictionary of which only some columns are here."""
-        plain = {k: entry[k] for k in ("activation", "norm", "inner", "k") if k in entry}
+        plain = {k: entry[k] for k in PLAIN if k in entry}
+        centered = plain.get("centered", False)
+        if plain.get("activation") != "error":  # there the encoder has it folded in
+            plain.pop("centered", None)
         named = self._build(shapes, {"columns": plain}, f"dictionary {number}")
         columns = {}
         for n, indices in enumerate(selections):
@@ -225,11 +228,14 @@ class Reader:
             "origin": None if origin is None else text(origin, self.where, "origin"),
             "fingerprint": text(entry.get("fingerprint"), self.where, "fingerprint"),
         }
+        if type(centered) is not bool:
+            raise broken(self.where, f"centered {brief(centered)}", "true or false")
+        given["centered"] = centered
         sizes = {k: size(entry.get(k), self.where, k) for k in ("d_in", "d_out", "d_sae")}
         return self._build(Excerpt, given | sizes, f"dictionary {number}")
 
     def _site(self, name: Any) -> Site:
-        return self._build(Site.parse, {"name": text(name, self.where, "site", 64)}, "site")
+        return self._build(Site.parse, {"name": text(name, self.where, "site", 256)}, "site")
 
     def _indices(self, found: Any) -> tuple[int, ...]:
         indices = listed(found, self.where, "a selection", forms.MAX_LATENTS)

@@ -55,6 +55,13 @@ class Writer:
                 "a class that a file has no name for",
                 "save the steps that have one, and make the others in code",
             )
+        if getattr(value, "support", "frozen") == "reselect":
+            raise cannot(
+                f'one with {what}: support="reselect"',
+                'support="frozen"',
+                "which latents enter the selection depends on all of the dictionary",
+                "make the edit in code, with the dictionary",
+            )
         written = {}
         for field, kinds in form.kinds.items():
             given = getattr(value, field)
@@ -129,6 +136,7 @@ class Writer:
             "excluded": excluded if isinstance(excluded, str) else list(excluded),
             "origin": source(excerpt.origin),
             "fingerprint": label(excerpt.fingerprint()),
+            **({"centered": True} if excerpt.centered else {}),
         }
 
     def _columns(self, number: int, selections: list[dict[str, Any]], what: str) -> None:

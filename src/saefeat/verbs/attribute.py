@@ -31,10 +31,11 @@ from ..kernel.trace import whole_run
 from ..latents import Latents, as_latents, index_tensor
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Receipt
-from ..sites import Place, check_width, find, torch_module
+from ..route import route
+from ..sites import Order, Place, Site, torch_module
 from ..tokens import Tokens
 from .base import Chain, Intervention, require_fired, require_rows
-from .lower import add_stash, add_visit, default_rule, in_order, lower, plain
+from .lower import add_stash, add_visit, default_rule, in_order, lower, plain, sites_of
 from .methods import AtP, Method
 from .metrics import Metric, Scorer
 
@@ -120,7 +121,7 @@ def _attribute(
     rows: slice,
 ) -> tuple[Attribution, Receipt]:
     """One batch: baseline run, gradients along the path, scores; what the baseline's edits did."""
-    watch = Watch(latents, model)
+    watch = Watch(latents, model, job.baseline or Chain(()))
     base = None if job.baseline is None else watch.run(model, batch, job.baseline, rows=rows)
     starts = job.method.nodes()[0][0] == 0.0  # then the clean pass is the first node too
     clean = watch.run(model, batch, Chain(()), gradient=starts)
@@ -170,19 +171,20 @@ class Part(NamedTuple):
 
 
 class Watch:
-    """The places to watch in one model, for some latents."""
+    """The places to watch in one model, for some latents and under some intervention."""
 
-    def __init__(self, latents: Latents, model: Any) -> None:
+    def __init__(self, latents: Latents, model: Any, intervention: Intervention) -> None:
         module = torch_module(model)
-        self._places: dict[Place, tuple[int, tuple[int, int]]] = {}
+        self._places: dict[Place, tuple[int, Order]] = {}
+        bases: list[Any] = [basis for basis, _ in latents.parts]
+        sites = [site for basis in bases for site in (basis.site, basis.write_site)]
+        self.route = route(model, [*sites, *sites_of(intervention)])
         self.parts: list[Part] = []
         for basis, indices in latents.parts:
             dictionary: Dictionary = basis  # type: ignore[assignment]
-            check_width(module, dictionary.site, dictionary.d_in, "dictionary")
-            check_width(module, dictionary.write_site, dictionary.d_out, "dictionary")
-            place = find(module, dictionary.site)
-            read = self._number(place, dictionary.site.order)
-            write = self._number(find(module, dictionary.write_site), dictionary.write_site.order)
+            self.route.check(dictionary, "dictionary")
+            read, place = self._number(dictionary.site), self.route.places[dictionary.site]
+            write = self._number(dictionary.write_site)
             transform = {"transform": place.transform, "eps": place.eps}
             self.parts.append(Part(dictionary, indices, read, write, transform))
         self.written = {part.write for part in self.parts}
@@ -191,7 +193,8 @@ class Watch:
         accepted = inspect.signature(module.forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def _number(self, place: Place, order: tuple[int, int]) -> int:
+    def _number(self, site: Site) -> int:
+        place, order = self.route.places[site], self.route.orders[site]
         key = Place(place.path, place.end, plus=place.plus)
         return self._places.setdefault(key, (len(self._places), order))[0]
 
@@ -209,7 +212,7 @@ class Watch:
 
         The values are kept as the intervention left them; ``targets`` are put there first.
         """
-        program = lower(intervention, model, rows)
+        program = lower(intervention, model, rows, self.route)
         self._add(program, gradient or targets is not None, targets or {})
         with torch.set_grad_enabled(gradient), model.trace(**self.options) as tracer:
             with tracer.invoke(batch):
@@ -224,7 +227,7 @@ class Watch:
         visits = {Place(visit["path"], visit["end"]): visit for visit in program["visits"]}
         for place, (number, order) in self._places.items():
             if place.plus is not None:
-                add_stash(visits, place.plus, order[0])
+                add_stash(visits, place.plus, self.route.starts[place.plus])
             action = {"do": "keep", "id": number, "target": targets.get(number)}
             action["gradient"] = gradient and number in self.written
             action["first"] = number == self.first

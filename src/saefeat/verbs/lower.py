@@ -7,6 +7,7 @@ every tensor: a view would drag its whole matrix over the wire.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,7 +18,8 @@ from ..dictionaries.base import Dictionary
 from ..errors import LatentError, SiteError, explain
 from ..kernel.encode import scored
 from ..prompts import role_markers
-from ..sites import Place, Site, check_ready, check_width, find, torch_module, width_at
+from ..route import Route, route
+from ..sites import Order, Place, Site, check_ready, torch_module
 from ..tokens import Tokens
 from .forms import frozen, orthogonal, reselect
 from .steps import StepLike, When, numbered
@@ -29,17 +31,20 @@ class HasParts(Protocol):
     def parts(self) -> tuple[StepLike, ...]: ...
 
 
-def lower(intervention: HasParts, model: Any, rows: slice = slice(None)) -> dict[str, Any]:
+def lower(
+    intervention: HasParts, model: Any, rows: slice = slice(None), way: Route | None = None
+) -> dict[str, Any]:
     """The program of an intervention on a model, visits sorted in the order they are reached.
 
-    ``rows`` picks the prompts of this batch out of values that differ by prompt.
+    ``rows`` picks the prompts of this batch out of values that differ by prompt. ``way`` is the
+    route past its sites and others that visits will be added for; by default past its own.
 
     Raises:
         ModelError: train mode with dropout, or a family without a site table.
         SiteError: a layer the model lacks, a dictionary of another width, or a condition that
             is only known after the edit.
     """
-    builder = _Builder(model, rows)
+    builder = _Builder(model, rows, way or route(model, sites_of(intervention)))
     for step, numbers in numbered(intervention.parts()):
         parts = list(zip(numbers, step.latents.parts, strict=True))
         for number, (basis, indices) in parts:  # all reads first: no dictionary of a step sees
@@ -52,6 +57,17 @@ def lower(intervention: HasParts, model: Any, rows: slice = slice(None)) -> dict
                 builder.write(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
             start = stop
     return {"visits": in_order(builder.visits), "ends": _ends(builder.module)}
+
+
+def sites_of(intervention: HasParts) -> Iterator[Site]:
+    """Every site an intervention reads or writes, those of its conditions included."""
+    for step in intervention.parts():
+        when = step.condition
+        for basis, _ in (*step.latents.parts, *(() if when is None else when.latents.parts)):
+            yield basis.site
+            yield basis.write_site  # type: ignore[attr-defined]
+        if when is not None and when.site is not None:
+            yield when.site
 
 
 def _ends(module: nn.Module) -> dict[str, Any]:
@@ -67,8 +83,8 @@ def _ends(module: nn.Module) -> dict[str, Any]:
 class _Builder:
     """Collects visits for one model; steps must be added in the intervention's order."""
 
-    def __init__(self, model: Any, rows: slice) -> None:
-        self.model, self.rows = model, rows
+    def __init__(self, model: Any, rows: slice, way: Route) -> None:
+        self.model, self.rows, self.route = model, rows, way
         self.module = torch_module(model)
         self.visits: dict[Place, dict[str, Any]] = {}
         self._written: dict[int, dict[str, Any]] = {}
@@ -81,8 +97,7 @@ class _Builder:
         self, step: StepLike, number: int, dictionary: Dictionary, indices: tuple[int, ...]
     ) -> None:
         """Where one dictionary of a step is read."""
-        check_width(self.module, dictionary.site, dictionary.d_in, "dictionary")
-        check_width(self.module, dictionary.write_site, dictionary.d_out, "dictionary")
+        self.route.check(dictionary, "dictionary")
         how = "frozen" if step.change is None else step.change.how
         if dictionary.site != dictionary.write_site and how != "orthogonal":
             self._once(step, dictionary, indices)
@@ -116,7 +131,8 @@ class _Builder:
         if step.condition is not None:
             self._early(step, step.condition, dictionary)
         place = self._writable(step, dictionary)
-        add_visit(self.visits, place, dictionary.write_site.order)["actions"].append(write)
+        order = self.route.orders[dictionary.write_site]
+        add_visit(self.visits, place, order)["actions"].append(write)
         if dictionary.site != dictionary.write_site:
             self._edited.setdefault(id(dictionary), set()).update(indices)
 
@@ -159,7 +175,8 @@ class _Builder:
 
     def _writable(self, step: StepLike, dictionary: Dictionary) -> Place:
         """Where the dictionary's directions are added, or an error if they cannot be."""
-        if dictionary.write_site.order < dictionary.site.order:
+        orders = self.route.orders
+        if orders[dictionary.write_site] < orders[dictionary.site]:
             raise SiteError(
                 explain(
                     repr(step),
@@ -170,7 +187,7 @@ class _Builder:
                     call='load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")',
                 )
             )
-        place = find(self.module, dictionary.write_site)
+        place = self.route.places[dictionary.write_site]
         if place.transform is not None:
             raise SiteError(
                 explain(
@@ -193,12 +210,11 @@ class _Builder:
             return
         tests: list[tuple[Site, dict[str, Any]]] = []
         if when.site is not None:
-            width_at(self.module, when.site)  # it must be a site of this model
             own = {"activation": partial(scored, when.scorer), "norm": "none"}
             tests.append((when.site, own))
         for basis, indices in when.latents.parts:
             dictionary: Dictionary = basis  # type: ignore[assignment]
-            check_width(self.module, dictionary.site, dictionary.d_in, "dictionary")
+            self.route.check(dictionary, "dictionary")
             tests.append((dictionary.site, frozen(dictionary, indices).columns))
         asked = {name: getattr(when, name) for name in ("above", "below", "match", "hold")}
         for site, columns in tests:
@@ -208,7 +224,8 @@ class _Builder:
     def _early(self, step: StepLike, when: When, edited: Dictionary) -> None:
         """Refuse a condition that the model reaches after the edit."""
         sites = when.latents.sites if when.site is None else (when.site,)
-        late = [site for site in sites if site.order > edited.write_site.order]
+        orders = self.route.orders
+        late = [site for site in sites if orders[site] > orders[edited.write_site]]
         if late:
             raise SiteError(
                 explain(
@@ -223,25 +240,23 @@ class _Builder:
 
     def _reach(self, site: Site, action: dict[str, Any]) -> None:
         """Put an action that reads a site where its value is whole."""
-        place = find(self.module, site)
+        place = self.route.places[site]
         action |= {"transform": place.transform, "eps": place.eps, "plus": place.plus}
         if place.plus is not None:
-            add_stash(self.visits, place.plus, site.layer)
-        add_visit(self.visits, place, site.order)["actions"].append(action)
+            add_stash(self.visits, place.plus, self.route.starts[place.plus])
+        add_visit(self.visits, place, self.route.orders[site])["actions"].append(action)
 
 
-def add_visit(
-    visits: dict[Place, dict[str, Any]], place: Place, order: tuple[int, int]
-) -> dict[str, Any]:
+def add_visit(visits: dict[Place, dict[str, Any]], place: Place, order: Order) -> dict[str, Any]:
     """The visit to a place; a site with a transform shares it with the plain value."""
     key = Place(place.path, place.end)
     new = {"path": place.path, "end": place.end, "order": order, "actions": []}
     return visits.setdefault(key, new)
 
 
-def add_stash(visits: dict[Place, dict[str, Any]], block: str, layer: int) -> None:
+def add_stash(visits: dict[Place, dict[str, Any]], block: str, order: Order) -> None:
     """Keep a block's input until its attention's output is there, for resid_mid."""
-    visit = add_visit(visits, Place(block, "input"), Site("resid_pre", layer).order)
+    visit = add_visit(visits, Place(block, "input"), order)
     if not any(action["do"] == "stash" for action in visit["actions"]):
         visit["actions"].append({"do": "stash", "id": block})
 

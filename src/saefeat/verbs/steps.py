@@ -144,8 +144,8 @@ def _check_when(scores: bool, site: Any, above: Any, below: Any, match: str) -> 
     bounds = [bound for bound in (above, below) if bound is not None]
     if scores != (site is not None):
         problem = ("site", repr(site), "a site for a function, and none for latents")
-    elif not all(isinstance(bound, (int, float)) and math.isfinite(bound) for bound in bounds):
-        problem = ("above", f"{above!r}, and below {below!r}", "finite numbers")
+    elif not all(isinstance(bound, (int, float)) and not math.isnan(bound) for bound in bounds):
+        problem = ("above", f"{above!r}, and below {below!r}", "numbers that are not NaN")
     elif len(bounds) == 2 and above >= below:
         problem = ("above", f"{above!r}, and below {below!r}", "above < below")
     elif match not in ("any", "all"):
