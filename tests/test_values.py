@@ -263,6 +263,25 @@ def test_columns_are_found_by_latent_in_any_order_among_others(traced):
     assert out.receipt.rows[0].largest < 1e-5  # the model's own values
 
 
+def test_a_pin_leaves_a_latent_alone_where_it_alone_was_not_read(traced):
+    """Masks may differ by latent, in readings put together from several probes."""
+    two = sf.Neurons("resid_post.1", D).latents([3, 5])
+    read_once = read(traced, RAGGED, two)
+    mask = read_once.mask.clone()
+    mask[:, :-1, 1] = False  # of the second latent only the last token is known
+    mask[:, -1, 0] = False
+    values = torch.full_like(read_once.values, 7.0)
+    pin = sf.Pin(sf.Readings(two, values, mask, read_once.starts))
+    out = sf.run(traced, RAGGED, sf.Probe(two) | sf.Ablate(two, to=pin) | sf.Probe(two))
+    before, after = (r.values for r in out.readings)
+    real = read_once.mask
+    wanted = torch.where(mask, 7.0, before)
+    torch.testing.assert_close(after[real], wanted[real], atol=1e-5, rtol=1e-5)
+    assert torch.equal(after[real & ~mask], before[real & ~mask])
+    row = out.receipt.rows[0]
+    assert (row.tokens, row.changed) == (13, 13)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
@@ -307,9 +326,9 @@ def test_readings_say_where_each_prompt_starts(traced):
 
 def mix(word: int) -> int:
     word = (word + 0x9E3779B9) % 2**32
-    word = ((word ^ (word >> 16)) * 0x85EBCA6B) % 2**32
-    word = ((word ^ (word >> 13)) * 0xC2B2AE35) % 2**32
-    return word ^ (word >> 16)
+    word = ((word ^ (word >> 16)) * 0x21F0AAAD) % 2**32
+    word = ((word ^ (word >> 15)) * 0x735A2D97) % 2**32
+    return word ^ (word >> 15)
 
 
 def row_for(seed: int, prompt: int, position: int, n: int) -> int:

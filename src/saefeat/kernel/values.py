@@ -82,14 +82,14 @@ def drawn(seed: int, first: int, position: Int[Tensor, "b t"], n: int) -> Int[Te
 
 
 def mixed(word: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """32 bits stirred so that neighbors are far apart (the finalizer of MurmurHash3).
+    """32 bits stirred so that neighbors are far apart: shifts and odd factors, as hashes do it.
 
-    In int64, of which the low half is kept: products wrap around, and leave it right.
+    The factors lie below 2³¹, so that every product fits int64 and is the same on any device.
     """
     word = (word + 0x9E3779B9) & WORD  # or zero would stay zero
-    word = ((word ^ (word >> 16)) * 0x85EBCA6B) & WORD
-    word = ((word ^ (word >> 13)) * 0xC2B2AE35) & WORD
-    return word ^ (word >> 16)
+    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & WORD
+    word = ((word ^ (word >> 15)) * 0x735A2D97) & WORD
+    return word ^ (word >> 15)
 
 
 def require_batch(edit: dict[str, Any], rows: int) -> None:

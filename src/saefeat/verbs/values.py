@@ -131,7 +131,7 @@ class Pin(Value):
         >>> clean = sf.run(model, ["how do i bake bread"], sf.Probe(some)).readings[0]
         >>> out = sf.run(model, ["how do i bake bread"], sf.Ablate(some, to=sf.Pin(clean)))
         >>> out.receipt.rows[0].tokens
-        5
+        6
     """
 
     readings: Readings
