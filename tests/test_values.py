@@ -26,6 +26,7 @@ from helpers import (
     unit,
     wrapped,
 )
+from saefeat.dictionaries.excerpt import Excerpt
 from test_ways import bare_generate, every_way, generate
 
 NEW = 4
@@ -768,6 +769,14 @@ def test_reselect_is_refused_where_nothing_is_selected(architecture, traced):
     for other in (generic.latents([0]), V, make_sae("topk").error()):
         with pytest.raises(sf.LatentError, match="topk or abstopk"):
             sf.run(traced, RAGGED, sf.Clamp(other, 1.0, support="reselect"))
+
+
+def test_reselect_needs_all_directions_and_says_so(traced):
+    """An excerpt from a file holds the latents that were saved, and any other might enter."""
+    some = Excerpt.of(make_sae("topk"), [tuple(CHOSEN)]).latents()
+    sf.run(traced, RAGGED, sf.Ablate(some))
+    with pytest.raises(sf.LatentError, match=r"holds 6 of its directions.*frozen"):
+        sf.run(traced, RAGGED, sf.Ablate(some, support="reselect"))
 
 
 # ---------------------------------------------------------------- what is refused

@@ -64,7 +64,19 @@ def reselect(dictionary: Dictionary, indices: tuple[int, ...]) -> Form:
     top = {"activation": kind, "k": columns.pop("k"), "selected": columns.pop("selected")}
     columns |= {"activation": OPEN[kind]}
     del columns["directions"]
-    return Form(dictionary.site, columns, {"directions": dictionary.directions(), "top": top})
+    directions = dictionary.directions()
+    if len(directions) != dictionary.d_sae:
+        raise LatentError(
+            explain(
+                "support",
+                "latents",
+                got=f"of {dictionary!r}, which holds {len(directions)} of its directions",
+                wanted="all of them: any latent may enter",
+                cause="an excerpt from a file, which holds only the latents that were saved",
+                call='load the dictionary itself, or support="frozen"',
+            )
+        )
+    return Form(dictionary.site, columns, {"directions": directions, "top": top})
 
 
 def orthogonal(dictionary: Dictionary, indices: tuple[int, ...], before: Tensor) -> Form:
