@@ -7,9 +7,11 @@ crashes; the package itself never imports beartype.
 import beartype  # noqa: F401, I001  (before anything that may import nnsight)
 
 import ast
+import inspect
 import os
 import random
 import sys
+import types
 from importlib.abc import MetaPathFinder
 
 # Under xdist every worker gets one thread; alone, a run gets two. Subprocesses inherit this.
@@ -78,6 +80,38 @@ if "SAEFEAT_UNTYPED" not in os.environ:
     hook = install_import_hook(TYPED, "beartype.beartype").hook
     sys.meta_path.remove(hook)
     sys.meta_path.insert(0, AnnotationNames(hook))
+
+
+def ship_plain_functions() -> None:
+    """Let the kernel travel to a server as users' does: without the checks put around it here.
+
+    A server has neither jaxtyping nor beartype. The names that exist here for annotations' sake
+    must stay here too.
+    """
+    from nnsight.intervention.serialization import CustomCloudPickler
+
+    reduce = CustomCloudPickler._dynamic_function_reduce
+
+    def plain(self, function):
+        bare = inspect.unwrap(function)
+        names = {
+            name: value
+            for name, value in bare.__globals__.items()
+            if "jaxtyping" not in (getattr(value, "__module__", None) or "")
+        }
+        if bare.__module__.startswith("saefeat."):
+            copy = types.FunctionType(
+                bare.__code__, names, bare.__name__, bare.__defaults__, bare.__closure__
+            )
+            copy.__kwdefaults__, copy.__module__ = bare.__kwdefaults__, bare.__module__
+            bare = copy
+        return reduce(self, bare)
+
+    CustomCloudPickler._dynamic_function_reduce = plain
+
+
+if "SAEFEAT_UNTYPED" not in os.environ:
+    ship_plain_functions()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..errors import DictionaryError, explain
+from ..kernel.encode import picked
 from ..sites import Site
 from .base import Dictionary
 
@@ -68,7 +69,7 @@ class Generic(Dictionary):
 
     def columns(self, indices: Tensor) -> dict[str, Any]:
         return {
-            "activation": partial(_selected, self._encode, indices),
+            "activation": partial(picked, self._encode, indices),
             "directions": self._directions[indices].clone(),  # [k, d_out]
             "norm": "none",
         }
@@ -76,6 +77,3 @@ class Generic(Dictionary):
     def fingerprint(self) -> str:
         return f"generic-{self.name}"
 
-
-def _selected(encode: Callable[[Tensor], Tensor], indices: Tensor, x: Tensor) -> Tensor:
-    return encode(x)[..., indices.to(x.device)]

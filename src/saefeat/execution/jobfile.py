@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import RemoteError, explain
+from ..kernel.program import new_log
 from ..records import now, versions
 
 FORMAT, VERSION = "saefeat-job", 1
@@ -96,6 +97,7 @@ def save_saved(file: Path, saved: dict[str, Any]) -> None:
     log = saved["log"]
     flat = {f"{g}.{n}": t.contiguous().clone() for g in GROUPS for n, t in log[g].items()}
     flat |= {name: saved[name].contiguous().clone() for name in ("tokens", "logits")}
+    flat["position"] = log["view"]["position"].contiguous()
     new = file.with_name(file.name + ".new")
     save_file(flat, new, metadata={"passes": str(log["passes"])})
     os.replace(new, file)
@@ -122,7 +124,8 @@ def load_saved(file: Path) -> dict[str, Any]:
                 call="delete it; its batch is sent again",
             )
         ) from error
-    log: dict[str, Any] = {"passes": passes, "view": None, "packed": True, "kept": {}, "nodes": {}}
+    log = {**new_log(), "passes": passes, "packed": True}
+    log["view"] = {"position": flat["position"]}
     for group in GROUPS:
         keys = [name for name in flat if name.startswith(f"{group}.")]
         log[group] = {int(name.partition(".")[2]): flat[name] for name in keys}

@@ -45,6 +45,7 @@ class Job:
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
+        >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> with sf.serve(model) as server:
         ...     job = sf.submit(model, ["hello"], remote=server.url, max_new_tokens=2)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nnsight import CONFIG
 from nnsight import __version__ as NNSIGHT
 from nnsight.intervention.serialization import CustomCloudUnpickler
 from nnsight.schema.request import RequestModel
@@ -128,12 +129,12 @@ def preflight(
     batches = split(encoded, batch_size)
     rows = slice(0, len(batches[0]["input_ids"])) if by_prompt(chosen) else slice(None)
     program = narrowed(lower(chosen, model, rows), dtype)
-    raw, payload = captured(model, program, batches[0], max_new_tokens)
+    raw = captured(model, program, batches[0], max_new_tokens)
     parts = {f"{v['path']}.{v['end']}": weight(v["actions"]) for v in program["visits"]}
     parts["inputs"] = weight(list(batches[0].values()))
     parts["code"] = len(raw) - sum(parts.values())
     return Preflight(
-        payload=len(payload),
+        payload=compressed(raw),
         parts=parts,
         strangers=strangers(model, raw),
         batches=len(batches),
@@ -183,20 +184,24 @@ def require_light(report: Preflight, limit: int) -> None:
 class Capture(Backend):
     """Keeps the request instead of sending it."""
 
-    raw = payload = b""
+    raw = b""
 
     def __call__(self, tracer: Any) -> None:
         self.raw = RequestModel.serialize(tracer)
-        self.payload = RequestModel.serialize(tracer, compress=True)
 
 
-def captured(
-    model: Any, program: dict[str, Any], batch: dict[str, Tensor], new: int
-) -> tuple[bytes, bytes]:
-    """A batch's request, before and after compression."""
+def captured(model: Any, program: dict[str, Any], batch: dict[str, Tensor], new: int) -> bytes:
+    """A batch's request, before compression."""
     backend = Capture()
     remote_batch(model, program, batch, new, backend=backend)
-    return backend.raw, backend.payload
+    return backend.raw
+
+
+def compressed(raw: bytes) -> int:
+    """Bytes of a request as nnsight sends it."""
+    import zstandard  # as late as nnsight imports it
+
+    return len(zstandard.ZstdCompressor(level=6).compress(raw)) if CONFIG.API.COMPRESS else len(raw)
 
 
 class Inspector(CustomCloudUnpickler):

@@ -58,6 +58,7 @@ def submit(
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
+        >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> with sf.serve(model) as server:
         ...     job = sf.submit(model, ["hello"], remote=server.url)

@@ -7,6 +7,7 @@ one: the model's own passes, which are most of the time, are shared.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_
 from ..verbs.beside import beside, taken_apart
 from ..verbs.lower import lower, sites_of
 from .run import Run, _batch, _gather, _until_stop
+from .sweep_jobs import sweep_jobs
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -32,6 +34,9 @@ def sweep(
     batch_size: int = 32,
     allow_unfired: bool = False,
     progress: bool = False,
+    remote: bool | str = False,
+    limit: int = 4,
+    folder: str | Path | None = None,
 ) -> dict[Key, Run]:
     """Run the same prompts under many interventions, several to a batch.
 
@@ -46,12 +51,17 @@ def sweep(
         batch_size: rows a batch; prompts x settings rows are run in all.
         allow_unfired: accept edits that selected no token at all.
         progress: show a progress bar.
+        remote: True or a server's URL makes a job of each setting (``submit``).
+        limit: how many requests may be queued or running at once. Only with ``remote``.
+        folder: a folder for the jobs' files: the same call with it asks again only for what has
+            not arrived. Only with ``remote``.
 
     Returns:
         Name → ``Run``, in the order given.
 
     Raises:
         LatentError: without settings.
+        RemoteError: if a job failed; the others have been waited for.
         FiringError, PromptError, SiteError, ModelError: as in ``run``, naming the setting.
 
     Examples:
@@ -65,6 +75,10 @@ def sweep(
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
     _require_settings(chosen)
+    if remote:
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        options |= {"allow_unfired": allow_unfired, "remote": remote}
+        return sweep_jobs(model, prompts, chosen, options, limit, folder, progress)
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     total = len(encoded["input_ids"])
     for one in chosen.values():

@@ -125,3 +125,8 @@ def top(columns: dict[str, Any], h: Float[Tensor, "*batch d_sae"]) -> Float[Tens
         return torch.zeros_like(h).scatter(-1, index, h.gather(-1, index))
     values, index = h.topk(columns["k"], dim=-1, sorted=False)
     return torch.zeros_like(h).scatter(-1, index, values.relu())
+
+
+def picked(own: Any, indices: Tensor, x: Float[Tensor, "*batch d_in"]) -> Tensor:
+    """The selected latents of an encoder of somebody else's making; here, so that it travels."""
+    return own(x)[..., indices.to(x.device)]

@@ -25,6 +25,8 @@ from .worker import NOT_THERE
 
 FAULTS = ("slow", "fail", "die", "vanish", "truncate", "expire")
 
+ENDED = ("COMPLETED", "ERROR")
+
 
 @dataclass
 class Job:
@@ -44,6 +46,7 @@ class Server(ThreadingHTTPServer):
         url: what to pass as ``remote=``.
         faults: what happens to the next jobs, first in first out; None for nothing.
         payloads: the size of every request so far, in bytes as sent.
+        most_at_once: the most jobs that were queued or running together.
 
     Examples:
         >>> sf.Server.__mro__[1].__name__
@@ -59,6 +62,7 @@ class Server(ThreadingHTTPServer):
         self.worker, self.copies, self.version, self.slow = worker, copies, version, slow
         self.faults: list[str | None] = []
         self.payloads: list[int] = []
+        self.most_at_once = 0
         self.jobs: dict[str, Job] = {}
         self.sessions: dict[str, Any] = {}
         self._order = threading.Lock()
@@ -72,6 +76,8 @@ class Server(ThreadingHTTPServer):
         fault = self.faults.pop(0) if self.faults else None
         self.tell(job, "RECEIVED", "Your job has been received.", quiet=True)
         received = job.response
+        waiting = [j for j in self.jobs.values() if j.response["status"] not in ENDED]
+        self.most_at_once = max(self.most_at_once, len(waiting))
         threading.Thread(target=self.work, args=(job, request, blob, fault), daemon=True).start()
         return received
 
@@ -226,6 +232,7 @@ def serve(
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
+        >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> edits = sf.Ablate(saes.latents({1: [3, 4]}))

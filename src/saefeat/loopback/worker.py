@@ -82,8 +82,11 @@ def run(model: Any, blob: bytes, job: dict[str, Any]) -> bytes:
     """One request, run on the model: its saved values as the client expects them."""
     import torch
     from nnsight.schema.request import RequestModel
+    from nnsight.tracing import globals as known
     from nnsight.tracing import tracer as tracing
 
+    for cache in (known.SOURCES, known.BLOCKS):  # of the job before, under the same file's name
+        cache.clear()
     objects = model._remoteable_persistent_objects()
     model._remoteable_set_env(job["env"])
     tracer = RequestModel.deserialize(blob, objects, compress=job["compress"])

@@ -1,0 +1,90 @@
+"""The verbs on a server: a server of one's own by default, NDIF with a key.
+
+    python examples/remote.py                                  # starts a server on this machine
+    python examples/remote.py --remote http://127.0.0.1:8001   # a server that is running
+    python examples/remote.py --remote ndif --model google/gemma-2-9b-it \\
+        --saes gemma-scope-9b-it-res-canonical --layer 20 --latents 12 345
+
+For NDIF the key is nnsight's: the environment's NDIF_API_KEY, or `nnsight login`. The model is not
+loaded here then; only its configuration and tokenizer are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+import nnsight
+import torch
+from nnsight import TransformersModel
+from transformers import AutoTokenizer
+
+import saefeat as sf
+from saefeat.studies.refusal import tiny
+
+QUESTIONS = ["how do i bake bread", "hello"]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--remote", default="loopback", help='"loopback", "ndif" or a URL')
+    parser.add_argument("--model", help="a repository id; the embedded tiny model by default")
+    parser.add_argument("--saes", help="a release, with --model")
+    parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--latents", type=int, nargs="+", default=[0, 7])
+    parser.add_argument("--value", type=float, default=4.0, help="what the latents are set to")
+    parser.add_argument("--job", type=Path, help="a file for the job: run again to resume")
+    return parser.parse_args()
+
+
+def load(asked: argparse.Namespace) -> tuple[TransformersModel, sf.Dictionaries]:
+    """The model, without weights where it runs elsewhere, and its SAEs."""
+    if asked.model is None:
+        saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        return sf.wrap(*tiny.load("chat")), saes
+    tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    model = TransformersModel(asked.model, tokenizer=tokenizer, task="text-generation")
+    return model, sf.load_saes(asked.saes, sites="resid_post")
+
+
+def main() -> None:
+    asked = options()
+    model, saes = load(asked)
+    latents = saes.latents({asked.layer: asked.latents})
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    edits = sf.Clamp(latents, asked.value) | sf.Probe(latents, reduce="max")
+
+    with ExitStack() as stack:
+        where: bool | str = True if asked.remote == "ndif" else asked.remote
+        if asked.remote == "loopback":
+            where = stack.enter_context(sf.serve(model)).url
+
+        print(sf.preflight(model, chats, edits, max_new_tokens=12, remote=where), "\n")
+
+        # One call: prompts in; text, readings and a receipt out.
+        job = sf.submit(model, chats, edits, max_new_tokens=12, remote=where, file=asked.job)
+        out = job.wait()
+        for question, answer in zip(QUESTIONS, out.texts, strict=True):
+            print(f"{question!r} -> {answer!r}")
+        print(out.receipt.rows[0])
+        print("readings", out.readings[0].values.squeeze(1).tolist(), "\n")
+
+        # The same object in a block of one's own.
+        batch = sf.encode_prompts(model.tokenizer, chats)
+        with model.trace(batch, remote=where):
+            log = nnsight.save(edits(model))
+            top = nnsight.save(model.output.logits[:, -1].detach().argmax(-1))
+        print("first tokens", model.tokenizer.convert_ids_to_tokens(top.tolist()))
+        print("tokens edited", edits.receipt(log).rows[0].tokens)
+
+    if asked.model is None:
+        here = sf.run(model, chats, edits, max_new_tokens=12)
+        print("as here:", here.completions == out.completions)
+        print("readings as here:", torch.allclose(here.readings[0].values, out.readings[0].values))
+
+
+if __name__ == "__main__":
+    main()

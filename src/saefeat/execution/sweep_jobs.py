@@ -1,0 +1,84 @@
+"""A sweep on a server: a job for each setting, a few at a time, none lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from ..errors import RemoteError
+from ..prompts import Prompts
+from ..verbs.base import Intervention
+from .jobs import MISSED, Job, pauses
+from .run import Run
+from .submit import submit
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def sweep_jobs(
+    model: Any,
+    prompts: Prompts,
+    settings: Mapping[Key, Intervention],
+    options: dict[str, Any],
+    limit: int,
+    folder: str | Path | None,
+    progress: bool,
+) -> dict[Key, Run]:
+    """Each setting's ``Run``; ``options`` go to ``submit``.
+
+    A job's first request is sent when it is its turn, at most ``limit`` requests being out. A
+    failed job does not stop the others.
+    """
+    waiting, active = list(enumerate(settings)), {}
+    found: dict[Key, Run] = {}
+    failed: dict[Key, str] = {}
+    strikes: dict[Key, int] = {}
+    bar, pause = tqdm(total=len(waiting), disable=not progress, desc="sweep"), pauses(None)
+    while waiting or active:
+        free = limit - sum(job.flying for job in active.values())
+        while waiting and free > 0:
+            number, key = waiting.pop(0)
+            file = None if folder is None else Path(folder) / f"{number:05d}.json"
+            active[key] = submit(model, prompts, settings[key], limit=1, file=file, **options)
+            free -= active[key].flying
+        for key, job in list(active.items()):
+            ended = _look(key, job, found, failed, strikes)
+            if ended:
+                del active[key]
+                bar.update()
+                pause = pauses(None)
+        if active:
+            time.sleep(next(pause))
+    if failed:
+        raise RemoteError(_report(failed, len(settings), folder))
+    return {key: found[key] for key in settings}
+
+
+def _look(
+    key: Key, job: Job, found: dict[Key, Run], failed: dict[Key, str], strikes: dict[Key, int]
+) -> bool:
+    """Poll one job; whether it has ended, well or badly."""
+    try:
+        result = job.poll()
+    except RemoteError as error:
+        strikes[key] = strikes.get(key, 0) + 1
+        if job.flying and strikes[key] < MISSED:  # a server that does not answer for a while
+            return False
+        failed[key] = str(error)
+        return True
+    if result is not None:
+        found[key] = result
+    return result is not None
+
+
+def _report(failed: Mapping[Any, str], total: int, folder: object) -> str:
+    key, error = next(iter(failed.items()))
+    kept = f"The others lie in {folder}: the same call sends only these again." if folder else ""
+    return (
+        f"sweep: {len(failed)} of {total} settings failed. The first, setting {key!r}: {error}."
+        f" {kept}"
+    )

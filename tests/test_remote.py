@@ -1,0 +1,643 @@
+"""Remotely: the same verbs and results on a server that has nothing of ours installed.
+
+The server's jobs run in a fresh interpreter that cannot import saefeat, sae_lens, transformer_lens,
+jaxtyping or beartype, so whatever travels by reference fails here as it would on NDIF.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pickle
+
+import nnsight
+import pytest
+import torch
+from nnsight import CONFIG
+from nnsight.intervention.backends.remote import AsyncRemoteBackend, RemoteError
+from nnsight.intervention.interleaver import Mediator
+from transformers import Gemma2Config
+
+import saefeat as sf
+from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
+from saefeat.execution.preflight import Capture, parks, tensors
+from saefeat.verbs.lower import lower
+from saefeat.verbs.travel import narrowed
+
+NEW = 3
+LOCAL = pytest.param("local", marks=pytest.mark.slow)  # the weaker check of the two
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silent():
+    before, CONFIG.APP.REMOTE_LOGGING = CONFIG.APP.REMOTE_LOGGING, False
+    yield
+    CONFIG.APP.REMOTE_LOGGING = before
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wrapped(build("gemma2"))
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with sf.serve(model) as server:
+        yield server
+
+
+@pytest.fixture
+def faulty(server):
+    yield server.faults
+    server.faults.clear()
+
+
+@pytest.fixture(scope="module")
+def boundary(model):
+    with sf.serve(model, copies=True) as server:
+        yield server
+
+
+def jumprelu(layer: int = 1) -> sf.Latents:
+    return make_sae("jumprelu", f"resid_post.{layer}", layer).latents([3, 40, 17])
+
+
+def direction(layer: int = 1) -> sf.Direction:
+    return sf.Direction(unit(), site=f"resid_post.{layer}")
+
+
+def values() -> torch.Tensor:
+    return torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, 4.0], [9.0, 9.0, 9.0]])
+
+
+VERBS = {
+    "ablate": lambda: sf.Ablate(jumprelu()),
+    "clamp": lambda: sf.Clamp(jumprelu(), 3.0),
+    "chain": lambda: sf.Clamp(jumprelu(0), 3.0) | sf.Probe(jumprelu(1)) | sf.Ablate(jumprelu(2)),
+    "probe": lambda: sf.Probe(jumprelu(), where=sf.Tokens.last(2) | sf.Tokens.generated()),
+    "largest": lambda: sf.Probe(jumprelu(), reduce="max") | sf.Probe(jumprelu(), reduce="mean"),
+    "held": lambda: sf.Clamp(jumprelu(2), 5.0, when=sf.When(direction(0), above=0.2, hold=True)),
+    "tokens": lambda: sf.Clamp(jumprelu(), add=2.0, where=~sf.Tokens.first(1) & sf.Tokens.prompt()),
+    "special": lambda: sf.Clamp(jumprelu(), add=2.0, where=~sf.Tokens.special()),
+    "by prompt": lambda: sf.Clamp(jumprelu(), values()),
+    "transcoder": lambda: sf.Clamp(make_sae("transcoder").latents([1, 5]), 4.0),
+    "error": lambda: sf.Clamp(sf.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5),
+    "direction": lambda: sf.Ablate(direction()) | sf.Clamp(direction(2), add=3.0),
+    "topk": lambda: sf.Ablate(make_sae("topk", "resid_post.1").latents([1, 2, 3])),
+    "between": lambda: sf.Clamp(sf.Direction(unit(), site="resid_mid.1"), add=3.0),
+}
+
+
+def same_run(here: sf.Run, there: sf.Run) -> None:
+    """Equal in everything a run gives, readings where their mask is true."""
+    assert torch.allclose(here.logits, there.logits, atol=1e-4)
+    assert here.completions == there.completions
+    assert [(r.edit, r.tokens, r.changed) for r in here.receipt.rows] == [
+        (r.edit, r.tokens, r.changed) for r in there.receipt.rows
+    ]
+    assert here.receipt.passes == there.receipt.passes
+    for a, b in zip(here.readings, there.readings, strict=True):
+        assert torch.equal(a.mask, b.mask)
+        assert torch.allclose(a.values[a.mask], b.values[b.mask], atol=1e-4)
+
+
+def same_log(intervention, here, there) -> None:
+    mine, theirs = intervention.receipt(here), intervention.receipt(there)
+    assert [(r.tokens, r.changed) for r in mine.rows] == [
+        (r.tokens, r.changed) for r in theirs.rows
+    ]
+    for a, b in zip(intervention.readings(here), intervention.readings(there), strict=True):
+        assert torch.equal(a.mask, b.mask)
+        assert torch.allclose(a.values[a.mask], b.values[b.mask], atol=1e-4)
+
+
+# ---------------------------------------------------------------- verb x way x server
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("where", [LOCAL, "server"])
+def test_every_verb_runs_remotely(verb, where, model, server):
+    """run: tokens, logits, readings and receipts as here, over ragged prompts."""
+    intervention = VERBS[verb]()
+    options = {"max_new_tokens": NEW, "allow_unfired": True}
+    here = sf.run(model, RAGGED, intervention, **options)
+    there = sf.run(
+        model,
+        RAGGED,
+        intervention,
+        remote="local" if where == "local" else server.url,
+        **options,
+    )
+    bare = sf.run(model, RAGGED, **options)
+    if any(step.change is not None for step in intervention.parts()):
+        assert not torch.allclose(here.logits, bare.logits, atol=1e-3)
+    same_run(here, there)
+
+
+def trace(model, batch, intervention, **how):
+    with torch.no_grad(), model.trace(batch, **how):
+        log = nnsight.save(intervention(model))
+        logits = nnsight.save(model.output.logits.detach())
+    return log, logits
+
+
+def generate(model, batch, intervention, **how):
+    with model.generate(max_new_tokens=NEW, do_sample=False, **how) as tracer:
+        with tracer.invoke(batch):
+            log = nnsight.save(intervention(model))
+        with tracer.invoke():
+            tokens = nnsight.save(tracer.result)
+    return log, tokens
+
+
+def session(model, batch, intervention, **how):
+    with model.session(**how):  # noqa: SIM117  (a trace in a session)
+        with model.trace(batch):
+            log = nnsight.save(intervention(model))
+            logits = nnsight.save(model.output.logits.detach())
+    return log, logits
+
+
+def edited(model, batch, intervention, **how):
+    copy = sf.edit(model, intervention)
+    with torch.no_grad(), copy.trace(batch, **how):
+        logits = nnsight.save(copy.output.logits.detach())
+    return None, logits
+
+
+def edited_generation(model, batch, intervention, **how):
+    copy = sf.edit(model, intervention)
+    with copy.generate(batch, max_new_tokens=NEW, do_sample=False, **how) as tracer:
+        tokens = nnsight.save(tracer.result)
+    return None, tokens
+
+
+def by_hand(model, batch, intervention, **how):
+    """An edit that the user records, with the intervention named in its block."""
+    with model.edit() as (_, copy):
+        intervention(copy)
+    with torch.no_grad(), copy.trace(batch, **how):
+        logits = nnsight.save(copy.output.logits.detach())
+    return None, logits
+
+
+WAYS = [trace, generate, session, edited, edited_generation, by_hand]
+OFTEN = ["clamp", "held"]
+RARELY = [pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS if verb not in OFTEN]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("verb", [*OFTEN, *RARELY])
+@pytest.mark.parametrize("where", [LOCAL, "server"])
+def test_every_way_runs_remotely(way, verb, where, model, server):
+    intervention, batch = VERBS[verb](), batch_of()
+    log, values = way(model, batch, intervention)
+    remote = "local" if where == "local" else server.url
+    their_log, their_values = way(model, batch, intervention, remote=remote)
+    assert torch.allclose(values, their_values, atol=1e-4)
+    if log is not None:
+        same_log(intervention, log, their_log)
+
+
+def test_each_invoke_has_its_own_edit(model, server):
+    def two(**how):
+        first, second = sf.Clamp(jumprelu(), 4.0), sf.Ablate(direction())
+        with torch.no_grad(), model.trace(**how) as tracer:
+            with tracer.invoke(RAGGED[0]):
+                first(model)
+                a = nnsight.save(model.output.logits.detach())
+            with tracer.invoke(RAGGED[1]):
+                second(model)
+                b = nnsight.save(model.output.logits.detach())
+        return a, b
+
+    for here, there in zip(two(), two(remote=server.url), strict=True):
+        assert torch.allclose(here, there, atol=1e-4)
+
+
+def test_a_loop_of_ones_own(model, server):
+    probe, batch = sf.Probe(jumprelu()), batch_of()
+
+    def loop(**how):
+        with model.generate(max_new_tokens=NEW, do_sample=False, **how) as tracer:  # noqa: SIM117
+            with tracer.invoke(batch):
+                logs = nnsight.save([])
+                for step in tracer.iter[:NEW]:
+                    logs.append(probe(model, step=step))
+        return logs
+
+    for here, there in zip(loop(), loop(remote=server.url), strict=True):
+        same_log(probe, here, there)
+
+
+def test_a_held_condition_is_refused_pass_by_pass_there_too(model, server):
+    held, batch = VERBS["held"](), batch_of()
+    with pytest.raises(RemoteError, match="look back over the whole sequence"):  # noqa: SIM117
+        with model.generate(max_new_tokens=2, do_sample=False, remote=server.url) as tracer:
+            with tracer.invoke(batch):
+                for step in tracer.iter[:2]:
+                    held(model, step=step)
+
+
+# ---------------------------------------------------------------- what travels
+
+
+def request_of(model, intervention) -> bytes:
+    backend = Capture()
+    with model.trace(batch_of(), backend=backend):
+        nnsight.save(intervention(model))
+    return backend.raw
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_only_the_kernel_travels(verb, model):
+    raw = request_of(model, VERBS[verb]())
+    for name in (b"saefeat.verbs", b"saefeat.latents", b"saefeat.dictionaries", b"jaxtyping"):
+        assert name not in raw
+    assert b"b_dec" not in raw
+    assert sf.preflight(model, RAGGED, VERBS[verb]()).strangers == ()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_tensor_owns_its_storage(verb, model):
+    """A view would drag its whole matrix over the wire."""
+    found = list(tensors(narrowed(lower(VERBS[verb](), model))))
+    assert found
+    for tensor in found:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_an_intervention_pickles_as_itself_elsewhere():
+    intervention = VERBS["clamp"]()
+    again = pickle.loads(pickle.dumps(intervention))
+    assert repr(again) == repr(intervention)
+
+
+def test_dictionaries_named_in_a_block_are_refused(model, server):
+    latents = jumprelu()
+    sae = latents.parts[0][0]
+    with pytest.raises(sf.RemoteError, match="before the block"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=server.url):
+            nnsight.save(len(latents))
+    with pytest.raises(sf.RemoteError, match="before the block"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=server.url):
+            nnsight.save(sae.d_sae)
+
+
+def test_a_site_the_model_lacks_is_refused_before_anything_is_sent(model, server):
+    sent = len(server.payloads)
+    deep = sf.Ablate(sf.Direction(unit(), site="resid_post.40"))
+    with pytest.raises(sf.SiteError, match="a layer in 0"):
+        trace(model, batch_of(), deep, remote=server.url)
+    assert len(server.payloads) == sent
+
+
+def test_results_are_small(model, server):
+    """Selected latents at selected tokens come back, and counts; no ids, no events."""
+    probe = sf.Probe(jumprelu(), where=sf.Tokens.last(1)) | sf.Clamp(jumprelu(2), 3.0)
+    log, _ = generate(model, batch_of(), probe, remote=server.url)
+    assert log["readings"][0].shape == (3, 3)
+    assert list(log["view"]) == ["position"] and log["events"] == {}
+    assert log["fired"][1].shape == (NEW, 3)
+
+
+def test_halves_are_sent_where_nothing_is_lost(model):
+    half = make_sae("jumprelu", "resid_post.1", dtype=torch.bfloat16).latents([3, 4])
+    assert "bfloat16" in sf.preflight(model, RAGGED, sf.Ablate(half)).dtypes
+    assert sf.preflight(model, RAGGED, sf.Ablate(direction())).dtypes == ("float32",)
+
+
+def test_the_strict_process_alone(model, server):
+    """Serialized, and run in a fresh interpreter, without HTTP."""
+    task = {"compress": False, "env": {}, "copies": False, "fault": None, "slow": 0}
+    done, error, result = server.worker.run(task, request_of(model, VERBS["chain"]()))
+    assert done, error
+    assert len(result) > 0
+
+
+def test_nothing_of_ours_exists_there(model, server):
+    with model.session(remote=server.url):
+        found = nnsight.save([])
+        import importlib
+
+        for name in ("saefeat", "sae_lens", "transformer_lens", "jaxtyping", "beartype"):
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError:
+                found.append(name)
+    assert len(found) == 5
+
+
+# ---------------------------------------------------------------- blocking, polling, async
+
+
+def test_polling_by_hand(model, server):
+    probe, batch = sf.Probe(jumprelu()), batch_of()
+    with model.trace(batch, remote=server.url, blocking=False) as tracer:
+        log = nnsight.save(probe(model))  # noqa: F841  (comes back under its name)
+    saved = None
+    while saved is None:
+        saved = tracer.backend()
+    here, _ = trace(model, batch, probe)
+    same_log(probe, here, saved["log"])
+
+
+def test_async_by_hand(model, server):
+    probe, batch = sf.Probe(jumprelu()), batch_of()
+    backend = AsyncRemoteBackend(model.to_model_key(), host=server.url)
+    with model.trace(batch, backend=backend):
+        log = nnsight.save(probe(model))  # noqa: F841  (comes back under its name)
+
+    async def wait():
+        return await backend
+
+    here, _ = trace(model, batch, probe)
+    same_log(probe, here, asyncio.run(wait())["log"])
+
+
+def test_a_submitted_run(model, server):
+    intervention = VERBS["chain"]()
+    options = {"max_new_tokens": NEW, "batch_size": 1}
+    job = sf.submit(model, RAGGED, intervention, remote=server.url, limit=2, **options)
+    assert job.flying <= 2
+    same_run(sf.run(model, RAGGED, intervention, **options), job.wait())
+    assert job.statuses == ("COMPLETED",) * 3
+
+
+def test_a_job_can_be_awaited(model, server):
+    async def wait():
+        return await sf.submit(model, RAGGED, remote=server.url)
+
+    same_run(sf.run(model, RAGGED), asyncio.run(wait()))
+
+
+def test_values_by_prompt_follow_their_batch(model, server):
+    intervention = VERBS["by prompt"]()
+    job = sf.submit(model, RAGGED, intervention, remote=server.url, batch_size=2)
+    same_run(sf.run(model, RAGGED, intervention, batch_size=2), job.wait())
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("fail", "CUDA out of memory"),
+        ("die", r"died \(exit code 9\)"),
+        ("truncate", "without a readable result"),
+        ("expire", "without a readable result"),
+    ],
+)
+def test_a_failed_job_is_named_and_sent_again(fault, said, model, server, faulty, tmp_path):
+    """One of two batches fails; the same call keeps the other and sends only that one again."""
+    file, probe = tmp_path / "job.json", sf.Probe(jumprelu())
+    call = lambda: sf.submit(  # noqa: E731
+        model, RAGGED, probe, remote=server.url, batch_size=2, file=file
+    )
+    faulty += [None, fault]
+    with pytest.raises(sf.RemoteError, match=said):
+        call().wait()
+    first = call()
+    with contextlib.suppress(sf.RemoteError):
+        first.wait()
+    sent = len(server.payloads)
+    same_run(sf.run(model, RAGGED, probe, batch_size=2), call().wait())
+    assert len(server.payloads) <= sent  # everything had arrived
+
+
+def test_a_vanished_job_counts_as_lost(model, server, faulty, tmp_path, monkeypatch):
+    monkeypatch.setattr("saefeat.execution.jobs.MISSED", 3)
+    file = tmp_path / "job.json"
+    faulty += ["vanish"]
+    job = sf.submit(model, RAGGED, remote=server.url, file=file)
+    with pytest.raises(sf.RemoteError, match="unknown to the server"):
+        job.wait()
+    same_run(sf.run(model, RAGGED), sf.submit(model, RAGGED, remote=server.url, file=file).wait())
+
+
+def test_a_server_that_hangs_up_ends_a_blocking_run(model, server, faulty):
+    import websocket
+
+    faulty += ["vanish"]
+    with pytest.raises(websocket.WebSocketException):
+        sf.run(model, RAGGED, remote=server.url)
+    same_run(sf.run(model, RAGGED), sf.run(model, RAGGED, remote=server.url))
+
+
+def test_a_failure_there_is_shown_as_nnsight_shows_it(model, server, faulty):
+    faulty += ["fail"]
+    with pytest.raises(RemoteError, match="CUDA out of memory"):
+        sf.run(model, RAGGED, remote=server.url)
+
+
+def test_a_slow_job_outlives_a_wait(model, faulty, server):
+    faulty += ["slow"]
+    job = sf.submit(model, RAGGED, remote=server.url)
+    with pytest.raises(sf.RemoteError, match="not done after"):
+        job.wait(timeout=0.2)
+    same_run(sf.run(model, RAGGED), job.wait())
+
+
+def test_a_server_that_is_gone_loses_nothing(model, tmp_path):
+    file = tmp_path / "job.json"
+    with sf.serve(model, faults=["slow"], slow=30) as server:
+        job = sf.submit(model, RAGGED, remote=server.url, file=file)
+    with pytest.raises(sf.RemoteError, match="poll again"):
+        job.wait()
+    assert job.statuses != ("ERROR",)
+
+
+def test_another_version_is_refused(model):
+    with sf.serve(model, version="0.9.0") as server:
+        report = sf.preflight(model, RAGGED, remote=server.url)
+        assert report.nnsight[1] == "0.9.0"
+        with pytest.raises(RemoteError, match=r"this server runs 0\.9\.0"):
+            sf.run(model, RAGGED, remote=server.url)
+
+
+def test_job_files_hold_no_key(model, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(CONFIG.API, "APIKEY", "secret-key")
+    sf.submit(model, RAGGED, remote=server.url, file=tmp_path / "job.json").wait()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert not any(b"secret-key" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_job_file_belongs_to_one_run(model, server, tmp_path):
+    file = tmp_path / "job.json"
+    sf.submit(model, RAGGED, remote=server.url, file=file).wait()
+    with pytest.raises(sf.RemoteError, match="of another run"):
+        sf.submit(model, RAGGED, VERBS["clamp"](), remote=server.url, file=file)
+    file.write_text("{")
+    with pytest.raises(sf.RemoteError, match="not a job file"):
+        sf.submit(model, RAGGED, remote=server.url, file=file)
+
+
+def test_a_damaged_result_is_named(model, server, tmp_path):
+    file = tmp_path / "job.json"
+    sf.submit(model, RAGGED, remote=server.url, file=file).wait()
+    part = next(tmp_path.glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:20])
+    with pytest.raises(sf.RemoteError, match="delete it"):
+        sf.submit(model, RAGGED, remote=server.url, file=file)
+    part.unlink()
+    same_run(sf.run(model, RAGGED), sf.submit(model, RAGGED, remote=server.url, file=file).wait())
+
+
+def test_unknown_faults_and_counts_are_refused(model):
+    with pytest.raises(sf.RemoteError, match="vanish"), sf.serve(model, faults=["explode"]):
+        pass
+    with pytest.raises(sf.PromptError, match="limit"):
+        sf.submit(model, RAGGED, remote="http://127.0.0.1:9", limit=0)
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def settings() -> dict[float, sf.Intervention]:
+    return {value: sf.Clamp(jumprelu(), value) | sf.Probe(jumprelu(2)) for value in (0.0, 2.0, 4.0)}
+
+
+def test_a_sweep_of_jobs_is_throttled(model, server):
+    found = sf.sweep(model, RAGGED, settings(), max_new_tokens=NEW, remote=server.url, limit=2)
+    for value, here in sf.sweep(model, RAGGED, settings(), max_new_tokens=NEW).items():
+        same_run(here, found[value])
+    assert server.most_at_once <= 2
+
+
+def test_a_sweep_loses_nothing(model, server, faulty, tmp_path):
+    """One setting fails: the others arrive, and the same call asks for that one alone."""
+    call = {"remote": server.url, "folder": tmp_path, "limit": 1}
+    faulty += [None, "fail"]
+    with pytest.raises(sf.RemoteError, match=r"(?s)setting 2\.0.*CUDA out of memory"):
+        sf.sweep(model, RAGGED, settings(), **call)
+    sent = len(server.payloads)
+    found = sf.sweep(model, RAGGED, settings(), **call)
+    assert len(server.payloads) == sent + 1
+    for value, one in settings().items():
+        same_run(sf.run(model, RAGGED, one), found[value])
+
+
+# ---------------------------------------------------------------- every value crosses a process
+
+
+@pytest.mark.parametrize("verb", ["chain", "held", "between"])
+def test_edits_hold_where_every_value_is_copied(verb, model, boundary):
+    intervention = VERBS[verb]()
+    options = {"max_new_tokens": NEW, "allow_unfired": True}
+    here = sf.run(model, RAGGED, intervention, **options)
+    same_run(here, sf.run(model, RAGGED, intervention, remote=boundary.url, **options))
+
+
+def test_values_really_are_copied_there(model, boundary):
+    with model.trace(batch_of(), remote=boundary.url):
+        x = model.model.layers[0].output
+        attached = nnsight.save(x.requires_grad)
+        x[:] = 0.0
+        again = nnsight.save(model.model.layers[1].input.abs().sum().item())
+    assert not attached
+    assert again > 0  # in place, on a copy
+
+
+# ---------------------------------------------------------------- preflight
+
+
+def test_the_payload_is_what_is_sent(model, server):
+    intervention = VERBS["chain"]()
+    report = sf.preflight(model, RAGGED, intervention, max_new_tokens=NEW)
+    sf.run(model, RAGGED, intervention, max_new_tokens=NEW, remote=server.url)
+    assert abs(report.payload - server.payloads[-1]) < 100  # compression of the same content
+    assert report.parts["inputs"] == sum(t.nbytes for t in batch_of().values())
+
+
+@pytest.mark.parametrize("verb", ["chain", "probe", "transcoder", "between"])
+def test_parks_are_counted(verb, model, monkeypatch):
+    intervention, seen = VERBS[verb](), []
+    event = Mediator.event
+
+    def counted(kind, location, *rest):
+        seen.append(location)
+        return event(kind, location, *rest)
+
+    monkeypatch.setattr(Mediator, "event", staticmethod(counted))
+    with torch.no_grad(), model.trace(batch_of()):
+        intervention(model)
+    assert len(seen) == parks(lower(intervention, model))
+
+
+def test_expected_tokens_are_those_selected(model):
+    intervention = VERBS["tokens"]() | VERBS["clamp"]() | VERBS["special"]()
+    batch = batch_of([[BOS, 5, 6], [BOS, 7, 8, 9]])
+    report = sf.preflight(model, batch, intervention)
+    rows = sf.run(model, batch, intervention).receipt.rows
+    assert [count for _, count in report.tokens] == [row.tokens for row in rows]
+
+
+def test_the_limit_names_the_largest_part(model, server):
+    with pytest.raises(sf.RemoteError, match="alone is"):
+        sf.run(model, RAGGED, sf.Ablate(direction()), remote=server.url, payload_limit=1000)
+
+
+def test_what_travels_by_reference_is_named(model, server):
+    import safetensors.torch
+
+    def with_stranger(x):
+        return x[..., :2] * len(safetensors.torch.__name__)
+
+    own = sf.Generic(with_stranger, torch.randn(2, D), site="resid_post.1", width=D)
+    report = sf.preflight(model, RAGGED, sf.Ablate(own))
+    assert report.strangers == ("safetensors",)
+    with pytest.raises(sf.RemoteError, match="in need of safetensors"):
+        sf.run(model, RAGGED, sf.Ablate(own), remote=server.url)
+
+
+def test_functions_of_ones_own_travel(model, server):
+    def positive(x):
+        return torch.relu(x[..., :2])
+
+    own = sf.Generic(positive, torch.randn(2, D), site="resid_post.1", width=D)
+    rule = sf.Tokens.where(lambda ids, position: position % 2 == 0)
+    intervention = sf.Clamp(own, add=2.0, where=rule)
+    here = sf.run(model, RAGGED, intervention)
+    same_run(here, sf.run(model, RAGGED, intervention, remote=server.url))
+
+
+def test_preflight_prints_a_table(model):
+    text = str(sf.preflight(model, RAGGED, VERBS["clamp"]()))
+    for word in ("payload", "model.layers.1.output", "parks", "nnsight", "would fail"):
+        assert word in text
+
+
+def test_a_model_without_weights(server, tmp_path):
+    """The model here is a skeleton; the server has the weights."""
+    full = wrapped(build("llama"))
+    full._module.save_pretrained(tmp_path)
+    full.tokenizer.save_pretrained(tmp_path)
+    intervention = sf.Clamp(jumprelu(), 3.0) | sf.Probe(jumprelu(2))
+    with sf.serve(tmp_path) as own:
+        bare = nnsight.TransformersModel(
+            str(tmp_path), tokenizer=full.tokenizer, task="text-generation"
+        )
+        there = sf.run(bare, RAGGED, intervention, max_new_tokens=NEW, remote=own.url)
+    assert next(bare._module.parameters()).device.type == "meta"
+    same_run(sf.run(full, RAGGED, intervention, max_new_tokens=NEW), there)
+
+
+def test_twenty_latents_at_26_sites_are_light(tmp_path):
+    """DESIGN section 6: 20 latents at 26 sites, d 2304, bf16, in at most 5.2 MB and 64 KB."""
+    from saefeat.dictionaries.weights import InMemory
+
+    config = Gemma2Config(num_hidden_layers=26, hidden_size=2304, vocab_size=100)
+    config.save_pretrained(tmp_path)
+    model = nnsight.TransformersModel(str(tmp_path), tokenizer=tokenizer(), task="text-generation")
+    latents = sf.Latents(())
+    for layer in range(26):
+        shapes = {"W_enc": (2304, 24), "W_dec": (24, 2304), "b_enc": (24,), "b_dec": (2304,)}
+        held = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+        held["threshold"] = torch.rand(24).bfloat16()
+        own = sf.SAE(InMemory(held), architecture="jumprelu", site=f"resid_post.{layer}")
+        latents = latents | own.latents(range(20))
+    report = sf.preflight(model, torch.tensor([[1, 2, 3, 4]]), sf.Ablate(latents))
+    assert report.dtypes[0] == "bfloat16"
+    assert report.payload <= 5.2e6 + 64 * 1024
+    assert report.parks == 53
