@@ -6,6 +6,13 @@ Site(kind='resid_post', layer=3)
 """
 
 from .attribution import Attribution
+from .belief.audit import Audit, audit
+from .belief.curves import Faithfulness
+from .belief.edges import Edges, edges
+from .belief.faithfulness import faithfulness
+from .belief.interactions import Interactions, interactions
+from .belief.minimal import MinimalSet, minimal_set
+from .belief.stability import Stability, stability
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Direction, Neurons, direction
 from .dictionaries.generic import Generic
@@ -47,6 +54,7 @@ __all__ = [
     "AtP",
     "Attribute",
     "Attribution",
+    "Audit",
     "BASELINE_TOP",
     "Chain",
     "Check",
@@ -55,17 +63,21 @@ __all__ = [
     "Dictionary",
     "DictionaryError",
     "Direction",
+    "Edges",
     "ErrorTerm",
+    "Faithfulness",
     "Fired",
     "FiringError",
     "Generic",
     "GradientError",
     "IG",
+    "Interactions",
     "Intervention",
     "LatentError",
     "Latents",
     "Method",
     "Metric",
+    "MinimalSet",
     "ModelError",
     "Neurons",
     "Probe",
@@ -78,21 +90,28 @@ __all__ = [
     "SaefeatError",
     "Site",
     "SiteError",
+    "Stability",
     "Tokens",
     "Verification",
     "When",
+    "audit",
     "continuation_loss",
     "direction",
+    "edges",
     "edit",
     "encode_prompts",
+    "faithfulness",
     "from_sae_lens",
     "hooked",
+    "interactions",
     "load_sae",
     "load_saes",
     "logit",
     "logit_diff",
     "metric",
+    "minimal_set",
     "run",
+    "stability",
     "stack",
     "verify",
     "versions",
