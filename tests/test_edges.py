@@ -195,12 +195,11 @@ def test_refusals(capsys):
         sf.edges(nn, RAGGED, sf.Latents(()), down)
     with pytest.raises(sf.FiringError, match="`downstream`"):
         sf.edges(nn, RAGGED, up, down, where=sf.Tokens.ids(EOS))
-    sparse = make_sae("jumprelu", layer=0, seed=5)
-    fires = sf.run(nn, RAGGED, sf.Probe(sparse)).readings[0].active()
+    fires = sf.run(nn, RAGGED[:1], sf.Probe(early)).readings[0].active()
     silent = (fires == 0).nonzero().flatten()[:1]
     assert len(silent), "the case needs a silent latent"
     with pytest.raises(sf.FiringError, match="`upstream`"):
-        sf.edges(nn, RAGGED, sparse.latents(silent), down)
+        sf.edges(nn, RAGGED[:1], early.latents(silent), down)
     for options in ({"check": -1}, {"batch_size": 0}):
         with pytest.raises(sf.SaefeatError, match="integer from"):
             sf.edges(nn, RAGGED, up, down, **options)

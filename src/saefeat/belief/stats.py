@@ -32,13 +32,15 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 class Agreement(NamedTuple):
     """How estimates agree with exact effects.
 
-    ``rank`` is Spearman's correlation; ``sign`` the share of pairs of one sign, among those in
-    which neither is zero; ``slope`` the least-squares factor from estimate to exact effect, through
-    the origin. Each is NaN where it is not defined.
+    ``rank`` is Spearman's correlation. It is helped by signs alone, so ``order`` is the same of
+    the sizes, |estimate| and |exact|. ``sign`` is the share of one sign among the pairs in which
+    neither is zero; ``slope`` the least-squares factor from estimate to exact effect, through the
+    origin. Each is NaN where it is not defined.
     """
 
     n: int
     rank: float
+    order: float
     sign: float
     slope: float
 
@@ -50,10 +52,11 @@ def agreement(estimate: Tensor, exact: Tensor) -> Agreement:
     same = (x.sign() == y.sign())[signed].double()
     square = float((x * x).sum())
     return Agreement(
-        len(x),
-        spearman(x, y),
-        float(same.mean()) if len(same) else math.nan,
-        float((x * y).sum()) / square if square else math.nan,
+        n=len(x),
+        rank=spearman(x, y),
+        order=spearman(x.abs(), y.abs()),
+        sign=float(same.mean()) if len(same) else math.nan,
+        slope=float((x * y).sum()) / square if square else math.nan,
     )
 
 
