@@ -264,15 +264,14 @@ def audit(
     clean = bench.under(None)
     require_same("audit", clean, scores.clean)
     chosen, stratum, sizes = draw(len(ranked.keys), wanted, budget - wanted, seed)
-    keys = ranked.keys[chosen]
-    estimates = by_prompt(scores, ranked.number, scores.score, len(ranked.keys))[chosen]
+    keys, place = ranked.keys[chosen], ranked.among(chosen)
     return Audit(
         scores.dictionaries,
         keys,
         stratum,
         sizes,
-        estimates,
-        effects(bench, scores, keys, clean, progress=progress),
+        by_prompt(scores, place, scores.score, len(keys)),
+        effects(bench, scores, keys, place, clean, progress=progress),
         scores.baseline - scores.clean,
         scores.gap,
         int(scores.degenerate.sum()),

@@ -29,7 +29,13 @@ from .ranking import selection
 
 
 def effects(
-    bench: Bench, scores: Attribution, keys: Tensor, clean: Tensor, *, progress: bool
+    bench: Bench,
+    scores: Attribution,
+    keys: Tensor,
+    place: Tensor,
+    clean: Tensor,
+    *,
+    progress: bool,
 ) -> Tensor:
     """[k, prompts] float64: the metric's exact change when a latent moves alone.
 
@@ -39,10 +45,10 @@ def effects(
         bench: prompts and metric, in the attribution's order.
         scores: the attribution.
         keys: [k, 2], (dictionary, latent).
+        place: [n], which key each of the attribution's rows is of, or −1.
         clean: [prompts], the metric in the clean run.
         progress: show a progress bar.
     """
-    place = _which(scores, keys)  # [n]
     moves = (place >= 0).nonzero().squeeze(1)
     edits, edit = torch.unique(  # [edits, 2] (key, prompt), and the edit each move belongs to
         torch.stack([place[moves], scores.prompt[moves]], 1), dim=0, return_inverse=True
@@ -55,15 +61,6 @@ def effects(
         values = _moved(bench, scores, keys, rows, moves[here], edit[here] - start)
         found[rows[:, 0], rows[:, 1]] = values.double() - clean[rows[:, 1]].double()
     return found
-
-
-def _which(scores: Attribution, keys: Tensor) -> Tensor:
-    """[n]: for each of the attribution's rows, the number of its key, or −1."""
-    width = max(int(scores.latent.max()), int(keys[:, 1].max())) + 1
-    ordered, order = (keys[:, 0] * width + keys[:, 1]).sort()
-    wanted = scores.dictionary * width + scores.latent
-    at = torch.searchsorted(ordered, wanted).clamp(max=len(keys) - 1)
-    return torch.where(ordered[at] == wanted, order[at], -1)
 
 
 def _moved(

@@ -21,13 +21,18 @@ from ..latents import Latents
 class Ranking(NamedTuple):
     """The latents that moved, largest |estimate| first.
 
-    ``keys`` [m, 2] are (dictionary, latent); ``estimate`` [m] is the mean over prompts of the sum
-    over scored tokens; ``number`` [n] tells for each row of the attribution which latent it is.
+    An estimate is the mean over prompts of the sum over scored tokens. ``keys`` [m, 2] are
+    (dictionary, latent); ``number`` [n] tells for each row of the attribution which latent it is.
     """
 
     keys: Tensor
-    estimate: Tensor
     number: Tensor
+
+    def among(self, chosen: Tensor) -> Tensor:
+        """[n]: for each row of the attribution its place in ``chosen`` [k] ranks, or −1."""
+        place = torch.full((len(self.keys),), -1)
+        place[chosen] = torch.arange(len(chosen))
+        return place[self.number]
 
 
 def ranking(scores: Attribution, where: str) -> Ranking:
@@ -54,16 +59,16 @@ def ranking(scores: Attribution, where: str) -> Ranking:
     order = sums.abs().argsort(descending=True, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
-    return Ranking(keys[order], sums[order] / len(scores.tokens), place[inverse])
+    return Ranking(keys[order], place[inverse])
 
 
 def by_prompt(scores: Attribution, number: Tensor, values: Tensor, count: int) -> Tensor:
-    """[count, prompts]: values [n] of the attribution's rows summed by latent and prompt.
+    """[count, prompts]: values [n] of the attribution's rows summed by ``number`` and prompt.
 
-    Only latents with a ``number`` below ``count``.
+    Rows with a negative number are left out.
     """
     prompts = len(scores.tokens)
-    kept = number < count
+    kept = number >= 0
     flat = number[kept] * prompts + scores.prompt[kept]
     found = torch.zeros(count * prompts, dtype=torch.float64)
     return found.index_add_(0, flat, values[kept].double()).reshape(count, prompts)
