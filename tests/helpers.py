@@ -227,3 +227,20 @@ def make_sae(
 def unit(seed: int = 0) -> torch.Tensor:
     v = torch.randn(D, generator=torch.Generator().manual_seed(seed))
     return v / v.norm()
+
+
+class RunningSum(torch.nn.Module):
+    """In place of a final norm: linear, and every earlier token reaches the last one."""
+
+    def forward(self, x):
+        return x.cumsum(1)
+
+
+def readable(over_tokens: bool = False) -> torch.nn.Module:
+    """A llama whose first D logits *are* the last layer's residual stream, at the last token or
+    summed over tokens. So what a metric reads there, and what ablations do to it, is known.
+    """
+    model = build("llama", torch.float64)
+    model.model.norm = RunningSum() if over_tokens else torch.nn.Identity()
+    model.lm_head.weight.data = torch.eye(VOCAB, D, dtype=torch.float64)
+    return model

@@ -63,6 +63,7 @@ LEVELS: dict[str, int] = {
     "saefeat.loading": 5,
     "saefeat.verify": 5,
     "saefeat.evaluate": 5,
+    "saefeat.belief": 5,
     "saefeat.testing": 5,
     "saefeat.spec": 5,
     "saefeat": 6,  # the package's own __init__ and nothing else

@@ -6,6 +6,13 @@ Site(kind='resid_post', layer=3)
 """
 
 from .attribution import Attribution
+from .belief.audit import Audit, audit
+from .belief.curves import Faithfulness
+from .belief.edges import Edges, edges
+from .belief.faithfulness import faithfulness
+from .belief.interactions import Interactions, interactions
+from .belief.minimal import MinimalSet, minimal_set
+from .belief.stability import Stability, stability
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Direction, Neurons, direction
 from .dictionaries.excerpt import Excerpt
@@ -61,6 +68,7 @@ __all__ = [
     "AtP",
     "Attribute",
     "Attribution",
+    "Audit",
     "BASELINE_TOP",
     "Chain",
     "Check",
@@ -70,21 +78,25 @@ __all__ = [
     "Dictionary",
     "DictionaryError",
     "Direction",
+    "Edges",
     "ErrorTerm",
     "Events",
     "Excerpt",
+    "Faithfulness",
     "FileError",
     "Fired",
     "FiringError",
     "Generic",
     "GradientError",
     "IG",
+    "Interactions",
     "Intervention",
     "Job",
     "LatentError",
     "Latents",
     "Method",
     "Metric",
+    "MinimalSet",
     "ModelError",
     "Neurons",
     "Pin",
@@ -103,27 +115,34 @@ __all__ = [
     "Server",
     "Site",
     "SiteError",
+    "Stability",
     "Tokens",
     "Verification",
     "When",
+    "audit",
     "continuation_loss",
     "direction",
+    "edges",
     "edit",
     "encode_prompts",
+    "faithfulness",
     "from_sae_lens",
     "hooked",
+    "interactions",
     "load",
     "load_sae",
     "load_saes",
     "logit",
     "logit_diff",
     "metric",
+    "minimal_set",
     "preflight",
     "pull",
     "push",
     "run",
     "save",
     "serve",
+    "stability",
     "stack",
     "steering_vector",
     "submit",

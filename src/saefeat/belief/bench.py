@@ -1,0 +1,217 @@
+"""One model, its prompts and a metric, measured under many edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import GradientError, LatentError, PromptError, SaefeatError, explain
+from ..execution.run import run
+from ..kernel.tokens import select
+from ..latents import Latents, as_latents, stack
+from ..prompts import Prompts, encode_prompts, split
+from ..tokens import Tokens
+from ..verbs.attribute import Attribute, Watch
+from ..verbs.base import Chain, Intervention
+from ..verbs.edits import Clamp
+from ..verbs.lower import default_rule, plain
+from ..verbs.metrics import Metric, Scorer
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Encoded prompts and a bound metric.
+
+    Attributes:
+        model: an nnsight ``TransformersModel``.
+        batch: ``input_ids`` and ``attention_mask``, [prompts, tokens].
+        scorer: the metric, bound to the model's tokenizer.
+        top: [prompts] long, what ``BASELINE_TOP`` stands for.
+        where: the name of the public function, for errors.
+        batch_size: rows a forward pass.
+    """
+
+    model: Any
+    batch: dict[str, Tensor]
+    scorer: Scorer
+    top: Tensor
+    where: str
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def rows(self, prompts: Tensor) -> dict[str, Tensor]:
+        """The batch with these prompts, [n] long, as its rows."""
+        return {name: tensor[prompts] for name, tensor in self.batch.items()}
+
+    def under(self, intervention: Intervention | None, prompts: Tensor | None = None) -> Tensor:
+        """[n]: the metric of these prompts (default: each once) under an intervention."""
+        chosen = torch.arange(len(self)) if prompts is None else prompts
+        out = run(self.model, self.rows(chosen), intervention, batch_size=self.batch_size)
+        return self.measure(out.logits, chosen)
+
+    def measure(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[n] float32: the metric, from last logits [n, vocabulary] of these prompts."""
+        with torch.no_grad():
+            found = self.scorer(logits, self.top[prompts].to(logits.device))
+        if found.shape == logits.shape[:1] and bool(torch.isfinite(found).all()):
+            return found.float().cpu()
+        raise SaefeatError(
+            explain(
+                self.where,
+                "metric",
+                got=f"of shape {tuple(found.shape)}, or not finite",
+                wanted="one finite number a prompt, [batch]",
+                cause="a mean over prompts inside the metric, or a logarithm of zero",
+                call="metric(lambda logits: logits[:, 5])",
+            )
+        )
+
+    def without(
+        self, sets: Sequence[Latents], where: Tokens | None, *, progress: bool = False
+    ) -> Tensor:
+        """[sets, prompts]: the metric with each set ablated; every pair is a row of a batch."""
+        some = max(1, self.batch_size // len(self))
+        starts = range(0, len(sets), some)
+        bar = tqdm(starts, disable=not progress, desc=self.where, unit="batch")
+        return torch.cat([self._without(sets[start : start + some], where) for start in bar])
+
+    def _without(self, sets: Sequence[Latents], where: Tokens | None) -> Tensor:
+        union, member = stack(sets)
+        prompts = torch.arange(len(self)).repeat(len(sets))
+        scale = (~member).float().repeat_interleave(len(self), 0)  # [sets · prompts, k]
+        edit = Clamp(union, scale=scale, where=where) if len(union) else None
+        return self.under(edit, prompts).reshape(len(sets), len(self))
+
+
+def bench(model: Any, prompts: Prompts, metric: Metric, *, where: str, batch_size: int) -> Bench:
+    """A bench for a metric that needs no baseline run.
+
+    Raises:
+        SaefeatError: for ``BASELINE_TOP``, which has no meaning without one.
+    """
+    require(where, batch_size=(batch_size, 1))
+    tokenizer = getattr(model, "tokenizer", None)
+    batch = encode_prompts(tokenizer, prompts)
+    if "BASELINE_TOP" in repr(metric):
+        raise SaefeatError(
+            explain(
+                where,
+                "metric",
+                got=repr(metric),
+                wanted="a metric of fixed tokens",
+                cause="BASELINE_TOP is what an attribution's baseline run says; there is none here",
+                call="logit_diff(token, other)",
+            )
+        )
+    top = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
+    return Bench(model, batch, metric.bind(tokenizer), top, where, batch_size)
+
+
+def bench_of(
+    attribute: Attribute, model: Any, prompts: Prompts, *, where: str, batch_size: int
+) -> Bench:
+    """A bench on which an attribution's metric is what it was there."""
+    require(where, batch_size=(batch_size, 1))
+    tokenizer = getattr(model, "tokenizer", None)
+    batch = encode_prompts(tokenizer, prompts)
+    top = _top(attribute, model, batch, batch_size)
+    return Bench(model, batch, attribute.metric.bind(tokenizer), top, where, batch_size)
+
+
+def _top(attribute: Attribute, model: Any, batch: dict[str, Tensor], size: int) -> Tensor:
+    """[prompts]: the baseline run's most likely next token, as ``Attribute`` has it."""
+    if attribute.baseline is not None:
+        out = run(model, batch, attribute.baseline, batch_size=size)
+        return out.logits.argmax(-1).cpu()
+    watch = Watch(as_latents(attribute.target, "Attribute"), model)
+    found = []
+    for piece in split(batch, size):
+        clean = watch.run(model, piece, Chain(()))
+        rules = [attribute.where or default_rule(part.dictionary, model) for part in watch.parts]
+        masks = [select(plain(rule.rule, model), clean.view) for rule in rules]
+        base = watch.run(model, piece, Chain(()), targets=watch.zeroed(clean.values, masks))
+        found.append(base.logits.argmax(-1).cpu())
+    return torch.cat(found)
+
+
+def require(where: str, **given: tuple[Any, int]) -> None:
+    """Whole numbers from a least value on."""
+    for name, (number, least) in given.items():
+        if type(number) is not int or number < least:
+            raise SaefeatError(
+                explain(
+                    where,
+                    name,
+                    got=repr(number),
+                    wanted=f"an integer from {least}",
+                    cause="a typing error",
+                    call=f"{where}(..., {name}={max(least, 8)})",
+                )
+            )
+
+
+def require_several(latents: object, where: str, least: int) -> Latents:
+    """Latents, at least so many."""
+    found = as_latents(latents, where)
+    if len(found) >= least:
+        return found
+    raise LatentError(
+        explain(
+            where,
+            "latents",
+            got=repr(found),
+            wanted=f"at least {least}",
+            cause="a search that found too few",
+            call="scores.top(20)",
+        )
+    )
+
+
+def require_same(where: str, clean: Tensor, remembered: Tensor) -> None:
+    """Refuse scores of other prompts, another metric or another model.
+
+    Raises:
+        PromptError: naming what differs.
+    """
+    same = clean.shape == remembered.shape
+    # bfloat16 models move by a percent when rows are batched otherwise
+    slack = 0.02 * (1 + float(remembered.abs().max())) if same else 0.0
+    if same and bool(((clean - remembered).abs() <= slack).all()):
+        return
+    raise PromptError(
+        explain(
+            where,
+            "scores",
+            got=f"of {len(remembered)} prompts with a mean metric of {remembered.mean():.3f}",
+            wanted=f"scores of these {len(clean)} prompts, whose metric is {clean.mean():.3f}",
+            cause="other prompts, another order, another metric or another model",
+            call="scores = attribute(model, prompts), and the same three here",
+        )
+    )
+
+
+def require_gradients(where: str) -> None:
+    """Refuse a context in which nothing has a gradient.
+
+    Raises:
+        GradientError: under ``torch.no_grad`` or ``torch.inference_mode``.
+    """
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return
+    raise GradientError(
+        explain(
+            where,
+            "context",
+            got="gradients switched off",
+            wanted="torch.is_grad_enabled()",
+            cause="a surrounding torch.no_grad() or torch.inference_mode()",
+            call=f"with torch.enable_grad(): {where}(...)",
+        )
+    )

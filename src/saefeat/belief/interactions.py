@@ -1,0 +1,130 @@
+"""interactions: what two latents do together beyond what each does alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..latents import Latents
+from ..prompts import Prompts
+from ..tokens import Tokens
+from ..verbs.metrics import Metric
+from .bench import bench, require_several
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interactions:
+    """Second differences of a metric under ablation of latents, alone and in pairs.
+
+    Attributes:
+        latents: k latents.
+        clean: [prompts], m.
+        alone: [k, prompts], m(−i).
+        pairs: [k, k, prompts], m(−i−j), symmetric; the diagonal holds m(−i).
+
+    Examples:
+        >>> v = sf.Neurons("resid_post.0", 4).latents([0, 2])
+        >>> nothing = torch.zeros(2, 2, 1)  # an AND: without one of the two, nothing is left
+        >>> sf.Interactions(v, torch.ones(1), nothing[0], nothing).values
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+
+    latents: Latents
+    clean: Tensor
+    alone: Tensor
+    pairs: Tensor
+
+    @property
+    def by_prompt(self) -> Tensor:
+        """[k, k, prompts]: m(−i−j) − m(−i) − m(−j) + m, zero on the diagonal.
+
+        Zero if the two effects add up. For two latents that support the metric, above zero is an
+        AND (the loss of either is the loss of both), below zero an OR (each stands in for the
+        other).
+        """
+        found = self.pairs - self.alone[:, None] - self.alone[None] + self.clean
+        off = ~torch.eye(len(self.alone), dtype=torch.bool)
+        return torch.where(off[..., None], found, 0.0)
+
+    @property
+    def values(self) -> Tensor:
+        """[k, k]: the mean over prompts."""
+        return self.by_prompt.mean(-1)
+
+    def top(self, n: int) -> tuple[tuple[Latents, float], ...]:
+        """The n pairs with the largest |interaction|, each once, with its value."""
+        row, column = torch.triu_indices(len(self.alone), len(self.alone), 1)
+        found = self.values[row, column]
+        one = self.latents.singles()
+        order = found.abs().argsort(descending=True, stable=True)[:n].tolist()
+        return tuple((one[row[p]] | one[column[p]], float(found[p])) for p in order)
+
+    def to_pandas(self) -> Any:
+        """A square DataFrame of the means (needs the pandas extra)."""
+        import pandas
+
+        names = [f"{site} {index}" for site, index in self.latents]
+        return pandas.DataFrame(self.values.tolist(), index=names, columns=names)
+
+    def __repr__(self) -> str:
+        effects = (self.alone - self.clean).mean(1)
+        lines = [
+            f"Interactions of {len(self.latents)} latents over {len(self.clean)} prompts: mean "
+            f"|effect| alone {effects.abs().mean():.3f}, largest interactions"
+        ]
+        lines += [f"  {value:+.3f}  {pair!r}" for pair, value in self.top(5)]
+        return "\n".join(lines)
+
+
+def interactions(
+    model: Any,
+    prompts: Prompts,
+    latents: Latents,
+    metric: Metric,
+    *,
+    where: Tokens | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Interactions:
+    """Ablate latents one by one and two by two: m(−i−j) − m(−i) − m(−j) + m.
+
+    Every (set, prompt) is a row of a batch: k(k + 1)/2 · prompts rows for k latents. At sites in a
+    row the later latent of a pair is read after the earlier one's ablation.
+
+    Args:
+        model: an nnsight ``TransformersModel``.
+        prompts: strings, chats or token ids.
+        latents: at least two.
+        metric: what is differenced. It needs no gradient.
+        where: which tokens; every real token by default.
+        batch_size: rows a forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        An ``Interactions``.
+
+    Raises:
+        LatentError: for fewer than two latents.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = sf.wrap(*tiny.load("chat"))
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> chosen = saes.latents({2: [42, 352], 3: [29]})
+        >>> sf.interactions(model, ["hello"], chosen, sf.logit(5)).values.shape
+        torch.Size([3, 3])
+    """
+    chosen = require_several(latents, "interactions", 2)
+    place = bench(model, prompts, metric, where="interactions", batch_size=batch_size)
+    one, k = chosen.singles(), len(chosen)
+    row, column = torch.triu_indices(k, k, 1).tolist()
+    sets = [*one, *(one[i] | one[j] for i, j in zip(row, column, strict=True))]
+    found = place.without(sets, where, progress=progress)  # [k + pairs, prompts]
+    alone = found[:k]
+    pairs = torch.diag_embed(alone.T).permute(1, 2, 0).clone()
+    pairs[row, column] = pairs[column, row] = found[k:]
+    return Interactions(chosen, place.under(None), alone, pairs)

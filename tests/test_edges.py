@@ -1,0 +1,208 @@
+"""edges against central differences of real runs, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import saefeat as sf
+from helpers import (
+    EOS,
+    RAGGED,
+    build,
+    hook_count,
+    make_sae,
+    unit,
+    wrapped,
+)
+from saefeat.belief.stats import spearman
+
+F64 = torch.float64
+STEP = 1e-4
+
+
+def smooth(family: str) -> torch.nn.Module:
+    """A model in float64 throughout: transformers' RMS norms compute in float32 whatever comes,
+    and differences of rounded numbers are no derivatives.
+    """
+    model = build(family, F64)
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm"):
+            continue
+        eps = getattr(module, "variance_epsilon", None) or module.eps
+        weight = module.weight + ("Gemma" in type(module).__name__)
+
+        def forward(x, eps=eps, weight=weight):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+        module.forward = forward
+    return model
+
+
+def sums(nn, down, where, edit=None, prompts=RAGGED) -> torch.Tensor:
+    """[prompts, d]: downstream activations, summed over the tokens."""
+    probe = sf.Probe(down, where=where)
+    reading = sf.run(nn, prompts, probe if edit is None else edit | probe).readings[0]
+    return torch.where(reading.mask, reading.values, 0.0).sum(1).double()
+
+
+def slope(nn, one, down, where) -> torch.Tensor:
+    """[d, prompts]: the derivative of the sums as one latent is faded out, at the start."""
+    ends = [sums(nn, down, where, sf.Clamp(one, scale=1.0 - s)) for s in (STEP, -STEP)]
+    return ((ends[0] - ends[1]) / (2 * STEP)).T
+
+
+def active(nn, dictionary, n: int) -> sf.Latents:
+    """The n latents that are active most."""
+    look = sf.run(nn, RAGGED, sf.Probe(dictionary)).readings[0]
+    return dictionary.latents(look.active().topk(n).indices)
+
+
+def check(family, upper, lower, where=None, tolerance=2e-4) -> sf.Edges:
+    nn = wrapped(smooth(family))
+    up, down = active(nn, upper, 4), active(nn, lower, 3)
+    found = sf.edges(nn, RAGGED, up, down, where=where, check=0, batch_size=2)
+    assert found.by_prompt.abs().max() > 1e-3
+    for i, one in enumerate(up.singles()):
+        wanted = slope(nn, one, down, where)
+        torch.testing.assert_close(
+            found.by_prompt[i].double(), wanted, atol=tolerance, rtol=tolerance
+        )
+    return found
+
+
+@pytest.mark.parametrize("where", [None, sf.Tokens.last(1)], ids=["all", "last"])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "abstopk"])
+def test_edges_between_saes(architecture, where):
+    check("llama", make_sae("standard", layer=0), make_sae(architecture, seed=1, layer=2), where)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma3_text", "qwen3"])
+def test_edges_in_other_families(family):
+    check(family, make_sae("jumprelu", layer=0), make_sae("standard", seed=1, layer=1))
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower"),
+    [
+        ("mlp_out.0", "resid_post.0"),
+        ("attn_out.1", "resid_mid.1"),
+        ("resid_mid.0", "mlp_out.0"),
+        ("resid_post.0", "resid_mid.2"),
+        ("resid_mid.1", "resid_mid.2"),
+        ("resid_pre.1", "mlp_norm.1"),
+        ("resid_pre.1", "resid_post.1"),
+        ("resid_post.1", "resid_pre.2"),  # one and the same value
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_edges_between_sites(family, upper, lower):
+    """At resid_mid both halves of the value carry the gradient."""
+    check(family, make_sae("standard", upper), make_sae("standard", lower, seed=1))
+
+
+def test_edges_of_transcoders_and_moving_directions():
+    check("llama", make_sae("transcoder", layer=0), make_sae("transcoder", seed=1, layer=2))
+    norm = make_sae("standard", layer=0, norm="layer_norm")
+    check("llama", norm, make_sae("standard", seed=1, layer=1, norm="constant_norm_rescale"))
+
+
+def test_several_dictionaries_and_only_edges_forward():
+    nn = wrapped(smooth("llama"))
+    saes = [make_sae("standard", seed=n, layer=n) for n in range(3)]
+    parts = [active(nn, sae, 2) for sae in saes]
+    up, down = parts[1] | parts[0], parts[0] | parts[1] | parts[2]
+    found = sf.edges(nn, RAGGED, up, down, check=100)
+    later = torch.tensor([[d.layer > u.layer for d, _ in down] for u, _ in up])
+    assert torch.equal(found.ordered, later)
+    assert bool((found.by_prompt[~later] == 0).all())
+    assert bool(found.exact[~later].isnan().all())
+    for i, one in enumerate(up.singles()):
+        wanted = slope(nn, one, down, None)
+        own = later[i]
+        torch.testing.assert_close(
+            found.by_prompt[i][own].double(), wanted[own], atol=2e-4, rtol=2e-4
+        )
+
+
+def test_the_check_is_an_ablation():
+    nn = wrapped(smooth("llama"))
+    up = active(nn, make_sae("standard", layer=0), 5)
+    down = active(nn, make_sae("jumprelu", seed=1, layer=2), 4)
+    where = sf.Tokens.last(2)
+    found = sf.edges(nn, RAGGED, up, down, where=where, check=7, batch_size=4)
+    checked = ~found.exact.isnan()
+    assert int(checked.sum()) == 7
+    assert found.estimate.abs()[checked].min() >= found.estimate.abs()[~checked].max()
+    before = sums(nn, down, where)
+    for i, one in enumerate(up.singles()):
+        change = (sums(nn, down, where, sf.Ablate(one)) - before).mean(0)
+        torch.testing.assert_close(
+            found.exact[i][checked[i]].double(), change[checked[i]], atol=1e-5, rtol=1e-5
+        )
+    assert found.rank == pytest.approx(spearman(found.estimate[checked], found.exact[checked]))
+
+
+def test_where_everything_is_linear_estimates_are_exact():
+    """A direction read one norm-free step later: the edge is the ablation."""
+    nn = wrapped(smooth("llama"))
+    up = sf.Direction(torch.stack([unit(1), unit(2)]), site="mlp_out.1").latents()
+    down = sf.Direction(torch.stack([unit(3), unit(4)]), site="resid_post.1").latents()
+    found = sf.edges(nn, RAGGED, up, down, check=4)
+    torch.testing.assert_close(found.estimate, found.exact, atol=1e-5, rtol=1e-5)
+    assert found.rank == pytest.approx(1.0)
+
+
+def test_frozen_models_batches_and_no_hook_left():
+    model = build("llama")
+    up, down = make_sae("standard", layer=0).latents([1, 2, 3, 4]), make_sae("standard", layer=2)
+    chosen = down.latents([5, 6, 7])
+    first = sf.edges(wrapped(model), RAGGED, up, chosen, batch_size=1)
+    frozen = build("llama").requires_grad_(False)
+    second = sf.edges(wrapped(frozen), RAGGED, up, chosen, batch_size=3)
+    torch.testing.assert_close(first.by_prompt, second.by_prompt, atol=1e-5, rtol=1e-4)
+    assert hook_count(frozen) == hook_count(build("llama"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_views_of_the_record():
+    nn = wrapped(build("llama"))
+    up = active(nn, make_sae("standard", layer=0), 3)
+    down = active(nn, make_sae("standard", seed=1, layer=2), 2)
+    found = sf.edges(nn, RAGGED, up, down, check=3)
+    table = found.to_pandas()
+    assert len(table) == int((found.estimate != 0).sum())
+    assert table["estimate"].abs().is_monotonic_decreasing
+    strongest = found.top(1)[0]
+    assert strongest[2] == pytest.approx(float(table["estimate"].iloc[0]))
+    assert next(iter(strongest[0]))[1] == table["upstream"].iloc[0]
+    assert next(iter(strongest[1]))[1] == table["downstream"].iloc[0]
+    assert len(found.top(100)) == len(table)
+    assert len(repr(found).splitlines()) == 6
+
+
+def test_refusals(capsys):
+    nn = wrapped(build("llama"))
+    early, late = make_sae("standard", layer=0), make_sae("standard", seed=1, layer=2)
+    up, down = active(nn, early, 2), active(nn, late, 2)
+    with pytest.raises(sf.SiteError, match="swapped"):
+        sf.edges(nn, RAGGED, down, up)
+    with pytest.raises(sf.SiteError, match="one site"):
+        sf.edges(nn, RAGGED, up, early.latents([7]))
+    with torch.no_grad(), pytest.raises(sf.GradientError, match="switched off"):
+        sf.edges(nn, RAGGED, up, down)
+    with pytest.raises(sf.LatentError, match="at least one latent"):
+        sf.edges(nn, RAGGED, sf.Latents(()), down)
+    with pytest.raises(sf.FiringError, match="`downstream`"):
+        sf.edges(nn, RAGGED, up, down, where=sf.Tokens.ids(EOS))
+    fires = sf.run(nn, RAGGED[:1], sf.Probe(early)).readings[0].active()
+    silent = (fires == 0).nonzero().flatten()[:1]
+    assert len(silent), "the case needs a silent latent"
+    with pytest.raises(sf.FiringError, match="`upstream`"):
+        sf.edges(nn, RAGGED[:1], early.latents(silent), down)
+    for options in ({"check": -1}, {"batch_size": 0}):
+        with pytest.raises(sf.SaefeatError, match="integer from"):
+            sf.edges(nn, RAGGED, up, down, **options)
+    assert capsys.readouterr().err == ""
+    sf.edges(nn, RAGGED, up, down, progress=True)
+    assert "edges" in capsys.readouterr().err

@@ -1,0 +1,318 @@
+"""faithfulness against plain hooks, and against what is known of a linear metric."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import saefeat as sf
+from helpers import (
+    RAGGED,
+    D,
+    batch_of,
+    build,
+    forward,
+    make_sae,
+    raw_hooks,
+    readable,
+    unit,
+    wrapped,
+)
+from saefeat.belief.controls import mass, matched_sets, random_sets
+from saefeat.belief.ranking import by_prompt, ranking
+
+F64 = torch.float64
+METRIC = sf.logit_diff([5, 9], 7)
+
+
+def measure(logits: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(logits[:, [5, 9]], 1) - logits[:, 7]
+
+
+def ablating(sae, latents, tokens, to=None):
+    """x → x with these latents zero (or ``to`` [k]) at ``tokens`` [b, t]."""
+    index = sorted(latents)
+
+    def edit(x):
+        wanted = 0.0 if to is None else to[index].double()
+        step = (wanted - sae.encode(x, index)) @ sae.directions(index).to(x.dtype)
+        return torch.where(tokens[..., None], x + step, x)
+
+    return edit
+
+
+def under(model, batch, edits) -> torch.Tensor:
+    with raw_hooks(model, edits):
+        return measure(forward(model, batch)[:, -1])
+
+
+# ---------------------------------------------------------------- against plain hooks
+
+
+@pytest.mark.parametrize("to", ["zero", "mean"])
+@pytest.mark.parametrize("where", [None, sf.Tokens.last(2)], ids=["all", "last"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_kept_removed_and_marginal_metrics(family, where, to):
+    """Two sites, the later one read after the earlier one's ablation."""
+    model, batch = build(family, F64), batch_of()
+    saes = {1: make_sae("jumprelu", layer=1), 2: make_sae("standard", seed=1, layer=2)}
+    attribute = sf.Attribute(sf.Dictionaries(saes.values()), METRIC, where=where)
+    scores = attribute(wrapped(model), RAGGED)
+    found = sf.faithfulness(
+        attribute, wrapped(model), RAGGED, scores, sizes=[1, 3, 6], controls=1, to=to
+    )
+    real = batch["attention_mask"].bool()
+    tokens = real if where is None else real & (torch.arange(real.shape[1]) >= real.shape[1] - 2)
+    means = {}
+    for layer, sae in saes.items():
+        held = []
+        with raw_hooks(model, {layer: lambda x, held=held: held.append(x) or x}):
+            forward(model, batch)
+        f = torch.where(tokens[..., None], sae.encode(held[0]), 0.0)
+        means[layer] = None if to == "zero" else (f.sum(1) / tokens.sum(1, keepdim=True)).mean(0)
+
+    def without(latents) -> torch.Tensor:
+        """``latents``: (layer, index) pairs."""
+        edits = {
+            layer: ablating(sae, {i for at, i in latents if at == layer}, tokens, means[layer])
+            for layer, sae in saes.items()
+        }
+        return under(model, batch, edits)
+
+    everything = {(layer, i) for layer, sae in saes.items() for i in range(sae.d_sae)}
+    close = {"atol": 2e-5, "rtol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(found.empty, without(everything), **close)
+    torch.testing.assert_close(found.clean, without(set()), **close)
+    for of, sets in found.sets.items():
+        for n, size in enumerate(found.sizes):
+            chosen = {(d + 1, i) for d, i in sets[0, :size].tolist()}
+            kept, removed = without(everything - chosen), without(chosen)
+            torch.testing.assert_close(found.kept[of][n, 0], kept, **close)
+            torch.testing.assert_close(found.removed[of][n, 0], removed, **close)
+            if of != "top":
+                continue
+            left = {(site.layer, i) for site, i in found.latents(size)}
+            assert left == chosen
+            singles = [next(iter(one)) for one in found.latents(size).singles()]
+            for (site, i), row in zip(singles, found.marginals[n], strict=True):
+                wanted = without(everything - (chosen - {(site.layer, i)}))
+                torch.testing.assert_close(row, wanted, **close)
+    assert found.kept["top"].std() > 1e-3
+
+
+def test_the_curves_are_the_definitions():
+    nn, sae = wrapped(build("llama")), make_sae("standard")
+    attribute = sf.Attribute(sae, METRIC)
+    scores = attribute(nn, RAGGED)
+    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[2, 5], controls=3)
+    whole = found.clean.mean() - found.empty.mean()
+    for n in range(2):
+        for of in ("top", "random", "matched"):
+            kept = (found.kept[of][n].mean() - found.empty.mean()) / whole
+            removed = (found.removed[of][n].mean() - found.empty.mean()) / whole
+            assert found.curve("faithfulness", of)[n].value == pytest.approx(float(kept), abs=1e-5)
+            assert found.curve("completeness", of)[n].value == pytest.approx(
+                float(removed), abs=1e-5
+            )
+        steps = [
+            abs(float((found.kept["top"][n, 0] - row).mean() / whole)) for row in found.marginals[n]
+        ]
+        assert found.curve("minimality")[n].value == pytest.approx(min(steps), abs=1e-5)
+        for point in found.curve("faithfulness"):
+            assert point.low <= point.value <= point.high
+
+
+# ---------------------------------------------------------------- a metric of which all is known
+
+
+def linear():
+    nn, sae = wrapped(readable(over_tokens=True)), make_sae("standard", layer=2)
+    attribute = sf.Attribute(sae, sf.logit_diff(3, 8))
+    return nn, attribute, attribute(nn, RAGGED)
+
+
+def test_where_effects_add_up_all_follows_from_the_scores():
+    nn, attribute, scores = linear()
+    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[1, 4, 12], controls=2)
+    ranked = ranking(scores, "test")
+    loss = -by_prompt(scores, ranked.number, scores.score, len(ranked.keys)).mean(1)  # if removed
+    whole = float(loss.sum())
+    assert float((found.clean - found.empty).mean()) == pytest.approx(whole, abs=1e-3)
+    top, rest = found.curve("faithfulness"), found.curve("completeness")
+    for n, size in enumerate(found.sizes):
+        share = float(loss[:size].sum()) / whole
+        assert top[n].value == pytest.approx(share, abs=1e-3)
+        assert rest[n].value == pytest.approx(1 - share, abs=1e-3)
+        least = float(loss[:size].abs().min()) / abs(whole)
+        assert found.curve("minimality")[n].value == pytest.approx(least, abs=1e-3)
+
+
+def test_the_top_beats_its_controls():
+    nn, attribute, scores = linear()
+    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[4], controls=4)
+    moved = {
+        of: (found.removed[of] - found.clean).abs().mean() for of in ("top", "random", "matched")
+    }
+    assert moved["top"] > 1.2 * max(moved["random"], moved["matched"])
+
+
+def test_all_kept_is_clean():
+    nn, attribute, _ = linear()
+    few = sf.Attribute(attribute.target.latents([3, 5, 17]), attribute.metric)
+    scores = few(nn, RAGGED)
+    size = len(scores.latent.unique())
+    found = sf.faithfulness(few, nn, RAGGED, scores, sizes=[size], controls=0)
+    assert set(found.sets) == {"top"}
+    assert found.curve("faithfulness")[0].value == pytest.approx(1, abs=1e-6)
+    assert found.curve("completeness")[0].value == pytest.approx(0, abs=1e-6)
+
+
+# ---------------------------------------------------------------- controls
+
+
+def test_controls_are_of_equal_size_outside_the_top_and_drawn_anew():
+    nn = wrapped(build("llama"))
+    saes = sf.Dictionaries([make_sae("jumprelu", layer=0), make_sae("standard", layer=1)])
+    scores = sf.Attribute(saes, METRIC)(nn, RAGGED)
+    ranked = ranking(scores, "test")
+    k = 10
+    top = set(map(tuple, ranked.keys[:k].tolist()))
+    moved = set(map(tuple, ranked.keys.tolist()))
+    matched, random = matched_sets(scores, ranked, k, 3, 0), random_sets(ranked, k, 3, 0)
+    for sets in (matched, random):
+        assert sets.shape == (3, k, 2)
+        for drawn in sets:
+            keys = set(map(tuple, drawn.tolist()))
+            assert len(keys) == k and not keys & top and keys <= moved
+        assert len({str(drawn.tolist()) for drawn in sets}) == 3
+    assert torch.equal(matched, matched_sets(scores, ranked, k, 3, 0))
+    assert torch.equal(matched[..., 0], ranked.keys[:k, 0].expand(3, k))  # of the same dictionary
+
+    size = dict(zip(map(tuple, ranked.keys.tolist()), mass(scores, ranked).log(), strict=True))
+
+    def distance(sets) -> float:
+        pairs = zip(
+            sets.reshape(-1, 2).tolist(), ranked.keys[:k].repeat(3, 1).tolist(), strict=True
+        )
+        return float(sum(abs(size[tuple(a)] - size[tuple(b)]) for a, b in pairs))
+
+    assert distance(matched) < 0.6 * distance(random)
+
+
+def test_mass_is_what_a_latent_writes():
+    nn, sae = wrapped(build("llama")), make_sae("standard")
+    scores = sf.Attribute(sae, METRIC)(nn, RAGGED)
+    ranked = ranking(scores, "test")
+    reading = sf.run(nn, RAGGED, sf.Probe(sae)).readings[0]
+    total = torch.where(reading.mask, reading.values, 0.0).sum((0, 1))
+    wanted = total * sae.directions().norm(dim=1)
+    torch.testing.assert_close(
+        mass(scores, ranked).float(), wanted[ranked.keys[:, 1]], atol=1e-4, rtol=1e-4
+    )
+
+
+# ---------------------------------------------------------------- the record
+
+
+def test_views_of_the_record():
+    nn, attribute, scores = linear()
+    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[1, 2, 4], controls=1)
+    table = found.to_pandas()
+    assert list(table) == ["size", "measure", "of", "value", "low", "high"]
+    assert len(table) == 3 * (2 * 3 + 1)
+    lines = repr(found).splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) <= 120
+    figure = found.plot()
+    assert [axes.get_title() for axes in figure.axes] == [
+        "faithfulness",
+        "completeness",
+        "minimality",
+    ]
+    assert len(figure.axes[0].lines) == 4
+    for measure, of in (("faith", "top"), ("minimality", "random"), ("faithfulness", "other")):
+        with pytest.raises(sf.SaefeatError, match=r"Faithfulness\.curve"):
+            found.curve(measure, of)
+
+
+def test_one_prompt_has_no_interval():
+    nn, attribute, _ = linear()
+    found = sf.faithfulness(
+        attribute, nn, RAGGED[:1], attribute(nn, RAGGED[:1]), sizes=[2], controls=0
+    )
+    (point,) = found.curve("faithfulness")
+    assert point.low != point.low and point.high != point.high and point.value == point.value
+
+
+def test_default_sizes_leave_room_for_controls():
+    nn, attribute, _ = linear()
+    few = sf.Attribute(attribute.target.latents(range(16)), attribute.metric)
+    scores = few(nn, RAGGED)
+    moved = len(scores.latent.unique())
+    found = sf.faithfulness(few, nn, RAGGED, scores, controls=1)
+    assert found.sizes == tuple(2**n for n in range(6) if 2**n <= moved // 2)
+
+
+def test_the_bar_can_be_shown(capsys):
+    nn, attribute, scores = linear()
+    options = {"sizes": [1, 3], "controls": 2}
+    sf.faithfulness(attribute, nn, RAGGED, scores, **options)
+    assert capsys.readouterr().err == ""
+    sf.faithfulness(attribute, nn, RAGGED, scores, **options, progress=True)
+    assert "24/24" in capsys.readouterr().err  # it counts every set
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sizes": []},
+        {"sizes": [0]},
+        {"sizes": [4, 2]},
+        {"sizes": [2, 2]},
+        {"sizes": [9999]},
+        {"sizes": [1.5]},
+        {"sizes": [45]},  # no room for controls
+        {"controls": -1},
+        {"to": "median"},
+        {"seed": None},
+        {"batch_size": 0},
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options):
+    nn, attribute, scores = linear()
+    with pytest.raises(sf.SaefeatError, match=f"faithfulness.*`{next(iter(options))}`"):
+        sf.faithfulness(attribute, nn, RAGGED, scores, **options)
+
+
+def test_scores_of_something_else_are_refused():
+    nn, attribute, scores = linear()
+    with pytest.raises(sf.PromptError, match="other prompts"):
+        sf.faithfulness(attribute, nn, RAGGED[:2], scores)
+    again = sf.Attribute(make_sae("standard", layer=2), attribute.metric)
+    with pytest.raises(sf.LatentError, match="loaded again"):
+        sf.faithfulness(again, nn, RAGGED, scores)
+
+
+def test_a_metric_the_latents_do_not_carry_is_refused():
+    nn = wrapped(readable())
+    still = sf.Direction(torch.eye(D)[:2], site="resid_post.2")
+    attribute = sf.Attribute(still, sf.logit(9))
+    scores = attribute(nn, RAGGED)
+    with pytest.raises(sf.SaefeatError, match="every latent is ablated"):
+        sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[1], controls=0)
+
+
+def test_a_baseline_ranks_and_ablation_stays_zero():
+    """The sets are ranked by the attribution's baseline; what is ablated goes to zero."""
+    model, batch, sae = build("llama", F64), batch_of(), make_sae("standard")
+    base = sf.Ablate(sf.Direction(unit(3), site="resid_post.0"))
+    attribute = sf.Attribute(sae, METRIC, baseline=base)
+    scores = attribute(wrapped(model), RAGGED)
+    found = sf.faithfulness(attribute, wrapped(model), RAGGED, scores, sizes=[3], controls=0)
+    edits = {1: ablating(sae, set(range(sae.d_sae)), batch["attention_mask"].bool())}
+    torch.testing.assert_close(
+        found.empty, under(model, batch, edits), atol=2e-5, rtol=1e-4, check_dtype=False
+    )
