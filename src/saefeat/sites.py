@@ -274,11 +274,36 @@ def find(module: nn.Module, site: Site) -> Place:
     block = f"{blocks}.{site.layer}"
     name, end, *how = places[site.kind]
     path = f"{block}.{name}" if name else block
+    _check_eager(module, path)
     if _SKIP in how:
         return Place(path, end, plus=block)
     return (
         Place(path, end, how[0], _epsilon(module.get_submodule(path))) if how else Place(path, end)
     )
+
+
+def _check_eager(module: nn.Module, path: str) -> None:
+    """Refuse a site within compiled code: what was compiled before a hook runs without it.
+
+    torch 2.13 does not look for new hooks (``skip_nnmodule_hook_guards``): tried, a model that
+    had generated once went on without the edit.
+    """
+    names = path.split(".")
+    for depth in range(len(names) + 1):
+        part = module.get_submodule(".".join(names[:depth]))
+        compiled = getattr(part, "_compiled_call_impl", None) is not None
+        wrapped = hasattr(part, "_orig_mod") or hasattr(part.forward, "_torchdynamo_orig_callable")
+        if compiled or wrapped:
+            raise ModelError(
+                explain(
+                    "saefeat",
+                    "model",
+                    got=f"compiled at {'.'.join(names[:depth]) or 'its root'!r}",
+                    wanted=f"{path} outside of compiled code",
+                    cause="torch.compile: hooks that come later are not run",
+                    call="the model as it was before torch.compile",
+                )
+            )
 
 
 def _epsilon(norm: nn.Module) -> float:
