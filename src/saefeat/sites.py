@@ -334,6 +334,7 @@ def find(module: nn.Module, site: Site) -> Place:
     block = f"{blocks}.{site.layer}"
     name, end, *how = places[site.kind]
     path = f"{block}.{name}" if name else block
+    _check_eager(module, path)
     if _SKIP in how:
         return Place(path, end, plus=block)
     return (
@@ -350,6 +351,7 @@ def _module_at(module: nn.Module, site: Site) -> Place:
     path, _, end = site.kind.rpartition(".")
     names = [name for name, _ in module.named_modules() if name]
     if path in names:
+        _check_eager(module, path)
         return Place(path, end)
     near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
     raise SiteError(
@@ -362,6 +364,30 @@ def _module_at(module: nn.Module, site: Site) -> Place:
             call="a name from model.named_modules() and .input or .output",
         )
     )
+
+
+def _check_eager(module: nn.Module, path: str) -> None:
+    """Refuse a site within compiled code: what was compiled before a hook runs without it.
+
+    torch 2.13 does not look for new hooks (``skip_nnmodule_hook_guards``): tried, a model that
+    had generated once went on without the edit.
+    """
+    names = path.split(".")
+    for depth in range(len(names) + 1):
+        part = module.get_submodule(".".join(names[:depth]))
+        compiled = getattr(part, "_compiled_call_impl", None) is not None
+        wrapped = hasattr(part, "_orig_mod") or hasattr(part.forward, "_torchdynamo_orig_callable")
+        if compiled or wrapped:
+            raise ModelError(
+                explain(
+                    "saefeat",
+                    "model",
+                    got=f"compiled at {'.'.join(names[:depth]) or 'its root'!r}",
+                    wanted=f"{path} outside of compiled code",
+                    cause="torch.compile: hooks that come later are not run",
+                    call="the model as it was before torch.compile",
+                )
+            )
 
 
 def _epsilon(norm: nn.Module) -> float:

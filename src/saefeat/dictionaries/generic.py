@@ -76,4 +76,3 @@ class Generic(Dictionary):
 
     def fingerprint(self) -> str:
         return f"generic-{self.name}"
-

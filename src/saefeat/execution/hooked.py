@@ -57,6 +57,7 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
     program = lower(intervention, model)
     log = new_log()
     state: dict[str, Any] = {"view": None, "held": {}, "ends": program["ends"], "left": set()}
+    state["called"] = False
     state["paths"] = {(stop["path"], stop["end"]) for stop in program["visits"]}
     with ExitStack() as stack:
         start = module.register_forward_pre_hook(partial(_begin, state, log), with_kwargs=True)
@@ -65,7 +66,7 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
             stack.callback(_install(module, stop, state, log).remove)
         stack.callback(module.register_forward_hook(partial(_end, state)).remove)
         yield log
-    if not log["passes"]:
+    if not state["called"]:
         raise FiringError(
             explain(
                 "hooked",
@@ -82,6 +83,7 @@ def _begin(
     state: dict[str, Any], log: dict[str, Any], _: nn.Module, args: Any, kwargs: Any
 ) -> None:
     """At the start of a forward pass: where are we in the sequence?"""
+    state["called"] = True
     require_sequential(kwargs)
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]

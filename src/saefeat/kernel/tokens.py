@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def window(
     ids: Int[Tensor, "b t"] | None,
-    attention_mask: Int[Tensor, "b s"] | None,
+    attention_mask: Any,
     shape: tuple[int, int],
     past: int,
     before: dict[str, Any] | None,
@@ -28,7 +28,7 @@ def window(
 
     Args:
         ids: the tokens fed in this pass, or None for embeddings.
-        attention_mask: over past and new columns. generate drops a mask of ones, and then
+        attention_mask: [b, s] over past and new columns, or None. generate drops a mask of ones, and then
             ``past`` is all that tells a new token from the first.
         shape: (b, t).
         past: how many columns the key-value cache already holds.
