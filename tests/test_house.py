@@ -39,6 +39,9 @@ LEVELS: dict[str, int] = {
     "saefeat.latents": 2,
     "saefeat.records": 3,
     "saefeat.dictionaries": 3,
+    # finished batches of a long job, kept by the verbs and by the ways of running
+    "saefeat.checkpoint": 4,
+    "saefeat.identity": 4,
     # the verbs, as one package or as modules
     "saefeat.verbs": 4,
     "saefeat.edits": 4,

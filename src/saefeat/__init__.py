@@ -11,6 +11,7 @@ from .dictionaries.direction import Direction, Neurons, direction
 from .dictionaries.generic import Generic
 from .dictionaries.sae import SAE, ErrorTerm
 from .errors import (
+    CheckpointError,
     DictionaryError,
     FiringError,
     GradientError,
@@ -50,6 +51,7 @@ __all__ = [
     "BASELINE_TOP",
     "Chain",
     "Check",
+    "CheckpointError",
     "Clamp",
     "Dictionaries",
     "Dictionary",

@@ -90,6 +90,15 @@ class FiringError(SaefeatError):
     """
 
 
+class CheckpointError(SaefeatError):
+    """A checkpoint folder belongs to another job, or cannot be read.
+
+    Examples:
+        >>> issubclass(sf.CheckpointError, ValueError)
+        True
+    """
+
+
 def explain(where: str, parameter: str, *, got: object, wanted: str, cause: str, call: str) -> str:
     """Build the one sentence shape every error uses.
 
