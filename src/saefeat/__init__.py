@@ -33,10 +33,15 @@ from .records import Fired, Provenance, Readings, Receipt, versions
 from .sites import Site
 from .tokens import Tokens
 from .verbs.attribute import Attribute
+from .verbs.backward import Backward, GradDrop, RelP
 from .verbs.base import Chain, Intervention
+from .verbs.baselines import Fixed, Paired
 from .verbs.edits import Ablate, Clamp
-from .verbs.methods import IG, AtP, Method
-from .verbs.metrics import BASELINE_TOP, Metric, logit, logit_diff, metric
+from .verbs.inside import Watching
+from .verbs.measure import measure
+from .verbs.measuring import activation, kl, log_prob, site_metric
+from .verbs.methods import IG, AtP, Exact, FiniteDifference, Method
+from .verbs.metrics import BASELINE_TOP, Metric, PerPrompt, logit, logit_diff, metric
 from .verbs.probe import Probe
 from .verbs.steps import When
 from .verify import Check, Verification, verify
@@ -49,6 +54,7 @@ __all__ = [
     "Attribute",
     "Attribution",
     "BASELINE_TOP",
+    "Backward",
     "Chain",
     "Check",
     "CheckpointError",
@@ -58,9 +64,13 @@ __all__ = [
     "DictionaryError",
     "Direction",
     "ErrorTerm",
+    "Exact",
+    "FiniteDifference",
     "Fired",
     "FiringError",
+    "Fixed",
     "Generic",
+    "GradDrop",
     "GradientError",
     "IG",
     "Intervention",
@@ -70,11 +80,14 @@ __all__ = [
     "Metric",
     "ModelError",
     "Neurons",
+    "Paired",
+    "PerPrompt",
     "Probe",
     "PromptError",
     "Provenance",
     "Readings",
     "Receipt",
+    "RelP",
     "Run",
     "SAE",
     "SaefeatError",
@@ -82,19 +95,25 @@ __all__ = [
     "SiteError",
     "Tokens",
     "Verification",
+    "Watching",
     "When",
+    "activation",
     "continuation_loss",
     "direction",
     "edit",
     "encode_prompts",
     "from_sae_lens",
     "hooked",
+    "kl",
     "load_sae",
     "load_saes",
+    "log_prob",
     "logit",
     "logit_diff",
+    "measure",
     "metric",
     "run",
+    "site_metric",
     "stack",
     "verify",
     "versions",
