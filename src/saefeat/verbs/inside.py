@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
 from ..attribution import Attribution
 from ..errors import GradientError, SaefeatError, explain
 from ..kernel.program import new_log
-from ..kernel.trace import inline
+from ..kernel.trace import generating, inline
 from ..latents import as_latents
 from ..sites import torch_module
 from .backward import plain_slopes
@@ -124,6 +125,7 @@ def begin(job: Attribute, model: Any, intervention: Intervention | None) -> Watc
     """Put the watched sites into the user's trace, behind an intervention's edits."""
     _require_one_pass(job)
     require_gradients(torch_module(model))
+    _require_a_trace(model)
     latents = as_latents(job.target, "Attribute")
     places = Watch(latents, model, job.metric, semantics=job.semantics)
     program, log = lower(intervention or NOTHING, model), new_log()
@@ -131,6 +133,25 @@ def begin(job: Attribute, model: Any, intervention: Intervention | None) -> Watc
     places.add(program, places.written, {}, detach=False)
     inline(model, program, log, None)
     return Watching(job, places, log)
+
+
+def _require_a_trace(model: Any) -> None:
+    """Refuse a generation, which runs without gradients and passes the sites many times."""
+    try:
+        inputs = model.inputs  # from here on the model's own gradient mode holds
+    except OutOfOrderError:
+        return  # ``inline`` says what to do
+    if generating(inputs[1]):
+        raise GradientError(
+            explain(
+                "Attribute.watch",
+                "model",
+                got="in a generation",
+                wanted="a trace",
+                cause="generate runs without gradients",
+                call="with model.trace(prompt + completion), or log_prob(completion) outside",
+            )
+        )
 
 
 def _require_one_pass(job: Attribute) -> None:

@@ -17,6 +17,7 @@ from .ends import end, run_baseline
 from .exact import effects
 from .lower import default_rule, plain
 from .path import AtOnce, Runs, mean_gradients
+from .prepare import require_finite
 from .score import Goal, score
 from .watch import Batch, Part, Watch
 
@@ -43,8 +44,8 @@ def attribute_batch(
         found = Attribution(
             tuple(part.dictionary for part in watch.parts),
             *columns,
-            clean=runs.of_clean().float().cpu(),
-            baseline=runs.of_base().float().cpu(),
+            clean=require_finite(runs.of_clean(), "clean", batch.numbers).float().cpu(),
+            baseline=require_finite(runs.of_base(), "baseline", batch.numbers).float().cpu(),
             tokens=torch.stack(reached.scored).any(0).sum(1).cpu(),
             ends=_alone(runs) if job.one_site else None,
             dropped=dropped,

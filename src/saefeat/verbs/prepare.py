@@ -134,6 +134,27 @@ def require_gradients(module: nn.Module) -> None:
         )
 
 
+def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
+    """The metric of a run [b], refused where it is NaN or infinite: so would every score be.
+
+    Raises:
+        GradientError: naming the first such prompt.
+    """
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if not bad:
+        return values
+    raise GradientError(
+        explain(
+            "Attribute",
+            "metric",
+            got=f"{float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the {run} run",
+            wanted="a finite number for every prompt",
+            cause="the log of zero in the metric, or a model that overflows on this prompt",
+            call="measure(model, prompts, metric), to find the prompts, and leave them out",
+        )
+    )
+
+
 def require_sense(job: Attribute) -> None:
     """Refuse combinations that would not mean what they say.
 
