@@ -52,10 +52,15 @@ from .spec.hub import pull, push
 from .spec.vectors import steering_vector
 from .tokens import Tokens
 from .verbs.attribute import Attribute
+from .verbs.backward import Backward, GradDrop, RelP
 from .verbs.base import Chain, Intervention
+from .verbs.baselines import Fixed, Paired
 from .verbs.edits import Ablate, Clamp
-from .verbs.methods import IG, AtP, Method
-from .verbs.metrics import BASELINE_TOP, Metric, logit, logit_diff, metric
+from .verbs.inside import Watching
+from .verbs.measure import measure
+from .verbs.measuring import activation, kl, log_prob, site_metric
+from .verbs.methods import IG, AtP, Exact, FiniteDifference, Method
+from .verbs.metrics import BASELINE_TOP, Metric, PerPrompt, logit, logit_diff, metric
 from .verbs.probe import Probe
 from .verbs.steps import When
 from .verbs.values import Pin, Resample, Schedule
@@ -70,6 +75,7 @@ __all__ = [
     "Attribution",
     "Audit",
     "BASELINE_TOP",
+    "Backward",
     "Chain",
     "Check",
     "CheckpointError",
@@ -81,12 +87,16 @@ __all__ = [
     "Edges",
     "ErrorTerm",
     "Events",
+    "Exact",
     "Excerpt",
     "Faithfulness",
     "FileError",
+    "FiniteDifference",
     "Fired",
     "FiringError",
+    "Fixed",
     "Generic",
+    "GradDrop",
     "GradientError",
     "IG",
     "Interactions",
@@ -99,6 +109,8 @@ __all__ = [
     "MinimalSet",
     "ModelError",
     "Neurons",
+    "Paired",
+    "PerPrompt",
     "Pin",
     "Preflight",
     "Probe",
@@ -106,6 +118,7 @@ __all__ = [
     "Provenance",
     "Readings",
     "Receipt",
+    "RelP",
     "RemoteError",
     "Resample",
     "Run",
@@ -118,7 +131,9 @@ __all__ = [
     "Stability",
     "Tokens",
     "Verification",
+    "Watching",
     "When",
+    "activation",
     "audit",
     "continuation_loss",
     "direction",
@@ -129,11 +144,14 @@ __all__ = [
     "from_sae_lens",
     "hooked",
     "interactions",
+    "kl",
     "load",
     "load_sae",
     "load_saes",
+    "log_prob",
     "logit",
     "logit_diff",
+    "measure",
     "metric",
     "minimal_set",
     "preflight",
@@ -142,6 +160,7 @@ __all__ = [
     "run",
     "save",
     "serve",
+    "site_metric",
     "stability",
     "stack",
     "steering_vector",

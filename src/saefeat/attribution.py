@@ -25,7 +25,8 @@ class Attribution:
         dictionaries: what ``dictionary`` indexes.
         prompt: [n] long, which prompt.
         dictionary: [n] long, index into ``dictionaries``.
-        position: [n] long, absolute position among the prompt's real tokens.
+        position: [n] long, absolute position among the prompt's real tokens; −1 where one score
+            stands for all scored tokens together (``Exact``).
         latent: [n] long.
         score: [n] float32.
         activation: [n] float32, the clean activation.
@@ -33,6 +34,10 @@ class Attribution:
         clean: [prompts] float32, the metric in the clean run.
         baseline: [prompts] float32, the metric in the baseline run.
         tokens: [prompts] long, how many tokens were scored in each prompt.
+        ends: [prompts, dictionaries] float32, the metric with that dictionary's site alone at the
+            baseline; only with ``one_site=True``.
+        dropped: [prompts, 2] float32, the sum and the sum of sizes of scores that ``keep=`` left
+            out; only with ``keep``.
 
     Examples:
         >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
@@ -53,24 +58,53 @@ class Attribution:
     clean: Tensor
     baseline: Tensor
     tokens: Tensor
+    ends: Tensor | None = None
+    dropped: Tensor | None = None
 
     @property
     def gap(self) -> Tensor:
-        """[prompts]: Σ scores − (baseline − clean) of the metric.
+        """[prompts]: Σ scores, dropped ones too, − (baseline − clean) of the metric.
 
         Zero for exact integrated gradients of a single site whose dictionary explains all of the
         change. Sites in a row each carry the same effect, so over many sites the sum overcounts.
         """
         total = torch.zeros_like(self.clean).index_add_(0, self.prompt, self.score)
-        return total - (self.baseline - self.clean)
+        left = 0.0 if self.dropped is None else self.dropped[:, 0]
+        return total + left - (self.baseline - self.clean)
+
+    @property
+    def gap_by_site(self) -> Tensor:
+        """[prompts, dictionaries]: each dictionary's Σ scores − the change its own site makes.
+
+        With ``one_site=True`` every site has a path of its own, so each gap is one of its own too:
+        zero for exact integration and a dictionary that explains all of the change.
+
+        Raises:
+            SaefeatError: without ``one_site=True``, or where ``keep`` left scores out.
+        """
+        if self.ends is None or self.dropped is not None:
+            raise SaefeatError(
+                explain(
+                    "Attribution.gap_by_site",
+                    "scores",
+                    got="made on a path that moves all sites, or without its smaller scores",
+                    wanted="a path for each site, and all scores",
+                    cause="one_site=True was not asked for, or keep= was",
+                    call="Attribute(saes, metric, method=IG(8, 'gauss'), one_site=True)",
+                )
+            )
+        place = self.prompt * self.ends.shape[1] + self.dictionary
+        total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score)
+        return total.view_as(self.ends) - (self.ends - self.clean[:, None])
 
     @property
     def degenerate(self) -> Tensor:
-        """[prompts] bool: the metric is exactly zero in both runs, so nothing can be attributed.
+        """[prompts] bool: the metric is exactly the same in both runs: nothing to attribute.
 
-        It happens when the baseline's own token is the very token it is compared with.
+        It happens when the baseline's own token is the very token it is compared with, which makes
+        the metric zero in both, and where the baseline changes nothing.
         """
-        return (self.clean == 0) & (self.baseline == 0)
+        return self.clean == self.baseline
 
     def totals(self, *, per: str = "dataset") -> tuple[Tensor, Tensor, Tensor]:
         """Scores by latent: the mean over a prompt's scored tokens, then over prompts.
@@ -179,8 +213,17 @@ class Attribution:
         more = ", ..." if len(self.dictionaries) > 4 else ""
         return (
             f"Attribution({len(self)} scores, {len(self.tokens)} prompts, at {sites}{more}; "
-            f"metric {self.clean.mean():.3f} → {self.baseline.mean():.3f})"
+            f"metric {self.clean.mean():.3f} → {self.baseline.mean():.3f}{self._warnings()})"
         )
+
+    def _warnings(self) -> str:
+        """What a reader must know before trusting the scores."""
+        blind = int(self.degenerate.sum())
+        found = f"; {blind} degenerate" if blind else ""
+        if self.dropped is not None and bool(self.dropped[:, 1].any()):
+            every = self.dropped[:, 1].sum() + self.score.abs().sum()
+            found += f"; {self.dropped[:, 1].sum() / every:.1%} of the scores' size dropped"
+        return found
 
 
 def join_attributions(pieces: Sequence[Attribution]) -> Attribution:
@@ -193,6 +236,9 @@ def join_attributions(pieces: Sequence[Attribution]) -> Attribution:
         name: torch.cat([getattr(p, name) for p in pieces])
         for name in ("clean", "baseline", "tokens")
     }
+    for name in ("ends", "dropped"):  # all pieces have them, or none
+        if getattr(pieces[0], name) is not None:
+            prompts[name] = torch.cat([getattr(p, name) for p in pieces])
     return Attribution(pieces[0].dictionaries, prompt, **scores, **prompts)
 
 

@@ -12,15 +12,17 @@ from tqdm import tqdm
 
 from ..errors import GradientError, LatentError, PromptError, SaefeatError, explain
 from ..execution.run import run
-from ..kernel.tokens import select
 from ..latents import Latents, as_latents, stack
-from ..prompts import Prompts, encode_prompts, split
+from ..prompts import Prompts, encode_prompts
 from ..tokens import Tokens
-from ..verbs.attribute import Attribute, Watch
-from ..verbs.base import Chain, Intervention
+from ..verbs.attribute import Attribute
+from ..verbs.base import Intervention
 from ..verbs.edits import Clamp
-from ..verbs.lower import default_rule, plain
+from ..verbs.ends import end, run_baseline
 from ..verbs.metrics import Metric, Scorer
+from ..verbs.one_batch import scored
+from ..verbs.prepare import prepare
+from ..verbs.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,23 +123,22 @@ def bench_of(
     require(where, batch_size=(batch_size, 1))
     tokenizer = getattr(model, "tokenizer", None)
     batch = encode_prompts(tokenizer, prompts)
-    top = _top(attribute, model, batch, batch_size)
+    top = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
+    if "BASELINE_TOP" in repr(attribute.metric):
+        top = _top(attribute, model, batch, batch_size)
     return Bench(model, batch, attribute.metric.bind(tokenizer), top, where, batch_size)
 
 
 def _top(attribute: Attribute, model: Any, batch: dict[str, Tensor], size: int) -> Tensor:
     """[prompts]: the baseline run's most likely next token, as ``Attribute`` has it."""
-    if attribute.baseline is not None:
-        out = run(model, batch, attribute.baseline, batch_size=size)
-        return out.logits.argmax(-1).cpu()
-    watch = Watch(as_latents(attribute.target, "Attribute"), model)
+    watch = Watch(as_latents(attribute.target, "Attribute"), model, attribute.metric)
     found = []
-    for piece in split(batch, size):
-        clean = watch.run(model, piece, Chain(()))
-        rules = [attribute.where or default_rule(part.dictionary, model) for part in watch.parts]
-        masks = [select(plain(rule.rule, model), clean.view) for rule in rules]
-        base = watch.run(model, piece, Chain(()), targets=watch.zeroed(clean.values, masks))
-        found.append(base.logits.argmax(-1).cpu())
+    for piece, other in prepare(attribute, model, batch).batches(size):
+        clean = watch.run(piece)
+        here = run_baseline(watch, attribute.baseline, piece, other, False)
+        masks = scored(attribute.where, watch, clean.view, False)
+        reached = end(watch, attribute.baseline, piece, other, clean, masks, here)
+        found.append(reached.here.last.argmax(-1).cpu())
     return torch.cat(found)
 
 

@@ -21,7 +21,8 @@ from ..kernel.tokens import select
 from ..kernel.trace import whole_run
 from ..latents import Latents, as_latents, index_tensor, stack
 from ..prompts import Prompts, encode_prompts, split
-from ..sites import Place, Site, find, torch_module
+from ..route import Route, route
+from ..sites import Order, Place, Site, torch_module
 from ..tokens import Tokens
 from ..verbs.base import Chain
 from ..verbs.edits import Clamp
@@ -164,9 +165,10 @@ def edges(
     require("edges", check=(check, 0), batch_size=(batch_size, 1))
     require_gradients("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
-    ordered = _ordered(up, down)
+    way = route(model, _sites(up, down))
+    ordered = _ordered(up, down, way)
     batch = encode_prompts(getattr(model, "tokenizer", None), prompts)
-    graph = _Graph(model, up, down, where)
+    graph = _Graph(model, way, up, down, where)
     pieces = split(batch, batch_size)
     bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
     values = torch.cat([graph.values(piece) for piece in bar], -1)
@@ -197,9 +199,11 @@ class _Part(NamedTuple):
 class _Graph:
     """The bare model's graph from the places upstream latents write to those downstream read."""
 
-    def __init__(self, model: Any, up: Latents, down: Latents, where: Tokens | None) -> None:
-        self._model, self._module = model, torch_module(model)
-        self._numbers: dict[Place, tuple[int, tuple[int, int]]] = {}
+    def __init__(
+        self, model: Any, way: Route, up: Latents, down: Latents, where: Tokens | None
+    ) -> None:
+        self._model, self._module, self._route = model, torch_module(model), way
+        self._numbers: dict[Place, tuple[int, Order]] = {}
         self.active = {"upstream": False, "downstream": False}
         self._reads = [self._part(*part, None, write=False) for part in up.parts]
         self._writes = [self._part(*part, None, write=True) for part in up.parts]
@@ -211,12 +215,12 @@ class _Graph:
 
     def _part(self, basis: Any, indices: Any, where: Tokens | None, *, write: bool) -> _Part:
         site: Site = basis.write_site if write else basis.site
-        found = find(self._module, site)
+        found = self._route.places[site]
         place = Place(found.path, found.end, plus=found.plus)
-        self._numbers.setdefault(place, (len(self._numbers), site.order))
+        self._numbers.setdefault(place, (len(self._numbers), self._route.orders[site]))
         if place.plus is not None:  # resid_mid: the block's input is the other half of its value
             block = Place(place.plus, "input")
-            order = Site("resid_pre", site.layer).order
+            order = self._route.starts[place.plus]
             self._numbers.setdefault(block, (len(self._numbers), order))
         rule = plain((where or default_rule(basis, self._model)).rule, self._model)
         columns = basis.columns(index_tensor(indices))
@@ -248,8 +252,9 @@ class _Graph:
         visits: dict[Place, dict[str, Any]] = {}
         for place, (number, order) in self._numbers.items():
             if place.plus is not None:
-                add_stash(visits, place.plus, order[0])
+                add_stash(visits, place.plus, self._route.starts[place.plus])
             action = {"do": "keep", "id": number, "target": None, "plus": place.plus}
+            action |= {"copy": True, "through": None, "source": None}
             # what lies before the first written place needs no gradient, and frozen models work
             action["gradient"] = order >= self._order(self._first)
             action["first"] = number == self._first
@@ -260,7 +265,7 @@ class _Graph:
             whole_run(self._model, program, log)
         return log
 
-    def _order(self, number: int) -> tuple[int, int]:
+    def _order(self, number: int) -> Order:
         return next(order for found, order in self._numbers.values() if found == number)
 
     def _node(self, place: Place, log: dict[str, Any]) -> Tensor:
@@ -319,10 +324,16 @@ def _ablated(
     return (after.reshape(len(ablated), prompts, -1) - before).mean(1).float()
 
 
-def _ordered(up: Latents, down: Latents) -> Tensor:
+def _sites(up: Latents, down: Latents) -> list[Site]:
+    """Every site that either reads or writes."""
+    bases: list[Any] = [basis for latents in (up, down) for basis, _ in latents.parts]
+    return [site for basis in bases for site in (basis.site, basis.write_site)]
+
+
+def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     """[u, d] bool."""
-    written = [basis.write_site.order for basis, ix in up.parts for _ in ix]  # type: ignore[attr-defined]
-    read = [basis.site.order for basis, ix in down.parts for _ in ix]
+    written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]  # type: ignore[attr-defined]
+    read = [way.orders[basis.site] for basis, ix in down.parts for _ in ix]
     found = torch.tensor([[w < r for r in read] for w in written])
     if bool(found.any()):
         return found

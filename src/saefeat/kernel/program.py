@@ -27,7 +27,7 @@ PAIRS = 1 << 22
 
 def new_log() -> dict[str, Any]:
     """An empty record of a run: how many passes, what was read, how often edits fired."""
-    names = ("readings", "masks", "fired", "events", "directions", "kept", "nodes")
+    names = ("readings", "masks", "fired", "events", "directions", "kept", "nodes", "shown")
     return {"passes": 0, "pairs": 0, "view": None, **{name: {} for name in names}}
 
 
@@ -74,6 +74,8 @@ def act(
         test(action, x, view, held)
     elif action["do"] == "stash":
         held[action["id"]] = x
+    elif action["do"] == "show":
+        show(action, x, held, log or new_log())
     else:
         x = keep(action, x, held, log or new_log())
     return x
@@ -212,28 +214,44 @@ def record(
     values[:], masks[:] = [now], [seen]
 
 
+def show(
+    action: dict[str, Any],
+    x: Float[Tensor, "b t d"],
+    held: dict[Any, Any],
+    log: dict[str, Any],
+) -> None:
+    """Hand out the site's whole value with its graph, for a metric or a later action to read."""
+    log["shown"][action["id"]] = held[action["id"]] = whole(action, x, held)
+
+
 def keep(
     action: dict[str, Any],
     x: Float[Tensor, "b t d"],
     held: dict[Any, Any],
     log: dict[str, Any],
 ) -> Float[Tensor, "b t d"]:
-    """Keep the site's value for attribution, and let a gradient be taken there.
+    """Keep the site's value for attribution, move it, and let a gradient be taken there.
 
-    Without ``gradient`` a copy is kept and x is returned untouched. With it, the node returned is
-    kept too, for the metric to be differentiated at: moved so that the site's value is ``target``
-    where one is given, by a constant, so that the gradient passes through as if nothing had been
-    added. The ``first`` site starts the graph: nothing before it is differentiated, and frozen
-    models work.
+    Where ``target`` is given the site's value is moved there, by a constant, so that gradients pass
+    as if nothing had been added. With ``gradient`` the value returned is a node of the graph for
+    the metric to be differentiated at. The ``first`` site starts the graph: nothing before it is
+    differentiated, and frozen models work. ``through`` replaces how gradients pass backward from
+    here. A copy is kept if ``copy``; without any of these x is returned untouched.
     """
     before = 0.0 if action["plus"] is None else held[action["plus"]].to(x.device)
+    target = action["target"]
+    # Adding even zero makes a node of its own: later in-place edits must not reach it.
+    shift = 0.0 if target is None else (target.to(x.device) - before - x).detach()
     if action["gradient"]:
-        target = action["target"]
-        shift = 0.0 if target is None else (target.to(x.device) - before - x).detach()
-        # Adding even zero makes a node of its own: later in-place edits must not reach it.
-        x = (x.detach() + shift).requires_grad_() if action["first"] else x + shift
+        x = (x.detach() if action["first"] else x) + shift
+        if action["through"] is not None:
+            x = action["through"](x + before, held.get(action["source"])) - before
+        x = x if x.requires_grad else x.requires_grad_()
         log["nodes"][action["id"]] = x
-    log["kept"][action["id"]] = (x.detach() + before).clone()
+    elif target is not None:
+        x = x + shift
+    if action["copy"]:
+        log["kept"][action["id"]] = (x + before).detach().clone()
     return x
 
 

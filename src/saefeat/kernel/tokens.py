@@ -28,8 +28,8 @@ def window(
 
     Args:
         ids: the tokens fed in this pass, or None for embeddings.
-        attention_mask: [b, s] over past and new columns, or None. generate drops a mask of ones, and then
-            ``past`` is all that tells a new token from the first.
+        attention_mask: [b, s] over past and new columns, or None. generate drops a mask of ones,
+            and then ``past`` is all that tells a new token from the first.
         shape: (b, t).
         past: how many columns the key-value cache already holds.
         before: the view of the pass before, or what is known of one.

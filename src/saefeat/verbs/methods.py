@@ -1,13 +1,14 @@
-"""How to attribute: where along the path from clean to baseline gradients are taken.
+"""How to attribute: gradients along the path from clean to baseline, or runs without gradients.
 
-Both methods are one quadrature: nodes α in [0, 1] with weights that sum to one. The gradient is
-averaged over the nodes and multiplied once, at the end, with the change of each latent.
+Gradient methods are one quadrature: nodes α in [0, 1] with weights that sum to one. The gradient is
+averaged over the nodes and multiplied once, at the end, with the change of each latent. The others
+move one latent at a time for real, and read the metric.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -15,19 +16,29 @@ import numpy as np
 from ..errors import SaefeatError, explain
 
 RULES = ("left", "midpoint", "gauss")
+ENDPOINTS = ("corrected", "as_published")
 
 
 class Method(ABC):
-    """A quadrature on the path from the clean run (α = 0) to the baseline (α = 1).
+    """Where gradients are taken on the path from clean (α = 0) to baseline (α = 1), or how far
+    each latent is moved where none are.
 
     Examples:
         >>> sf.AtP().nodes()
         ((0.0, 1.0),)
+        >>> sf.Exact().moves()
+        ((1.0, 1.0), (0.0, -1.0))
     """
 
     @abstractmethod
     def nodes(self) -> tuple[tuple[float, float], ...]:
-        """(α, weight) pairs; the weights sum to one."""
+        """(α, weight) pairs; the weights sum to one. Empty for methods without gradients."""
+
+    def moves(self) -> tuple[tuple[float, float], ...]:
+        """(fraction, weight) pairs: the score is the weighted sum of the metric, with one latent
+        moved by that fraction of its way. Empty for methods that take gradients.
+        """
+        return ()
 
 
 @final
@@ -48,7 +59,7 @@ class AtP(Method):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IG(Method):
     """Integrated gradients: the mean gradient along the path (Sundararajan et al. 2017).
 
@@ -56,9 +67,13 @@ class IG(Method):
         steps: gradients taken, each one forward and one backward pass.
         rule: ``left`` (α = k/N, as published for refusal), ``midpoint``, or ``gauss``
             (Gauss-Legendre, exact for polynomials of degree 2N − 1).
+        endpoint: where the path ends when the baseline is an intervention. ``corrected``: at what
+            the intervention leaves. ``as_published``: the refusal paper's code stores the error
+            of the corrupt run as x_before − decode(f(x_after)), so its path ends at the value
+            *before* the site's own edit, while latents change by f(x_after) − f(x_clean).
 
     Raises:
-        SaefeatError: for no steps or an unknown rule.
+        SaefeatError: for no steps, or an unknown rule or endpoint.
 
     Examples:
         >>> sf.IG(steps=2, rule="midpoint").nodes()
@@ -67,15 +82,18 @@ class IG(Method):
 
     steps: int = 10
     rule: str = "left"
+    endpoint: str = field(default="corrected", kw_only=True)
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 1 or self.rule not in RULES:
+        known = self.rule in RULES and self.endpoint in ENDPOINTS
+        if type(self.steps) is not int or self.steps < 1 or not known:
             raise SaefeatError(
                 explain(
                     "IG",
-                    "steps and rule",
-                    got=f"{self.steps} and {self.rule!r}",
-                    wanted="at least 1 step and a rule of " + ", ".join(RULES),
+                    "steps, rule and endpoint",
+                    got=f"{self.steps}, {self.rule!r} and {self.endpoint!r}",
+                    wanted=f"at least 1 step, a rule of {', '.join(RULES)}, and an endpoint of "
+                    + " or ".join(ENDPOINTS),
                     cause="a typing error",
                     call='IG(steps=10, rule="midpoint")',
                 )
@@ -89,3 +107,94 @@ class IG(Method):
             )
         shift = 0.5 if self.rule == "midpoint" else 0.0
         return tuple(((k + shift) / self.steps, 1.0 / self.steps) for k in range(self.steps))
+
+    def __repr__(self) -> str:
+        end = "" if self.endpoint == "corrected" else f", endpoint={self.endpoint!r}"
+        return f"IG(steps={self.steps}, rule={self.rule!r}{end})"
+
+
+@final
+@dataclass(frozen=True)
+class Exact(Method):
+    """Every latent moved to its baseline value for real, alone: the effects themselves.
+
+    One run for each latent that moves in a prompt, many at a time as rows of a batch. Only the
+    latent's own site is written; later sites follow from the run. No gradient is needed.
+
+    Args:
+        per: ``"latent"`` moves a latent at all scored tokens together, which is one score, at
+            position −1 (activation and change are then means over those tokens). ``"token"``
+            moves it at one token at a time.
+        limit: the most latents accepted; ask for more only if you mean it.
+
+    Raises:
+        SaefeatError: for an unknown ``per`` or no limit at all.
+
+    Examples:
+        >>> sf.Exact(limit=20)
+        Exact(per='latent', limit=20)
+    """
+
+    per: str = "latent"
+    limit: int = 4096
+
+    def __post_init__(self) -> None:
+        _require_moves("Exact", self.per, self.limit, 1.0)
+
+    def nodes(self) -> tuple[tuple[float, float], ...]:
+        return ()
+
+    def moves(self) -> tuple[tuple[float, float], ...]:
+        return ((1.0, 1.0), (0.0, -1.0))
+
+
+@final
+@dataclass(frozen=True)
+class FiniteDifference(Method):
+    """What AtP estimates, without gradients: each latent moved a little way, to both sides.
+
+    Score = (m(+step) − m(−step)) / (2 · step), in units of the latent's whole way to its baseline
+    value. For places where gradients do not exist, such as remote servers; twice the runs of
+    ``Exact``. In float32 a smaller step has more rounding error than truncation.
+
+    Args:
+        step: the fraction of the way.
+        per: as in ``Exact``.
+        limit: as in ``Exact``.
+
+    Raises:
+        SaefeatError: for an unknown ``per``, no limit, or a step that is not above 0.
+
+    Examples:
+        >>> sf.FiniteDifference(step=0.5).moves()
+        ((0.5, 1.0), (-0.5, -1.0))
+    """
+
+    step: float = 0.02
+    per: str = "latent"
+    limit: int = 4096
+
+    def __post_init__(self) -> None:
+        _require_moves("FiniteDifference", self.per, self.limit, self.step)
+
+    def nodes(self) -> tuple[tuple[float, float], ...]:
+        return ()
+
+    def moves(self) -> tuple[tuple[float, float], ...]:
+        weight = 1 / (2 * self.step)
+        return ((self.step, weight), (-self.step, -weight))
+
+
+def _require_moves(where: str, per: str, limit: int, step: float) -> None:
+    if per in ("latent", "token") and type(limit) is int and limit > 0 and 0 < step <= 1:
+        return
+    raise SaefeatError(
+        explain(
+            where,
+            "per, limit and step",
+            got=f"{per!r}, {limit!r} and {step!r}",
+            wanted='"latent" or "token", at least 1 latent, and a step in (0, 1]',
+            cause="a typing error",
+            call=f"{where}(per='latent', limit=4096)",
+        )
+    )

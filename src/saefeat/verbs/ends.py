@@ -1,0 +1,153 @@
+"""The baseline of one batch: what every watched place and every latent is moved to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError, explain
+from ..kernel.program import lift
+from .base import Intervention
+from .baselines import Fixed, Paired, counterparts
+from .score import Goal, blocks
+from .watch import Batch, Part, Pass, Watch
+
+Baseline = Intervention | Fixed | Paired | None
+
+
+class End(NamedTuple):
+    """Where the path of a batch ends.
+
+    ``targets`` [b, t, d] a written place, ``goals`` a part, ``scored`` [b, t] a part, the baseline
+    run ``here`` and the ``batch`` it was made with, which is another for paired prompts.
+    """
+
+    targets: dict[int, Tensor]
+    goals: tuple[Goal, ...]
+    scored: tuple[Tensor, ...]
+    here: Pass
+    batch: Batch
+
+
+def run_baseline(
+    watch: Watch, baseline: Baseline, batch: Batch, other: Batch | None, published: bool
+) -> Pass | None:
+    """The baseline's own run, where it has one; before the clean run, whose graph takes memory."""
+    if isinstance(baseline, Intervention):
+        return watch.run(batch, baseline, before=published)
+    return None if other is None else watch.run(other)
+
+
+def end(
+    watch: Watch,
+    baseline: Baseline,
+    batch: Batch,
+    other: Batch | None,
+    clean: Pass,
+    scored: Sequence[Tensor],
+    here: Pass | None,
+) -> End:
+    """The end of the path, from the clean run and the baseline's."""
+    with torch.no_grad():
+        if here is None:
+            return _still(watch, baseline, batch, clean, tuple(scored))
+        values, before, masks = here.values, here.before, tuple(scored)
+        if isinstance(baseline, Paired) and other is not None:
+            values, masks = _aligned(baseline, batch, other, clean, here, masks)
+        parts = zip(watch.parts, masks, strict=True)
+        goals = tuple(Goal(lift(values[p.read][mask], p.transform)) for p, mask in parts)
+        targets = {n: (before or values)[n] for n in watch.written}
+        return End(targets, goals, masks, here, other or batch)
+
+
+def _still(
+    watch: Watch, baseline: Baseline, batch: Batch, clean: Pass, scored: tuple[Tensor, ...]
+) -> End:
+    """Latents at zero or at fixed values, each site moved from its own clean value."""
+    goals = []
+    for part, mask in zip(watch.parts, scored, strict=True):
+        prompt = batch.numbers[mask.nonzero()[:, 0].cpu()]
+        fixed = None
+        if isinstance(baseline, Fixed):
+            fixed = baseline.of(part.dictionary, part.indices, prompt)
+        goals.append(Goal(fixed=fixed))
+    targets: dict[int, Tensor] = {}
+    for part, mask, goal in zip(watch.parts, scored, goals, strict=True):
+        out = targets.get(part.write, clean.values[part.write]).clone()
+        out[mask] = _moved(part, clean.values, mask, goal, out[mask])
+        targets[part.write] = out
+    here = watch.run(batch, targets=targets, copy=False)
+    return End(targets, tuple(goals), scored, here, batch)
+
+
+def _moved(part: Part, values: dict[int, Tensor], mask: Tensor, goal: Goal, out: Tensor) -> Tensor:
+    """[n, d_out]: the written site's scored tokens with the part's latents moved."""
+    for block in blocks(part, lift(values[part.read][mask], part.transform), goal):
+        out[block.tokens] += block.step().to(out.dtype)
+    return out
+
+
+def _aligned(
+    baseline: Paired, batch: Batch, other: Batch, clean: Pass, here: Pass, scored: tuple
+) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
+    """The paired run's values at this batch's columns, and what can be scored of it."""
+    columns, free = _columns(baseline, batch, other)
+    missing = columns < 0
+    for mask in scored:
+        _require_counterparts(mask & (missing & ~free).to(mask.device), batch)
+    rows = torch.arange(len(columns))[:, None]
+    found = {}
+    for n, value in clean.values.items():
+        across = here.values[n][rows, columns.clamp(min=0)]
+        found[n] = torch.where(missing.to(value.device).unsqueeze(-1), value, across)
+    return found, tuple(mask & ~free.to(mask.device) for mask in scored)
+
+
+def _columns(baseline: Paired, batch: Batch, other: Batch) -> tuple[Tensor, Tensor]:
+    """[b, t]: the other batch's column that meets each column, or −1; and where that was asked for.
+
+    Positions are the prompt's; what continues it meets what continues the other.
+    """
+    sizes = [_sizes(one) for one in (batch, other)]
+    lengths, others = ([size for size, _, _ in both] for both in sizes)
+    rows, free = counterparts(baseline.align, lengths, others, int(batch.numbers[0]))
+    shape = batch.inputs["input_ids"].shape
+    columns = torch.full(shape, -1)
+    asked = torch.zeros(shape, dtype=torch.bool)
+    for n, ((length, more, pad), (theirs, _, their_pad)) in enumerate(zip(*sizes, strict=True)):
+        found = torch.tensor([p + their_pad if p >= 0 else -1 for p in rows[n]])
+        columns[n, pad : pad + length] = found
+        asked[n, pad : pad + length] = torch.tensor(free[n])
+        behind = torch.arange(more) + their_pad + theirs
+        columns[n, pad + length :] = behind
+    return columns, asked
+
+
+def _sizes(batch: Batch) -> list[tuple[int, int, int]]:
+    """For each row: the prompt's tokens, the continuation's, and pads."""
+    mask = batch.inputs["attention_mask"]
+    real = mask.sum(1)
+    lengths = real if batch.lengths is None else batch.lengths.squeeze(1)
+    return [
+        (int(n), int(r - n), int(mask.shape[1] - r)) for n, r in zip(lengths, real, strict=True)
+    ]
+
+
+def _require_counterparts(lacking: Tensor, batch: Batch) -> None:
+    if not bool(lacking.any()):
+        return
+    row = int(lacking.any(1).nonzero()[0])
+    raise PromptError(
+        explain(
+            "Attribute",
+            "baseline",
+            got=f"without a counterpart for {int(lacking[row].sum())} scored tokens of prompt"
+            f" {int(batch.numbers[row])}",
+            wanted="a baseline token for every scored token",
+            cause="the paired prompt is shorter",
+            call="where=Tokens.last(n) for the tokens they share, or a map with None in align=",
+        )
+    )

@@ -1,0 +1,117 @@
+"""Effects without gradients: latents moved one at a time, as rows that share their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import cast
+from ..errors import LatentError, explain
+from ..kernel.encode import encode
+from ..kernel.program import lift
+from ..latents import Latents, index_tensor
+from .methods import Method
+from .path import Runs
+from .score import Goal, Rows, moved_rows
+from .watch import Part
+
+Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""prompt, position, latent, score, activation, change: [n] each."""
+
+
+def require_few(method: Method, latents: Latents) -> None:
+    """Refuse to run the model once for each of a whole dictionary's latents by accident.
+
+    Raises:
+        LatentError: for more latents than the method's limit.
+    """
+    limit = getattr(method, "limit", len(latents))
+    if len(latents) > limit:
+        raise LatentError(
+            explain(
+                "Attribute",
+                "target",
+                got=f"{len(latents)} latents for {method!r}",
+                wanted=f"at most {limit}",
+                cause="a whole dictionary, when each latent costs a run of its own",
+                call=f"attribute with IG first, then scores.top(100), or limit={len(latents)}",
+            )
+        )
+
+
+def effects(runs: Runs, part: Part, mask: Tensor, goal: Goal) -> Columns:
+    """One part's scores: what the metric does when each latent is moved alone."""
+    before = lift(runs.clean.values[part.read][mask], part.transform)
+    rows = moved_rows(part, before, goal)
+    where = mask.nonzero()  # [n, 2]: row and column of each scored token
+    prompt, position = where[:, 0], runs.clean.view["position"][mask].to(where.device)
+    whole = getattr(runs.method, "per", "latent") == "latent"
+    group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, whole)
+    owner = prompt[rows.token[first]]
+    found = [torch.zeros(0, device=owner.device)]
+    for some, members in _batches(group, len(first), runs.copies() * len(runs.batch.numbers)):
+        steps = _steps(part, before, goal, rows.at(members))  # [m, d_out]
+        at = (group[members] - some.start, where[rows.token[members], 1])
+        found.append(_effect(runs, part.write, owner[some], at, steps))
+    count = mask.sum(1).clamp(min=1)[owner] if whole else torch.ones_like(owner)
+    activation, change = (
+        column.new_zeros(len(first)).index_add_(0, group, column) / count
+        for column in (rows.activation, rows.change)
+    )
+    place = torch.full_like(owner, -1) if whole else position[rows.token[first]]
+    score = torch.cat(found)
+    return owner, place, rows.latent[first], score.float(), activation.float(), change.float()
+
+
+def _groups(key: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    """What is moved together: the group of each row [m], and one row of each group [g]."""
+    every = torch.arange(len(key), device=key.device)
+    if not whole:
+        return every, every
+    unique, group = torch.unique(key, return_inverse=True)
+    first = group.new_zeros(len(unique)).scatter_(0, group.flip(0), every.flip(0))
+    return group, first
+
+
+def _batches(group: Tensor, count: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Groups, ``size`` at a time, and the rows that belong to them."""
+    order = group.argsort(stable=True)
+    edges = torch.arange(0, count + size, size, device=group.device)
+    bounds = torch.searchsorted(group[order], edges).tolist()
+    for n, start in enumerate(range(0, count, size)):
+        yield slice(start, start + size), order[bounds[n] : bounds[n + 1]]
+
+
+def _steps(part: Part, before: Tensor, goal: Goal, rows: Rows) -> Tensor:
+    """[m, d_out]: what each row's move adds to the written site."""
+    one = part.dictionary.columns(index_tensor(part.indices[:1]))
+    columns = cast(one, before.dtype, before.device)
+    scale = encode(columns, before)[1]
+    unique, place = torch.unique(rows.latent, return_inverse=True)
+    directions = part.dictionary.directions(unique.cpu()).to(before)[place]
+    if scale is None:
+        return rows.change[:, None] * directions
+    then = scale if goal.after is None else encode(columns, goal.after)[1]
+    assert then is not None
+    will = (rows.activation + rows.change)[:, None] * then[rows.token]
+    return (will - rows.activation[:, None] * scale[rows.token]) * directions
+
+
+def _effect(
+    runs: Runs, write: int, owner: Tensor, at: tuple[Tensor, Tensor], steps: Tensor
+) -> Tensor:
+    """[g]: the metric summed over the method's moves, weighted; row g is prompt owner[g] again."""
+    many = runs.batch.take(owner.cpu())
+    start = runs.clean.values[write][owner]
+    total = torch.zeros(len(owner), device=owner.device)
+    for fraction, weight in runs.method.moves():
+        if fraction == 0:
+            found = runs.of_clean()[owner]
+        else:
+            target = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
+            here = runs.watch.run(many, targets={write: target.to(start.dtype)}, copy=False)
+            found = runs.metric(here, many, owner)
+        total = total.to(found) + weight * found.detach()
+    return total

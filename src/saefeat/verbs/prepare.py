@@ -1,0 +1,199 @@
+"""What an attribution is asked: checks that need no run, and the prompts in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GradientError, PromptError, SaefeatError, explain
+from ..prompts import Prompts, encode_prompts
+from .base import Intervention, require_rows
+from .baselines import Fixed, Paired, require_pairs
+from .semantics import SEMANTICS
+from .watch import Batch
+
+if TYPE_CHECKING:
+    from .attribute import Attribute
+
+
+class Data(NamedTuple):
+    """Encoded prompts, those they are paired with, and how long each prompt itself is."""
+
+    inputs: dict[str, Tensor]
+    lengths: Tensor | None
+    others: dict[str, Tensor] | None = None
+    other_lengths: Tensor | None = None
+
+    def batches(self, size: int) -> list[tuple[Batch, Batch | None]]:
+        """At most ``size`` prompts each, with their pairs."""
+        found = _cut(self.inputs, self.lengths, size)
+        pairs: Sequence[Batch | None] = [None] * len(found)
+        if self.others is not None:
+            pairs = _cut(self.others, self.other_lengths, size)
+        return list(zip(found, pairs, strict=True))
+
+
+def _cut(inputs: dict[str, Tensor], lengths: Tensor | None, size: int) -> list[Batch]:
+    return list(_batches(inputs, lengths, size))
+
+
+def _batches(inputs: dict[str, Tensor], lengths: Tensor | None, size: int) -> Iterator[Batch]:
+    """Rows in order, without columns that are all padding."""
+    for start in range(0, len(inputs["input_ids"]), size):
+        mask = inputs["attention_mask"][start : start + size]
+        first = int((mask.sum(0) == 0).long().argmin())
+        cut = {name: tensor[start : start + size, first:] for name, tensor in inputs.items()}
+        index = torch.arange(start, start + len(mask))
+        yield Batch(cut, index, None if lengths is None else lengths[start : start + size])
+
+
+def prepare(job: Attribute, model: Any, prompts: Prompts) -> Data:
+    """Prompts encoded, continued where the metric wants it, and checked against what is per prompt.
+
+    Raises:
+        PromptError: for prompts that cannot be encoded, or another number of values or pairs.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    inputs = encode_prompts(tokenizer, prompts)
+    count = len(inputs["input_ids"])
+    require_count(job, count)
+    if isinstance(job.baseline, Intervention):
+        require_rows(job.baseline, count)
+    others = None
+    if isinstance(job.baseline, Paired):
+        others = encode_prompts(tokenizer, job.baseline.prompts)
+        require_pairs(job.baseline, count, len(others["input_ids"]))
+    if job.metric.continuation is None:
+        return Data(inputs, None, others)
+    ids = job.metric.continuation(tokenizer)
+    inputs, lengths = continued(tokenizer, inputs, ids)
+    if others is None:
+        return Data(inputs, lengths)
+    return Data(inputs, lengths, *continued(tokenizer, others, ids))
+
+
+def continued(
+    tokenizer: Any, inputs: dict[str, Tensor], ids: tuple[tuple[int, ...], ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts with what follows them, less its last token; and the prompts' lengths [n, 1]."""
+    mask = inputs["attention_mask"].bool()
+    rows = [row[real].tolist() for row, real in zip(inputs["input_ids"], mask, strict=True)]
+    behind = ids if len(ids) > 1 else ids * len(rows)
+    joined = [[*row, *more[:-1]] for row, more in zip(rows, behind, strict=True)]
+    return encode_prompts(tokenizer, joined), mask.sum(1, keepdim=True)
+
+
+def require_count(job: Attribute, count: int) -> None:
+    """Refuse values made for another number of prompts.
+
+    Raises:
+        PromptError: naming both numbers.
+    """
+    given = {"metric": job.metric.prompts}
+    if isinstance(job.baseline, Fixed):
+        given["baseline"] = job.baseline.prompts
+    for name, number in given.items():
+        if number is not None and number != count:
+            raise PromptError(
+                explain(
+                    "Attribute",
+                    name,
+                    got=f"made for {number} prompts",
+                    wanted=f"values for the {count} prompts given",
+                    cause="the prompts were filtered or batched after the values were made",
+                    call="make the values from the same prompts, in the same order",
+                )
+            )
+
+
+def require_gradients(module: nn.Module) -> None:
+    """Refuse where there are no gradients, which would read as "no effect".
+
+    Raises:
+        GradientError: with gradients switched off, tensors of inference mode, or no weights.
+    """
+    cause, got, call = "", "", "with torch.enable_grad(): attribute(model, prompts)"
+    first = next(iter(module.parameters()), torch.zeros(0))
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        got = "gradients switched off"
+        cause = "a surrounding torch.no_grad() or torch.inference_mode(), or a generation"
+    elif first.is_meta:
+        got, cause = "a model without weights", "a model meant for remote runs, or not yet loaded"
+        call = "TransformersModel(..., dispatch=True), or method=FiniteDifference()"
+    elif any(p.is_inference() for p in module.parameters()):
+        got = "a model of inference tensors"
+        cause = "it was loaded or moved under torch.inference_mode()"
+        call = "load the model outside torch.inference_mode()"
+    if got:
+        wanted = "torch.is_grad_enabled() and weights that gradients can pass"
+        raise GradientError(
+            explain("Attribute", "context", got=got, wanted=wanted, cause=cause, call=call)
+        )
+
+
+def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
+    """The metric of a run [b], refused where it is NaN or infinite: so would every score be.
+
+    Raises:
+        GradientError: naming the first such prompt.
+    """
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if not bad:
+        return values
+    raise GradientError(
+        explain(
+            "Attribute",
+            "metric",
+            got=f"{float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the {run} run",
+            wanted="a finite number for every prompt",
+            cause="the log of zero in the metric, or a model that overflows on this prompt",
+            call="measure(model, prompts, metric), to find the prompts, and leave them out",
+        )
+    )
+
+
+def require_sense(job: Attribute) -> None:
+    """Refuse combinations that would not mean what they say.
+
+    Raises:
+        SaefeatError, GradientError: naming the two that do not go together.
+    """
+    for bad, parameter, got, wanted in _nonsense(job):
+        if bad:
+            cause = "two settings that exclude each other, or a typing error"
+            call = "leave one of them at its default"
+            raise SaefeatError(
+                explain("Attribute", parameter, got=got, wanted=wanted, cause=cause, call=call)
+            )
+    if job.metric.flat and [alpha for alpha, _ in job.method.nodes()] == [0.0]:
+        raise GradientError(
+            explain(
+                "Attribute",
+                "metric",
+                got=f"{job.metric!r} with {job.method!r}",
+                wanted="a method that looks beyond the clean run",
+                cause="a divergence from the clean run has no slope there: every score would be 0",
+                call="method=IG(8, 'midpoint') or Exact()",
+            )
+        )
+
+
+def _nonsense(job: Attribute) -> Iterator[tuple[bool, str, str, str]]:
+    """(wrong, parameter, got, wanted) of each combination."""
+    gradients, keep = bool(job.method.nodes()), job.keep
+    plain = job.semantics == "pass_through"
+    named = f"{job.method!r}"
+    yield job.semantics not in SEMANTICS, "semantics", repr(job.semantics), " or ".join(SEMANTICS)
+    bare = plain and job.backward is None and not job.one_site
+    got, wanted = f"{named} with semantics, backward or one_site", "a method that takes gradients"
+    yield not gradients and not bare, "method", got, wanted
+    got = f"{job.backward!r} with semantics={job.semantics!r}"
+    yield not plain and job.backward is not None, "backward", got, "one of the two"
+    published = getattr(job.method, "endpoint", "") == "as_published"
+    got, wanted = f"{named} with baseline={job.baseline!r:.60}", "an intervention as the baseline"
+    yield published and not isinstance(job.baseline, Intervention), "method", got, wanted
+    fits = keep is None or (gradients and type(keep) is int and keep > 0)
+    yield not fits, "keep", f"{keep!r} with {named}", "at least 1, and a method with gradients"

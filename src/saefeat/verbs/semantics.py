@@ -1,0 +1,103 @@
+"""How gradients pass a watched site on their way to earlier ones.
+
+``pass_through`` needs nothing: the dictionary is not in the graph, and everything downstream of a
+site reaches it. ``through_sae`` detaches the error term: what flows back past a site is only what
+encode → decode carries, as if the dictionary were spliced into the model with its error a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary
+from ..errors import DictionaryError, explain
+from ..kernel.program import lift
+
+if TYPE_CHECKING:
+    from .watch import Part
+
+SEMANTICS = ("pass_through", "through_sae")
+_NUMBERS = 1 << 22
+"""Latents times tokens that a backward pass through a dictionary holds at a time."""
+
+Passing = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def through(parts: Sequence[Part]) -> dict[int, tuple[int | None, Passing]]:
+    """For each written place the place its dictionary reads (None if the same), and how it passes.
+
+    Raises:
+        DictionaryError: for a dictionary without a reconstruction, or two that write at one place.
+    """
+    found: dict[int, tuple[int | None, Passing]] = {}
+    for part in parts:
+        reconstruct = _reconstruction(part.dictionary)
+        if part.write in found or reconstruct is None:
+            raise DictionaryError(
+                explain(
+                    "Attribute",
+                    "semantics",
+                    got=f"'through_sae' with {part.dictionary!r}"
+                    + (", a second one there" if part.write in found else ""),
+                    wanted="one dictionary with a reconstruction at each place",
+                    cause="an error term or a function, or an SAE and a transcoder that write to"
+                    " the same place",
+                    call="semantics='pass_through', or other dictionaries",
+                )
+            )
+        source = None if part.read == part.write else part.read
+        found[part.write] = (source, _passing(part, reconstruct, source))
+    return found
+
+
+def _reconstruction(dictionary: Dictionary) -> Callable[[Tensor], Tensor] | None:
+    """From x to x̂ by all latents, or what of it depends on x."""
+    own = getattr(dictionary, "reconstruct", None)
+    if own is not None:
+        return own
+    if dictionary.columns(torch.tensor([0]))["activation"] == "error":
+        return None
+    directions = dictionary.directions()
+    return lambda x: (f := dictionary.encode(x)) @ directions.to(f.device, f.dtype)
+
+
+def _passing(part: Part, reconstruct: Callable[[Tensor], Tensor], source: int | None) -> Passing:
+    step = max(1, _NUMBERS // part.dictionary.d_sae)
+
+    def passing(x: Tensor, read: Tensor | None) -> Tensor:
+        return _Through.apply(x, x if source is None else read, part.transform, reconstruct, step)  # type: ignore[return-value]
+
+    return passing
+
+
+class _Through(torch.autograd.Function):
+    """The value as it is; backward, the gradient of encode → decode at what the dictionary reads.
+
+    The dictionary runs in the backward pass alone, some tokens at a time, so that memory does not
+    grow with its width.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, read: Tensor, transform: dict[str, Any], reconstruct: Any, step: int
+    ) -> Tensor:
+        ctx.save_for_backward(read)
+        ctx.transform, ctx.reconstruct, ctx.step = transform, reconstruct, step
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (read,) = ctx.saved_tensors
+        rows, slopes = read.flatten(0, -2), gradient.flatten(0, -2)
+        pieces = []
+        for start in range(0, len(rows), ctx.step):
+            with torch.enable_grad():
+                x = rows[start : start + ctx.step].detach().requires_grad_()
+                out = ctx.reconstruct(lift(x, ctx.transform))
+            slope = slopes[start : start + ctx.step].to(out.dtype)
+            pieces.append(torch.autograd.grad(out, x, slope)[0])
+        return None, torch.cat(pieces).view_as(read), None, None, None
