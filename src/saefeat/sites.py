@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -268,11 +268,11 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     Raises:
         ModelError: for a family that is not in the table.
     """
-    kind = getattr(getattr(module, "config", None), "model_type", None)
+    kind: Any = getattr(getattr(module, "config", None), "model_type", None)
     if kind in FAMILIES:
         return FAMILIES[kind]
     text = module.config.get_text_config().model_type if kind in NESTED else None  # type: ignore[union-attr, operator]
-    if text is not None and _TEXT.get(text, text) in FAMILIES:
+    if kind in NESTED and text is not None and _TEXT.get(text, text) in FAMILIES:
         return NESTED[kind], FAMILIES[_TEXT.get(text, text)][1]
     raise ModelError(
         explain(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 from .edit import changed, moved
 from .encode import encode
+from .prefix import encode_prefix
 from .tokens import select
 
 
@@ -64,7 +65,7 @@ def read(
 ) -> None:
     """Encode the action's latents and hold them for its write; record them if it is a probe."""
     number = action["id"]
-    f, scale = encode(place(action, x), lift(whole(action, x, held), action))
+    f, scale = latents(action, x, view, held)
     mask, everywhere = selected(action["rule"], view, x.device)
     held[number] = (f, scale, mask, everywhere)
     if log is not None and action["record"]:
@@ -94,6 +95,19 @@ def write(
     return moved(x, step, tensors["directions"], scale, None if everywhere else mask)
 
 
+def latents(
+    action: dict[str, Any],
+    x: Float[Tensor, "b t d"],
+    view: dict[str, Any],
+    held: dict[Any, Any],
+) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
+    """What the action's dictionary reads at the site, and the scale of its directions."""
+    columns, value = place(action, x), lift(whole(action, x, held), action)
+    if columns.get("prefix"):
+        return encode_prefix(columns, value, view, ("prefix", action["number"]))
+    return encode(columns, value)
+
+
 def whole(
     action: dict[str, Any], x: Float[Tensor, "b t d"], held: dict[Any, Any]
 ) -> Float[Tensor, "b t d"]:
@@ -111,7 +125,7 @@ def test(
 
     With ``hold`` it stays met for the rest of the sequence, later passes included.
     """
-    f = encode(place(action, x), lift(whole(action, x, held), action))[0].detach()
+    f = latents(action, x, view, held)[0].detach()
     key = action["id"]
     hit = (f > action["above"]).any(-1, keepdim=True) & view["real"].unsqueeze(-1).to(f.device)
     if key in held:  # the condition reads several dictionaries: any of them will do

@@ -21,7 +21,6 @@ from .facts import l0_in, width_in
 
 FILE = "pretrained_saes.yaml"
 REFUSED = {
-    "temporal": "a temporal SAE computes a latent from the whole prefix, not from one position",
     "mntss_clt_layer_transcoder": "a cross-layer transcoder writes at every later layer; "
     "sae-lens sums its decoders, which is no direction of any site",
 }

@@ -11,6 +11,7 @@ from ..dictionaries.weights import Weights
 from ..sites import Site
 from . import dictionary_learning, gemma_scope, llama_scope, native, sparsify, transcoders
 from .facts import Facts, Origin, Source, assemble, refuse
+from .whole import ARCHITECTURES, Whole, load
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ def read(
     name: str,
     site: Site | str | None = None,
     write_site: Site | str | None = None,
-) -> SAE:
+) -> SAE | Whole:
     """The SAE in a folder of a known layout.
 
     Raises:
@@ -87,5 +88,7 @@ def read(
         SiteError: for a hook this version has no place for.
     """
     facts = whole(layout.facts, source)
+    if facts.architecture in ARCHITECTURES:
+        return load(source.folder, facts, origin, name=name, site=site)
     tensors = whole(layout.weights, source)
     return assemble(facts, tensors, origin, name=name, site=site, write_site=write_site)

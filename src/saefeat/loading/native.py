@@ -19,6 +19,9 @@ from .facts import Facts, Source, l0_in, read_json, refuse
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 AVERAGE = "expected_average_only_in"
+_BY_SAE_LENS = (AVERAGE, "constant_scalar_rescale")
+"""Norms that are no norm of a token's value: a factor, which is folded in, or which sae-lens's
+temporal SAE applies itself."""
 _OLD = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
 _OLD |= {"activation_fn_str": "activation_fn"}
 
@@ -62,7 +65,7 @@ def declared(config: dict[str, Any], label: str, where: str = "") -> Facts:
         hook=flat.get("hook_name"),
         hook_out=flat.get("hook_name_out") if transcoder else None,
         architecture=architecture,
-        norm="none" if norm == AVERAGE else norm,
+        norm="none" if norm in _BY_SAE_LENS else norm,
         subtract_bias=not transcoder and bool(flat.get("apply_b_dec_to_input", True)),
         centered=bool(pretrained.get("center_writing_weights", False)),
         k=k,

@@ -183,6 +183,7 @@ class Watch:
         for basis, indices in latents.parts:
             dictionary: Dictionary = basis  # type: ignore[assignment]
             self.route.check(dictionary, "dictionary")
+            _require_tokenwise(dictionary)
             read, place = self._number(dictionary.site), self.route.places[dictionary.site]
             write = self._number(dictionary.write_site)
             transform = {"transform": place.transform, "eps": place.eps}
@@ -354,6 +355,26 @@ def _dot(slope: Tensor, directions: Tensor, token: Tensor, latent: Tensor) -> Te
         for i in range(0, max(len(token), 1), step)
     ]
     return torch.cat(pieces)
+
+
+def _require_tokenwise(dictionary: Dictionary) -> None:
+    """Refuse latents that depend on earlier tokens: their change reaches later tokens' latents.
+
+    Raises:
+        GradientError: naming the dictionary.
+    """
+    if dictionary.prefix:
+        raise GradientError(
+            explain(
+                "Attribute",
+                "target",
+                got=repr(dictionary),
+                wanted="latents that depend on their own token's value alone",
+                cause="a temporal SAE, whose latents mix positions, so that scores of single"
+                " tokens mean nothing",
+                call="ablate them one by one with run",
+            )
+        )
 
 
 def _require_gradients() -> None:

@@ -83,6 +83,7 @@ class _Builder:
         self.visits: dict[Place, dict[str, Any]] = {}
         self._directions: dict[int, Any] = {}
         self._edited: dict[int, set[int]] = {}
+        self._reads = 0
         check_ready(self.module, "saefeat")
 
     def read(
@@ -195,6 +196,7 @@ class _Builder:
         """Put an action that reads a site where its value is whole."""
         place = self.route.places[site]
         action |= {"transform": place.transform, "eps": place.eps, "plus": place.plus}
+        action["number"] = self._reads = self._reads + 1  # names it in memories across passes
         if place.plus is not None:
             add_stash(self.visits, place.plus, self.route.starts[place.plus])
         add_visit(self.visits, place, self.route.orders[site])["actions"].append(action)
