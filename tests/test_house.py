@@ -40,6 +40,7 @@ LEVELS: dict[str, int] = {
     "saefeat.latents": 2,
     "saefeat.records": 3,
     "saefeat.dictionaries": 3,
+    "saefeat.controls": 4,
     # the verbs, as one package or as modules
     "saefeat.verbs": 4,
     "saefeat.edits": 4,

@@ -6,6 +6,7 @@ Site(kind='resid_post', layer=3)
 """
 
 from .attribution import Attribution
+from .controls import matched, random_directions
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Direction, Neurons, direction
 from .dictionaries.generic import Generic
@@ -91,7 +92,9 @@ __all__ = [
     "load_saes",
     "logit",
     "logit_diff",
+    "matched",
     "metric",
+    "random_directions",
     "run",
     "stack",
     "verify",
