@@ -65,7 +65,8 @@ def test_a_seed_draws_the_same_and_seeds_differ(model):
 def test_several_sites_and_statistics_of_ones_own():
     a, b = uneven("resid_post.1"), uneven("resid_post.2", 1)
     chosen = a.latents([3, 40]) | b.latents([7])
-    rates = {"resid_post.1": torch.rand(WIDE) + 0.1, b.site: torch.rand(WIDE) + 0.1}
+    generator = torch.Generator().manual_seed(0)
+    rates = {at: torch.rand(WIDE, generator=generator) + 0.1 for at in ("resid_post.1", b.site)}
     control = sf.matched(chosen, rates, seed=0, within=3.0)
     assert [
         (basis is own, len(ix)) for (basis, ix), own in zip(control.parts, (a, b), strict=True)
@@ -118,7 +119,7 @@ def test_any_selection(picked, seed):
 
 def test_what_has_no_match_is_named(model):
     sae = uneven()
-    with pytest.raises(sf.LatentError, match="no other like it.*within=2"):
+    with pytest.raises(sf.LatentError, match=r"no other like it.*within=2"):
         sf.matched(sae.latents([3, 4, 5]), seed=0, within=1.0)
     with pytest.raises(sf.LatentError, match="no statistic was given"):
         sf.matched(sae.latents([3]), read(model, uneven("resid_post.0")), seed=0)

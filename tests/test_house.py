@@ -58,6 +58,7 @@ LEVELS: dict[str, int] = {
     "saefeat.remote": 5,
     "saefeat.loading": 5,
     "saefeat.verify": 5,
+    "saefeat.declared": 5,
     "saefeat.evaluate": 5,
     "saefeat.testing": 5,
     "saefeat.spec": 5,

@@ -480,3 +480,15 @@ def test_a_temporal_release_goes_through_sae_lens(cache):
     torch.testing.assert_close(ours.encode(x), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.directions([3]), state["D"][[3]] / 0.5)
     assert ours.origin.release == release and ours.columns(torch.tensor([1]))["local"]
+
+
+def test_what_a_release_declares_is_kept_for_verify(cache):
+    cache.fill(SCOPE, SCOPE_ID, JUMP)
+    said = one(SCOPE, SCOPE_ID).declared
+    assert (said.model, said.width, said.l0) == ("gemma-2-2b", 65536, 72.0)
+    release, sae_id = "gpt2-small-mlp-tm", "blocks.0.hook_mlp_out"
+    config = flat(hook_name=sae_id, normalize_activations=True, prepend_bos=True)
+    cache.fill(release, sae_id, config, tensors())
+    said = one(release, sae_id).declared
+    assert (said.model, said.l0, said.explained) == ("gpt2-small", 15.0, 0.999)
+    assert said.prepend_bos is True

@@ -32,6 +32,7 @@ class Dictionary(ABC):
         excluded: token ids the dictionary was not trained on, or ``"special"`` for all special
             tokens; edits and readings skip them by default.
         origin: where it was loaded from, for provenance; None for tensors made in memory.
+        declared: what its files say of its training, for ``verify``; None for tensors in memory.
         prefix: whether a latent depends on earlier tokens of its sequence.
 
     Examples:
@@ -47,6 +48,7 @@ class Dictionary(ABC):
     name: str
     excluded: tuple[int, ...] | str = ()
     origin: Any = None
+    declared: Any = None
     prefix: bool = False
 
     @abstractmethod

@@ -72,7 +72,9 @@ def declared(config: dict[str, Any], label: str, where: str = "") -> Facts:
         rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
         excluded=_excluded(flat.get("exclude_special_tokens")),
         width=flat.get("d_sae"),
-        l0=l0_in(where) if k is None else float(k),
+        l0=_l0(flat, k, where),
+        model=flat.get("model_name"),
+        prepend_bos=flat.get("prepend_bos"),
     )
 
 
@@ -135,6 +137,12 @@ def _architecture(flat: dict[str, Any], label: str) -> tuple[str, int | None]:
         "sae-lens 6 dropped the others and would read this one as relu, with other latents",
         "an SAE with another activation function",
     )
+
+
+def _l0(flat: dict[str, Any], k: int | None, where: str) -> float | None:
+    """Active latents a token: k, what the trainer wrote down, or what the path tells."""
+    told = flat.get("l0") if k is None else k
+    return float(told) if isinstance(told, int | float) else l0_in(where)
 
 
 def _norm(flat: dict[str, Any]) -> str:

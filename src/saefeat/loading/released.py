@@ -14,7 +14,7 @@ from ..sites import Site
 from . import hub
 from .directory import Release
 from .entries import Entry
-from .facts import Origin, Source
+from .facts import Declared, Origin, Source
 from .from_object import from_sae_lens
 from .layouts import GEMMA_SCOPE, LLAMA_SCOPE, NATIVE, TRANSCODERS, Layout, read, whole
 from .whole import Whole
@@ -67,6 +67,7 @@ class Released(Dictionary):
             DictionaryError: for a file that is missing or cannot be computed with.
         """
         found = _open(self._release, self._entry, self.name)
+        found.declared = _declared(found.declared, self._release, self._entry)
         if found.site == self.site and found.write_site == self.write_site:
             return found
         raise DictionaryError(
@@ -84,6 +85,10 @@ class Released(Dictionary):
     @property
     def excluded(self) -> tuple[int, ...] | str:  # type: ignore[override]
         return self.sae.excluded
+
+    @property
+    def declared(self) -> Declared:  # type: ignore[override]
+        return self.sae.declared
 
     @property
     def prefix(self) -> bool:  # type: ignore[override]
@@ -112,6 +117,17 @@ class Released(Dictionary):
         width = f"{self._entry.width:,} latents" if self._entry.width else "width unknown"
         l0 = f", L0 {self._entry.l0:g}" if self._entry.l0 is not None else ""
         return f"SAE({self.name!r}, {at}, {width}{l0}, not read yet)"
+
+
+def _declared(file: Declared, release: Release, entry: Entry) -> Declared:
+    """What the release says of an SAE, and its file where the release is silent."""
+    return Declared(
+        model=release.model or file.model,
+        width=entry.width or file.width,
+        l0=entry.l0 if entry.l0 is not None else file.l0,
+        explained=entry.explained,
+        prepend_bos=file.prepend_bos,
+    )
 
 
 def files(release: Release, entry: Entry) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dictionaries.base import Dictionary
 from ..kernel.encode import normalize
 from ..sites import Site
-from .facts import Facts, Origin, no_site
+from .facts import Facts, Origin, declared_by, no_site
 
 ARCHITECTURES = ("matching_pursuit", "temporal")
 
@@ -53,6 +53,7 @@ class Whole(Dictionary):
         self.architecture, self.norm, self.centered = facts.architecture, facts.norm, facts.centered
         self.prefix = facts.architecture == "temporal"
         self.excluded, self.name, self.origin = facts.excluded, name, origin
+        self.declared = declared_by(facts)
         self.d_sae, self.d_in = sae.W_dec.shape
         self.d_out = self.d_in
         self._sae = _stateless(sae, facts.norm)
@@ -94,7 +95,7 @@ class Whole(Dictionary):
             f = self._sae.encode(z)
             bias = self._sae.b_dec if self._sae.cfg.apply_b_dec_to_input else 0.0
             return f @ self._sae.W_dec + bias
-        sequences = z if z.ndim == 3 else z.unsqueeze(0)
+        sequences = z.reshape(-1, *z.shape[-2:])
         return self._sae(sequences).reshape(z.shape)
 
     def fingerprint(self) -> str:
@@ -145,9 +146,11 @@ def _same(x: Tensor, *_: Any) -> Tensor:
 def _encode(sae: Any, centered: bool, indices: Tensor, x: Tensor) -> Tensor:
     """The chosen latents [..., k] of normalized values, in the values' dtype and place."""
     value = x - x.mean(-1, keepdim=True) if centered else x
+    sequences = value.reshape(-1, *value.shape[-2:]) if x.ndim > 1 else value
     with torch.no_grad():
-        f = sae.encode(value.to(sae.W_dec.device))
-    return f[..., indices.to(f.device)].to(x.device, x.dtype)
+        f = sae.encode(sequences.to(sae.W_dec.device))
+    f = f[..., indices.to(f.device)].to(x.device, x.dtype)
+    return f.reshape(*x.shape[:-1], len(indices))
 
 
 def _hash(sae: Any) -> str:
