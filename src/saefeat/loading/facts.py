@@ -71,6 +71,25 @@ class Facts:
     model: str | None = None
     prepend_bos: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse entries of another type: a file is whatever somebody wrote."""
+        for names, kinds in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                if type(value) not in kinds:
+                    raise TypeError(f"{name} is {value!r}")
+
+
+_TYPES = (
+    (("architecture", "norm"), (str,)),
+    (("hook", "hook_out", "model"), (str, type(None))),
+    (("k", "width"), (int, type(None))),
+    (("l0",), (float, int, type(None))),
+    (("prepend_bos",), (bool, type(None))),
+    (("excluded",), (tuple, str)),
+)
+"""Facts → the types they may have."""
+
 
 @dataclass(frozen=True)
 class Declared:

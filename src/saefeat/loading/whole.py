@@ -120,7 +120,7 @@ def load(
         raise refuse(
             folder,
             f"which sae-lens cannot read ({type(error).__name__}: {error})",
-            f"a whole {facts.architecture} SAE",
+            f"a whole {facts.architecture!r} SAE",
             "an interrupted copy, or tensors that do not fit the configuration",
             "fetch the files again",
         ) from error
