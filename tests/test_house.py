@@ -45,6 +45,7 @@ LEVELS: dict[str, int] = {
     # finished batches of a long job, kept by the verbs and by the ways of running
     "saefeat.checkpoint": 4,
     "saefeat.identity": 4,
+    "saefeat.controls": 4,
     # the verbs, as one package or as modules
     "saefeat.verbs": 4,
     "saefeat.edits": 4,
@@ -62,6 +63,7 @@ LEVELS: dict[str, int] = {
     "saefeat.remote": 5,
     "saefeat.loading": 5,
     "saefeat.verify": 5,
+    "saefeat.declared": 5,
     "saefeat.evaluate": 5,
     "saefeat.belief": 5,
     "saefeat.testing": 5,

@@ -139,7 +139,7 @@ def test_every_sae_of_the_directory_is_planned_or_refused_with_a_reason():
                 planned += 1
     assert len(directory.names()) == 170
     assert planned + refused.total() + unplaced.total() == 13_857
-    assert refused == {"temporal": 3, "mntss_clt_layer_transcoder": 26}
+    assert refused == {"mntss_clt_layer_transcoder": 26}
     assert unplaced == {"hook_embed": 8}  # sites that this version has no place for
 
 
@@ -220,7 +220,6 @@ def test_releases_are_chosen_from(release, choice, sites):
         ("gemma-scope-2b-pt-res", {"width": "4k"}, "hook_embed"),
         ("gpt2-small-attn-out-v5-32k", {"l0": 30}, "no L0"),
         ("gemma-scope-2-4b-pt-res", {"width": "262k", "l0": 60}, r"medium_seed_1.*\*_big"),
-        ("temporal-sae-gemma-2-2b", {}, "whole prefix"),
         ("mntss-gemma-2-2b-2.5m-clt-as-per-layer", {}, "every later layer"),
         ("some/repository", {"ids": ["folder"]}, "ids={"),
     ],
@@ -446,3 +445,50 @@ def test_attribution_and_edits_take_a_release_as_they_take_a_folder(cache):
     saes = sf.load_saes(SCOPE, ids=SCOPE_ID)
     assert sf.Ablate(saes.latents({12: [3, 7]})) is not None
     torch.testing.assert_close(saes[12].directions([3]), JUMP["W_dec"][[3]])
+
+
+def test_a_temporal_release_goes_through_sae_lens(cache):
+    """Its two files are fetched, it is computed by sae-lens, and it looks back."""
+    release, sae_id = "temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post"
+    config = {
+        "llm": {"dimin": D},
+        "sae": {
+            "exp_factor": 2, "n_heads": 2, "n_attn_layers": 1, "bottleneck_factor": 4,
+            "sae_diff_type": "topk", "kval_topk": 4, "tied_weights": True, "scaling_factor": 0.5,
+        },
+        "data": {"dtype": "float32"},
+    }  # fmt: skip
+    wide, narrow = 2 * D, 2 * D // 4
+    shapes = {
+        "D": (wide, D), "b": (D,),
+        **{f"attn_layers.0.{n}.weight": (narrow, wide) for n in ("k_ctx", "q_target")},
+        **{f"attn_layers.0.{n}.bias": (narrow,) for n in ("k_ctx", "q_target")},
+        **{f"attn_layers.0.{n}.weight": (wide, wide) for n in ("v_ctx", "c_proj")},
+        **{f"attn_layers.0.{n}.bias": (wide,) for n in ("v_ctx", "c_proj")},
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    state = {n: torch.randn(*shape, generator=generator) for n, shape in shapes.items()}
+    cache.fill(release, sae_id, config, state)
+    from sae_lens import SAE
+
+    ours, theirs = one(release, sae_id), SAE.from_pretrained(release, sae_id, device="cpu")
+    assert "not read yet" in repr(ours) and str(ours.site) == "resid_post.12"
+    x = torch.randn(2, 5, D, generator=generator)
+    with torch.no_grad():
+        wanted = theirs.encode(x)
+    assert ours.prefix and (wanted > 0).any()
+    torch.testing.assert_close(ours.encode(x), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.directions([3]), state["D"][[3]] / 0.5)
+    assert ours.origin.release == release and ours.columns(torch.tensor([1]))["local"]
+
+
+def test_what_a_release_declares_is_kept_for_verify(cache):
+    cache.fill(SCOPE, SCOPE_ID, JUMP)
+    said = one(SCOPE, SCOPE_ID).declared
+    assert (said.model, said.width, said.l0) == ("gemma-2-2b", 65536, 72.0)
+    release, sae_id = "gpt2-small-mlp-tm", "blocks.0.hook_mlp_out"
+    config = flat(hook_name=sae_id, normalize_activations=True, prepend_bos=True)
+    cache.fill(release, sae_id, config, tensors())
+    said = one(release, sae_id).declared
+    assert (said.model, said.l0, said.explained) == ("gpt2-small", 15.0, 0.999)
+    assert said.prepend_bos is True

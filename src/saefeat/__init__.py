@@ -13,6 +13,7 @@ from .belief.faithfulness import faithfulness
 from .belief.interactions import Interactions, interactions
 from .belief.minimal import MinimalSet, minimal_set
 from .belief.stability import Stability, stability
+from .controls import matched, random_directions
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Direction, Neurons, direction
 from .dictionaries.excerpt import Excerpt
@@ -151,12 +152,14 @@ __all__ = [
     "log_prob",
     "logit",
     "logit_diff",
+    "matched",
     "measure",
     "metric",
     "minimal_set",
     "preflight",
     "pull",
     "push",
+    "random_directions",
     "run",
     "save",
     "serve",

@@ -271,10 +271,9 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     kind: Any = getattr(getattr(module, "config", None), "model_type", None)
     if kind in FAMILIES:
         return FAMILIES[kind]
-    text: Any = module.config.get_text_config().model_type if kind in NESTED else None  # type: ignore[union-attr, operator]
-    known: Any = _TEXT.get(text, text)
-    if text is not None and known in FAMILIES:
-        return NESTED[kind], FAMILIES[known][1]
+    text = str(module.config.get_text_config().model_type) if kind in NESTED else ""  # type: ignore[union-attr, operator]
+    if kind in NESTED and _TEXT.get(text, text) in FAMILIES:
+        return NESTED[kind], FAMILIES[_TEXT.get(text, text)][1]
     raise ModelError(
         explain(
             "saefeat",

@@ -19,7 +19,8 @@ def check_dictionary(dictionary: Dictionary, *, seed: int = 0) -> None:
     """Hold a dictionary against the contract.
 
     Shapes of encoding and directions; a selection equals the same latents of the whole, in any
-    order; encoding is deterministic, keeps no state between calls and does not mix positions;
+    order; encoding is deterministic, keeps no state between calls and does not mix positions (or,
+    where ``prefix`` says that it does, does not look ahead);
     nothing handed out shares storage with the whole dictionary; the input is left untouched; a
     zero step leaves the site bit for bit; bad indices are refused.
 
@@ -71,7 +72,10 @@ def _stateless(dictionary: Dictionary, x: Tensor) -> None:
     dictionary.encode(torch.roll(x, 1, 0) * 3)
     if not torch.equal(first, dictionary.encode(x)):
         raise _broken(dictionary, "encode keeps no state between calls")
-    if not torch.allclose(first[:, 1:3], dictionary.encode(x[:, 1:3]), atol=1e-5):
+    if dictionary.prefix:
+        if not torch.allclose(first[:, :3], dictionary.encode(x[:, :3]), atol=1e-5):
+            raise _broken(dictionary, "encode does not look ahead")
+    elif not torch.allclose(first[:, 1:3], dictionary.encode(x[:, 1:3]), atol=1e-5):
         raise _broken(dictionary, "encode does not mix positions")
     if not torch.equal(x, before):
         raise _broken(dictionary, "encode leaves its input untouched")

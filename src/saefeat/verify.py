@@ -2,35 +2,28 @@
 
 A dictionary put at a wrong site runs without an error and gives numbers. What gives it away is
 how badly it reconstructs: so the variance it leaves unexplained is measured at the declared site
-and at every neighbor it could have been meant for, on a few prompts.
+and at every neighbor it could have been meant for, on a few prompts. What its files declare of its
+training is held against the model and the measurements as well, and noted where they differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .dictionaries.base import Dictionaries
+from .declared import notes
+from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Neurons
-from .dictionaries.sae import SAE
-from .errors import DictionaryError, SiteError, explain
+from .errors import DictionaryError, ModelError, SiteError, explain
 from .execution.run import run
 from .prompts import Prompts
-from .route import route
-from .sites import (
-    HOOKS,
-    Site,
-    check_ready,
-    family,
-    layer_count,
-    torch_module,
-    width_at,
-)
-from .tokens import Tokens
+from .route import Route, route
+from .sites import HOOKS, Site, check_ready, family, layer_count, torch_module, width_at
 from .verbs.base import Chain
 from .verbs.probe import Probe
 
@@ -46,6 +39,8 @@ class Check:
         l0: mean active latents a token there.
         best: the candidate site with the lowest fvu.
         best_fvu: the fvu there.
+        declared: the L0 its files or release declare, where they do.
+        notes: in what else the declarations differ from the model and the measurements.
 
     Examples:
         >>> site = sf.Site("resid_post", 1)
@@ -59,6 +54,8 @@ class Check:
     l0: float
     best: Site
     best_fvu: float
+    declared: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def right(self) -> bool:
@@ -88,13 +85,14 @@ class Verification:
         return all(check.right for check in self.checks)
 
     def __repr__(self) -> str:
-        head = ("dictionary", "site", "FVU", "L0", "best site", "its FVU", "")
+        head = ("dictionary", "site", "FVU", "L0", "declared", "best site", "its FVU", "")
         rows = [
             (
                 check.name,
                 str(check.site),
                 f"{check.fvu:.3f}",
                 f"{check.l0:.1f}",
+                "-" if check.declared is None else f"{check.declared:g}",
                 str(check.best),
                 f"{check.best_fvu:.3f}",
                 "ok" if check.right else "WRONG",
@@ -105,16 +103,22 @@ class Verification:
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (head, *rows)
         ]
-        return "\n".join([f"verified on {self.tokens} tokens", *(line.rstrip() for line in lines)])
+        said = [f"note: {check.name}: {note}" for check in self.checks for note in check.notes]
+        head_line = f"verified on {self.tokens} tokens"
+        return "\n".join([head_line, *(line.rstrip() for line in lines), *said])
 
 
 def verify(
-    model: Any, saes: Dictionaries | SAE, prompts: Prompts, *, strict: bool = True
+    model: Any, saes: Dictionaries | Dictionary, prompts: Prompts, *, strict: bool = True
 ) -> Verification:
     """Measure each SAE at its declared site and at the sites it could be mistaken for.
 
     Candidates are the same kind of site one layer up and down, and every other site of its layer
-    that is as wide. A transcoder is fed each candidate and must predict its declared output.
+    that is as wide; for a module's path, the same module one layer up and down. A transcoder is
+    fed each candidate and must predict its declared output.
+
+    What the files or the release declare (model, width, L0, variance explained, BOS) is compared
+    too. It never raises, since names and texts differ: differences are notes below the table.
 
     Args:
         model: an nnsight ``TransformersModel``.
@@ -127,7 +131,9 @@ def verify(
 
     Raises:
         SiteError: naming the site at which the dictionary does fit, with the table.
-        ModelError, PromptError: as in ``run``.
+        ModelError: in train mode with dropout, or where a value is not finite.
+        DictionaryError: for dictionaries that do not reconstruct.
+        PromptError: as in ``run``.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -141,29 +147,31 @@ def verify(
     module = torch_module(model)
     check_ready(module, "verify")
     listed = _listed(saes)
-    found = route(model, [site for sae in listed for site in (sae.site, sae.write_site)])
+    declared = route(model, [site for sae in listed for site in (sae.site, sae.write_site)])
     for sae in listed:
-        found.check(sae, "saes")
+        declared.check(sae, "saes")
     wanted = {site for sae in listed for site in (*_candidates(module, sae), sae.write_site)}
-    values = _values(model, module, prompts, wanted)
-    checks = tuple(_check(module, sae, values) for sae in listed)
-    found = Verification(checks, tokens=len(next(iter(values.values()))))
+    seen = _values(model, route(model, wanted), prompts)
+    checks = tuple(_check(module, sae, seen) for sae in listed)
+    found = Verification(checks, tokens=int(sum(kept.sum() for kept in seen.kept)))
     if strict and not found.right:
-        wrong = next(check for check in found.checks if not check.right)
-        raise SiteError(
-            explain(
-                "verify",
-                "saes",
-                got=f"{wrong.name} at {wrong.site}, where it leaves {wrong.fvu:.0%} unexplained",
-                wanted=f"a site it explains; at {wrong.best} it leaves {wrong.best_fvu:.0%}",
-                cause="another layer or hook, another model, or another dtype or normalization",
-                call=f'load_sae(folder, site="{wrong.best}")\n{found!r}\n',
-            )
-        )
+        raise SiteError(_wrong(found))
     return found
 
 
-def _listed(saes: Dictionaries | SAE) -> list[Any]:
+def _wrong(found: Verification) -> str:
+    wrong = next(check for check in found.checks if not check.right)
+    return explain(
+        "verify",
+        "saes",
+        got=f"{wrong.name} at {wrong.site}, where it leaves {wrong.fvu:.0%} unexplained",
+        wanted=f"a site it explains; at {wrong.best} it leaves {wrong.best_fvu:.0%}",
+        cause="another layer or hook, another model, or another dtype or normalization",
+        call=f'load_sae(folder, site="{wrong.best}")\n{found!r}\n',
+    )
+
+
+def _listed(saes: Dictionaries | Dictionary) -> list[Any]:
     """The dictionaries, all of which must be able to reconstruct."""
     listed = list(saes.values()) if isinstance(saes, Dictionaries) else [saes]
     unable = [sae for sae in listed if not hasattr(sae, "reconstruct")]
@@ -183,33 +191,90 @@ def _listed(saes: Dictionaries | SAE) -> list[Any]:
 
 def _candidates(module: nn.Module, sae: Any) -> list[Site]:
     """The declared site, the layers beside it, and sites of its layer of the same width."""
-    site, layers = sae.site, layer_count(module)
+    site = sae.site
+    if site.layer is None:
+        return [site, *_beside(module, site)]
+    layers = layer_count(module)
     beside = [Site(site.kind, n) for n in (site.layer - 1, site.layer + 1) if 0 <= n < layers]
     same = [Site(kind, site.layer) for kind in HOOKS if kind in family(module)[1]]
     return [site, *beside, *(s for s in same if s != site and width_at(module, s) == sae.d_in)]
 
 
-def _values(
-    model: Any, module: nn.Module, prompts: Prompts, sites: Iterable[Site]
-) -> dict[Site, Tensor]:
-    """The value at each site, one row a real token but BOS: [n, width], float32 or wider."""
-    ordered = sorted(sites, key=lambda site: site.order)
+def _beside(module: nn.Module, site: Site) -> list[Site]:
+    """The same module of the layers beside; a path's first number is its layer."""
+    names = {name for name, _ in module.named_modules()}
+    found = re.search(r"(?<=\.)\d+(?=\.)", site.kind)
+    if found is None:
+        return []
+    near = [int(found[0]) - 1, int(found[0]) + 1]
+    paths = [f"{site.kind[: found.start()]}{n}{site.kind[found.end() :]}" for n in near]
+    return [Site(path) for path in paths if path.rpartition(".")[0] in names]
+
+
+class Seen(NamedTuple):
+    """What was read: prompt by prompt, the values at each site and which tokens count."""
+
+    values: dict[Site, list[Tensor]]
+    kept: list[Tensor]
+    prompts: tuple[tuple[int, ...], ...]
+    bos: int | None
+
+    def measured(self, site: Site, of: Callable[[Tensor], Tensor], whole: bool) -> Tensor:
+        """``of`` the values, [n, ...], at the tokens that count.
+
+        ``whole`` gives it one prompt at a time, from its first token: for a dictionary whose
+        latents depend on earlier tokens.
+        """
+        rows = self.values[site]
+        if whole:
+            return torch.cat([of(x)[kept] for x, kept in zip(rows, self.kept, strict=True)])
+        return of(torch.cat([x[kept] for x, kept in zip(rows, self.kept, strict=True)]))
+
+
+def _values(model: Any, way: Route, prompts: Prompts) -> Seen:
+    """The value at each site, float32 or wider. All tokens count but BOS.
+
+    Raises:
+        ModelError: for values that are not finite.
+    """
+    sites = list(way.places)
+    run_of = run(model, prompts, Chain(tuple(Probe(Neurons(s, way.widths[s])) for s in sites)))
+    values = {
+        site: [x[shown] for x, shown in zip(reading.values, reading.mask[..., 0], strict=True)]
+        for site, reading in zip(sites, run_of.readings, strict=True)
+    }
+    for site, rows in values.items():
+        if not all(bool(torch.isfinite(x).all()) for x in rows):
+            raise ModelError(_not_finite(site, run_of.provenance.dtype))
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     # BOS is an outlier in many models; it would be most of the variance, explained or not.
-    where = Tokens.all() if bos is None else ~Tokens.ids(bos)
-    probes = tuple(Probe(Neurons(site, width_at(module, site)), where=where) for site in ordered)
-    readings = run(model, prompts, Chain(probes)).readings
-    return {s: r.values[r.mask[..., 0]] for s, r in zip(ordered, readings, strict=True)}
+    kept = [torch.tensor([token != bos for token in prompt]) for prompt in run_of.prompts]
+    return Seen(values, kept, run_of.prompts, bos)
 
 
-def _check(module: nn.Module, sae: Any, values: dict[Site, Tensor]) -> Check:
+def _not_finite(site: Site, dtype: str) -> str:
+    return explain(
+        "verify",
+        "model",
+        got=f"in {dtype}, with values at {site} that are not finite",
+        wanted="finite values",
+        cause="a model trained in bfloat16 and run in float16, whose range is smaller",
+        call="from_pretrained(name, dtype=torch.bfloat16), or torch.float32",
+    )
+
+
+def _check(module: nn.Module, sae: Any, seen: Seen) -> Check:
     scores = {}
     for site in _candidates(module, sae):
-        target = values[site] if sae.site == sae.write_site else values[sae.write_site]
-        scores[site] = _fvu(target, sae.reconstruct(values[site]))
+        target = site if sae.site == sae.write_site else sae.write_site
+        guess = seen.measured(site, sae.reconstruct, sae.prefix)
+        scores[site] = _fvu(seen.measured(target, lambda x: x, False), guess)
     best = min(scores, key=lambda site: scores[site])
-    l0 = float((sae.encode(values[sae.site]) != 0).sum(-1).float().mean())
-    return Check(sae.name, sae.site, scores[sae.site], l0, best, scores[best])
+    active = seen.measured(sae.site, lambda x: (sae.encode(x) != 0).sum(-1), sae.prefix)
+    l0, fvu = float(active.float().mean()), scores[sae.site]
+    said = notes(sae, module, seen.prompts, seen.bos, l0, fvu)
+    declared = getattr(sae.declared, "l0", None)
+    return Check(sae.name, sae.site, fvu, l0, best, scores[best], declared, said)
 
 
 def _fvu(target: Tensor, guess: Tensor) -> float:

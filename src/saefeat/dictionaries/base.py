@@ -33,6 +33,8 @@ class Dictionary(ABC):
         excluded: token ids the dictionary was not trained on, or ``"special"`` for all special
             tokens; edits and readings skip them by default.
         origin: where it was loaded from, for provenance; None for tensors made in memory.
+        declared: what its files say of its training, for ``verify``; None for tensors in memory.
+        prefix: whether a latent depends on earlier tokens of its sequence.
 
     Examples:
         >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.Dictionary)
@@ -47,6 +49,8 @@ class Dictionary(ABC):
     name: str
     excluded: tuple[int, ...] | str = ()
     origin: Any = None
+    declared: Any = None
+    prefix: bool = False
 
     @abstractmethod
     def columns(self, indices: Tensor) -> dict[str, Any]:
@@ -68,7 +72,8 @@ class Dictionary(ABC):
         """Activations of the chosen latents (default: all).
 
         Args:
-            x: [..., d_in], any float dtype; computed in at least float32.
+            x: [..., d_in], any float dtype; computed in at least float32. Where ``prefix`` is
+                true, [..., tokens, d_in]: whole sequences without padding.
             indices: which latents, k of them.
 
         Returns:

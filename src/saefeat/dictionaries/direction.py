@@ -93,6 +93,33 @@ class Direction(Dictionary):
         found._rows = rows.detach().clone()
         return found
 
+    @classmethod
+    def random(
+        cls, width: int, *, site: Site | str, seed: int, k: int = 1, name: str | None = None
+    ) -> Direction:
+        """A direction drawn uniformly from the sphere, the control of a direction's effect.
+
+        Draw one a seed, use it as the direction itself was used (``Ablate``, ``Clamp`` with the
+        same ``add=``), and report the direction's effect beside the spread of theirs.
+
+        Args:
+            width: of the site.
+            site: where to act.
+            seed: of the draw; the same numbers on every machine.
+            k: how many, orthonormalized: the control of a subspace.
+            name: a label for reports.
+
+        Raises:
+            DictionaryError: for a width or k below 1, or more directions than the width.
+
+        Examples:
+            >>> sf.Direction.random(8, site="resid_post.1", seed=0)
+            Direction('random-0', resid_post.1, 8 x 1)
+        """
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(max(k, 0), max(width, 0), generator=generator)
+        return cls(rows, site=site, name=name or f"random-{seed}")
+
     @property
     def vectors(self) -> Tensor:
         """The unit vectors, [k, d_model]."""

@@ -23,12 +23,16 @@ class Generic(Dictionary):
 
     Args:
         encode: x [..., d_in] → f [..., d_sae], differentiable if attribution is wanted, without
-            state between calls, and without mixing positions.
+            state between calls, and without mixing positions, unless ``prefix`` says so.
         directions: [d_sae, d_out].
         site: where it reads.
         width: d_in.
         write_site: where it writes; the read site by default.
         name: a label for reports, and its fingerprint.
+        prefix: f depends on earlier tokens: ``encode`` is then given [1, tokens, d_in], one row's
+            real tokens from the start of its sequence, and must not look ahead. Exact under
+            padding and in generation with a cache, where the whole sequence is encoded anew at
+            every token; not under beam search, which changes rows about between tokens.
 
     Raises:
         DictionaryError: for directions that are not a matrix.
@@ -48,6 +52,7 @@ class Generic(Dictionary):
         width: int,
         write_site: Site | str | None = None,
         name: str = "generic",
+        prefix: bool = False,
     ) -> None:
         if directions.ndim != 2:
             raise DictionaryError(
@@ -65,13 +70,14 @@ class Generic(Dictionary):
         self.write_site = self.site if write_site is None else Site.parse(write_site)
         self.d_in = width
         self.d_sae, self.d_out = directions.shape
-        self.name = name
+        self.name, self.prefix = name, prefix
 
     def columns(self, indices: Tensor) -> dict[str, Any]:
         return {
             "activation": partial(picked, self._encode, indices),
             "directions": self._directions[indices].clone(),  # [k, d_out]
             "norm": "none",
+            "prefix": self.prefix,
         }
 
     def fingerprint(self) -> str:

@@ -39,6 +39,8 @@ ACTIVATIONS = {
 """sae-lens architecture → activation function of the kernel."""
 
 _EXTRA = {"relu": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
+_PARTS = {"threshold", "b_gate", "b_mag", "r_mag"}
+"""Tensors that change the latents of the architectures that have them."""
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 
@@ -234,10 +236,24 @@ class SAE(Dictionary):
                     call="pass architecture= as the release declares it",
                 )
             )
+        strange = sorted(_PARTS & self._weights.names() - wanted)
+        if strange:
+            raise DictionaryError(
+                explain(
+                    f"SAE {self.name!r}",
+                    "architecture",
+                    got=f"{self.architecture}, with {', '.join(strange)} among the weights",
+                    wanted=f"no tensor that a {self.architecture} SAE does not use",
+                    cause="an architecture that is not declared; without these its latents differ",
+                    call="pass architecture= as the release declares it",
+                )
+            )
         for name in ("W_enc", "W_dec"):
             if len(self._weights.shape(name)) != 2:
                 self._shape(name, ("d_in", "d_sae") if name == "W_enc" else ("d_sae", "d_out"))
         d_in, d_sae = self._weights.shape("W_enc")
+        if sparse and not 1 <= (self.k or 0) <= d_sae:
+            _one_of("k", str(self.k), (f"1..{d_sae}",))
         self._shape("W_dec", (d_sae, self._weights.shape("W_dec")[-1]))
         self._shape("b_dec", (self._weights.shape("W_dec")[-1],))
         for name in wanted - {"W_enc", "W_dec", "b_dec", "W_skip"}:

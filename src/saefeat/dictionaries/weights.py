@@ -9,6 +9,7 @@ import hashlib
 import math
 import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -266,7 +267,7 @@ class Npz(Weights):
                     info.filename.removesuffix(".npy"): _member(path, archive, info)
                     for info in archive.infolist()
                 }
-        except (OSError, ValueError, zipfile.BadZipFile, struct.error) as error:
+        except (OSError, ValueError, LookupError, EOFError, *_ZIP) as error:
             raise DictionaryError(
                 explain(
                     "load_sae",
@@ -310,6 +311,10 @@ class Npz(Weights):
         return _up(torch.from_numpy(np.array(array[key], order="C")))
 
 
+_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, NotImplementedError, RuntimeError)
+"""What zipfile raises over a damaged archive, an encrypted one, or a compression it lacks."""
+
+
 class _Member(NamedTuple):
     """One array of an archive; ``offset`` is None where it is compressed."""
 
@@ -330,6 +335,10 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Mem
         if dtype.hasobject:
             raise ValueError(f"{info.filename} holds Python objects")
         skip = file.tell()
+    if dtype.kind != "f" or not dtype.isnative:
+        raise ValueError(f"{info.filename} holds {dtype.str}, no floating-point numbers")
+    if skip + dtype.itemsize * math.prod(shape) != info.file_size:
+        raise ValueError(f"{info.filename} is not of the size its header says")
     if info.compress_type != zipfile.ZIP_STORED:
         return _Member(shape, dtype, fortran, None)
     with path.open("rb") as file:  # the local header repeats the name, with its own extra field
@@ -366,5 +375,20 @@ def _run_of(index: Tensor) -> slice | None:
 
 
 def _up(tensor: Tensor) -> Tensor:
-    """float32 at least: latents flip in half precision, and float64 tests stay float64."""
+    """float32 at least: latents flip in half precision, and float64 tests stay float64.
+
+    Raises:
+        DictionaryError: for whole numbers, which are no weights.
+    """
+    if not tensor.is_floating_point():
+        raise DictionaryError(
+            explain(
+                "dictionary",
+                "weights",
+                got=f"of {tensor.dtype}",
+                wanted="floating-point numbers",
+                cause="a damaged header, quantized weights, or another file",
+                call="fetch the file again, or dequantize it",
+            )
+        )
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -5,6 +5,7 @@ and works on plain dictionaries of tensors: no class of ours ever has to exist o
 Annotations are strings and are never evaluated when the code runs.
 
 * ``encode``: latents of a site's value from the selected encoder columns.
+* ``prefix``: the same for latents that depend on every earlier token.
 * ``edit``: f → f', and the site's new value.
 * ``values``: what a value is at each token, where it is no plain number.
 * ``tokens``: which positions a rule selects, counted through the attention mask.

@@ -7,6 +7,9 @@ key              shape          meaning
 ===============  =============  ==============================================================
 ``activation``   str            identity | relu | jumprelu | gated | topk | abstopk | error,
                                 or a function x [..., d_in] → f [..., k]
+``prefix``       bool           of a function: whether f depends on earlier tokens; x is then
+                                [..., tokens, d_in], whole sequences
+``local``        str            of a function: why it cannot be sent to a server, if it cannot
 ``encoder``      [d_in, k]      encoder columns (all of them, [d_in, d_sae], for topk kinds)
 ``bias``         [k]            encoder bias with the decoder bias folded in
 ``directions``   [k, d_out]     what one unit of the latent adds to the write site
@@ -48,9 +51,9 @@ def encode(
     a bfloat16 encode flips active latents. The scale is None where directions are constant.
     """
     own: Any = columns["activation"]
-    if not isinstance(own, str):  # a dictionary of somebody else's making
-        return own(x), None
     z, scale = normalize(columns["norm"], x)
+    if not isinstance(own, str):  # a dictionary of somebody else's making
+        return own(z), scale
     h = z @ columns["encoder"]  # [*batch, k], or [*batch, d_sae] for topk kinds
     if columns["activation"] == "error":
         f = activate({**columns, "activation": columns["inner"]}, h)

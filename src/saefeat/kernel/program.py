@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 from .edit import changed, moved, reselected
 from .encode import encode
+from .prefix import encode_prefix
 from .tokens import narrowed, select
 from .values import require_batch, resolve
 
@@ -90,7 +91,7 @@ def read(
 ) -> None:
     """Encode the action's latents and hold them for its write; record them if it is a probe."""
     number = action["id"]
-    f, scale = encode(place(action, x), lift(whole(action, x, held), action))
+    f, scale = latents(action, x, view, held)
     mask, everywhere = selected(action["rule"], view, x.device)
     held[number] = (f, scale, mask, everywhere)
     if log is not None and action["record"]:
@@ -128,6 +129,19 @@ def write(
     return moved(x, written, tensors["directions"], scale, None if everywhere else mask)
 
 
+def latents(
+    action: dict[str, Any],
+    x: Float[Tensor, "b t d"],
+    view: dict[str, Any],
+    held: dict[Any, Any],
+) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
+    """What the action's dictionary reads at the site, and the scale of its directions."""
+    columns, value = place(action, x), lift(whole(action, x, held), action)
+    if columns.get("prefix"):
+        return encode_prefix(columns, value, view, ("prefix", action["number"]))
+    return encode(columns, value)
+
+
 def whole(
     action: dict[str, Any], x: Float[Tensor, "b t d"], held: dict[Any, Any]
 ) -> Float[Tensor, "b t d"]:
@@ -146,7 +160,7 @@ def test(
     A condition may read several dictionaries, one test each. With ``hold`` it stays met for the
     rest of the sequence, later passes included, once all of its tests have been made.
     """
-    f = encode(place(action, x), lift(whole(action, x, held), action))[0].detach()
+    f = latents(action, x, view, held)[0].detach()
     within = torch.ones_like(f, dtype=torch.bool)
     if action["above"] is not None:
         within = within & (f > action["above"])

@@ -36,8 +36,9 @@ def window(
         ends: what a finished row looks like (see ``finished``), or None.
 
     Returns:
-        ``ids`` [b, t] (or None), ``position`` [b, t], ``real`` [b, t] and ``lengths`` [b, 1], the
-        prompts' lengths in real tokens, counted on the first pass. ``selected`` remembers for
+        ``ids`` [b, t] (or None), ``position`` [b, t], ``shown`` [b, t], what is no padding,
+        ``real`` [b, t], what of it belongs to a row that is not finished, and ``lengths`` [b, 1],
+        the prompts' lengths in real tokens, counted on the first pass. ``selected`` remembers for
         this pass what each rule selected; ``memory`` what later passes must know; ``whole`` is
         true where the pass shows the sequence from its start, ``begins`` where it is its first.
     """
@@ -51,7 +52,7 @@ def window(
             " cannot be told from tokens. Likely cause: a compiled or static cache, or a 4-D mask"
             " of your own. Try: the default dynamic cache, and the tokenizer's own mask."
         )
-    real = attention_mask[:, -columns:] != 0
+    shown = real = attention_mask[:, -columns:] != 0
     position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
     known = before or {"lengths": (attention_mask != 0).sum(1, keepdim=True), "memory": {}}
     lengths, memory = known["lengths"].to(position.device), known["memory"]
@@ -61,7 +62,7 @@ def window(
         memory["ids"] = ids if whole else torch.cat([memory["ids"].to(ids.device), ids], 1)
         if ends is not None:
             real = real & ~finished(ids, position >= lengths, ends, memory)
-    found = {"ids": ids, "position": position, "real": real, "lengths": lengths}
+    found = {"ids": ids, "position": position, "shown": shown, "real": real, "lengths": lengths}
     begins = "position" not in known
     return {**found, "whole": past == 0, "begins": begins, "selected": {}, "memory": memory}
 
@@ -70,7 +71,7 @@ def narrowed(view: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     """The view of some rows alone, made once a pass; it has a memory of its own."""
     key = ("rows", start, stop)
     if key not in view["selected"]:
-        names = ("ids", "position", "real", "lengths")
+        names = ("ids", "position", "shown", "real", "lengths")
         part = {name: None if view[name] is None else view[name][start:stop] for name in names}
         shared = view["memory"]
         memory = shared.setdefault(key, {})

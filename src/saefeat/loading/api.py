@@ -15,17 +15,19 @@ from .entries import Entry, Ids, Sites, choose
 from .facts import Origin, Source
 from .layouts import detect, folders, read, whole
 from .released import Released
+from .whole import Whole
 
 
 def load_sae(
     folder: str | Path, *, site: Site | str | None = None, write_site: Site | str | None = None
-) -> SAE:
+) -> SAE | Whole:
     """An SAE or transcoder from a folder; tensors are read when selected.
 
     The layout is recognized by its files: sae-lens (``cfg.json``, ``sae_weights.safetensors``),
     Gemma Scope (``params.npz``, or ``params.safetensors`` for the second), Llama Scope
     (``hyperparams.json``, ``checkpoints/final.safetensors``), dictionary_learning
     (``config.json``, ``ae.safetensors``) and sparsify (``cfg.json``, ``sae.safetensors``).
+    Matching-pursuit and temporal SAEs, of sae-lens alone, are read and encoded by sae-lens.
 
     Args:
         folder: holds the files of one SAE.
@@ -107,7 +109,7 @@ def _release(name: str, ids: Ids) -> directory.Release:
 
 def _local(
     folder: Path, sites: Sites, width: int | str | None, l0: float | None, ids: Ids
-) -> list[SAE]:
+) -> list[SAE | Whole]:
     entries = [_entry(path, folder) for path in folders(folder)]
     if not entries:
         raise _no_sae(folder)
@@ -127,7 +129,7 @@ def _entry(path: Path, parent: Path) -> Entry:
     return Entry(name, str(path), facts.hook, facts.hook_out, facts.width, facts.l0)
 
 
-def _read(entry: Entry) -> SAE:
+def _read(entry: Entry) -> SAE | Whole:
     folder = Path(entry.path)
     layout = detect(folder)
     assert layout is not None

@@ -21,7 +21,6 @@ from .facts import l0_in, width_in
 
 FILE = "pretrained_saes.yaml"
 REFUSED = {
-    "temporal": "a temporal SAE computes a latent from the whole prefix, not from one position",
     "mntss_clt_layer_transcoder": "a cross-layer transcoder writes at every later layer; "
     "sae-lens sums its decoders, which is no direction of any site",
 }
@@ -36,6 +35,7 @@ class Release:
     repo: str
     conversion: str
     overrides: Mapping[str, Any]
+    model: str | None
     entries: tuple[Entry, ...]
 
 
@@ -74,13 +74,14 @@ def release(name: str) -> Release:
     listed = {str(sae["id"]): sae for sae in found["saes"]}  # the last of two wins, as in sae-lens
     entries = (_entry(name, found["repo_id"], conversion, sae) for sae in listed.values())
     overrides = found.get("config_overrides") or {}
-    return Release(name, found["repo_id"], conversion, overrides, tuple(entries))
+    model = found.get("model")
+    return Release(name, found["repo_id"], conversion, overrides, model, tuple(entries))
 
 
 def repository(repo: str, ids: list[str]) -> Release:
     """A Hugging Face repository that is in no directory: sae-lens native folders, by their path."""
     entries = tuple(_entry(repo, repo, "sae_lens", {"id": path, "path": path}) for path in ids)
-    return Release(repo, repo, "sae_lens", {}, entries)
+    return Release(repo, repo, "sae_lens", {}, None, entries)
 
 
 @cache
@@ -105,6 +106,7 @@ def _entry(name: str, repo: str, conversion: str, sae: dict[str, Any]) -> Entry:
         hook_out=hook_out,
         width=width_in(told),
         l0=float(sae["l0"]) if sae.get("l0") else l0_in(path),
+        explained=sae.get("variance_explained"),
         scale=sae.get("norm_scaling_factor"),
         problem=REFUSED.get(conversion),
     )

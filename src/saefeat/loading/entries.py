@@ -26,6 +26,7 @@ class Entry:
         hook_out: of the write site, for a transcoder.
         width: latents, where known.
         l0: active latents a token, where known.
+        explained: share of variance explained, where a release lists it.
         scale: activation norm factor, where a release lists one.
         problem: why it cannot be loaded, if it cannot.
         given: whether the caller named the site, which then wins over what the file says.
@@ -37,6 +38,7 @@ class Entry:
     hook_out: str | None = None
     width: int | None = None
     l0: float | None = None
+    explained: float | None = None
     scale: float | None = None
     problem: str | None = None
     given: bool = False

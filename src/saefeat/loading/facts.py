@@ -51,6 +51,8 @@ class Facts:
         transcoder: whether a write site is needed although none is declared.
         width: latents, where declared.
         l0: active latents a token, where declared.
+        model: the model it was trained on, as TransformerLens or the hub names it.
+        prepend_bos: whether it was trained on texts with BOS in front.
     """
 
     layout: str
@@ -66,6 +68,51 @@ class Facts:
     excluded: tuple[int, ...] | str = ()
     width: int | None = None
     l0: float | None = None
+    model: str | None = None
+    prepend_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse entries of another type: a file is whatever somebody wrote."""
+        for names, kinds in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                if type(value) not in kinds:
+                    raise TypeError(f"{name} is {value!r}")
+
+
+_TYPES = (
+    (("architecture", "norm"), (str,)),
+    (("hook", "hook_out", "model"), (str, type(None))),
+    (("k", "width"), (int, type(None))),
+    (("l0",), (float, int, type(None))),
+    (("prepend_bos",), (bool, type(None))),
+    (("excluded",), (tuple, str)),
+)
+"""Facts → the types they may have."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a dictionary's files or release say of its training; ``verify`` holds it to them.
+
+    Attributes:
+        model: the model, as TransformerLens or the hub names it.
+        width: number of latents.
+        l0: active latents a token.
+        explained: share of variance explained.
+        prepend_bos: whether texts had BOS in front.
+    """
+
+    model: str | None = None
+    width: int | None = None
+    l0: float | None = None
+    explained: float | None = None
+    prepend_bos: bool | None = None
+
+
+def declared_by(facts: Facts) -> Declared:
+    """What a file says of its SAE's training."""
+    return Declared(facts.model, facts.width, facts.l0, None, facts.prepend_bos)
 
 
 @dataclass(frozen=True)
@@ -134,7 +181,7 @@ def assemble(
         excluded=facts.excluded,
         name=name,
     )
-    sae.origin = origin
+    sae.origin, sae.declared = origin, declared_by(facts)
     return sae
 
 

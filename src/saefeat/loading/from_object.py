@@ -9,11 +9,12 @@ from ..dictionaries.weights import InMemory
 from ..sites import Site
 from .facts import Origin, assemble
 from .native import declared
+from .whole import ARCHITECTURES, Whole
 
 
 def from_sae_lens(
     sae: Any, *, site: Site | str | None = None, write_site: Site | str | None = None
-) -> SAE:
+) -> SAE | Whole:
     """A dictionary from a sae-lens object; its tensors are shared, its state is never used.
 
     Args:
@@ -22,16 +23,18 @@ def from_sae_lens(
         write_site: overrides the output hook a transcoder declares.
 
     Raises:
-        DictionaryError: for an architecture that cannot be computed from selected columns.
+        DictionaryError: for an architecture this version cannot compute.
         SiteError: for a hook name this version has no place for.
 
     Examples:
         >>> sf.from_sae_lens.__name__
         'from_sae_lens'
     """
-    state = sae.state_dict()
-    sae.process_state_dict_for_saving(state)
     name = sae.get_name()
     facts = declared(sae.cfg.to_dict(), name)
     origin = Origin(layout="sae_lens", file="memory", id=name)
+    if facts.architecture in ARCHITECTURES:
+        return Whole(sae, facts, origin, name=name, site=site)
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving(state)
     return assemble(facts, InMemory(state), origin, name=name, site=site, write_site=write_site)

@@ -69,7 +69,18 @@ def facts(source: Source) -> Facts:
         architecture="jumprelu_transcoder" if hook_out else "jumprelu",
         width=width_in(source.where),
         l0=l0_in(source.where),
+        model=_model(source.where),
+        prepend_bos=True,
     )
+
+
+def _model(where: str) -> str | None:
+    """gemma-scope-2b-pt → gemma-2-2b, gemma-scope-2-1b-it → gemma-3-1b-it."""
+    named = re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)", where)
+    if named is None:
+        return None
+    chat = "-it" if named[3] == "it" else "-pt" if named[1] else ""
+    return f"gemma-{3 if named[1] else 2}-{named[2]}{chat}"
 
 
 def weights(source: Source) -> Weights:

@@ -8,9 +8,11 @@ from typing import NamedTuple, TypeVar
 
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import Weights
+from ..errors import SaefeatError
 from ..sites import Site
 from . import dictionary_learning, gemma_scope, llama_scope, native, sparsify, transcoders
 from .facts import Facts, Origin, Source, assemble, refuse
+from .whole import ARCHITECTURES, Whole, load
 
 T = TypeVar("T")
 
@@ -54,19 +56,23 @@ def folders(parent: Path) -> Iterator[Path]:
 
 
 def whole(read: Callable[[Source], T], source: Source) -> T:
-    """What one of a layout's functions reads; an entry that is not there is an error by name.
+    """What one of a layout's functions reads; whatever it trips over is an error by name.
 
     Raises:
-        DictionaryError: for a configuration or a file that lacks what its layout has.
+        DictionaryError: for a configuration or a file that lacks what its layout has, or has
+            something else in its place.
     """
     try:
         return read(source)
-    except KeyError as error:
+    except SaefeatError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        lacks = f"lack {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
         raise refuse(
             source.folder,
-            f"whose files lack {error}",
+            f"whose files {lacks}",
             "every entry and tensor of its layout",
-            "another layout or version under the same file names",
+            "a damaged file, or another layout or version under the same file names",
             "fetch the files again, or convert them to sae-lens's native layout",
         ) from error
 
@@ -79,7 +85,7 @@ def read(
     name: str,
     site: Site | str | None = None,
     write_site: Site | str | None = None,
-) -> SAE:
+) -> SAE | Whole:
     """The SAE in a folder of a known layout.
 
     Raises:
@@ -87,5 +93,7 @@ def read(
         SiteError: for a hook this version has no place for.
     """
     facts = whole(layout.facts, source)
+    if facts.architecture in ARCHITECTURES:
+        return load(source.folder, facts, origin, name=name, site=site)
     tensors = whole(layout.weights, source)
     return assemble(facts, tensors, origin, name=name, site=site, write_site=write_site)

@@ -19,6 +19,9 @@ from .facts import Facts, Source, l0_in, read_json, refuse
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 AVERAGE = "expected_average_only_in"
+_BY_SAE_LENS = (AVERAGE, "constant_scalar_rescale")
+"""Norms that are no norm of a token's value: a factor, which is folded in, or which sae-lens's
+temporal SAE applies itself."""
 _OLD = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
 _OLD |= {"activation_fn_str": "activation_fn"}
 
@@ -62,14 +65,16 @@ def declared(config: dict[str, Any], label: str, where: str = "") -> Facts:
         hook=flat.get("hook_name"),
         hook_out=flat.get("hook_name_out") if transcoder else None,
         architecture=architecture,
-        norm="none" if norm == AVERAGE else norm,
+        norm="none" if norm in _BY_SAE_LENS else norm,
         subtract_bias=not transcoder and bool(flat.get("apply_b_dec_to_input", True)),
         centered=bool(pretrained.get("center_writing_weights", False)),
         k=k,
         rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
         excluded=_excluded(flat.get("exclude_special_tokens")),
         width=flat.get("d_sae"),
-        l0=l0_in(where) if k is None else float(k),
+        l0=_l0(flat, k, where),
+        model=flat.get("model_name"),
+        prepend_bos=flat.get("prepend_bos"),
     )
 
 
@@ -132,6 +137,12 @@ def _architecture(flat: dict[str, Any], label: str) -> tuple[str, int | None]:
         "sae-lens 6 dropped the others and would read this one as relu, with other latents",
         "an SAE with another activation function",
     )
+
+
+def _l0(flat: dict[str, Any], k: int | None, where: str) -> float | None:
+    """Active latents a token: k, what the trainer wrote down, or what the path tells."""
+    told = flat.get("l0") if k is None else k
+    return float(told) if isinstance(told, int | float) else l0_in(where)
 
 
 def _norm(flat: dict[str, Any]) -> str:

@@ -14,9 +14,10 @@ from ..sites import Site
 from . import hub
 from .directory import Release
 from .entries import Entry
-from .facts import Origin, Source
+from .facts import Declared, Origin, Source
 from .from_object import from_sae_lens
 from .layouts import GEMMA_SCOPE, LLAMA_SCOPE, NATIVE, TRANSCODERS, Layout, read, whole
+from .whole import Whole
 
 _READ: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "sae_lens": (NATIVE, ("/cfg.json", "/sae_weights.safetensors")),
@@ -29,8 +30,11 @@ _READ: dict[str, tuple[Layout, tuple[str, ...]]] = {
 }
 """sae-lens conversion → the layout read here, and what follows the path in its files' names."""
 
-_PICKLED = {"dictionary_learning_1": ("/config.json", "/ae.pt")}
-"""Pickles go through sae-lens; the others are one file, at the path itself."""
+_THROUGH = {
+    "dictionary_learning_1": ("/config.json", "/ae.pt"),
+    "temporal": ("/conf.yaml", "/latest_ckpt.safetensors"),
+}
+"""Pickles and temporal SAEs go through sae-lens; the others are one file, at the path itself."""
 
 
 @final
@@ -38,8 +42,8 @@ class Released(Dictionary):
     """A dictionary whose files are fetched and read on first use, and checked then.
 
     Safetensors and uncompressed npz files are read a slice at a time. Releases that are pickles
-    (dictionary_learning, Qwen Scope, Goodfire, DeepSeek-R1, hook_z-kk) are converted by sae-lens,
-    which is imported then, and stay in memory.
+    (dictionary_learning, Qwen Scope, Goodfire, DeepSeek-R1, hook_z-kk) or temporal SAEs are
+    converted by sae-lens, which is imported then, and stay in memory.
 
     Args:
         release: the release.
@@ -56,13 +60,14 @@ class Released(Dictionary):
         self._release, self._entry = release, entry
 
     @cached_property
-    def sae(self) -> SAE:
+    def sae(self) -> SAE | Whole:
         """The dictionary itself.
 
         Raises:
             DictionaryError: for a file that is missing or cannot be computed with.
         """
         found = _open(self._release, self._entry, self.name)
+        found.declared = _declared(found.declared, self._release, self._entry)
         if found.site == self.site and found.write_site == self.write_site:
             return found
         raise DictionaryError(
@@ -80,6 +85,14 @@ class Released(Dictionary):
     @property
     def excluded(self) -> tuple[int, ...] | str:  # type: ignore[override]
         return self.sae.excluded
+
+    @property
+    def declared(self) -> Declared:  # type: ignore[override]
+        return self.sae.declared
+
+    @property
+    def prefix(self) -> bool:  # type: ignore[override]
+        return self.sae.prefix
 
     @property
     def origin(self) -> Any:  # type: ignore[override]
@@ -106,15 +119,26 @@ class Released(Dictionary):
         return f"SAE({self.name!r}, {at}, {width}{l0}, not read yet)"
 
 
+def _declared(file: Declared, release: Release, entry: Entry) -> Declared:
+    """What the release says of an SAE, and its file where the release is silent."""
+    return Declared(
+        model=release.model or file.model,
+        width=entry.width or file.width,
+        l0=entry.l0 if entry.l0 is not None else file.l0,
+        explained=entry.explained,
+        prepend_bos=file.prepend_bos,
+    )
+
+
 def files(release: Release, entry: Entry) -> list[str]:
     """The files of the repository that an SAE is made of."""
     if release.conversion == "connor_rob_hook_z":
         return [entry.path.split(".pt")[0] + "_cfg.json", entry.path]
     endings = _READ[release.conversion][1] if release.conversion in _READ else ("",)
-    return [entry.path + ending for ending in _PICKLED.get(release.conversion, endings)]
+    return [entry.path + ending for ending in _THROUGH.get(release.conversion, endings)]
 
 
-def _open(release: Release, entry: Entry, name: str) -> SAE:
+def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
     paths = [hub.fetch(release.repo, file) for file in files(release, entry)]
     layout = _READ[release.conversion][0] if release.conversion in _READ else None
     origin = Origin(
@@ -133,8 +157,8 @@ def _open(release: Release, entry: Entry, name: str) -> SAE:
     return read(layout, source, origin, name=name, site=site, write_site=entry.hook_out)
 
 
-def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE:
-    """A pickle, converted by sae-lens and kept in memory."""
+def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE | Whole:
+    """A pickle or a temporal SAE, converted by sae-lens and kept in memory."""
     from sae_lens import SAE as SaeLens
 
     try:

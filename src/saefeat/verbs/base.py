@@ -213,10 +213,12 @@ def require_memoryless(intervention: Intervention) -> None:
     """Refuse, one pass at a time, what must be remembered from pass to pass.
 
     Raises:
-        LatentError: for a held condition or a chat role.
+        LatentError: for a held condition, a chat role, or latents that depend on earlier tokens.
     """
     for step in intervention.parts():
+        when = () if step.condition is None else step.condition.latents.parts
         held = step.condition is not None and step.condition.hold
+        held = held or any(basis.prefix for basis, _ in (*step.latents.parts, *when))  # type: ignore[attr-defined]
         if held or (step.rule is not None and "'role'" in repr(step.rule.rule)):
             raise LatentError(
                 explain(
@@ -224,7 +226,8 @@ def require_memoryless(intervention: Intervention) -> None:
                     "step",
                     got=f"given, for {step!r}",
                     wanted="an edit that each pass can decide on its own",
-                    cause="a held condition or a chat role looks back over the whole sequence",
+                    cause="a held condition, a chat role or a temporal SAE looks back over the"
+                    " whole sequence",
                     call="verbs(model) without step, which edits every pass itself",
                 )
             )

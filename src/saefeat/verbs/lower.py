@@ -91,6 +91,7 @@ class _Builder:
         self._edited: dict[int, set[int]] = {}
         self._spans: dict[Site, tuple[Tokens, Tensor]] = {}  # of the step at hand
         self._when: str | None = None  # likewise
+        self._reads = 0
         check_ready(self.module, "saefeat")
 
     def read(
@@ -242,6 +243,7 @@ class _Builder:
         """Put an action that reads a site where its value is whole."""
         place = self.route.places[site]
         action |= {"transform": place.transform, "eps": place.eps, "plus": place.plus}
+        action["number"] = self._reads = self._reads + 1  # names it in memories across passes
         if place.plus is not None:
             add_stash(self.visits, place.plus, self.route.starts[place.plus])
         add_visit(self.visits, place, self.route.orders[site])["actions"].append(action)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.base import Dictionary
-from ..errors import SiteError, explain
+from ..errors import GradientError, SiteError, explain
 from ..kernel.program import lift, new_log
 from ..kernel.trace import whole_run
 from ..latents import Latents
@@ -118,6 +118,7 @@ class Watch:
     def _part(self, basis: Any, indices: tuple[int, ...]) -> Part:
         dictionary: Dictionary = basis
         self.route.check(dictionary, "dictionary")
+        _require_tokenwise(dictionary)
         read, place = self._number(dictionary.site), self.route.places[dictionary.site]
         write = self._number(dictionary.write_site)
         transform = {"transform": place.transform, "eps": place.eps}
@@ -262,4 +263,24 @@ class Watch:
         """The metric of a pass, [b]; ``clean`` and ``base`` are those runs' last logits."""
         return self.reader(
             Seen(here.logits, base.argmax(-1), batch.numbers, here.view, clean, base, here.site)
+        )
+
+
+def _require_tokenwise(dictionary: Dictionary) -> None:
+    """Refuse latents that depend on earlier tokens: their change reaches later tokens' latents.
+
+    Raises:
+        GradientError: naming the dictionary.
+    """
+    if dictionary.prefix:
+        raise GradientError(
+            explain(
+                "Attribute",
+                "target",
+                got=repr(dictionary),
+                wanted="latents that depend on their own token's value alone",
+                cause="a temporal SAE, whose latents mix positions, so that scores of single"
+                " tokens mean nothing",
+                call="ablate them one by one with run",
+            )
         )

@@ -1,0 +1,161 @@
+"""sae-lens SAEs of which no latent can be computed alone: matching pursuit and temporal.
+
+Matching pursuit picks one latent after another, each from what the ones before left; a temporal
+SAE predicts a token from those before it. Both are encoded by sae-lens's own code, all of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary
+from ..kernel.encode import normalize
+from ..sites import Site
+from .facts import Facts, Origin, declared_by, no_site
+
+ARCHITECTURES = ("matching_pursuit", "temporal")
+
+
+@final
+class Whole(Dictionary):
+    """A matching-pursuit or temporal SAE, encoded by its sae-lens object; made by ``load_sae``.
+
+    A few latents cost as much as all of them. Edits keep the delta form: other latents stay as
+    they were. A temporal SAE's latents are its novel codes, and depend on every earlier token of
+    their sequence. What it runs is a sae-lens object, which cannot be sent to a server.
+
+    Args:
+        sae: the ``sae_lens.SAE``; it is shared, and neither changed nor asked to keep state.
+        facts: what it declares.
+        origin: where it comes from.
+        name: a label for reports.
+        site: overrides the hook it declares.
+
+    Raises:
+        DictionaryError: if nothing says where it reads.
+        SiteError: for a hook this version has no place for.
+    """
+
+    def __init__(
+        self, sae: Any, facts: Facts, origin: Origin, *, name: str, site: Site | str | None = None
+    ) -> None:
+        hook = site if site is not None else facts.hook
+        if hook is None:
+            raise no_site(origin.file)
+        self.site = self.write_site = Site.parse(hook)
+        self.architecture, self.norm, self.centered = facts.architecture, facts.norm, facts.centered
+        self.prefix = facts.architecture == "temporal"
+        self.excluded, self.name, self.origin = facts.excluded, name, origin
+        self.declared = declared_by(facts)
+        self.d_sae, self.d_in = sae.W_dec.shape
+        self.d_out = self.d_in
+        self._sae = _stateless(sae, facts.norm)
+        self._factor = 1.0
+        if sae.cfg.normalize_activations == "constant_scalar_rescale":
+            self._factor = float(sae.cfg.activation_normalization_factor)
+        self._hash = _hash(sae)
+
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        return {
+            "activation": partial(_encode, self._sae, self.centered, indices),
+            "directions": self._sae.W_dec.detach()[indices].float() / self._factor,  # [k, d_out]
+            "norm": self.norm,
+            "prefix": self.prefix,
+            "local": f"{self.name} is encoded by a sae-lens object, which cannot be sent",
+        }
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The SAE's own reconstruction of x; for a temporal SAE the predicted part included.
+
+        Args:
+            x: [..., d_in]; for a temporal SAE [..., tokens, d_in], whole sequences.
+
+        Returns:
+            [..., d_out] in the compute dtype.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(dtype)
+        mean = x.mean(-1, keepdim=True) if self.centered else 0.0
+        z, scale = normalize(self.norm, x - mean)
+        with torch.no_grad():
+            out = self._rebuilt(z.to(self._sae.W_dec.device)).to(x.device, dtype)
+        out = out if scale is None else out * scale
+        return out + (x.mean(-1, keepdim=True) if self.norm == "layer_norm" else mean)
+
+    def _rebuilt(self, z: Tensor) -> Tensor:
+        """[..., d_out], of normalized values."""
+        if not self.prefix:
+            f = self._sae.encode(z)
+            bias = self._sae.b_dec if self._sae.cfg.apply_b_dec_to_input else 0.0
+            return f @ self._sae.W_dec + bias
+        sequences = z.reshape(-1, *z.shape[-2:])
+        return self._sae(sequences).reshape(z.shape)
+
+    def fingerprint(self) -> str:
+        return self._hash
+
+
+def load(
+    folder: Path, facts: Facts, origin: Origin, *, name: str, site: Site | str | None
+) -> Whole:
+    """One from a sae-lens folder; imports sae-lens.
+
+    Raises:
+        DictionaryError: for a file that sae-lens cannot read.
+    """
+    from sae_lens import SAE as SaeLens
+
+    from .facts import refuse
+
+    try:
+        sae = SaeLens.load_from_disk(folder, device="cpu", dtype="float32")
+    except Exception as error:
+        raise refuse(
+            folder,
+            f"which sae-lens cannot read ({type(error).__name__}: {error})",
+            f"a whole {facts.architecture!r} SAE",
+            "an interrupted copy, or tensors that do not fit the configuration",
+            "fetch the files again",
+        ) from error
+    return Whole(sae, facts, origin, name=name, site=site)
+
+
+def _stateless(sae: Any, norm: str) -> Any:
+    """A twin that shares the tensors and leaves norm and reshape to the kernel.
+
+    sae-lens keeps the scale of its norms on the module between encode and decode.
+    """
+    twin = copy.copy(sae)
+    if norm != "none":
+        twin.run_time_activation_norm_fn_in = twin.run_time_activation_norm_fn_out = _same
+    twin.reshape_fn_in, twin.reshape_fn_out = _same, _same
+    return twin
+
+
+def _same(x: Tensor, *_: Any) -> Tensor:
+    return x
+
+
+def _encode(sae: Any, centered: bool, indices: Tensor, x: Tensor) -> Tensor:
+    """The chosen latents [..., k] of normalized values, in the values' dtype and place."""
+    value = x - x.mean(-1, keepdim=True) if centered else x
+    sequences = value.reshape(-1, *value.shape[-2:]) if x.ndim > 1 else value
+    with torch.no_grad():
+        f = sae.encode(sequences.to(sae.W_dec.device))
+    f = f[..., indices.to(f.device)].to(x.device, x.dtype)
+    return f.reshape(*x.shape[:-1], len(indices))
+
+
+def _hash(sae: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.to(torch.float32).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
