@@ -12,6 +12,7 @@ from helpers import (
     build,
     hook_count,
     make_sae,
+    tokenizer,
     unit,
     wrapped,
 )
@@ -56,6 +57,10 @@ def active(nn, dictionary, n: int) -> sf.Latents:
     """The n latents that are active most."""
     look = sf.run(nn, RAGGED, sf.Probe(dictionary)).readings[0]
     return dictionary.latents(look.active().topk(n).indices)
+
+
+def encoded(text: str) -> list[int]:
+    return tokenizer()(text)["input_ids"]
 
 
 def check(family, upper, lower, where=None, tolerance=2e-4) -> sf.Edges:
@@ -105,6 +110,14 @@ def test_edges_of_transcoders_and_moving_directions():
     check("llama", make_sae("transcoder", layer=0), make_sae("transcoder", seed=1, layer=2))
     norm = make_sae("standard", layer=0, norm="layer_norm")
     check("llama", norm, make_sae("standard", seed=1, layer=1, norm="constant_norm_rescale"))
+
+
+def test_upstream_latents_keep_to_the_tokens_of_their_dictionary():
+    check(
+        "llama",
+        make_sae("standard", layer=0, excluded=tuple(encoded("w1 w5 w12"))),
+        make_sae("standard", seed=1, layer=2),
+    )
 
 
 def test_several_dictionaries_and_only_edges_forward():
