@@ -289,7 +289,7 @@ def test_a_mask_with_four_dimensions_is_refused():
 
 REFUSED = {
     "prompt lookup": ({"prompt_lookup_num_tokens": 2}, "prompt lookup"),
-    "assistant": ({"assistant_model": None}, "assisted generation"),
+    "assistant": ({"assistant_model": None}, "assist"),
     "static cache": ({"cache_implementation": "static"}, "static cache"),
 }
 

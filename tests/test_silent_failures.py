@@ -60,6 +60,11 @@ def residual(model, batch, layer=1):
     return capture_inputs_outputs(model, {"x": block}, batch)["x"]["output"]
 
 
+def positioned(batch):
+    """With the positions that generate, nnsight and ``forward`` give."""
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
 def close(found, wanted, tolerance=1e-4):
     torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
 
@@ -69,13 +74,11 @@ def close(found, wanted, tolerance=1e-4):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
 def test_wrong_tensor_on_sandwich_norm_models(family):
-    """mlp_out is what is added to the stream: the norm's output, not the MLP's (FVU 9.8, not .26)."""
+    """mlp_out is what is added to the stream: the norm's output, not the MLP's (FVU 9.8 for .26)."""
     model, batch = build(family), batch_of()
     layer = model.model.layers[1]
     modules = {"mlp": layer.mlp, "norm": layer.post_feedforward_layernorm, "block": layer}
-    seen = capture_inputs_outputs(model, modules, batch)
-    positions = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
-    seen = capture_inputs_outputs(model, modules, {**batch, **positions})
+    seen = capture_inputs_outputs(model, modules, positioned(batch))
     (found,) = readings(model, batch, sf.Probe(sf.Neurons("mlp_out.1", D)))
     assert torch.equal(found.values, seen["norm"]["output"])
     assert (found.values - seen["mlp"]["output"]).abs().max() > 0.1
@@ -86,8 +89,7 @@ def test_transcoder_fed_the_wrong_norm():
     model, batch = build("llama"), batch_of()
     sae = make_sae("transcoder")
     norm = model.model.layers[1].post_attention_layernorm
-    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    seen = capture_inputs_outputs(model, {"n": norm}, {**batch, "position_ids": positions})["n"]
+    seen = capture_inputs_outputs(model, {"n": norm}, positioned(batch))["n"]
     x = seen["input"]
     plain = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
     (found,) = readings(model, batch, sf.Probe(sae.latents([1, 2])))
@@ -316,6 +318,10 @@ def test_normalization_half_folded(norm):
     f, wanted = by_the_book(norm, x, tensors)
     close(sae.reconstruct(x), wanted, 1e-9)
     assert (f @ tensors["W_dec"] + tensors["b_dec"] - wanted).abs().max() > 1
+    x, f = x[None], f[None]
+    moved = f[..., [3, 40]] @ tensors["W_dec"][[3, 40]]
+    sizes = {"layer_norm": x.std(-1), "constant_norm_rescale": x.norm(dim=-1) / D**0.5}
+    close(edited_by(sf.Ablate(sae.latents([3, 40])), x), x - moved * sizes[norm][..., None], 1e-9)
 
 
 @pytest.mark.parametrize("norm", NORMED)
@@ -366,7 +372,7 @@ def test_reconstruction_written_without_the_error():
 
 
 def test_dtype_is_cast_in_place():
-    """A float32 dictionary must not turn a bfloat16 stream to float32, nor round untouched tokens."""
+    """A float32 dictionary turns no bfloat16 stream to float32, and rounds no untouched token."""
     model, batch = build("llama", torch.bfloat16), batch_of()
     step = sf.Ablate(make_sae().latents([3, 40]), where=sf.Tokens.last(1))
     seen = []
@@ -385,10 +391,6 @@ def test_before_aliases_the_edited_tensor():
     real = batch["attention_mask"].bool()
     close(before.values[real], (residual(model, positioned(batch)) @ unit(5))[real][:, None])
     assert before.values[real].abs().min() > 1e-4 > after.values[real].abs().max()
-
-
-def positioned(batch):
-    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 def test_clamp_writes_to_a_copy():
@@ -472,6 +474,11 @@ def test_train_mode():
             act()
 
 
+def never_called():
+    with sf.hooked(build("llama"), sf.Ablate(V())):
+        pass
+
+
 def test_a_missing_hook_only_logs():
     """A misspelt site, a module that is not there, an edit that selects nothing: all are errors."""
     nn = wrapped(build("llama"))
@@ -484,8 +491,7 @@ def test_a_missing_hook_only_logs():
     with pytest.raises(sf.FiringError, match="selected no token"):
         sf.run(nn, RAGGED, sf.Ablate(V(), where=sf.Tokens.ids(99)))
     with pytest.raises(sf.FiringError, match="never called"):
-        with sf.hooked(build("llama"), sf.Ablate(V())):
-            pass
+        never_called()
 
 
 def test_padding_is_not_taken_for_tokens():

@@ -56,7 +56,7 @@ def window(
     position = (attention_mask != 0).long().cumsum(1)[:, -columns:] - 1
     known = before or {"lengths": (attention_mask != 0).sum(1, keepdim=True), "memory": {}}
     lengths, memory = known["lengths"].to(position.device), known["memory"]
-    follow(memory, past, columns)
+    count_columns(memory, past, columns)
     if ids is not None:  # with a cache a pass shows only new tokens; rules may look further back
         whole = ids.shape[1] == attention_mask.shape[1] or "ids" not in memory
         memory["ids"] = ids if whole else torch.cat([memory["ids"].to(ids.device), ids], 1)
@@ -82,7 +82,7 @@ def narrowed(view: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     return view["selected"][key]
 
 
-def follow(memory: dict[str, Any], past: int, columns: int) -> None:
+def count_columns(memory: dict[str, Any], past: int, columns: int) -> None:
     """Keep account of the columns of a sequence, pass by pass.
 
     ``seen`` columns have been shown so far, ``prompt`` in the first pass. ``blocks`` is true once a

@@ -1,0 +1,192 @@
+"""The proof that the tests can fail: the package broken by hand, each break killed by a test.
+
+Every mutant is a mistake that somebody in this field has made. One whose source text is no longer
+there fails loudly: then look where the code has gone, and break it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+class Mutant(NamedTuple):
+    """What stands in the package, what is put in its place, and the test that must fail."""
+
+    old: str
+    new: str
+    test: str
+
+
+def failure(name: str) -> str:
+    return f"test_silent_failures.py::test_{name}"
+
+
+MUTANTS = {
+    "W_dec read for W_enc": Mutant(
+        'self._weights.columns("W_enc", encoded)',
+        'self._weights.rows("W_dec", encoded).T',
+        failure("topk_read_as_relu"),
+    ),
+    "one layer on": Mutant(
+        '{blocks}.{site.layer}"',
+        '{blocks}.{(site.layer + 1) % layers}"',
+        failure("sae_of_another_layer"),
+    ),
+    "mask dropped": Mutant(
+        "(new if mask is None else torch.where(mask, new, x))",
+        "new",
+        failure("column_index_hits_a_left_pad"),
+    ),
+    "error term forgotten": Mutant(
+        "new = x.to(delta.dtype) + delta",
+        "new = delta",
+        failure("reconstruction_written_without_the_error"),
+    ),
+    "an edited copy fires once": Mutant(
+        "for number in Iterations()[:]:",
+        "for number in Iterations()[:1]:",
+        failure("steering_fires_once[edit]"),
+    ),
+    "inline fires once": Mutant(
+        "if step is not None or not generating(inputs[1]):",
+        "if True:",
+        failure("steering_fires_once[inline]"),
+    ),
+    "gradient doubled": Mutant(
+        "weight * gradient",
+        "2 * weight * gradient",
+        "test_attribution.py::test_finite_differences[resid_post]",
+    ),
+    "a transcoder's gradient at its read site": Mutant(
+        "self._number(find(module, dictionary.write_site), dictionary.write_site.order)",
+        "read",
+        "test_attribution.py::test_every_architecture_against_the_naive_form",
+    ),
+    "no path between clean and baseline": Mutant(
+        "torch.lerp(clean.values[n], base.values[n], alpha)",
+        "base.values[n]",
+        "test_attribution.py::test_three_sites_against_the_naive_form",
+    ),
+    "threshold ignored": Mutant(
+        'return torch.relu(h) * (h > columns["threshold"])',
+        "return torch.relu(h)",
+        "test_kernel.py::test_encode_computes_in_float32_whatever_came",
+    ),
+    "encoded in bfloat16": Mutant(
+        """        columns = cast(self.columns(index), dtype, x.device)
+        return encode(columns, x.to(dtype))[0]""",
+        """        columns = cast(self.columns(index), x.dtype, x.device)
+        return encode(columns, x)[0].to(dtype)""",
+        "test_kernel.py::test_encode_computes_in_float32_whatever_came",
+    ),
+    "last(n) is one token too long": Mutant(
+        "return (position >= lengths - rest[0]) & (position < lengths)",
+        "return (position >= lengths - rest[0] - 1) & (position < lengths)",
+        "test_ways.py::test_receipts_count_exactly",
+    ),
+    "topk as relu": Mutant(
+        "return torch.zeros_like(h).scatter(-1, index, values.relu())",
+        "return h.relu()",
+        failure("topk_read_as_relu"),
+    ),
+    "b_dec forgotten": Mutant(
+        'shift = self._weights.read("b_dec") @ encoder',
+        "shift = 0.0",
+        failure("topk_read_as_relu"),
+    ),
+    "norm folded by half": Mutant(
+        "delta = delta * scale",
+        "delta = delta",
+        failure("normalization_half_folded"),
+    ),
+    "norm scale kept from the first call": Mutant(
+        "    return centered / (scale + 1e-5), scale",
+        '    kept = normalize.__dict__.setdefault("kept", scale)\n'
+        "    return centered / (scale + 1e-5), kept[..., :1, :] if kept.ndim > 1 else kept",
+        failure("normalization_half_folded"),
+    ),
+    "pads have positions": Mutant(
+        "position = (attention_mask != 0).long()",
+        "position = (attention_mask >= 0).long()",
+        failure("column_index_hits_a_left_pad"),
+    ),
+    "hooks left behind": Mutant(
+        "stack.callback(_install(module, stop, state, log).remove)",
+        "_install(module, stop, state, log)",
+        failure("edits_survive_an_exception"),
+    ),
+    "condition ignored": Mutant(
+        'if action["when"] is not None:',
+        "if False:",
+        "test_conditions.py",
+    ),
+    "special tokens included": Mutant(
+        "return ~Tokens.ids(*excluded) if excluded else Tokens.all()",
+        "return Tokens.all()",
+        failure("bos_and_special_tokens_are_included"),
+    ),
+    "the MLP's own output on Gemma": Mutant(
+        '"mlp_out": ("post_feedforward_layernorm", "output"),',
+        '"mlp_out": ("mlp", "output"),',
+        failure("wrong_tensor_on_sandwich_norm_models"),
+    ),
+    "a chunk taken for the prompt": Mutant(
+        'memory["blocks"] = memory.get("blocks", False) or columns > 1',
+        "pass",
+        "test_machine.py::test_a_prompt_fed_in_chunks_has_no_known_length",
+    ),
+    "train mode allowed": Mutant(
+        "    if active:\n        raise ModelError(",
+        "    if False:\n        raise ModelError(",
+        failure("train_mode"),
+    ),
+    "an edit that never fires is fine": Mutant(
+        "    if receipt.unfired:",
+        "    if False:",
+        failure("a_missing_hook_only_logs"),
+    ),
+}
+"""Name → the mistake."""
+
+KILLERS = sorted({mutant.test for mutant in MUTANTS.values()})
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[str, dict]:
+    """All mutants, and the package as it is, in one process and its children."""
+    folder = tmp_path_factory.mktemp("mutants")
+    jobs = {name: [m.old, m.new, [f"tests/{m.test}"]] for name, m in MUTANTS.items()}
+    jobs["as it is"] = ["", "", [f"tests/{test}" for test in KILLERS]]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "mutate.py"), str(folder)],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forks of one process")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_killed(name, verdicts):
+    found = verdicts[name]
+    assert found["wrong"] is None, found["wrong"]
+    assert found["code"] == 1, f"exit code {found['code']} of\n{found['log']}"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forks of one process")
+def test_the_package_as_it_is_passes(verdicts):
+    """The same tests on an unbroken copy: what killed the mutants was the mutation."""
+    assert verdicts["as it is"]["code"] == 0, verdicts["as it is"]["log"]
