@@ -16,7 +16,6 @@ import saefeat as sf
 from helpers import D, build, make_sae, unit
 from saefeat import container
 from saefeat.spec.files import built, packed
-from saefeat.spec.write import content_hash
 
 CALM = settings(
     max_examples=150,
@@ -48,7 +47,9 @@ def load_bytes(data: bytes):
 def rehashed(document: dict, tensors: dict) -> bytes:
     """A file whose hash is right, as a hostile author would make it."""
     named = {name: document.get(name) for name in ("format", "version", "spec")}
-    return container.pack({**document, "sha256": content_hash(named, tensors)}, tensors, "test")
+    return container.pack(
+        {**document, "sha256": container.content_hash(named, tensors)}, tensors, "test"
+    )
 
 
 def lie(change) -> bytes:

@@ -19,34 +19,8 @@ from ..sites import Site
 from ..tokens import Tokens
 from ..verbs.base import Chain, Intervention
 from . import forms
-from .forms import FORMAT, FORMS, RULES, STEPS, VERSION
-from .write import content_hash, kind_of
-
-
-def checked(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """The document's ``spec``, once format, version and hash are what they should be.
-
-    Raises:
-        FileError: saying what is not.
-    """
-    if document.get("format") != FORMAT:
-        got = f"a file of format {brief(document.get('format'))}"
-        raise refuse(where, got, FORMAT, "another kind of file", "the load that fits its format")
-    version, written = document.get("version"), document.get("written")
-    if type(version) is not int or version < 1:
-        raise broken(where, f"version {brief(version)}", f"a version in 1..{VERSION}")
-    if version > VERSION:
-        raise refuse(
-            where,
-            f"of version {version}, written by {brief(written)}",
-            f"at most version {VERSION}, which this saefeat reads",
-            "a file from a later saefeat",
-            "pip install --upgrade saefeat",
-        )
-    hashed = {name: document.get(name) for name in ("format", "version", "spec")}
-    if document.get("sha256") != content_hash(hashed, tensors):
-        raise broken(where, "contents that do not match their hash", "the contents as written")
-    return record(document.get("spec"), where, "spec")
+from .forms import FORMS, RULES, STEPS
+from .write import kind_of
 
 
 class Reader:
