@@ -15,6 +15,7 @@ from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
 from ..errors import FileError, SaefeatError
 from ..latents import Latents
+from ..records import Readings
 from ..sites import Site
 from ..tokens import Tokens
 from ..verbs.base import Chain, Intervention
@@ -70,7 +71,23 @@ class Reader:
             form.argument(field): self.value(value, form.kinds[field], f"{name}({field}=...)")
             for field, value in given.items()
         }
-        return self._build(form.cls, values, name)
+        found = self._build(form.cls, values, name)
+        if isinstance(found, Readings):
+            self._sound(found)
+        return found
+
+    def _sound(self, found: Readings) -> None:
+        """Refuse readings whose tensors do not fit each other; ``Readings`` itself checks none."""
+        values, mask, starts = found.values, found.mask, found.starts
+        fits = values.ndim == 3 and values.shape[-1] == len(found.latents)
+        fits = fits and mask.shape == values.shape and mask.dtype == torch.bool
+        if starts is not None:
+            fits = fits and starts.shape == values.shape[:1] and starts.dtype == torch.int64
+            fits = fits and bool(((starts >= 0) & (starts <= values.shape[1])).all())
+        if not fits or not values.is_floating_point():
+            sizes = [list(t.shape) for t in (values, mask, starts) if t is not None]
+            wanted = "values and mask [prompts, tokens, latents], starts [prompts] within them"
+            raise broken(self.where, f"readings of shapes {sizes}", wanted)
 
     def value(self, value: Any, kinds: tuple[str, ...], what: str) -> Any:
         """A field's value, of a kind the field may have."""
@@ -232,7 +249,7 @@ class Reader:
         """A constructor's call; what it refuses is this file's fault."""
         try:
             return make(**given)
-        except (SaefeatError, TypeError, ValueError, OverflowError) as error:
+        except (SaefeatError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             if isinstance(error, FileError):
                 raise
             raise broken(
