@@ -46,6 +46,7 @@ from .loading import from_sae_lens, load_sae, load_saes
 from .loopback import Server, serve
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
+from .results.texts import Texts
 from .sites import Site
 from .spec.files import load, save
 from .spec.hub import pull, push
@@ -116,6 +117,7 @@ __all__ = [
     "Site",
     "SiteError",
     "Stability",
+    "Texts",
     "Tokens",
     "Verification",
     "When",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, final
 
 import nnsight
@@ -31,6 +31,7 @@ from ..kernel.trace import whole_run
 from ..latents import Latents, as_latents, index_tensor
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Receipt
+from ..results.texts import Texts
 from ..route import route
 from ..sites import Order, Place, Site, torch_module
 from ..tokens import Tokens
@@ -109,7 +110,8 @@ class Attribute:
             pieces.append(piece)
             receipts.append(receipt)
         require_fired(sum(receipts[1:], receipts[0]), "Attribute")  # over all of the data set
-        return join_attributions(pieces)
+        texts = Texts.of(getattr(model, "tokenizer", None), encoded)
+        return replace(join_attributions(pieces), texts=texts, metric=repr(self.metric))
 
 
 def _attribute(
@@ -146,6 +148,7 @@ def _attribute(
             clean=scorer(clean.logits.detach(), top).float().cpu(),
             baseline=scorer(base.logits, top).float().cpu(),
             tokens=torch.stack(scored).any(0).sum(1).cpu(),
+            scored=torch.stack(scored).any(0).cpu()[batch["attention_mask"].cpu().bool()],
         )
     return found, base.receipt
 
