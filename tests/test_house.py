@@ -52,6 +52,8 @@ LEVELS: dict[str, int] = {
     "saefeat.probe": 4,
     "saefeat.chain": 4,
     "saefeat.attribution": 4,
+    "saefeat.results": 4,
+    "saefeat.plots": 4,
     "saefeat.metrics": 4,
     "saefeat.methods": 4,
     # execution, and what is built on it

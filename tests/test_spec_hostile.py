@@ -16,7 +16,6 @@ import saefeat as sf
 from helpers import D, build, make_sae, unit
 from saefeat import container
 from saefeat.spec.files import built, packed
-from saefeat.spec.write import content_hash
 
 CALM = settings(
     max_examples=150,
@@ -37,6 +36,18 @@ def sample() -> sf.Intervention:
     )
 
 
+def values() -> sf.Intervention:
+    """Values that depend on where they act."""
+    some = make_sae("jumprelu").latents([3, 40])
+    read = sf.Readings(some, torch.rand(2, 5, 2), torch.ones(2, 5, 2) > 0, torch.tensor([0, 2]))
+    return (
+        sf.Ablate(some, to=sf.Pin(read), where=sf.Tokens.prompt())
+        | sf.Clamp(some, add=sf.Schedule([1.0, 2.0], prompt=[0.0, 1.0]))
+        | sf.Ablate(some, to=sf.Resample(torch.rand(4, 2), seed=3))
+        | sf.Ablate(some, to="orthogonal", when=sf.When(some, above=0.1, below=2.0, match="all"))
+    )
+
+
 GOOD = packed(sample(), None)
 BASE = container.unpack(GOOD, "test")
 
@@ -48,7 +59,9 @@ def load_bytes(data: bytes):
 def rehashed(document: dict, tensors: dict) -> bytes:
     """A file whose hash is right, as a hostile author would make it."""
     named = {name: document.get(name) for name in ("format", "version", "spec")}
-    return container.pack({**document, "sha256": content_hash(named, tensors)}, tensors, "test")
+    return container.pack(
+        {**document, "sha256": container.content_hash(named, tensors)}, tensors, "test"
+    )
 
 
 def lie(change) -> bytes:
@@ -344,6 +357,57 @@ def test_a_document_that_lies(name):
     refused(lie(change), match)
 
 
+PIN = ["steps", 0, "fields", "to", "fields", "readings", "fields"]
+VALUE_LIES = {
+    "a value of no kind": (put("steps", 1, "fields", "add", "form", value="Readings"), "Readings"),
+    "readings as a step": (put("steps", 0, "form", value="Pin"), "a 'Pin'"),
+    "readings of other latents": (tensor("values.0", torch.rand(2, 5, 3)), "readings of shapes"),
+    "readings without tokens": (tensor("values.0", torch.rand(2, 2)), "readings of shapes"),
+    "integers read": (tensor("values.0", torch.ones(2, 5, 2).int()), "readings of shapes"),
+    "a mask of numbers": (tensor("values.1", torch.ones(2, 5, 2)), "readings of shapes"),
+    "a mask of another shape": (tensor("values.1", torch.ones(2, 4, 2) > 0), "readings of shapes"),
+    "starts behind the end": (tensor("values.2", torch.tensor([0, 6])), "readings of shapes"),
+    "starts before the start": (tensor("values.2", torch.tensor([0, -1])), "readings of shapes"),
+    "starts of other prompts": (tensor("values.2", torch.tensor([0])), "readings of shapes"),
+    "no starts": (put(*PIN, "starts", value=None), "without starts|nothing names"),
+    "a schedule of nothing": (tensor("values.3", torch.ones(0)), "Schedule"),
+    "a schedule in space": (tensor("values.3", torch.ones(2, 2, 2)), "Schedule"),
+    "a schedule of other latents": (tensor("values.3", torch.ones(2, 3)), "Schedule"),
+    "a schedule's NaN": (tensor("values.3", torch.ones(2) * torch.nan), "NaN"),
+    "a schedule as a bound": (
+        lambda spec, _: spec["steps"][1]["fields"].update(
+            low=spec["steps"][1]["fields"].pop("add")
+        ),
+        "Schedule",
+    ),
+    "a draw of other latents": (tensor("values.5", torch.rand(4, 3)), "Resample"),
+    "a seed below zero": (
+        put("steps", 2, "fields", "to", "fields", "seed", value=-1),
+        "seed",
+    ),
+    "a scorer": (
+        put("steps", 3, "fields", "when", "fields", "scorer", value="eval"),
+        "text 'eval'",
+    ),
+    "a match of no kind": (
+        put("steps", 3, "fields", "when", "fields", "match", value="x"),
+        "match",
+    ),
+    "a support of no kind": (put("steps", 1, "fields", "support", value="x"), "support"),
+    "an ablation to no word": (put("steps", 3, "fields", "to", value="mean"), "mean"),
+}
+
+
+@pytest.mark.parametrize("name", VALUE_LIES)
+def test_values_that_lie(name):
+    change, match = VALUE_LIES[name]
+    data = packed(values(), None)
+    document, tensors = container.unpack(data, "test")
+    tensors = dict(tensors)
+    change(document["spec"], tensors)
+    refused(rehashed(document, tensors), match)
+
+
 def test_nothing_large_is_made():
     """Widths and indices that a file only claims cost nothing."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -440,6 +504,22 @@ def test_any_document(path, value):
     except sf.FileError:
         return
     assert isinstance(loaded, sf.Intervention)
+    assert repr(load_bytes(packed(loaded, None))) == repr(loaded)
+
+
+MOVING = container.unpack(packed(values(), None), "test")
+MOVING_PLACES = [path for path in places(MOVING.document["spec"]) if path]
+
+
+@settings(CALM, max_examples=400)
+@given(st.sampled_from(MOVING_PLACES), JSON)
+def test_any_document_with_values(path, value):
+    document = copy.deepcopy(MOVING.document)
+    put(*path, value=value)(document["spec"], {})
+    try:
+        loaded = load_bytes(rehashed(document, dict(MOVING.tensors)))
+    except sf.FileError:
+        return
     assert repr(load_bytes(packed(loaded, None))) == repr(loaded)
 
 

@@ -47,6 +47,7 @@ from .loading import from_sae_lens, load_sae, load_saes
 from .loopback import Server, serve
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
+from .results.texts import Texts
 from .sites import Site
 from .spec.files import load, save
 from .spec.hub import pull, push
@@ -130,6 +131,7 @@ __all__ = [
     "Site",
     "SiteError",
     "Stability",
+    "Texts",
     "Tokens",
     "Verification",
     "Watching",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .dictionaries.base import Dictionary
+from . import plots
+from .container import MAX_BYTES
+from .dictionaries.base import Dictionaries, Dictionary
 from .errors import LatentError, SaefeatError, explain
 from .latents import Latents
+from .results import file, show, totals
+from .results.texts import Texts
+from .sites import Site
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,9 @@ class Attribution:
             baseline; only with ``one_site=True``.
         dropped: [prompts, 2] float32, the sum and the sum of sizes of scores that ``keep=`` left
             out; only with ``keep``.
+        scored: [all real tokens] bool, which of them were scored, prompt after prompt.
+        texts: the prompts' tokens, for masks, tables and pages; None for a result made by hand.
+        metric: the metric, as it prints.
 
     Examples:
         >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
@@ -60,6 +71,18 @@ class Attribution:
     tokens: Tensor
     ends: Tensor | None = None
     dropped: Tensor | None = None
+    scored: Tensor | None = None
+    texts: Texts | None = None
+    metric: str = ""
+
+    @property
+    def slope(self) -> Tensor:
+        """[n]: score over change, the mean gradient's dot product with the latent's direction.
+
+        NaN where the activation is the same in both runs and the direction itself moved, as with
+        SAEs that normalize their input.
+        """
+        return torch.where(self.change != 0, self.score / self.change, torch.nan)
 
     @property
     def gap(self) -> Tensor:
@@ -106,56 +129,199 @@ class Attribution:
         """
         return self.clean == self.baseline
 
-    def totals(self, *, per: str = "dataset") -> tuple[Tensor, Tensor, Tensor]:
+    def totals(
+        self, *, per: str = "dataset", where: Tokens | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores by latent: the mean over a prompt's scored tokens, then over prompts.
 
         Args:
             per: ``"dataset"``, or ``"prompt"`` to keep prompts apart.
+            where: count only scored tokens that this rule selects, in sums and in means:
+                ``~Tokens.special()`` leaves BOS and the template's markers out,
+                ``Tokens.role("user")`` all of the template. A prompt without any counts as zero.
 
         Returns:
             keys [m, 2] (dictionary, latent), values, and the prompt of each row: [m] and [m]
             for ``"prompt"`` (for ``"dataset"`` the last is all zeros).
+
+        Raises:
+            SaefeatError: for a rule on a result that does not know its tokens.
         """
-        if per not in ("dataset", "prompt"):
-            raise SaefeatError(
-                explain(
-                    "Attribution.totals",
-                    "per",
-                    got=repr(per),
-                    wanted='"dataset" or "prompt"',
-                    cause="a typing error",
-                    call='scores.totals(per="prompt")',
-                )
-            )
+        call = 'scores.totals(per="prompt")'
+        totals.one_of("Attribution.totals", "per", per, ("dataset", "prompt"), call)
+        kept, tokens = totals.kept(self, where)
         rows = self.prompt if per == "prompt" else torch.zeros_like(self.prompt)
-        keys = torch.stack([rows, self.dictionary, self.latent], 1)
+        keys = torch.stack([rows, self.dictionary, self.latent], 1)[kept]
         unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
-        share = self.score / self.tokens.clamp(min=1)[self.prompt]
+        share = (self.score / tokens.clamp(min=1)[self.prompt])[kept]
         if per != "prompt":
             share = share / len(self.tokens)
         values = torch.zeros(len(unique)).index_add_(0, inverse, share)
         return unique[:, 1:], values, unique[:, 0]
 
-    def top(self, k: int, *, within: Latents | None = None) -> Latents:
-        """The k latents with the highest mean score over the data set.
+    def by_site(self, *, where: Tokens | None = None) -> dict[Site, float]:
+        """Σ scores of each site over latents and tokens, mean over prompts.
+
+        Sites in a row carry the same effect: compare them, do not add them.
+
+        Args:
+            where: only scored tokens that this rule selects.
+        """
+        return totals.by_site(self, where)
+
+    def by_position(
+        self, *, origin: str = "start", where: Tokens | None = None
+    ) -> dict[int, float]:
+        """Σ scores of each position over sites and latents, mean over the prompts that have it.
+
+        Args:
+            origin: ``"start"``: 0 is a prompt's first real token; ``"end"``: −1 is its last.
+            where: only scored tokens that this rule selects.
+
+        Returns:
+            Position → mean, for positions that are scored in at least one prompt.
+        """
+        return totals.by_position(self, origin, where)
+
+    @overload
+    def top(
+        self,
+        k: int,
+        *,
+        per: Literal["dataset"] = "dataset",
+        within: Latents | None = None,
+        where: Tokens | None = None,
+    ) -> Latents: ...
+
+    @overload
+    def top(
+        self,
+        k: int,
+        *,
+        per: Literal["prompt"],
+        within: Latents | None = None,
+        where: Tokens | None = None,
+    ) -> tuple[Latents, ...]: ...
+
+    def top(
+        self,
+        k: int,
+        *,
+        per: str = "dataset",
+        within: Latents | None = None,
+        where: Tokens | None = None,
+    ) -> Latents | tuple[Latents, ...]:
+        """The k latents with the highest mean score.
 
         Args:
             k: how many; fewer come back if fewer have a positive score.
+            per: ``"dataset"``, or ``"prompt"`` for the best of each prompt on its own.
             within: only these latents compete.
+            where: only scored tokens that this rule selects, as in ``totals``.
 
         Returns:
-            Latents, best first within each dictionary.
+            Latents, best first within each dictionary; for ``"prompt"`` a tuple, one a prompt.
         """
-        keys, values, _ = self.totals()
-        return self._best(keys, values, k, within)
-
-    def top_per_prompt(self, k: int, *, within: Latents | None = None) -> tuple[Latents, ...]:
-        """The k latents with the highest score for each prompt on its own."""
-        keys, values, prompts = self.totals(per="prompt")
+        keys, values, prompts = self.totals(per=per, where=where)
+        if per == "dataset":
+            return self._best(keys, values, k, within)
         return tuple(
             self._best(keys[prompts == p], values[prompts == p], k, within)
             for p in range(len(self.tokens))
         )
+
+    def top_per_prompt(self, k: int, *, within: Latents | None = None) -> tuple[Latents, ...]:
+        """The k latents with the highest score for each prompt on its own."""
+        return self.top(k, per="prompt", within=within)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one safetensors file, with fingerprints in place of dictionaries.
+
+        Returns:
+            The path.
+
+        Raises:
+            FileError: for a folder that is not there.
+        """
+        return file.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        saes: Dictionaries | Iterable[Dictionary] | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> Attribution:
+        """Read a result that ``save`` wrote.
+
+        Args:
+            path: the file.
+            saes: the dictionaries it was made with, found by site and fingerprint, so that
+                ``top`` gives latents one can edit. Without them it gives stand-ins that have
+                names and widths and nothing else: good for tables, refused by every edit.
+            max_bytes: refuse to read a file larger than this.
+
+        Raises:
+            FileError: for a file that is missing, broken, of another kind or from a later
+                version, and for a dictionary that is not among ``saes``.
+        """
+        return file.load(cls, path, saes, max_bytes)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame, one row a score: prompt, position, token, site, dictionary, latent, score,
+        activation, change, slope.
+
+        Raises:
+            SaefeatError: without pandas.
+        """
+        return show.frame(self)
+
+    def to_html(self, *, prompts: int = show.PROMPTS) -> str:
+        """A self-contained page: the best latents, and prompts with their tokens shaded by score.
+
+        Args:
+            prompts: how many prompts to show.
+        """
+        return show.page(self, prompts)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def plot_latents(self, k: int = 20, *, ax: Any = None) -> Any:
+        """The k latents with the largest mean scores as a heat map, sites by latents.
+
+        Args:
+            k: how many.
+            ax: matplotlib axes to draw on; a new figure's by default.
+
+        Returns:
+            The axes; ``.figure.savefig(...)`` writes them.
+        """
+        return plots.latents(self, k, ax)
+
+    def plot_tokens(self, prompt: int = 0, *, ax: Any = None) -> Any:
+        """One prompt's tokens by their scores, summed over sites and latents.
+
+        Args:
+            prompt: which.
+            ax: as in ``plot_latents``.
+
+        Returns:
+            The axes.
+        """
+        return plots.tokens(self, prompt, ax)
+
+    def plot_cumulative(self, *, ax: Any = None) -> Any:
+        """The share of all mean scores' size that the n largest latents hold.
+
+        Args:
+            ax: as in ``plot_latents``.
+
+        Returns:
+            The axes.
+        """
+        return plots.cumulative(self, ax)
 
     def scores_of(self, latents: Latents) -> Tensor:
         """[k]: the mean score over the data set of each latent, zero where it never moved."""
@@ -211,10 +377,11 @@ class Attribution:
     def __repr__(self) -> str:
         sites = ", ".join(str(d.site) for d in self.dictionaries[:4])
         more = ", ..." if len(self.dictionaries) > 4 else ""
-        return (
+        head = (
             f"Attribution({len(self)} scores, {len(self.tokens)} prompts, at {sites}{more}; "
             f"metric {self.clean.mean():.3f} → {self.baseline.mean():.3f}{self._warnings()})"
         )
+        return "\n  ".join([head, *show.lines(self)])
 
     def _warnings(self) -> str:
         """What a reader must know before trusting the scores."""
@@ -239,7 +406,10 @@ def join_attributions(pieces: Sequence[Attribution]) -> Attribution:
     for name in ("ends", "dropped"):  # all pieces have them, or none
         if getattr(pieces[0], name) is not None:
             prompts[name] = torch.cat([getattr(p, name) for p in pieces])
-    return Attribution(pieces[0].dictionaries, prompt, **scores, **prompts)
+    known = [piece.scored for piece in pieces if piece.scored is not None]
+    scored = torch.cat(known) if len(known) == len(pieces) else None
+    found: dict[str, Any] = {**scores, **prompts, "scored": scored}
+    return Attribution(pieces[0].dictionaries, prompt, **found)
 
 
 def _members(dictionaries: Sequence[Dictionary], latents: Latents) -> list[tuple[int, int]]:

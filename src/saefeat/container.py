@@ -8,6 +8,7 @@ because the order of the library's header may change and ours must not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -72,6 +73,50 @@ def raw(tensor: Tensor) -> bytes:
     """A tensor's bytes, row after row, little-endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def seal(
+    form: str, version: int, spec: Any, tensors: Mapping[str, Tensor], written: dict[str, str]
+) -> dict[str, Any]:
+    """A document: what is said, in which format, its hash, and who wrote it, outside the hash."""
+    said = {"format": form, "version": version, "spec": spec}
+    return {**said, "sha256": content_hash(said, tensors), "written": written}
+
+
+def unseal(contents: Contents, form: str, version: int, where: str) -> dict[str, Any]:
+    """A document's ``spec``, once format, version and hash are what they should be.
+
+    Raises:
+        FileError: saying what is not.
+    """
+    document, tensors = contents
+    if document.get("format") != form:
+        got = f"a file of format {brief(document.get('format'))}"
+        raise refuse(where, got, form, "another kind of file", "the load that fits its format")
+    found, written = document.get("version"), document.get("written")
+    if type(found) is not int or found < 1:
+        raise broken(where, f"version {brief(found)}", f"a version in 1..{version}")
+    if found > version:
+        got = f"of version {found}, written by {brief(written)}"
+        wanted = f"at most version {version}, which this saefeat reads"
+        call = "pip install --upgrade saefeat"
+        raise refuse(where, got, wanted, "a file from a later saefeat", call)
+    said = {name: document.get(name) for name in ("format", "version", "spec")}
+    if document.get("sha256") != content_hash(said, tensors):
+        raise broken(where, "contents that do not match their hash", "the contents as written")
+    if not isinstance(document["spec"], dict):
+        raise broken(where, f"a spec that is {brief(document['spec'])}", "a JSON object")
+    return document["spec"]
+
+
+def content_hash(said: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the document's meaning and of every tensor."""
+    found = hashlib.sha256(canonical(said).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(raw(tensor))
+    return found.hexdigest()
 
 
 def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> bytes:

@@ -127,7 +127,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """The endpoints that nnsight's clients call."""
 
-    server: Server
+    server: Server  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with suppress(OSError):
             self.write(text_frame(json.dumps({"session_id": session})))
-            wait_closed(self.rfile)
+            wait_closed(self.rfile)  # type: ignore[arg-type]
         self.server.sessions.pop(session, None)
 
     def write(self, frame: bytes) -> None:

@@ -5,15 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..container import MAX_BYTES, MAX_HEADER, Contents, brief, broken, pack, read, refuse, write
+from ..container import (
+    MAX_BYTES,
+    MAX_HEADER,
+    Contents,
+    brief,
+    broken,
+    pack,
+    read,
+    refuse,
+    seal,
+    unseal,
+    write,
+)
 from ..errors import ModelError, explain
 from ..records import versions
 from ..route import route
 from ..sites import layer_count, torch_module
 from ..verbs.base import Intervention
 from ..verbs.lower import sites_of
-from .read import Reader, checked, record
-from .write import Writer, document
+from .forms import FORMAT, VERSION
+from .read import Reader, record
+from .write import Writer
 
 FACTS = ("family", "d_model", "layers", "vocab")
 
@@ -67,7 +80,8 @@ def packed(intervention: Intervention, model: Any, max_bytes: int = MAX_BYTES) -
     found = sum(t.numel() * t.element_size() for t in writer.tensors.values())
     data = b""
     if found <= max_bytes:
-        data = pack(document(spec, writer.tensors, versions()), writer.tensors, "save")
+        document = seal(FORMAT, VERSION, spec, writer.tensors, versions())
+        data = pack(document, writer.tensors, "save")
     if max(found, len(data)) > max_bytes:
         got, wanted = f"of {len(data) or found:,} bytes", f"at most {max_bytes:,}"
         cause = "latents of a topk SAE or an error term, which need the whole encoder"
@@ -106,7 +120,7 @@ def load(path: str | Path, *, model: Any = None, max_bytes: int = MAX_BYTES) -> 
 
 def built(contents: Contents, where: str, model: Any) -> Intervention:
     """The intervention in a file's contents, checked against a model if there is one."""
-    spec = checked(contents.document, contents.tensors, where)
+    spec = unseal(contents, FORMAT, VERSION, where)
     intervention = Reader(spec, contents.tensors, where).intervention()
     made_on = model_facts(spec, where)
     if model is not None:

@@ -15,38 +15,13 @@ from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
 from ..errors import FileError, SaefeatError
 from ..latents import Latents
+from ..records import Readings
 from ..sites import Site
 from ..tokens import Tokens
 from ..verbs.base import Chain, Intervention
 from . import forms
-from .forms import FORMAT, FORMS, RULES, STEPS, VERSION
-from .write import content_hash, kind_of
-
-
-def checked(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """The document's ``spec``, once format, version and hash are what they should be.
-
-    Raises:
-        FileError: saying what is not.
-    """
-    if document.get("format") != FORMAT:
-        got = f"a file of format {brief(document.get('format'))}"
-        raise refuse(where, got, FORMAT, "another kind of file", "the load that fits its format")
-    version, written = document.get("version"), document.get("written")
-    if type(version) is not int or version < 1:
-        raise broken(where, f"version {brief(version)}", f"a version in 1..{VERSION}")
-    if version > VERSION:
-        raise refuse(
-            where,
-            f"of version {version}, written by {brief(written)}",
-            f"at most version {VERSION}, which this saefeat reads",
-            "a file from a later saefeat",
-            "pip install --upgrade saefeat",
-        )
-    hashed = {name: document.get(name) for name in ("format", "version", "spec")}
-    if document.get("sha256") != content_hash(hashed, tensors):
-        raise broken(where, "contents that do not match their hash", "the contents as written")
-    return record(document.get("spec"), where, "spec")
+from .forms import FORMS, RULES, STEPS
+from .write import kind_of
 
 
 class Reader:
@@ -96,7 +71,23 @@ class Reader:
             form.argument(field): self.value(value, form.kinds[field], f"{name}({field}=...)")
             for field, value in given.items()
         }
-        return self._build(form.cls, values, name)
+        found = self._build(form.cls, values, name)
+        if isinstance(found, Readings):
+            self._sound(found)
+        return found
+
+    def _sound(self, found: Readings) -> None:
+        """Refuse readings whose tensors do not fit each other; ``Readings`` itself checks none."""
+        values, mask, starts = found.values, found.mask, found.starts
+        fits = values.ndim == 3 and values.shape[-1] == len(found.latents)
+        fits = fits and mask.shape == values.shape and mask.dtype == torch.bool
+        if starts is not None:
+            fits = fits and starts.shape == values.shape[:1] and starts.dtype == torch.int64
+            fits = fits and bool(((starts >= 0) & (starts <= values.shape[1])).all())
+        if not fits or not values.is_floating_point():
+            sizes = [list(t.shape) for t in (values, mask, starts) if t is not None]
+            wanted = "values and mask [prompts, tokens, latents], starts [prompts] within them"
+            raise broken(self.where, f"readings of shapes {sizes}", wanted)
 
     def value(self, value: Any, kinds: tuple[str, ...], what: str) -> Any:
         """A field's value, of a kind the field may have."""
@@ -258,7 +249,7 @@ class Reader:
         """A constructor's call; what it refuses is this file's fault."""
         try:
             return make(**given)
-        except (SaefeatError, TypeError, ValueError, OverflowError) as error:
+        except (SaefeatError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             if isinstance(error, FileError):
                 raise
             raise broken(

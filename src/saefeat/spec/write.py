@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..container import canonical, raw, refuse
+from ..container import refuse
 from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import WHOLE, Excerpt, shapes
@@ -18,7 +16,7 @@ from ..errors import FileError
 from ..latents import Latents
 from ..tokens import Tokens
 from ..verbs.base import Chain, Intervention
-from .forms import FORMAT, FORMS, MAX_TEXT, RULES, STEPS, VERSION
+from .forms import FORMS, MAX_TEXT, RULES, STEPS
 
 
 def cannot(got: str, wanted: str, cause: str, call: str) -> FileError:
@@ -231,21 +229,3 @@ def source(origin: Any) -> str | None:
     if getattr(origin, "repo", None) is None and hasattr(origin, "layout"):
         return label(f"{origin.id} ({origin.layout})")
     return label(str(origin))
-
-
-def document(
-    spec: dict[str, Any], tensors: Mapping[str, Tensor], written: dict[str, str]
-) -> dict[str, Any]:
-    """The whole document; who wrote it is not part of the hash."""
-    hashed = {"format": FORMAT, "version": VERSION, "spec": spec}
-    return {**hashed, "sha256": content_hash(hashed, tensors), "written": written}
-
-
-def content_hash(hashed: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the document's meaning and of every tensor."""
-    found = hashlib.sha256(canonical(hashed).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(raw(tensor))
-    return found.hexdigest()

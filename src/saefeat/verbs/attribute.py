@@ -12,7 +12,7 @@ of latents at a time, into a sparse result. Memory does not grow with the dictio
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from ..checkpoint import Checkpoint
 from ..dictionaries.base import Dictionaries, Dictionary
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
+from ..results.texts import Texts
 from ..sites import torch_module
 from ..tokens import Tokens
 from .backward import Backward
@@ -144,7 +145,8 @@ class Attribute:
                 pieces.append(found[0])
                 receipts.append(found[1])
         require_fired(sum(receipts[1:], receipts[0]), "Attribute")  # over all of the data set
-        return join_attributions(pieces)
+        texts = Texts.of(getattr(model, "tokenizer", None), data.inputs)
+        return replace(join_attributions(pieces), texts=texts, metric=repr(self.metric))
 
     def watch(self, model: Any, intervention: Intervention | None = None) -> Watching:
         """Attribute inside an nnsight trace of your own, for the invoke it is called in.

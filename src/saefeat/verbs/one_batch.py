@@ -47,6 +47,7 @@ def attribute_batch(
             clean=require_finite(runs.of_clean(), "clean", batch.numbers).float().cpu(),
             baseline=require_finite(runs.of_base(), "baseline", batch.numbers).float().cpu(),
             tokens=torch.stack(reached.scored).any(0).sum(1).cpu(),
+            scored=torch.stack(reached.scored).any(0).cpu()[batch.inputs["attention_mask"].bool()],
             ends=_alone(runs) if job.one_site else None,
             dropped=dropped,
         )

@@ -20,7 +20,7 @@ _ALWAYS = (
     *("prompt", "dictionary", "position", "latent", "score", "activation", "change"),
     *("clean", "baseline", "tokens"),
 )
-_SOMETIMES = ("ends", "dropped")
+_SOMETIMES = ("ends", "dropped", "scored")
 
 
 def identity(job: Attribute, model: Any, data: Data, batch_size: int) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def restored(
     """A batch that was finished before, or None."""
     if held is None:
         return None
-    tensors, meta = held
+    tensors: dict[str, Any] = held[0]
+    meta = held[1]
     found = Attribution(tuple(part.dictionary for part in watch.parts), **tensors)
     rows = tuple(Fired(*row) for row in meta["rows"])
     return found, Receipt(rows, meta["passes"])

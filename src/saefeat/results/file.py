@@ -1,0 +1,195 @@
+"""A result as a safetensors file: its rows, and what tells its dictionaries from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
+from ..dictionaries.base import Dictionaries, Dictionary
+from ..dictionaries.excerpt import Excerpt
+from ..errors import SaefeatError
+from ..records import versions
+from .texts import Texts, flat
+
+if TYPE_CHECKING:
+    from ..attribution import Attribution
+
+FORMAT = "saefeat.attribution"
+VERSION = 1
+PLAIN = ("dictionaries", "texts", "metric")
+"""Fields of ``Attribution`` that are no tensors; every other field is one, or None."""
+
+
+def save(found: Attribution, path: str | Path) -> Path:
+    """Write a result whole or not at all; the same result gives the same bytes."""
+    names = [field.name for field in fields(found) if field.name not in PLAIN]
+    tensors = {name: getattr(found, name) for name in names if getattr(found, name) is not None}
+    spec: dict[str, Any] = {"metric": found.metric, "texts": None}
+    spec["dictionaries"] = [_entry(dictionary) for dictionary in found.dictionaries]
+    texts = found.texts
+    if texts is not None:
+        tensors["texts.ids"], tensors["texts.lengths"] = flat(texts.ids)
+        roles = None if texts.roles is None else {r: list(m) for r, m in texts.roles.items()}
+        words = {str(i): word for i, word in texts.words.items()}
+        spec["texts"] = {"words": words, "special": list(texts.special), "roles": roles}
+    sealed = seal(FORMAT, VERSION, spec, tensors, versions())
+    return write(path, pack(sealed, tensors, "Attribution.save"), "Attribution.save")
+
+
+def _entry(dictionary: Dictionary) -> dict[str, Any]:
+    """What a table needs of a dictionary, and what tells it from others."""
+    return {
+        "site": str(dictionary.site),
+        "write_site": str(dictionary.write_site),
+        "d_in": dictionary.d_in,
+        "d_out": dictionary.d_out,
+        "d_sae": dictionary.d_sae,
+        "name": dictionary.name,
+        "fingerprint": dictionary.fingerprint(),
+    }
+
+
+def load(
+    cls: type[Attribution],
+    path: str | Path,
+    saes: Dictionaries | Iterable[Dictionary] | None,
+    max_bytes: int = MAX_BYTES,
+) -> Attribution:
+    """Read a result; see ``Attribution.load``."""
+    contents = read(path, "Attribution.load", max_bytes)
+    where = f"Attribution.load({str(path)!r})"
+    spec = unseal(contents, FORMAT, VERSION, where)
+    tensors = dict(contents.tensors)
+    entries = spec.get("dictionaries")
+    if not isinstance(entries, list) or len(entries) > 65_536:
+        raise broken(where, f"dictionaries {brief(entries)}", "a list of at most 65,536")
+    held = saes.values() if isinstance(saes, Mapping) else saes
+    live = None if held is None else list(held)
+    dictionaries = tuple(_dictionary(entry, live, where) for entry in entries)
+    texts = _texts(spec.get("texts"), tensors, where)
+    metric = spec.get("metric")
+    known = {field.name for field in fields(cls)} - set(PLAIN)
+    missing = _REQUIRED - set(tensors)
+    if missing or set(tensors) - known or not isinstance(metric, str):
+        odd = sorted(missing or set(tensors) - known)
+        got = f"{'no' if missing else 'an unknown'} {brief(odd)}, metric {brief(metric)}"
+        raise broken(where, got, "the fields of an Attribution")
+    _check(tensors, dictionaries, texts, where)
+    return cls(dictionaries, **tensors, texts=texts, metric=metric)  # type: ignore[arg-type]
+
+
+_INDEX = ("prompt", "dictionary", "position", "latent")
+_VALUES = ("score", "activation", "change")
+_PROMPTS = ("clean", "baseline", "tokens")
+_REQUIRED = {*_INDEX, *_VALUES, *_PROMPTS}
+
+
+def _check(
+    tensors: dict[str, Tensor], dictionaries: tuple[Dictionary, ...], texts: Any, where: str
+) -> None:
+    """Every column as long as the others, and every index within what it points at."""
+    n, prompts = len(tensors["score"]), len(tensors["clean"])
+    shaped: dict[str, tuple[int, ...]] = dict.fromkeys((*_INDEX, *_VALUES), (n,))
+    shaped |= dict.fromkeys(_PROMPTS, (prompts,))
+    if texts is not None and len(texts.ids) != prompts:
+        raise broken(where, f"tokens of {len(texts.ids)} prompts", f"of {prompts}")
+    if "scored" in tensors:
+        shaped["scored"] = (-1 if texts is None else sum(map(len, texts.ids)),)
+    wide = {"ends": (prompts, len(dictionaries)), "dropped": (prompts, 2)}
+    shaped |= {name: shape for name, shape in wide.items() if name in tensors}
+    for name, shape in shaped.items():
+        whole = name in (*_INDEX, "tokens")
+        wanted = torch.bool if name == "scored" else torch.int64 if whole else None
+        tensor = tensors[name]
+        right = tensor.dtype == wanted if wanted else tensor.is_floating_point()
+        if tuple(tensor.shape) != shape or not right:
+            got = f"{name} of {tensor.dtype} {list(tensor.shape)}"
+            raise broken(where, got, f"{list(shape)} of {wanted or 'floats'}")
+    width = torch.tensor([d.d_sae for d in dictionaries] or [0])
+    long = torch.tensor([len(row) for row in texts.ids] if texts else [2**53] * prompts)
+    for name, most in (("prompt", prompts), ("dictionary", len(dictionaries))):
+        if n and not (int(tensors[name].min()) >= 0 and int(tensors[name].max()) < most):
+            raise broken(where, f"{name} out of range", f"0..{most - 1}")
+    bounds = (
+        ("latent", 0, width[tensors["dictionary"]]),
+        ("position", -1, long[tensors["prompt"]]),
+    )
+    for name, least, most in bounds if n else ():
+        column = tensors[name]
+        if bool(((column < least) | (column >= most)).any()):
+            raise broken(where, f"{name} out of range", "indices into what the file describes")
+
+
+def _dictionary(entry: Any, live: list[Dictionary] | None, where: str) -> Dictionary:
+    """The live dictionary an entry means, or a stand-in that knows its name and width."""
+    keys = {"site", "write_site", "d_in", "d_out", "d_sae", "name", "fingerprint"}
+    sizes = ("d_in", "d_out", "d_sae")
+    if not isinstance(entry, dict) or set(entry) != keys:
+        raise broken(where, f"a dictionary {brief(entry)}", ", ".join(sorted(keys)))
+    texts = [entry[key] for key in keys - set(sizes)]
+    whole = all(type(entry[key]) is int and 0 < entry[key] <= 2**31 for key in sizes)
+    if not whole or not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
+        raise broken(where, f"a dictionary {brief(entry)}", "widths, and names of 4,096 characters")
+    if live is None:
+        try:
+            return Excerpt({}, **entry, excluded=(), origin=None)
+        except (SaefeatError, ValueError) as error:
+            raise broken(where, f"a dictionary that cannot be ({error})", "a site") from error
+    for dictionary in live:
+        if (
+            str(dictionary.site) == entry["site"]
+            and dictionary.fingerprint() == entry["fingerprint"]
+        ):
+            return dictionary
+    got = (
+        f"without the dictionary {brief(entry['name'])} of {entry['site']}, {entry['fingerprint']}"
+    )
+    wanted = "the dictionaries the scores were made with"
+    cause = "another release, width or revision of the SAEs"
+    raise refuse(where, got, wanted, cause, "Attribution.load(path), for tables alone", "saes")
+
+
+def _texts(spec: Any, tensors: dict[str, Tensor], where: str) -> Texts | None:
+    """The prompts' tokens; takes their tensors out."""
+    ids, sizes = tensors.pop("texts.ids", None), tensors.pop("texts.lengths", None)
+    if spec is None and ids is None and sizes is None:
+        return None
+    right = isinstance(spec, dict) and set(spec) == {"words", "special", "roles"}
+    if (
+        spec is None
+        or not right
+        or ids is None
+        or sizes is None
+        or ids.dtype != torch.int64
+        or ids.ndim != 1
+    ):
+        raise broken(where, "tokens of another form", "texts with ids and lengths")
+    good = sizes.dtype == torch.int64 and sizes.ndim == 1 and bool((sizes >= 0).all())
+    if not good or int(sizes.double().sum()) != len(ids):
+        raise broken(where, "lengths that do not add up", f"{len(ids)} tokens")
+    rows = tuple(tuple(row.tolist()) for row in ids.split(sizes.tolist())) if len(sizes) else ()
+    words, special, roles = (spec[name] for name in ("words", "special", "roles"))
+    try:
+        named = {int(i): word for i, word in words.items()}
+        marks = roles if roles is None else {r: _marks(m) for r, m in roles.items()}
+        good = all(isinstance(word, str) for word in named.values())
+        good = good and isinstance(special, list) and all(type(i) is int for i in special)
+    except (AttributeError, TypeError, ValueError):
+        good, named, marks = False, {}, None
+    if not good:
+        raise broken(where, "words, special tokens or roles of another form", "ids and texts")
+    return Texts(rows, named, tuple(special), marks)
+
+
+def _marks(pair: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that open and close a role's turns."""
+    before, after = pair
+    if not all(type(i) is int for i in (*before, *after)):
+        raise TypeError("ids")
+    return tuple(before), tuple(after)

@@ -1,0 +1,120 @@
+"""Scores summed by latent, site and position, over all scored tokens or some of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import SaefeatError, explain
+from ..sites import Site
+from ..tokens import Tokens
+
+if TYPE_CHECKING:
+    from ..attribution import Attribution
+
+
+def one_of(where: str, parameter: str, got: object, wanted: tuple[str, ...], call: str) -> None:
+    """Refuse a word that is not one of a few."""
+    if got not in wanted:
+        raise SaefeatError(
+            explain(
+                where,
+                parameter,
+                got=repr(got),
+                wanted=" or ".join(f'"{word}"' for word in wanted),
+                cause="a typing error",
+                call=call,
+            )
+        )
+
+
+def kept(found: Attribution, where: Tokens | None) -> tuple[Tensor, Tensor]:
+    """Which rows count, [n] bool, and how many scored tokens of each prompt, [prompts].
+
+    Raises:
+        SaefeatError: for a rule on a result that does not know its tokens.
+    """
+    if where is None:
+        return torch.ones(len(found), dtype=torch.bool), found.tokens
+    chosen = token_mask(found, where, "Attribution.totals")  # [all tokens]
+    place = token_place(found)
+    known = place >= 0  # a score for all tokens together belongs to none of them
+    rows = known & chosen[place.clamp(min=0)]
+    owner = torch.repeat_interleave(torch.arange(len(found.tokens)), lengths(found))
+    return rows, torch.zeros_like(found.tokens).index_add_(0, owner, chosen.long())
+
+
+def token_mask(found: Attribution, where: Tokens | None, what: str) -> Tensor:
+    """[all tokens] bool: tokens that were scored and that a rule selects, prompt after prompt."""
+    require_texts(found, what)
+    assert found.texts is not None and found.scored is not None
+    if where is None:
+        return found.scored
+    return torch.cat(found.texts.select(where)) & found.scored
+
+
+def token_place(found: Attribution) -> Tensor:
+    """[n]: each row's place among all tokens of all prompts, −1 for a score of all tokens."""
+    start = lengths(found).cumsum(0) - lengths(found)
+    return torch.where(found.position < 0, -1, start[found.prompt] + found.position)
+
+
+def lengths(found: Attribution) -> Tensor:
+    """[prompts]: real tokens of each prompt."""
+    require_texts(found, "Attribution")
+    assert found.texts is not None
+    return torch.tensor([len(row) for row in found.texts.ids])
+
+
+def require_texts(found: Attribution, what: str) -> None:
+    """Refuse what needs the prompts' tokens where they are not known.
+
+    Raises:
+        SaefeatError: saying how to get them.
+    """
+    if found.texts is None or found.scored is None:
+        raise SaefeatError(
+            explain(
+                what,
+                "scores",
+                got="made without the prompts' tokens",
+                wanted="scores that know which tokens were scored",
+                cause="an Attribution built by hand, or saved by an older version",
+                call="Attribute(saes, metric)(model, prompts)",
+            )
+        )
+
+
+def by_site(found: Attribution, where: Tokens | None) -> dict[Site, float]:
+    """Σ scores of each site over latents and tokens, mean over prompts."""
+    rows, _ = kept(found, where)
+    sums = torch.zeros(len(found.dictionaries), dtype=torch.float64)
+    sums.index_add_(0, found.dictionary[rows], found.score[rows].double())
+    totals: dict[Site, float] = {}
+    for dictionary, value in zip(found.dictionaries, sums.tolist(), strict=True):
+        at = dictionary.site
+        totals[at] = totals.get(at, 0.0) + value / max(len(found.tokens), 1)
+    return dict(sorted(totals.items(), key=lambda item: item[0].order))
+
+
+def by_position(found: Attribution, origin: str, where: Tokens | None) -> dict[int, float]:
+    """Σ scores of each position over sites and latents, mean over prompts that have it."""
+    one_of("Attribution.by_position", "origin", origin, ("start", "end"), 'origin="end"')
+    chosen, long = token_mask(found, where, "Attribution.by_position"), lengths(found)
+    owner = torch.repeat_interleave(torch.arange(len(long)), long)
+    place = torch.arange(len(owner)) - (long.cumsum(0) - long)[owner]
+    place = place - long[owner] if origin == "end" else place
+    sums = by_token(found)
+    totals: dict[int, list[float]] = {}
+    for position, value in zip(place[chosen].tolist(), sums[chosen].tolist(), strict=True):
+        totals.setdefault(position, []).append(value)
+    return {position: sum(v) / len(v) for position, v in sorted(totals.items())}
+
+
+def by_token(found: Attribution) -> Tensor:
+    """[all tokens] float64: Σ scores of each token over sites and latents, prompt after prompt."""
+    place = token_place(found)
+    sums = torch.zeros(int(lengths(found).sum()), dtype=torch.float64)
+    return sums.index_add_(0, place[place >= 0], found.score[place >= 0].double())
