@@ -127,7 +127,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """The endpoints that nnsight's clients call."""
 
-    server: Server
+    server: Server  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
