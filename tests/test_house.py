@@ -36,6 +36,7 @@ LEVELS: dict[str, int] = {
     "saefeat.sites": 1,
     "saefeat.route": 1,
     "saefeat.tokens": 1,
+    "saefeat.requests": 1,
     "saefeat.prompts": 1,
     # a selection knows only that a basis has a site and a width; dictionaries hand selections out
     "saefeat.latents": 2,
@@ -63,6 +64,7 @@ LEVELS: dict[str, int] = {
     "saefeat.hooked": 5,
     "saefeat.sweep": 5,
     "saefeat.remote": 5,
+    "saefeat.loopback": 5,
     "saefeat.loading": 5,
     "saefeat.verify": 5,
     "saefeat.declared": 5,

@@ -21,6 +21,9 @@ from transformers import Gemma2Config
 import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
 from saefeat.execution.preflight import Capture, parks, tensors
+from saefeat.execution.remote import embedding
+from saefeat.kernel.program import new_log
+from saefeat.kernel.trace import whole_run
 from saefeat.verbs.lower import lower
 from saefeat.verbs.travel import narrowed
 
@@ -84,6 +87,9 @@ VERBS = {
     "error": lambda: sf.Clamp(sf.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5),
     "direction": lambda: sf.Ablate(direction()) | sf.Clamp(direction(2), add=3.0),
     "topk": lambda: sf.Ablate(make_sae("topk", "resid_post.1").latents([1, 2, 3])),
+    "schedule": lambda: sf.Clamp(jumprelu(), add=sf.Schedule([4.0, 2.0, 0.0])),
+    "resample": lambda: sf.Ablate(jumprelu(), to=sf.Resample(values(), seed=1)),
+    "orthogonal": lambda: sf.Ablate(jumprelu(), to="orthogonal"),
     "between": lambda: sf.Clamp(sf.Direction(unit(), site="resid_mid.1"), add=3.0),
 }
 
@@ -537,6 +543,31 @@ def test_values_really_are_copied_there(model, boundary):
         again = nnsight.save(model.model.layers[1].input.abs().sum().item())
     assert not attached
     assert again > 0  # in place, on a copy
+
+
+def test_no_cache_crosses(model, monkeypatch):
+    """After the first pass a run on a server reads tokens, not inputs, which hold the cache."""
+    seen, value = [], Mediator.value
+
+    def noted(location):
+        seen.append(location)
+        return value(location)
+
+    monkeypatch.setattr(Mediator, "value", staticmethod(noted))
+    intervention = sf.Clamp(jumprelu(), 3.0, where=~sf.Tokens.special()) | sf.Probe(jumprelu(2))
+    program = {**lower(intervention, model), "embedding": embedding(model)}
+    logs = []
+    for own in (program, {**program, "embedding": None}):
+        with model.generate(max_new_tokens=NEW, do_sample=False) as tracer:
+            with tracer.invoke(batch_of()):
+                log = nnsight.save(new_log())
+                whole_run(model, own, log)
+            with tracer.invoke():
+                nnsight.save(tracer.result)
+        logs.append(log)
+        if own is program:
+            assert [place for place in seen if "model.input" in place] == ["model.input"]
+    same_log(intervention, *logs)
 
 
 # ---------------------------------------------------------------- preflight

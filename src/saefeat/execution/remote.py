@@ -40,7 +40,8 @@ def remote_batch(
     for the last token alone.
     """
     register()
-    program = narrowed({**program, "ends": {**program["ends"], "honored": True}}, dtype)
+    program = {**program, "ends": {**program["ends"], "honored": True}}
+    program = narrowed({**program, "embedding": embedding(model)}, dtype)
     batch = {name: tensor.clone() for name, tensor in batch.items()}  # a view ships its storage
     log = logits = tokens = None
     with model.generate(max_new_tokens=max(new, 1), do_sample=False, **how) as tracer:
@@ -54,6 +55,13 @@ def remote_batch(
     if tokens is None:  # sent off, not waited for
         return None, tracer.backend
     return received({"log": log, "tokens": tokens, "logits": logits}, batch, new), tracer.backend
+
+
+def embedding(model: Any) -> str | None:
+    """The path of the module that embeds tokens, where later passes' tokens are read."""
+    module: Any = torch_module(model)
+    wanted = module.get_input_embeddings()
+    return next((name for name, part in module.named_modules() if part is wanted), None)
 
 
 def received(saved: dict[str, Any], batch: dict[str, Tensor], new: int) -> Piece:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
@@ -72,37 +73,50 @@ def submit(
     require_rows(chosen, len(encoded["input_ids"]))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     require_light(preflight(model, encoded, chosen, dtype=dtype, **options), payload_limit)
-    batches = split(encoded, batch_size)
-    whole = lower(chosen, model)
+    whole, key = lower(chosen, model), model.to_model_key()
+    post = _Post(model, chosen, split(encoded, batch_size), whole, batch_size)
+    post = post._replace(new=max_new_tokens, dtype=dtype, remote=remote, unfired=allow_unfired)
+    mark = fingerprint(encoded, whole, options, str(dtype), key)
+    said = about(key, backend_of(model, remote).host, chosen, **options)
+    plan = Plan(len(post.batches), mark, said, post.send, post.fetch, post.finish)
+    return Job(plan, None if file is None else Path(file), limit)
 
-    def send(number: int) -> str:
-        rows = slice(number * batch_size, (number + 1) * batch_size)
-        program = lower(chosen, model, rows) if by_prompt(chosen) else whole
-        _, backend = remote_batch(
-            model,
-            program,
-            batches[number],
-            max_new_tokens,
-            dtype=dtype,
-            remote=remote,
-            blocking=False,
+
+class _Post(NamedTuple):
+    """A run's batches on their way to a server and back."""
+
+    model: Any
+    intervention: Intervention
+    batches: list[dict[str, Tensor]]
+    whole: dict[str, Any]
+    size: int
+    new: int = 0
+    dtype: torch.dtype | None = None
+    remote: bool | str = True
+    unfired: bool = False
+
+    def send(self, number: int) -> str:
+        """Post a batch; the id of its job."""
+        rows = slice(
+            number * self.size, number * self.size + len(self.batches[number]["input_ids"])
         )
+        own = by_prompt(self.intervention)
+        program = lower(self.intervention, self.model, rows) if own else self.whole
+        how: dict[str, Any] = {"dtype": self.dtype, "remote": self.remote, "blocking": False}
+        batch = self.batches[number]
+        _, backend = remote_batch(self.model, program, batch, self.new, **how)
         return backend.job_id
 
-    def fetch(job: str) -> tuple[dict[str, Any] | None, str | None]:
-        backend = backend_of(model, remote, job)
+    def fetch(self, job: str) -> tuple[dict[str, Any] | None, str | None]:
+        """Poll once: what was saved there, if it has ended, and the status, if there is one."""
+        backend = backend_of(self.model, self.remote, job)
         saved = backend.poll()
         return saved, None if backend.status is None else backend.status.value
 
-    def done(saved: list[dict[str, Any]]) -> Run:
-        found = [received(s, b, max_new_tokens) for s, b in zip(saved, batches, strict=True)]
-        result = finish(chosen, model, batches, found)
-        if not allow_unfired:
+    def finish(self, saved: list[dict[str, Any]]) -> Run:
+        """All batches as one result."""
+        found = [received(s, b, self.new) for s, b in zip(saved, self.batches, strict=True)]
+        result = finish(self.intervention, self.model, self.batches, found)
+        if not self.unfired:
             require_fired(result.receipt, "submit")
         return result
-
-    mark = fingerprint(encoded, whole, options, str(dtype), model.to_model_key())
-    backend = backend_of(model, remote)
-    said = about(model.to_model_key(), backend.host, chosen, **options)
-    plan = Plan(len(batches), mark, said, send, fetch, done)
-    return Job(plan, None if file is None else Path(file), limit)

@@ -158,7 +158,9 @@ def finished(
 
 
 def past_length(cache: Any) -> int:
-    """How many columns a key-value cache holds; none without a cache."""
+    """How many columns a key-value cache holds; none without a cache. A number is that number."""
+    if isinstance(cache, int):
+        return cache
     return 0 if cache is None else int(cache.get_seq_length())
 
 

@@ -10,7 +10,8 @@ import base64
 import hashlib
 from email.parser import BytesParser
 from email.policy import HTTP
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 _MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
@@ -30,7 +31,7 @@ def text_frame(text: str) -> bytes:
     return bytes([0x81, 127]) + len(data).to_bytes(8, "big") + data
 
 
-def wait_closed(stream: BinaryIO) -> None:
+def wait_closed(stream: BufferedIOBase) -> None:
     """Read and drop what a websocket client sends until it closes or goes away."""
     while head := stream.read(2):
         if len(head) < 2 or head[0] & 0x0F == 8:  # the closing frame
