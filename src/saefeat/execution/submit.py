@@ -10,11 +10,13 @@ import torch
 from ..prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
+from .decoding import decoding, whole_number
 from .jobfile import about, fingerprint
 from .jobs import Job, Plan
 from .preflight import PAYLOAD_LIMIT, preflight, require_light
-from .remote import backend_of, received, remote_batch, with_stops
-from .run import Run, finish, require_counts
+from .remote import backend_of, received, remote_batch
+from .result import Run
+from .run import finish, remote_settings, require_passes
 
 
 def submit(
@@ -65,8 +67,9 @@ def submit(
         ...     job.wait().receipt.passes
         1
     """
-    require_counts(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 0), limit=(limit, 1))
-    with_stops(model)
+    for name, number in (("batch_size", batch_size), ("limit", limit)):
+        whole_number(name, number, 1)
+    settings = remote_settings(model, decoding(model, max_new_tokens=max_new_tokens))
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     require_rows(chosen, len(encoded["input_ids"]))
@@ -96,8 +99,11 @@ def submit(
 
     def done(saved: list[dict[str, Any]]) -> Run:
         found = [received(s, b, max_new_tokens) for s, b in zip(saved, batches, strict=True)]
-        result = finish(chosen, model, batches, found)
+        result = finish(chosen, model, batches, found, settings)
         if not allow_unfired:
+            for batch, (log, tokens, _) in zip(batches, found, strict=True):
+                new = tokens.shape[1] - batch["input_ids"].shape[1]
+                require_passes(chosen, log, max(1, new), "submit")
             require_fired(result.receipt, "submit")
         return result
 
