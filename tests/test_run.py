@@ -371,15 +371,15 @@ def test_draws_by_prompt_under_beams_are_refused():
 
 
 def test_values_pinned_to_a_clean_run_reach_every_beam():
-    nn, rows = wrapped(build("llama")), 3
-    clean = sf.run(nn, RAGGED[::-1], sf.Probe(direction())).readings[0]
+    nn, rows, v = wrapped(build("llama")), 3, direction()
+    clean = sf.run(nn, RAGGED[::-1], sf.Probe(v)).readings[0]
     where = sf.Tokens.prompt()
     for size in (32, 2):
-        step = sf.Clamp(direction(), sf.Pin(clean), where=where)
+        step = sf.Clamp(v, sf.Pin(clean), where=where)
         out = sf.run(nn, RAGGED, step, batch_size=size, **BEAMS)
         for row in range(rows):
             fields = (clean.values[row, None], clean.mask[row, None], clean.starts[row, None])
-            alone = sf.Clamp(direction(), sf.Pin(sf.Readings(clean.latents, *fields)), where=where)
+            alone = sf.Clamp(v, sf.Pin(sf.Readings(clean.latents, *fields)), where=where)
             found = sf.run(nn, RAGGED[row], alone, **BEAMS)
             assert found.completions[0] == out.completions[row]
 

@@ -298,8 +298,8 @@ def _one(job: _Job, batch: dict[str, Tensor], start: int) -> Piece:
         rows = slice(start, start + size) if beams == 1 else number
         program = lower(job.intervention, job.model, rows)
     log, tokens, logits = _executed(job, program, batch, start)
-    if not job.allow_unfired:
-        require_passes(job.intervention, log, max(1, tokens.shape[1] - width), job.where)
+    if job.intervention.parts() and not job.allow_unfired:
+        require_passes(log, max(1, tokens.shape[1] - width), job.where)
     new = until_stop(tokens[:, width:], job.decoding.stops)
     found = piece(job.intervention, job.model, batch, (log, new, logits), job.source)
     return found if beams == 1 else without_events(found)
@@ -388,25 +388,31 @@ def finish(
     batches: Sequence[dict[str, Tensor]],
     found: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
     settings: Decoding,
+    *,
+    allow_unfired: bool,
 ) -> Run:
-    """All batches as one result, from each one's log, token ids and logits."""
+    """All batches a server has run as one result, from each one's log, token ids and logits."""
     source = provenance(model, intervention, settings.to_dict(model))
     pieces = []
     for batch, (log, tokens, logits) in zip(batches, found, strict=True):
-        new = until_stop(tokens[:, batch["input_ids"].shape[1] :], settings.stops)
+        late = tokens[:, batch["input_ids"].shape[1] :]
+        if intervention.parts() and not allow_unfired:
+            require_passes(log, max(1, late.shape[1]), "submit")
+        new = until_stop(late, settings.stops)
         pieces.append(piece(intervention, model, batch, (log, new, logits), source))
-    return join(pieces)
+    result = join(pieces)
+    if not allow_unfired:
+        require_fired(result.receipt, "submit")
+    return result
 
 
-def require_passes(
-    intervention: Intervention, log: dict[str, Any], wanted: int, where: str
-) -> None:
+def require_passes(log: dict[str, Any], wanted: int, where: str) -> None:
     """Refuse a generation of which an edit or a reading saw only some forward passes.
 
     Raises:
         FiringError: naming both numbers.
     """
-    if log["passes"] >= wanted or not intervention.parts():
+    if log["passes"] >= wanted:
         return
     raise FiringError(
         explain(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..prompts import Prompts, encode_prompts, split
-from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
+from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from .decoding import decoding, whole_number
 from .jobfile import about, fingerprint
@@ -16,7 +16,7 @@ from .jobs import Job, Plan
 from .preflight import PAYLOAD_LIMIT, preflight, require_light
 from .remote import backend_of, received, remote_batch
 from .result import Run
-from .run import finish, remote_settings, require_passes
+from .run import finish, remote_settings
 
 
 def submit(
@@ -99,13 +99,7 @@ def submit(
 
     def done(saved: list[dict[str, Any]]) -> Run:
         found = [received(s, b, max_new_tokens) for s, b in zip(saved, batches, strict=True)]
-        result = finish(chosen, model, batches, found, settings)
-        if not allow_unfired:
-            for batch, (log, tokens, _) in zip(batches, found, strict=True):
-                new = tokens.shape[1] - batch["input_ids"].shape[1]
-                require_passes(chosen, log, max(1, new), "submit")
-            require_fired(result.receipt, "submit")
-        return result
+        return finish(chosen, model, batches, found, settings, allow_unfired=allow_unfired)
 
     mark = fingerprint(encoded, whole, options, str(dtype), model.to_model_key())
     backend = backend_of(model, remote)

@@ -92,7 +92,6 @@ def sweep(
     pieces: list[list[Piece]] = [[] for _ in chosen]
     greedy = decoding(model, max_new_tokens=max_new_tokens)
     generation = {**greedy.to_dict(model), "batch_size": batch_size}
-    sources = [provenance(model, one, generation) for one in chosen.values()]
     jobs = [(batch, group) for batch in batches for group in groups]
     start, bar = 0, tqdm(jobs, disable=not progress, desc="sweep", unit="batch")
     for batch, group in bar:
@@ -101,12 +100,18 @@ def sweep(
         programs = [
             whole[n] or lower(one, model, rows, way) for n, one in zip(group, own, strict=True)
         ]
-        results = _together(model, programs, batch, greedy)
+        results = _together(model, programs, batch, greedy, allow_unfired)
         for n, one, result in zip(group, own, results, strict=True):
-            if not allow_unfired:
-                require_passes(one, result[0], max(1, *map(len, result[1])), "sweep")
-            pieces[n].append(piece(one, model, batch, result, sources[n]))
+            source = provenance(model, one, generation)
+            pieces[n].append(piece(one, model, batch, result, source))
         start = rows.stop if group is groups[-1] else start
+    return _joined(chosen, pieces, allow_unfired)
+
+
+def _joined(
+    chosen: Mapping[Key, Intervention], pieces: list[list[Piece]], allow_unfired: bool
+) -> dict[Key, Run]:
+    """Each setting's batches as one result, every edit of which acted."""
     found = {key: join(own) for key, own in zip(chosen, pieces, strict=True)}
     for key, result in found.items():
         if not allow_unfired:
@@ -120,7 +125,11 @@ def _groups(settings: list[Intervention], size: int) -> list[range]:
 
 
 def _together(
-    model: Any, programs: list[dict[str, Any]], batch: dict[str, Tensor], greedy: Decoding
+    model: Any,
+    programs: list[dict[str, Any]],
+    batch: dict[str, Tensor],
+    greedy: Decoding,
+    allow_unfired: bool,
 ) -> list[tuple[dict[str, Any], list[list[int]], Tensor]]:
     """One batch under several programs: the log, completions and logits of each."""
     rows, width = batch["input_ids"].shape
@@ -128,6 +137,8 @@ def _together(
     log, tokens, logits = _batch(model, beside(programs, rows), shared, greedy)
     ends = [until_stop(part[:, width:], greedy.stops) for part in tokens.split(rows)]
     passes = [max(1, *(len(row) for row in part)) for part in ends]
+    if not allow_unfired and any(program["visits"] for program in programs):
+        require_passes(log, max(passes), "sweep")
     logs = taken_apart(log, len(programs), rows, passes)
     return list(zip(logs, ends, logits.split(rows), strict=True))
 
