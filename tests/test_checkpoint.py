@@ -324,7 +324,7 @@ def test_a_bad_prompt_may_be_mended_and_the_job_goes_on(tmp_path):
 OTHER = {
     "intervention": lambda: {"intervention": sf.Clamp(make_sae(seed=1).latents([3, 4]), 3.5)},
     "prompts": lambda: {"prompts": ["w9", *PROMPTS[1:]]},
-    "new": lambda: {"max_new_tokens": 5},
+    "max_new_tokens": lambda: {"max_new_tokens": 5},
     "seed": lambda: {"seed": 4},
     "temperature": lambda: {"temperature": 0.8},
     "top_k": lambda: {"top_k": 9},

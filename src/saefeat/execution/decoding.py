@@ -61,7 +61,8 @@ class Decoding(NamedTuple):
         config: Any = getattr(torch_module(model), "generation_config", None)
         own = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
         own.pop("transformers_version", None)
-        return {**self._asdict(), "stops": list(self.stops), "model": own}
+        found = {**self._asdict(), "stops": list(self.stops), "model": own}
+        return {"max_new_tokens": found.pop("new"), "num_beams": found.pop("beams"), **found}
 
 
 def decoding(
