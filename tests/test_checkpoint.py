@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saefeat as sf
-from helpers import build, make_sae, unit, wrapped
+from helpers import RAGGED, build, make_sae, unit, wrapped
 from saefeat.checkpoint import Checkpoint
 from saefeat.identity import digest, model_identity, weights
 
@@ -229,3 +229,159 @@ def test_edited_copies_and_models_without_weights_are_refused():
         model_identity(edited)
     with pytest.raises(sf.ModelError, match="not loaded"):
         weights(build("llama").to("meta"))
+
+
+# ---------------------------------------------------------------- run and stream
+
+
+PROMPTS = [*RAGGED, "w20 w21", "w5 w6 w7"]
+
+
+def job() -> sf.Chain:
+    sae = make_sae(seed=1)
+    edit = sf.Clamp(sae.latents([3, 4]) | make_sae(layer=0, seed=2).latents([5]), 3.0)
+    means = sf.Probe(sae.latents([6]), reduce="mean")
+    return edit | sf.Probe(sae.latents([7, 8]), where=sf.Tokens.last(2)) | means
+
+
+OPTIONS = {"max_new_tokens": 4, "temperature": 0.9, "seed": 3, "batch_size": 2}
+
+
+def passes(model) -> list:
+    """Counts forward passes from here on."""
+    seen: list = []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def require_equal_runs(a: sf.Run, b: sf.Run) -> None:
+    for name in ("prompts", "completions", "texts", "receipt"):
+        assert getattr(a, name) == getattr(b, name), name
+    assert torch.equal(a.logits, b.logits)
+    for one, other in zip(a.readings, b.readings, strict=True):
+        assert repr(one.latents) == repr(other.latents)
+        for name in ("values", "mask", "counts"):
+            x, y = getattr(one, name), getattr(other, name)
+            assert (x is None and y is None) or torch.equal(x, y), name
+    for one, other in zip(a.receipt.rows, b.receipt.rows, strict=True):
+        assert len(one.events) and one.events.sites == other.events.sites
+        for name, column in one.events.columns().items():
+            assert torch.equal(column, other.events.columns()[name]), name
+    first, second = a.provenance.to_dict(), b.provenance.to_dict()
+    assert first | {"created": ""} == second | {"created": ""}
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    wanted = sf.run(wrapped(build("llama")), PROMPTS, job(), **OPTIONS)
+    for stopped in range(3):  # after so many batches
+        model, folder = build("llama"), tmp_path / str(stopped)
+        seen: list = []
+
+        def interrupt(*_, seen=seen, stopped=stopped):
+            seen.append(1)
+            if len(seen) > 4 * stopped:
+                raise KeyboardInterrupt
+
+        handle = model.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sf.run(wrapped(model), PROMPTS, job(), **OPTIONS, checkpoint=folder)
+        handle.remove()
+        assert len(list(folder.glob("batch-*"))) == stopped
+        count = passes(model)
+        found = sf.run(wrapped(model), PROMPTS, job(), **OPTIONS, checkpoint=folder)
+        require_equal_runs(found, wanted)
+        assert len(count) == 4 * (3 - stopped)
+        again = sf.run(wrapped(model), PROMPTS, job(), **OPTIONS, checkpoint=str(folder))
+        require_equal_runs(again, wanted)
+        assert len(count) == 4 * (3 - stopped), "nothing is run twice"
+
+
+def test_a_stream_goes_on_where_it_stopped(tmp_path):
+    model = build("llama")
+    nn, count = wrapped(model), passes(model)
+    first = sf.stream(nn, iter(PROMPTS), job(), **OPTIONS, checkpoint=tmp_path)
+    one = next(first)
+    first.close()
+    rest = list(sf.stream(nn, iter(PROMPTS), job(), **OPTIONS, checkpoint=tmp_path))
+    require_equal_runs(rest[0], one)
+    assert len(rest) == 3 and len(count) == 3 * 4
+    wanted = sf.run(nn, PROMPTS, job(), **OPTIONS, checkpoint=tmp_path)  # run reads it too
+    assert len(count) == 3 * 4
+    assert wanted.completions == sum((part.completions for part in rest), ())
+
+
+def test_a_bad_prompt_may_be_mended_and_the_job_goes_on(tmp_path):
+    model = build("llama")
+    nn, count = wrapped(model), passes(model)
+    bad = [*PROMPTS[:4], ""]
+    with pytest.raises(sf.PromptError, match=r"prompts 4\.\.4"):
+        list(sf.stream(nn, bad, job(), **OPTIONS, checkpoint=tmp_path))
+    assert len(count) == 2 * 4
+    found = list(sf.stream(nn, PROMPTS, job(), **OPTIONS, checkpoint=tmp_path))
+    assert len(count) == 3 * 4 and len(found) == 3
+
+
+OTHER = {
+    "intervention": lambda: {"intervention": sf.Clamp(make_sae(seed=1).latents([3, 4]), 3.5)},
+    "prompts": lambda: {"prompts": ["w9", *PROMPTS[1:]]},
+    "max_new_tokens": lambda: {"max_new_tokens": 5},
+    "seed": lambda: {"seed": 4},
+    "temperature": lambda: {"temperature": 0.8},
+    "top_k": lambda: {"top_k": 9},
+    "stops": lambda: {"stop": (9,)},
+    "batch_size": lambda: {"batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", [*OTHER, "weights", "configuration", "generation configuration"])
+def test_another_call_is_refused_by_name(tmp_path, name):
+    model = build("llama")
+    given = {"prompts": PROMPTS, "intervention": job(), **OPTIONS, "checkpoint": tmp_path}
+    sf.run(wrapped(model), **given)
+    if name == "weights":
+        with torch.no_grad():
+            model.lm_head.weight[3, 3] += 1e-3
+    elif name == "configuration":
+        model.config.rms_norm_eps = 0.1
+    elif name == "generation configuration":
+        model.generation_config.repetition_penalty = 1.1
+    else:
+        given |= OTHER[name]()
+    seen = passes(model)
+    with pytest.raises(sf.CheckpointError, match=rf"differs in [\w, ]*\b{name}\b"):
+        sf.run(wrapped(model), **given)
+    assert not seen, "refused before anything is run"
+
+
+def test_values_by_prompt_count_in_full(tmp_path):
+    nn = wrapped(build("llama"))
+    v = sf.Direction(torch.eye(32), site="resid_post.1")
+    values = torch.zeros(5, 32)
+    sf.run(nn, PROMPTS, sf.Clamp(v, add=values + 1), checkpoint=tmp_path)
+    values[3, 17] += 1e-4
+    with pytest.raises(sf.CheckpointError, match="intervention"):
+        sf.run(nn, PROMPTS, sf.Clamp(v, add=values + 1), checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 20, 0.5, 0.99])
+def test_a_damaged_batch_is_run_again(tmp_path, keep):
+    model = build("llama")
+    wanted = sf.run(wrapped(model), PROMPTS, job(), **OPTIONS, checkpoint=tmp_path)
+    file = tmp_path / "batch-000001.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    count = passes(model)
+    with pytest.warns(UserWarning, match="batch-000001.*damaged"):
+        found = sf.run(wrapped(model), PROMPTS, job(), **OPTIONS, checkpoint=tmp_path)
+    require_equal_runs(found, wanted)
+    assert len(count) == 4
+    sf.run(wrapped(model), PROMPTS, job(), **OPTIONS, checkpoint=tmp_path)
+    assert len(count) == 4 and file.read_bytes() == content
+
+
+def test_edited_copies_have_no_checkpoint(tmp_path):
+    nn = wrapped(build("llama"))
+    edited = sf.edit(nn, sf.Ablate(sf.Direction(unit(), site="resid_post.1")))
+    with pytest.raises(sf.ModelError, match="edited copy"):
+        sf.run(edited, PROMPTS, checkpoint=tmp_path / "job")
+    assert not (tmp_path / "job").exists()

@@ -38,7 +38,8 @@ from .execution.edit import edit
 from .execution.hooked import hooked
 from .execution.jobs import Job
 from .execution.preflight import Preflight, preflight
-from .execution.run import Run, run
+from .execution.result import Run
+from .execution.run import run, stream
 from .execution.submit import submit
 from .execution.sweep import sweep
 from .execution.wrap import wrap
@@ -169,6 +170,7 @@ __all__ = [
     "stability",
     "stack",
     "steering_vector",
+    "stream",
     "submit",
     "sweep",
     "verify",

@@ -84,8 +84,7 @@ class Checkpoint:
             return None
         content = self._file(number).read_bytes()
         try:
-            tensors, header = load(content), _header(content)
-            meta, wanted = header["meta"], header["sha256"]
+            tensors, (meta, wanted) = load(content), json.loads(_header(content)["saefeat"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             return _damaged(self._file(number), repr(error))
         if wanted != digest(tensors, meta):
@@ -100,8 +99,8 @@ class Checkpoint:
         plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         plain = {name: tensor.contiguous() for name, tensor in plain.items()}
         text = json.dumps(dict(meta))
-        header = {"meta": text, "sha256": digest(plain, text)}
-        _write(self._file(number), save(plain, metadata=header))
+        header = json.dumps([text, digest(plain, text)])  # one entry: safetensors shuffles several
+        _write(self._file(number), save(plain, metadata={"saefeat": header}))
 
     def _file(self, number: int) -> Path:
         return Path(self.folder or "") / f"batch-{number:06d}.safetensors"

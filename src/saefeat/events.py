@@ -49,7 +49,7 @@ class Events:
         >>> louder = sf.Clamp(saes.latents({2: [7]}), 3.0, where=sf.Tokens.last(1))
         >>> events = sf.run(model, ["hello", "how do i bake bread"], louder).receipt.rows[0].events
         >>> events.prompt, events.position, events.latent
-        (tensor([0, 1]), tensor([0, 4]), tensor([7, 7]))
+        (tensor([0, 1]), tensor([1, 5]), tensor([7, 7]))
     """
 
     sites: tuple[Site, ...]

@@ -28,10 +28,12 @@ class Readings:
         latents: what was read; the last dimension follows its order.
         values: [prompts, tokens, k], float32 or wider. Prompts end in the same column, generated
             tokens follow; a generated token appears once it has been fed back, so the very last
-            one has no column.
+            one has no column. Unselected tokens hold values too: see ``kept``.
         mask: [prompts, tokens, k], true where the token is real and selected.
         starts: [prompts], the column of each prompt's first token, so that a token's position
             is its column less this; None for a reduced reading, whose columns are no tokens.
+        counts: [prompts, 1, k], how many tokens each mean is over; None unless the probe reduced
+            to means.
 
     Examples:
         >>> latents = sf.Direction(torch.ones(2), site="resid_post.0").latents()
@@ -44,11 +46,21 @@ class Readings:
     values: Tensor
     mask: Tensor
     starts: Tensor | None = None
+    counts: Tensor | None = None
+
+    def kept(self) -> Tensor:
+        """[prompts, tokens, k]: the values, NaN where a token is padding or not selected."""
+        return torch.where(self.mask, self.values, torch.nan)
 
     def mean(self) -> Tensor:
-        """[k]: the mean over every selected token of every prompt; NaN where there is none."""
-        kept = torch.where(self.mask, self.values, 0.0).sum((0, 1))
-        return kept / self.mask.sum((0, 1))
+        """[k]: the mean over every selected token of every prompt; NaN where there is none.
+
+        A reduced mean counts with its tokens, so this is the same with or without
+        ``reduce="mean"``. After ``"max"`` or ``"last"`` it is the mean over prompts.
+        """
+        weights = self.mask if self.counts is None else self.counts
+        kept = torch.where(self.mask, self.values * weights, 0.0).sum((0, 1))
+        return kept / weights.sum((0, 1))
 
     def max(self) -> Tensor:
         """[prompts, k]: the largest value over each prompt's selected tokens, NaN without any."""
@@ -63,9 +75,29 @@ class Readings:
         return torch.where(self.mask.any(1), found, torch.nan)
 
     def active(self) -> Tensor:
-        """[k]: the share of selected tokens at which the latent is above zero."""
+        """[k]: the share of selected tokens at which the latent is above zero.
+
+        Of a reduced reading it is the share of prompts.
+        """
         hits = (self.mask & (self.values > 0)).sum((0, 1))
         return hits / self.mask.sum((0, 1)).clamp(min=1)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a kept value: prompt, column (as in ``values``), site, latent and value.
+
+        Raises:
+            SaefeatError: without pandas.
+        """
+        prompt, column, place = self.mask.nonzero(as_tuple=True)
+        names = list(self.latents)
+        table = {
+            "prompt": prompt.numpy(),
+            "column": column.numpy(),
+            "site": [str(names[n][0]) for n in place.tolist()],
+            "latent": [names[n][1] for n in place.tolist()],
+            "value": self.values[self.mask].numpy(),
+        }
+        return frame(table, "Readings.to_pandas")
 
 
 @dataclass(frozen=True)
@@ -160,6 +192,8 @@ class Provenance:
         latents: every latent of each step, site → indices.
         versions: of Python and the libraries.
         created: UTC, ISO 8601.
+        generation: how tokens were chosen: ``run``'s settings, and under ``model`` those of the
+            model's own generation configuration that are not transformers' defaults.
 
     Examples:
         >>> sf.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01").to_dict()["dtype"]
@@ -174,6 +208,7 @@ class Provenance:
     latents: tuple[dict[str, list[int]], ...]
     versions: dict[str, str]
     created: str
+    generation: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -233,4 +268,6 @@ def stack_readings(batches: list[Readings], widths: list[int]) -> Readings:
         b.starts + left for b, (left, _) in zip(batches, sides, strict=True) if b.starts is not None
     ]
     joined = torch.cat(starts) if len(starts) == len(batches) else None
-    return Readings(batches[0].latents, torch.cat(values), torch.cat(masks), joined)
+    counts = [b.counts for b in batches if b.counts is not None]
+    totals = torch.cat(counts) if counts else None
+    return Readings(batches[0].latents, torch.cat(values), torch.cat(masks), joined, totals)

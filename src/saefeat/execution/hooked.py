@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import FiringError, ModelError, explain
 from ..kernel.program import new_log, visit
-from ..kernel.tokens import past_length, require_sequential, window
+from ..kernel.tokens import follow_rows, past_length, remembers, require_sequential, window
 from ..kernel.trace import generating
 from ..sites import torch_module
 from ..verbs.base import Intervention
@@ -56,7 +56,7 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
     module = torch_module(model)
     program = lower(intervention, model)
     log = new_log()
-    state: dict[str, Any] = {"view": None, "held": {}, "ends": program["ends"], "left": set()}
+    state: dict[str, Any] = {"view": None, "held": {}, "program": program, "left": set()}
     state["called"] = False
     state["paths"] = {(stop["path"], stop["end"]) for stop in program["visits"]}
     with ExitStack() as stack:
@@ -88,10 +88,13 @@ def _begin(
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    past = past_length(kwargs.get("past_key_values"))
+    cache, program = kwargs.get("past_key_values"), state["program"]
+    past = past_length(cache)
     shape = (shown.shape[0], shown.shape[1])
     before = state["view"] if _continues(state["view"], past, shape, ids, kwargs) else None
-    state["view"] = log["view"] = window(ids, mask, shape, past, before, state["ends"])
+    state["view"] = log["view"] = window(ids, mask, shape, past, before, program["ends"])
+    if remembers(program):
+        follow_rows(cache, state["view"]["memory"])
     state["held"] = {}
     state["left"] = set(state["paths"])
     log["passes"] += 1

@@ -1,56 +1,33 @@
-"""run: prompts in; text, tokens, readings and a receipt out."""
+"""run and stream: prompts in; text, tokens, readings and a receipt out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import PromptError, explain
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, FiringError, PromptError, RemoteError, explain
+from ..identity import digest, model_identity
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
 from ..prompts import Prompts, encode_prompts, split
-from ..records import Provenance, Readings, Receipt, now, stack_readings, versions
+from ..records import Provenance, Receipt
 from ..sites import torch_module
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
+from .decoding import Decoding, decoding, require_beamable, seeded, until_stop, whole_number
 from .preflight import PAYLOAD_LIMIT, preflight, require_light
 from .remote import remote_batch, with_stops
+from .result import Piece, Run, join, pack, piece, provenance, unpack, without_events
 
-
-@dataclass(frozen=True)
-class Run:
-    """What one ``run`` gave.
-
-    Attributes:
-        prompts: token ids of each prompt, without padding.
-        completions: generated ids of each prompt, up to and with the stop token.
-        texts: completions as text, without special tokens.
-        logits: [prompts, vocabulary] float32, for the token after each prompt.
-        readings: one ``Readings`` a ``Probe``, in order.
-        receipt: how often each edit acted.
-        provenance: where the result comes from.
-
-    Examples:
-        >>> from saefeat.studies.refusal import tiny
-        >>> model = sf.wrap(*tiny.load("chat"))
-        >>> out = sf.run(model, ["how do i bake bread"], max_new_tokens=3)
-        >>> len(out.texts), out.receipt.rows
-        (1, ())
-    """
-
-    prompts: tuple[tuple[int, ...], ...]
-    completions: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...]
-    logits: Tensor
-    readings: tuple[Readings, ...]
-    receipt: Receipt
-    provenance: Provenance
+Folder = str | os.PathLike[str]
 
 
 def run(
@@ -59,26 +36,50 @@ def run(
     intervention: Intervention | None = None,
     *,
     max_new_tokens: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    num_beams: int = 1,
+    stop: Sequence[int] = (),
     batch_size: int = 32,
+    checkpoint: Folder | None = None,
     allow_unfired: bool = False,
     progress: bool = False,
     remote: bool | str = False,
     dtype: torch.dtype | None = None,
     payload_limit: int = PAYLOAD_LIMIT,
 ) -> Run:
-    """Run prompts under an intervention, greedily, in batches.
+    """Run prompts under an intervention, in batches.
+
+    Decoding is greedy unless a temperature or beams are given. A sample is drawn from ``seed`` and
+    the batch's place in the list, so it is the same again for the same ``batch_size``, with or
+    without an intervention in between; torch's own generators stay as they were.
+
+    Under beams an edit acts on every beam that is searched. Receipts count them all, without
+    events; probes are refused, since beams are dropped on the way.
 
     Args:
         model: an nnsight ``TransformersModel``.
         prompts: strings, chats (lists of role and content) or token ids; see ``encode_prompts``.
         intervention: what to apply at every token; None runs the bare model.
         max_new_tokens: how many tokens to generate; 0 makes one forward pass.
+        temperature: sample, from softmax(logits / temperature).
+        top_p: sample from the fewest tokens that hold this probability; all by default.
+        top_k: sample from this many tokens; all by default.
+        seed: of the sampling; needed with a temperature.
+        num_beams: sequences searched for each prompt.
+        stop: token ids that end a completion, besides the model's own.
         batch_size: prompts a batch.
-        allow_unfired: accept edits that selected no token at all.
+        checkpoint: a folder in which finished batches are kept. A call with the same arguments
+            goes on where an earlier one stopped; any other is refused.
+        allow_unfired: accept edits that selected no token at all, or saw fewer forward passes than
+            tokens were decoded.
         progress: show a progress bar.
         remote: True runs on NDIF, a URL on another server, ``"local"`` here by way of a request.
-            Each batch is one job, waited for; ``submit`` does not wait. The model here needs no
-            weights then, and readings hold zeros where no token was selected.
+            Each batch is one job, waited for; ``submit`` does not wait. Decoding is greedy there.
+            The model here needs no weights then, and readings hold zeros where no token was
+            selected.
         dtype: of the matrices that are sent; None sends each in the narrowest dtype that holds it
             exactly. Only with ``remote``.
         payload_limit: the most bytes a batch's request may have. Only with ``remote``.
@@ -87,10 +88,12 @@ def run(
         A ``Run``.
 
     Raises:
-        PromptError: for empty or mixed prompts.
-        FiringError: if an edit selected no token in the whole run.
+        PromptError: for empty or mixed prompts, before any is run.
+        FiringError: if an edit selected no token in the whole run, or missed forward passes.
         SiteError, ModelError: if the intervention does not fit the model.
+        CheckpointError: for a folder of another job.
         RemoteError: for a request that is too large or bound to fail.
+        SaefeatError: for sampling without a seed, or probes under beams.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -100,42 +103,237 @@ def run(
         >>> out = sf.run(model, ["how do i bake bread", "hello"], edits, max_new_tokens=4)
         >>> out.receipt.rows[0].tokens > 0, out.readings[0].values.shape[0]
         (True, 2)
+        >>> sample = dict(max_new_tokens=4, temperature=0.8, seed=0)
+        >>> sf.run(model, "hello", **sample).texts == sf.run(model, "hello", **sample).texts
+        True
     """
-    require_counts(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 0))
-    chosen = intervention if intervention is not None else Chain(())
+    settings = decoding(
+        model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        seed=seed, num_beams=num_beams, stop=stop,
+    )  # fmt: skip
+    whole_number("batch_size", batch_size, 1)
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    chosen = intervention if intervention is not None else Chain(())
     require_rows(chosen, len(encoded["input_ids"]))
     if remote:
-        with_stops(model)
+        settings = remote_settings(model, settings, stop, checkpoint)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         require_light(preflight(model, encoded, chosen, dtype=dtype, **options), payload_limit)
-    whole = lower(chosen, model)
-    batches, found, start = split(encoded, batch_size), [], 0
-    for batch in tqdm(batches, disable=not progress, desc="run", unit="batch"):
-        rows = slice(start, start + len(batch["input_ids"]))
-        start = rows.stop
-        program = lower(chosen, model, rows) if by_prompt(chosen) else whole
-        if remote:
-            how: dict[str, Any] = {"dtype": dtype, "remote": remote}
-            found.append(remote_batch(model, program, batch, max_new_tokens, **how)[0])
-        else:
-            found.append(_batch(model, program, batch, max_new_tokens))
-    result = finish(chosen, model, batches, found)
+    job = _job(model, chosen, settings, checkpoint, batch_size, allow_unfired, "run")
+    job = job._replace(remote={"remote": remote, "dtype": dtype} if remote else None)
+    result = join(list(_pieces(job, split(encoded, batch_size), progress)))
     if not allow_unfired:
         require_fired(result.receipt, "run")
     return result
 
 
-def _batch(
-    model: Any, program: dict[str, Any], batch: dict[str, Tensor], new: int
+def stream(
+    model: Any,
+    prompts: Prompts | Iterable[Any],
+    intervention: Intervention | None = None,
+    *,
+    max_new_tokens: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    num_beams: int = 1,
+    stop: Sequence[int] = (),
+    batch_size: int = 32,
+    checkpoint: Folder | None = None,
+    allow_unfired: bool = False,
+    progress: bool = False,
+) -> Iterator[Run]:
+    """``run`` for lists that do not fit in memory: one ``Run`` a batch, as it is done.
+
+    Prompts are taken a batch at a time. What has been yielded is the caller's: a bad prompt, an
+    error or Ctrl-C later on loses nothing of it. That an edit never acted is known, and raised,
+    when the prompts have come to their end.
+
+    Args:
+        model: as for ``run``, and so are all others.
+        prompts: as for ``run``, or any iterable of strings, of chats or of id lists.
+
+    Yields:
+        A ``Run`` for each ``batch_size`` prompts, in order.
+
+    Raises:
+        PromptError, FiringError, SiteError, ModelError, CheckpointError, SaefeatError: as ``run``.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = sf.wrap(*tiny.load("chat"))
+        >>> lines = (f"how do i bake {what}" for what in ("bread", "cake", "rolls"))
+        >>> [len(out.prompts) for out in sf.stream(model, lines, batch_size=2)]
+        [2, 1]
+    """
+    settings = decoding(
+        model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        seed=seed, num_beams=num_beams, stop=stop,
+    )  # fmt: skip
+    whole_number("batch_size", batch_size, 1)
+    chosen = intervention if intervention is not None else Chain(())
+    job = _job(model, chosen, settings, checkpoint, batch_size, allow_unfired, "stream")
+    batches = _batches(getattr(model, "tokenizer", None), prompts, batch_size)
+    return _stream(job, batches, progress)
+
+
+def _stream(job: _Job, batches: Iterator[dict[str, Tensor]], progress: bool) -> Iterator[Run]:
+    """A batch at a time; whether every edit acted is counted on the way."""
+    total: Receipt | None = None
+    rows = 0
+    for found in _pieces(job, batches, progress):
+        receipt = without_events(found).run.receipt
+        total = receipt if total is None else total + receipt
+        rows += len(found.run.prompts)
+        yield found.run
+    if total is not None and not job.allow_unfired:
+        require_fired(total, job.where)
+    require_rows(job.intervention, rows)
+
+
+def _batches(tokenizer: Any, prompts: Any, size: int) -> Iterator[dict[str, Tensor]]:
+    """Encoded batches, made when they are asked for."""
+    single = isinstance(prompts, str | Mapping | Tensor)
+    listed = isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int | Mapping)
+    if single or listed:  # one prompt, or tensors: nothing to be lazy about
+        yield from split(encode_prompts(tokenizer, prompts), size)
+        return
+    if not isinstance(prompts, Iterable):
+        encode_prompts(tokenizer, prompts)  # says what it is
+    rest, count = iter(prompts), 0
+    while chunk := list(islice(rest, size)):
+        try:
+            yield encode_prompts(tokenizer, [_single(prompt) for prompt in chunk])
+        except PromptError as error:
+            raise PromptError(f"prompts {count}..{count + len(chunk) - 1}: {error}") from error
+        count += len(chunk)
+    if not count:
+        encode_prompts(tokenizer, [])
+
+
+def _single(prompt: Any) -> Any:
+    """One prompt of many: a number would be taken for a token of one prompt."""
+    if not isinstance(prompt, int):
+        return prompt
+    raise PromptError(
+        explain(
+            "stream",
+            "prompts",
+            got="an iterable of numbers",
+            wanted="strings, chats or lists of token ids",
+            cause="one prompt's ids without a list around them",
+            call="stream(model, [ids], ...)",
+        )
+    )
+
+
+class _Job(NamedTuple):
+    """All that one call of ``run`` or ``stream`` does with each of its batches."""
+
+    model: Any
+    intervention: Intervention
+    program: dict[str, Any] | None
+    decoding: Decoding
+    checkpoint: Checkpoint
+    source: Provenance
+    allow_unfired: bool
+    where: str
+    remote: dict[str, Any] | None = None
+
+
+def _job(
+    model: Any,
+    intervention: Intervention,
+    settings: Decoding,
+    folder: Folder | None,
+    batch_size: int,
+    allow_unfired: bool,
+    where: str,
+) -> _Job:
+    require_beamable(intervention, settings)
+    whole = lower(intervention, model)  # refuses what does not fit before anything runs
+    generation = {**settings.to_dict(model), "batch_size": batch_size}
+    identity: dict[str, Any] = {}
+    if folder is not None:
+        identity = {**model_identity(model), "intervention": digest(intervention), **generation}
+    return _Job(
+        model,
+        intervention,
+        None if by_prompt(intervention) else whole,
+        settings,
+        Checkpoint(folder, identity, where),
+        provenance(model, intervention, generation),
+        allow_unfired,
+        where,
+    )
+
+
+def _pieces(job: _Job, batches: Iterable[dict[str, Tensor]], progress: bool) -> Iterator[Piece]:
+    """Every batch's result, in order: from the checkpoint, or run and kept there."""
+    bar = tqdm(batches, disable=not progress, desc=job.where, unit="batch")
+    start = 0
+    with job.checkpoint as done:
+        for number, batch in enumerate(bar):
+            prompts = digest(batch["input_ids"], batch["attention_mask"])
+            kept = done.load(number)
+            if kept is None:
+                found = _one(job, batch, start)
+                tensors, meta = pack(found)
+                done.save(number, tensors, {**meta, "identity": prompts})
+            else:
+                _require_prompts(job, number, kept[1]["identity"], prompts)
+                found = unpack(job.intervention, *kept, job.source)
+            start += len(batch["input_ids"])
+            yield found
+
+
+def _one(job: _Job, batch: dict[str, Tensor], start: int) -> Piece:
+    """Run the batch whose first prompt is number ``start``."""
+    size, width = batch["input_ids"].shape
+    program, beams = job.program, job.decoding.beams
+    if program is None:  # values by prompt: its own rows of them, one for each beam
+        _require_enough(job.intervention, start + size)
+        number = torch.arange(start, start + size).repeat_interleave(beams)
+        rows = slice(start, start + size) if beams == 1 else number
+        program = lower(job.intervention, job.model, rows)
+    log, tokens, logits = _executed(job, program, batch, start)
+    if job.intervention.parts() and not job.allow_unfired:
+        require_passes(log, max(1, tokens.shape[1] - width), job.where)
+    new = until_stop(tokens[:, width:], job.decoding.stops)
+    found = piece(job.intervention, job.model, batch, (log, new, logits), job.source)
+    return found if beams == 1 else without_events(found)
+
+
+def _executed(
+    job: _Job, program: dict[str, Any], batch: dict[str, Tensor], start: int
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """One batch: the log, all token ids, and the logits after the prompt.
+    """A batch's log, token ids and logits, from here or from a server."""
+    if job.remote is None:
+        return _batch(job.model, program, batch, job.decoding.at(start))
+    found, _ = remote_batch(job.model, program, batch, job.decoding.new, **job.remote)
+    assert found is not None  # it was waited for
+    return found
+
+
+def _require_enough(intervention: Intervention, prompts: int) -> None:
+    """A stream may go on longer than values that differ by prompt."""
+    sizes = [step.change.prompts() for step in intervention.parts() if step.change is not None]
+    if any(size is not None and size < prompts for size in sizes):
+        require_rows(intervention, prompts)
+
+
+def _batch(
+    model: Any, program: dict[str, Any], batch: dict[str, Tensor], settings: Decoding
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """One batch: the log, all token ids, and the logits after the prompt; plain dicts and tensors.
 
     The logits are read in an invoke of their own, since nothing of a block runs after its loop
     over forward passes has parked.
     """
-    program = {**program, "ends": {**program["ends"], "honored": True}}
-    if new == 0:
+    ends = {**program["ends"], "honored": True, "stops": settings.stops}
+    program = {**program, "ends": ends}
+    if settings.new == 0:
         with torch.no_grad(), model.trace() as tracer:
             with tracer.invoke(batch):
                 log = nnsight.save(new_log())
@@ -143,42 +341,45 @@ def _batch(
             with tracer.invoke():
                 logits = nnsight.save(model.output.logits[:, -1].float().clone())
         return log, batch["input_ids"], logits
-    with model.generate(max_new_tokens=new, do_sample=False) as tracer:
+    arguments = settings.arguments()
+    with seeded(settings.seed, torch_module(model)), model.generate(**arguments) as tracer:
         with tracer.invoke(batch):
             log = nnsight.save(new_log())
             whole_run(model, program, log)
         with tracer.invoke():
             logits = nnsight.save(model.output.logits[:, -1].float().clone())
             tokens = nnsight.save(tracer.result)
-    return log, tokens, logits
+    return log, tokens, logits[:: settings.beams]
 
 
-def require_counts(**given: tuple[Any, int]) -> None:
-    """Whole numbers from a least value on."""
-    for name, (number, least) in given.items():
-        if type(number) is not int or number < least:
-            raise PromptError(
-                explain(
-                    "run",
-                    name,
-                    got=repr(number),
-                    wanted=f"an integer from {least}",
-                    cause="a typing error",
-                    call=f"run(model, prompts, {name}={max(least, 8)})",
-                )
-            )
+def remote_settings(
+    model: Any, settings: Decoding, stop: Sequence[int] = (), checkpoint: Folder | None = None
+) -> Decoding:
+    """Settings for a server: greedy, with the stop tokens the checkpoint names.
 
-
-def _until_stop(tokens: Tensor, model: Any) -> list[list[int]]:
-    """Each row up to and with its first stop token; what follows is padding."""
-    config = getattr(torch_module(model), "generation_config", None)
-    stop = getattr(config, "eos_token_id", None)
-    stops = set(stop if isinstance(stop, (list, tuple)) else [] if stop is None else [stop])
-    rows = []
-    for row in tokens.tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        rows.append(row[:end])
-    return rows
+    Raises:
+        RemoteError: for what is only done here.
+    """
+    given = {
+        "temperature": settings.temperature is not None,
+        "num_beams": settings.beams > 1,
+        "stop": bool(stop),
+        "checkpoint": checkpoint is not None,
+    }
+    name = next((name for name, there in given.items() if there), None)
+    if name is None:
+        with_stops(model)
+        return decoding(model, max_new_tokens=settings.new)
+    raise RemoteError(
+        explain(
+            "run",
+            name,
+            got="given, with remote",
+            wanted="greedy decoding, without a checkpoint",
+            cause="a server's random numbers and beams are not ours to set",
+            call="submit(..., file='job.json') to go on after an interruption",
+        )
+    )
 
 
 def finish(
@@ -186,62 +387,58 @@ def finish(
     model: Any,
     batches: Sequence[dict[str, Tensor]],
     found: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
+    settings: Decoding,
+    *,
+    allow_unfired: bool,
 ) -> Run:
-    """All batches as one result, from each one's log, token ids and logits."""
+    """All batches a server has run as one result, from each one's log, token ids and logits."""
+    source = provenance(model, intervention, settings.to_dict(model))
     pieces = []
     for batch, (log, tokens, logits) in zip(batches, found, strict=True):
-        new = _until_stop(tokens[:, batch["input_ids"].shape[1] :], model)
-        pieces.append((batch, log, new, logits))
-    return _gather(intervention, model, pieces)
+        late = tokens[:, batch["input_ids"].shape[1] :]
+        if intervention.parts() and not allow_unfired:
+            require_passes(log, max(1, late.shape[1]), "submit")
+        new = until_stop(late, settings.stops)
+        pieces.append(piece(intervention, model, batch, (log, new, logits), source))
+    result = join(pieces)
+    if not allow_unfired:
+        require_fired(result.receipt, "submit")
+    return result
 
 
-def _gather(intervention: Intervention, model: Any, pieces: Sequence[tuple]) -> Run:
-    """All batches as one result."""
-    prompts, completions = [], []
-    for batch, _, new, _ in pieces:
-        mask = batch["attention_mask"].bool()
-        prompts += [
-            tuple(ids[kept].tolist()) for ids, kept in zip(batch["input_ids"], mask, strict=True)
-        ]
-        completions += [tuple(row) for row in new]
-    tokenizer = getattr(model, "tokenizer", None)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True) if tokenizer else ()
-    per_batch = [intervention.readings(log) for _, log, _, _ in pieces]
-    widths = [batch["input_ids"].shape[1] for batch, *_ in pieces]
-    receipts = [intervention.receipt(log) for _, log, _, _ in pieces]
-    return Run(
-        prompts=tuple(prompts),
-        completions=tuple(completions),
-        texts=tuple(texts),
-        logits=torch.cat([logits for *_, logits in pieces]),
-        readings=tuple(
-            stack_readings(list(batches), widths) for batches in zip(*per_batch, strict=True)
-        ),
-        receipt=sum(receipts[1:], receipts[0]),
-        provenance=provenance(model, intervention),
+def require_passes(log: dict[str, Any], wanted: int, where: str) -> None:
+    """Refuse a generation of which an edit or a reading saw only some forward passes.
+
+    Raises:
+        FiringError: naming both numbers.
+    """
+    if log["passes"] >= wanted:
+        return
+    raise FiringError(
+        explain(
+            where,
+            "intervention",
+            got=f"applied to {log['passes']} of the {wanted} forward passes decoded",
+            wanted="every forward pass",
+            cause="a generate of the model's own, whose later passes do not call the whole model,"
+            " so that they were not edited",
+            call="the model's standard generate; allow_unfired=True if one pass decodes several"
+            " tokens",
+        )
     )
 
 
-def provenance(model: Any, intervention: Intervention) -> Provenance:
-    """What a result under this intervention on this model depends on."""
-    module = torch_module(model)
-    first = next(module.parameters())
-    name = getattr(getattr(module, "config", None), "name_or_path", "") or "in memory"
-    found: dict[str, list[str]] = {}
-    for step in intervention.parts():
-        conditions = () if step.condition is None else step.condition.latents.parts
-        for basis, _ in (*step.latents.parts, *conditions):
-            text = f"{basis.origin or basis.name} {basis.fingerprint()}"  # type: ignore[attr-defined]
-            names = found.setdefault(str(basis.site), [])
-            if text not in names:
-                names.append(text)
-    return Provenance(
-        model=f"{type(module).__name__} {name}",
-        dtype=str(first.dtype).removeprefix("torch."),
-        device=str(first.device),
-        dictionaries={site: "; ".join(names) for site, names in found.items()},
-        intervention=repr(intervention),
-        latents=tuple(step.latents.to_dict() for step in intervention.parts()),
-        versions=versions(),
-        created=now(),
+def _require_prompts(job: _Job, number: int, kept: str, wanted: str) -> None:
+    """Refuse a finished batch that was made of other prompts."""
+    if kept == wanted:
+        return
+    raise CheckpointError(
+        explain(
+            job.where,
+            "checkpoint",
+            got=f"of another job: {job.checkpoint.folder} differs in prompts (of batch {number})",
+            wanted="the prompts of the finished batches unchanged",
+            cause="the list was changed or put in another order since",
+            call="the same prompts again, or a folder of its own for this job",
+        )
     )

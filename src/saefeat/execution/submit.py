@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ..prompts import Prompts, encode_prompts, split
-from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
+from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
+from .decoding import Decoding, decoding, whole_number
 from .jobfile import about, fingerprint
 from .jobs import Job, Plan
 from .preflight import PAYLOAD_LIMIT, preflight, require_light
-from .remote import backend_of, received, remote_batch, with_stops
-from .run import Run, finish, require_counts
+from .remote import backend_of, received, remote_batch
+from .result import Run
+from .run import finish, remote_settings
 
 
 def submit(
@@ -66,15 +68,16 @@ def submit(
         ...     job.wait().receipt.passes
         1
     """
-    require_counts(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 0), limit=(limit, 1))
-    with_stops(model)
+    for name, number in (("batch_size", batch_size), ("limit", limit)):
+        whole_number(name, number, 1)
+    settings = remote_settings(model, decoding(model, max_new_tokens=max_new_tokens))
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     require_rows(chosen, len(encoded["input_ids"]))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     require_light(preflight(model, encoded, chosen, dtype=dtype, **options), payload_limit)
     whole, key = lower(chosen, model), model.to_model_key()
-    post = _Post(model, chosen, split(encoded, batch_size), whole, batch_size)
+    post = _Post(model, chosen, split(encoded, batch_size), whole, batch_size, settings)
     post = post._replace(new=max_new_tokens, dtype=dtype, remote=remote, unfired=allow_unfired)
     mark = fingerprint(encoded, whole, options, str(dtype), key)
     said = about(key, backend_of(model, remote).host, chosen, **options)
@@ -90,6 +93,7 @@ class _Post(NamedTuple):
     batches: list[dict[str, Tensor]]
     whole: dict[str, Any]
     size: int
+    settings: Decoding
     new: int = 0
     dtype: torch.dtype | None = None
     remote: bool | str = True
@@ -116,7 +120,5 @@ class _Post(NamedTuple):
     def finish(self, saved: list[dict[str, Any]]) -> Run:
         """All batches as one result."""
         found = [received(s, b, self.new) for s, b in zip(saved, self.batches, strict=True)]
-        result = finish(self.intervention, self.model, self.batches, found)
-        if not self.unfired:
-            require_fired(result.receipt, "submit")
-        return result
+        given = (self.intervention, self.model, self.batches, found, self.settings)
+        return finish(*given, allow_unfired=self.unfired)

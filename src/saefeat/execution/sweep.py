@@ -19,7 +19,9 @@ from ..route import route
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.beside import beside, taken_apart
 from ..verbs.lower import lower, sites_of
-from .run import Run, _batch, _gather, _until_stop
+from .decoding import Decoding, decoding, until_stop
+from .result import Piece, Run, join, piece, provenance
+from .run import _batch, require_passes
 from .sweep_jobs import sweep_jobs
 
 Key = TypeVar("Key", bound=Hashable)
@@ -87,19 +89,30 @@ def sweep(
     groups = _groups(list(chosen.values()), max(1, batch_size // len(batches[0]["input_ids"])))
     way = route(model, [site for one in chosen.values() for site in sites_of(one)])
     whole = [None if by_prompt(one) else lower(one, model, way=way) for one in chosen.values()]
-    pieces: list[list[tuple]] = [[] for _ in chosen]
+    pieces: list[list[Piece]] = [[] for _ in chosen]
+    greedy = decoding(model, max_new_tokens=max_new_tokens)
+    generation = {**greedy.to_dict(model), "batch_size": batch_size}
     jobs = [(batch, group) for batch in batches for group in groups]
     start, bar = 0, tqdm(jobs, disable=not progress, desc="sweep", unit="batch")
     for batch, group in bar:
         rows = slice(start, start + len(batch["input_ids"]))
-        programs = [whole[n] or lower(list(chosen.values())[n], model, rows, way) for n in group]
-        for n, piece in zip(group, _together(model, programs, batch, max_new_tokens), strict=True):
-            pieces[n].append(piece)
+        own = [list(chosen.values())[n] for n in group]
+        programs = [
+            whole[n] or lower(one, model, rows, way) for n, one in zip(group, own, strict=True)
+        ]
+        results = _together(model, programs, batch, greedy, allow_unfired)
+        for n, one, result in zip(group, own, results, strict=True):
+            source = provenance(model, one, generation)
+            pieces[n].append(piece(one, model, batch, result, source))
         start = rows.stop if group is groups[-1] else start
-    found = {
-        key: _gather(one, model, own)
-        for (key, one), own in zip(chosen.items(), pieces, strict=True)
-    }
+    return _joined(chosen, pieces, allow_unfired)
+
+
+def _joined(
+    chosen: Mapping[Key, Intervention], pieces: list[list[Piece]], allow_unfired: bool
+) -> dict[Key, Run]:
+    """Each setting's batches as one result, every edit of which acted."""
+    found = {key: join(own) for key, own in zip(chosen, pieces, strict=True)}
     for key, result in found.items():
         if not allow_unfired:
             require_fired(result.receipt, f"sweep, setting {key!r}")
@@ -112,19 +125,22 @@ def _groups(settings: list[Intervention], size: int) -> list[range]:
 
 
 def _together(
-    model: Any, programs: list[dict[str, Any]], batch: dict[str, Tensor], new: int
-) -> list[tuple]:
-    """One batch under several programs: what ``_gather`` wants of each."""
+    model: Any,
+    programs: list[dict[str, Any]],
+    batch: dict[str, Tensor],
+    greedy: Decoding,
+    allow_unfired: bool,
+) -> list[tuple[dict[str, Any], list[list[int]], Tensor]]:
+    """One batch under several programs: the log, completions and logits of each."""
     rows, width = batch["input_ids"].shape
     shared = {name: value.repeat(len(programs), 1) for name, value in batch.items()}
-    log, tokens, logits = _batch(model, beside(programs, rows), shared, new)
-    ends = [_until_stop(part[:, width:], model) for part in tokens.split(rows)]
+    log, tokens, logits = _batch(model, beside(programs, rows), shared, greedy)
+    ends = [until_stop(part[:, width:], greedy.stops) for part in tokens.split(rows)]
     passes = [max(1, *(len(row) for row in part)) for part in ends]
+    if not allow_unfired and any(program["visits"] for program in programs):
+        require_passes(log, max(passes), "sweep")
     logs = taken_apart(log, len(programs), rows, passes)
-    return [
-        (batch, own, part, found)
-        for own, part, found in zip(logs, ends, logits.split(rows), strict=True)
-    ]
+    return list(zip(logs, ends, logits.split(rows), strict=True))
 
 
 def _require_settings(settings: Mapping[Any, Intervention]) -> None:

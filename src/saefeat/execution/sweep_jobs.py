@@ -13,7 +13,7 @@ from ..errors import RemoteError
 from ..prompts import Prompts
 from ..verbs.base import Intervention
 from .jobs import MISSED, Job, pauses
-from .run import Run
+from .result import Run
 from .submit import submit
 
 Key = TypeVar("Key", bound=Hashable)

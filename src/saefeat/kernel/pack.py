@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .program import fired, new_log
+from .tokens import looks_back
 from .trace import inline
 
 
@@ -29,20 +30,6 @@ def applied(program: dict[str, Any], model: Any, *, step: int | None = None) -> 
     log = new_log()
     inline(model, program, log, step)
     return pack(log)
-
-
-def looks_back(program: dict[str, Any]) -> bool:
-    """Whether any action must know passes before its own."""
-    actions = [action for visit in program["visits"] for action in visit["actions"]]
-    rules = [action["rule"] for action in actions if "rule" in action]
-    return any(action.get("hold") for action in actions) or any(map(reads_turns, rules))
-
-
-def reads_turns(rule: tuple) -> bool:
-    """Whether a rule holds a role's turns, somewhere."""
-    kind, *rest = rule
-    nested = kind in ("not", "and", "or")
-    return kind == "between" or (nested and any(reads_turns(part) for part in rest))
 
 
 def pack(log: dict[str, Any]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test(
         hit = hit & before if every else hit | before
     if action["hold"] and made == action["of"]:
         hit = hit.int().cummax(1).values.bool()
-        if key in view["memory"]:
+        if key in view["memory"] and not view["whole"]:  # what is shown again is tested again
             hit = hit | view["memory"][key].to(f.device)
         view["memory"][key] = hit[:, -1:]
     held[key], held["tests", key] = hit, made

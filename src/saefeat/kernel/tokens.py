@@ -157,6 +157,51 @@ def finished(
     return behind & (ids == ends["pad"])
 
 
+def follow_rows(cache: Any, memory: dict[Any, Any]) -> None:
+    """Move what is remembered by row along with the rows of the key-value cache.
+
+    Beam search drops and copies rows between passes, and tells nobody but the cache. So the cache's
+    own reordering is made to reorder the memory too; a cache lives for one generation.
+    """
+    if cache is None or not hasattr(cache, "reorder_cache"):
+        return
+    followers = cache.__dict__.setdefault("followers", [])
+    if not followers:
+        reorder = cache.reorder_cache
+
+        def reorder_all(rows: Any) -> None:
+            reorder(rows)
+            for follower in followers:
+                for name, value in follower.items():
+                    if isinstance(value, Tensor) and len(value) == len(rows):
+                        follower[name] = value.index_select(0, rows.to(value.device))
+
+        cache.reorder_cache = reorder_all
+    if not any(follower is memory for follower in followers):
+        followers.append(memory)
+
+
+def remembers(program: dict[str, Any]) -> bool:
+    """Whether an action looks back over its row, so that beams must be followed."""
+    if "remembers" not in program:  # asked at every pass
+        program["remembers"] = looks_back(program)
+    return program["remembers"]
+
+
+def looks_back(program: dict[str, Any]) -> bool:
+    """Whether any action must know passes before its own: a held condition, or a chat role."""
+    actions = [action for visit in program["visits"] for action in visit["actions"]]
+    rules = [action["rule"] for action in actions if "rule" in action]
+    return any(action.get("hold") for action in actions) or any(map(reads_turns, rules))
+
+
+def reads_turns(rule: tuple) -> bool:
+    """Whether a rule holds a role's turns, somewhere."""
+    kind, *rest = rule
+    nested = kind in ("not", "and", "or")
+    return kind == "between" or (nested and any(reads_turns(part) for part in rest))
+
+
 def past_length(cache: Any) -> int:
     """How many columns a key-value cache holds; none without a cache. A number is that number."""
     if isinstance(cache, int):

@@ -21,7 +21,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from nnsight.intervention.iterator import Iterations
 
 from .program import visit
-from .tokens import past_length, require_sequential, window
+from .tokens import follow_rows, past_length, remembers, require_sequential, window
 
 
 def whole_run(
@@ -119,10 +119,12 @@ def one_pass(
     args, kwargs = inputs
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
-    past = past_length(kwargs.get("past_key_values"))
     require_sequential(kwargs)
+    cache = kwargs.get("past_key_values")
     mask, shape = kwargs.get("attention_mask"), tuple(shown.shape[:2])
-    view = window(ids, mask, shape, past, before, program.get("ends"))
+    view = window(ids, mask, shape, past_length(cache), before, program.get("ends"))
+    if remembers(program):
+        follow_rows(cache, view["memory"])
     held: dict[int, Any] = {}
     for stop in program["visits"]:
         envoy = locate(model, stop["path"])

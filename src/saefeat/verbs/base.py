@@ -80,12 +80,15 @@ class Intervention(ABC):
             if step.change is None:
                 values = [join_time(log["readings"][n]).cpu() for n in numbers]
                 counts = [join_time(log["masks"][n]).cpu().unsqueeze(-1) for n in numbers]
+                totals = None
                 if step.reduction == "mean":  # the kernel kept sums
-                    values = [v / c.clamp(min=1) for v, c in zip(values, counts, strict=True)]
+                    pairs = list(zip(values, counts, strict=True))
+                    values = [v / c.clamp(min=1) for v, c in pairs]
+                    totals = torch.cat([c.expand_as(v) for v, c in pairs], -1)
                 masks = [(c > 0).expand_as(v) for c, v in zip(counts, values, strict=True)]
                 starts = None if step.reduction else _starts(log, values[0].shape[1])
                 joined = torch.cat(values, -1), torch.cat(masks, -1)
-                found.append(Readings(step.latents, *joined, starts))
+                found.append(Readings(step.latents, *joined, starts, totals))
         return tuple(found)
 
     def receipt(self, log: dict[str, Any]) -> Receipt:

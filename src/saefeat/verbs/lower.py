@@ -32,12 +32,13 @@ class HasParts(Protocol):
 
 
 def lower(
-    intervention: HasParts, model: Any, rows: slice = slice(None), way: Route | None = None
+    intervention: HasParts, model: Any, rows: slice | Tensor = slice(None), way: Route | None = None
 ) -> dict[str, Any]:
     """The program of an intervention on a model, visits sorted in the order they are reached.
 
-    ``rows`` picks the prompts of this batch out of values that differ by prompt. ``way`` is the
-    route past its sites and others that visits will be added for; by default past its own.
+    ``rows`` picks the prompts of this batch out of values that differ by prompt: a slice, or their
+    numbers, repeated where a prompt has several rows. ``way`` is the route past its sites and
+    others that visits will be added for; by default past its own.
 
     Raises:
         ModelError: train mode with dropout, or a family without a site table.
@@ -83,7 +84,7 @@ def _ends(module: nn.Module) -> dict[str, Any]:
 class _Builder:
     """Collects visits for one model; steps must be added in the intervention's order."""
 
-    def __init__(self, model: Any, rows: slice, way: Route) -> None:
+    def __init__(self, model: Any, rows: slice | Tensor, way: Route) -> None:
         self.model, self.rows, self.route = model, rows, way
         self.module = torch_module(model)
         self.visits: dict[Place, dict[str, Any]] = {}

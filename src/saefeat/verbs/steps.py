@@ -35,7 +35,7 @@ class Change(NamedTuple):
     active_only: bool = False
     how: str = "frozen"
 
-    def take(self, latents: Latents, span: slice, rows: slice) -> dict[str, Any]:
+    def take(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
         """The kernel's plain form for some latents and some prompts, in storage of its own."""
         found: dict[str, Any] = {"active_only": self.active_only}
         for name, value in zip(("scale", "shift", "low", "high"), self[:4], strict=True):
@@ -57,7 +57,7 @@ class Change(NamedTuple):
         return own or self.prompts() is not None
 
 
-def _cut(value: Tensor, span: slice, rows: slice) -> Tensor:
+def _cut(value: Tensor, span: slice, rows: slice | Tensor) -> Tensor:
     """[k] or, for values that differ by prompt, [b, 1, k]."""
     return value[span].clone() if value.ndim == 1 else value[rows, span].unsqueeze(1).clone()
 

@@ -32,7 +32,7 @@ class Value(ABC):
         """Refuse a value that was made for other latents (``LatentError``)."""
 
     @abstractmethod
-    def plain(self, latents: Latents, span: slice, rows: slice) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
         """The kernel's form, for the latents in ``span`` and the prompts in ``rows``."""
 
     def prompts(self) -> int | None:
@@ -97,7 +97,7 @@ class Schedule(Value):
                     )
                 )
 
-    def plain(self, latents: Latents, span: slice, rows: slice) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
         values, told = self.values, self.values[0] if self.prompt is None else self.prompt
         values = values[:, span] if values.ndim == 2 else values[:, None]
         told = told[span] if told.ndim == 1 else told[None]
@@ -158,7 +158,7 @@ class Pin(Value):
     def prompts(self) -> int:
         return self.readings.values.shape[0]
 
-    def plain(self, latents: Latents, span: slice, rows: slice) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
         index = columns_of(self.readings, latents, "Pin")[span]
         values, known = (t[rows][..., index] for t in (self.readings.values, self.readings.mask))
         assert self.readings.starts is not None
@@ -247,9 +247,10 @@ class Resample(Value):
         index = columns_of(self.activations, latents, "Resample")
         return self.activations.values[..., index][self.activations.mask[..., index].all(-1)]
 
-    def plain(self, latents: Latents, span: slice, rows: slice) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
         values = self._rows(latents)[:, span].clone()
-        return {"kind": "resample", "values": values, "seed": self.seed, "first": rows.start or 0}
+        first = rows.start or 0 if isinstance(rows, slice) else int(rows[0])
+        return {"kind": "resample", "values": values, "seed": self.seed, "first": first}
 
     def __repr__(self) -> str:
         return f"Resample({_brief(self.activations)}, seed={self.seed})"
