@@ -35,7 +35,7 @@ from ..route import route
 from ..sites import Order, Place, Site, torch_module
 from ..tokens import Tokens
 from .base import Chain, Intervention, require_fired, require_rows
-from .lower import add_stash, add_visit, default_rule, in_order, lower, plain, sites_of
+from .lower import acts_at, add_stash, add_visit, in_order, lower, plain, sites_of
 from .methods import AtP, Method
 from .metrics import Metric, Scorer
 
@@ -125,7 +125,7 @@ def _attribute(
     base = None if job.baseline is None else watch.run(model, batch, job.baseline, rows=rows)
     starts = job.method.nodes()[0][0] == 0.0  # then the clean pass is the first node too
     clean = watch.run(model, batch, Chain(()), gradient=starts)
-    rules = [job.where or default_rule(part.dictionary, model) for part in watch.parts]
+    rules = [acts_at(job.where, part.dictionary, model) for part in watch.parts]
     scored = [select(plain(rule.rule, model), clean.view) for rule in rules]
     if base is None:
         base = watch.run(model, batch, Chain(()), targets=watch.zeroed(clean.values, scored))

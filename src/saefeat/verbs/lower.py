@@ -94,7 +94,7 @@ class _Builder:
             self._once(step, dictionary, indices)
         columns = self._columns(dictionary, indices)
         self._directions[number] = columns.pop("directions")
-        rule = step.rule or default_rule(dictionary, self.model)
+        rule = acts_at(step.rule, dictionary, self.model)
         read = {"do": "read", "id": number, "tensors": columns}
         read["rule"] = plain(rule.rule, self.model)
         read |= {"record": step.change is None, "reduce": step.reduction}
@@ -233,6 +233,26 @@ def plain(rule: tuple, model: Any) -> tuple:
     if kind == "role":
         return ("between", *role_markers(getattr(model, "tokenizer", None), rest[0]))
     return rule
+
+
+def acts_at(where: Tokens | None, dictionary: Dictionary, model: Any) -> Tokens:
+    """The tokens asked for, less those the dictionary was not trained on.
+
+    A rule that says all tokens, or names tokens by their ids, means them.
+    """
+    if where is None:
+        return default_rule(dictionary, model)
+    if not dictionary.excluded or where.rule == ("all",) or _names_tokens(where.rule):
+        return where
+    return where & default_rule(dictionary, model)
+
+
+def _names_tokens(rule: tuple) -> bool:
+    """Whether a rule asks for tokens by their ids, and not only for others than those."""
+    kind, *rest = rule
+    if kind in ("and", "or"):
+        return any(_names_tokens(part) for part in rest)
+    return kind in ("ids", "special")
 
 
 def default_rule(dictionary: Dictionary, model: Any) -> Tokens:
