@@ -430,7 +430,7 @@ def test_an_encoder_that_is_no_matrix(folder):
     refused(folder, names="W_enc")
 
 
-@pytest.mark.parametrize("architecture", ["matching_pursuit", "temporal", "batchtopk", "new_thing"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "new_thing"])
 def test_an_unknown_architecture(folder, architecture):
     rewrite(folder, lambda config: config.update(architecture=architecture))
     assert "jumprelu" in refused(folder, names=repr(architecture))
@@ -831,3 +831,33 @@ def test_only_what_is_written_to_the_stream_is_centered(tmp_path, hook, centered
         tmp_path
     )
     assert sf.load_sae(tmp_path).centered is centered
+
+
+# ---------------------------------------------------------------- tokens it was not trained on
+
+
+@pytest.mark.parametrize(
+    ("where", "selected"),
+    [
+        (sf.Tokens.prompt(), 8),  # 12 tokens, of which 4 are special
+        (sf.Tokens.first(2), 3),
+        (~sf.Tokens.last(1), 5),
+        (sf.Tokens.prompt() | sf.Tokens.last(1), 8),
+        (sf.Tokens.where(lambda ids, position: position == 1), 2),
+        (~sf.Tokens.special(), 8),
+        (sf.Tokens.all(), 12),  # these two mean what they name
+        (sf.Tokens.special(), 4),
+        (sf.Tokens.ids(2) | sf.Tokens.last(1), 5),
+    ],
+    ids=repr,
+)
+def test_a_rule_is_narrowed_by_the_dictionarys_own_exclusion(where, selected):
+    prompts = [[2, 10, 11, 12], [2, 3, 10, 1, 13, 14], [20, 21]]
+    sae, nn = make_sae(excluded="special"), wrapped(build("llama"))
+    out = sf.run(nn, prompts, sf.Ablate(sae, where=where) | sf.Probe(sae, where=where))
+    assert out.receipt.rows[0].tokens == selected
+    assert out.readings[0].mask[..., 0].sum() == selected
+    scored = sf.Attribute(sae, sf.logit(5), where=where)(nn, prompts)
+    assert int(scored.tokens.sum()) == selected
+    free = sf.run(nn, prompts, sf.Probe(make_sae(), where=where)).readings[0]
+    assert free.mask[..., 0].sum() >= selected

@@ -26,7 +26,7 @@ from ..sites import Order, Place, Site, torch_module
 from ..tokens import Tokens
 from ..verbs.base import Chain
 from ..verbs.edits import Clamp
-from ..verbs.lower import add_stash, add_visit, default_rule, in_order, lower, plain
+from ..verbs.lower import acts_at, add_stash, add_visit, in_order, lower, plain
 from ..verbs.probe import Probe
 from .bench import require, require_gradients
 from .stats import spearman
@@ -222,7 +222,7 @@ class _Graph:
             block = Place(place.plus, "input")
             order = self._route.starts[place.plus]
             self._numbers.setdefault(block, (len(self._numbers), order))
-        rule = plain((where or default_rule(basis, self._model)).rule, self._model)
+        rule = plain(acts_at(where, basis, self._model).rule, self._model)
         columns = basis.columns(index_tensor(indices))
         transform = {"transform": found.transform, "eps": found.eps}
         return _Part(basis, columns, place, transform, rule)

@@ -103,7 +103,7 @@ class _Builder:
         how = "frozen" if step.change is None else step.change.how
         if dictionary.site != dictionary.write_site and how != "orthogonal":
             self._once(step, dictionary, indices)
-        rule = step.rule or default_rule(dictionary, self.model)
+        rule = acts_at(step.rule, dictionary, self.model)
         if how == "orthogonal":
             form = orthogonal(dictionary, indices, self._before(step, rule, dictionary))
             place, written = dictionary.write_site, form.written["directions"]
@@ -281,6 +281,26 @@ def plain(rule: tuple, model: Any) -> tuple:
     if kind == "role":
         return ("between", *role_markers(getattr(model, "tokenizer", None), rest[0]))
     return rule
+
+
+def acts_at(where: Tokens | None, dictionary: Dictionary, model: Any) -> Tokens:
+    """The tokens asked for, less those the dictionary was not trained on.
+
+    A rule that says all tokens, or names tokens by their ids, means them.
+    """
+    if where is None:
+        return default_rule(dictionary, model)
+    if not dictionary.excluded or where.rule == ("all",) or _names_tokens(where.rule):
+        return where
+    return where & default_rule(dictionary, model)
+
+
+def _names_tokens(rule: tuple) -> bool:
+    """Whether a rule asks for tokens by their ids, and not only for others than those."""
+    kind, *rest = rule
+    if kind in ("and", "or"):
+        return any(_names_tokens(part) for part in rest)
+    return kind in ("ids", "special")
 
 
 def default_rule(dictionary: Dictionary, model: Any) -> Tokens:

@@ -15,7 +15,7 @@ from ..records import Receipt
 from ..tokens import Tokens
 from .ends import end, run_baseline
 from .exact import effects
-from .lower import default_rule, plain
+from .lower import acts_at, plain
 from .path import AtOnce, Runs, mean_gradients
 from .prepare import require_finite
 from .score import Goal, score
@@ -58,7 +58,7 @@ def scored(
     where: Tokens | None, watch: Watch, view: dict[str, Any], continued: bool
 ) -> tuple[Tensor, ...]:
     """[b, t] a part: which tokens are scored; never a continuation's, unless ``where`` says so."""
-    rules = [where or default_rule(part.dictionary, watch.model) for part in watch.parts]
+    rules = [acts_at(where, part.dictionary, watch.model) for part in watch.parts]
     if continued and where is None:
         rules = [rule & Tokens.prompt() for rule in rules]
     return tuple(select(plain(rule.rule, watch.model), view) for rule in rules)
