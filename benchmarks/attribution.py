@@ -1,10 +1,16 @@
-"""Integrated gradients over all sites and latents, against the SAE-in-the-graph form.
+"""Integrated gradients over all sites and latents, against its rivals.
 
     python benchmarks/attribution.py [--layers 8 --latents 16384 --steps 10]
+    python benchmarks/attribution.py --growth     # figures, in benchmarks/
 
 Each variant runs in a fresh process, which reports its time and how much its peak memory grew
 over the point at which model and dictionaries were loaded. The floor is what no method can avoid:
 the bare model's passes, and encoding both runs once.
+
+Rivals: the SAE in the graph, written plainly; captum's integrated gradients over the same latents,
+as one input a site; and SAELens's own modules spliced in with their error term. SAELens detaches
+the error, so what it computes is another thing (through_sae), at one gradient a run where its
+latents are nodes: it is given ``steps`` of these on blended inputs of the first site alone.
 """
 
 from __future__ import annotations
@@ -15,13 +21,23 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import models
 import torch
 
 import saefeat as sf
 
-VARIANTS = ("floor", "saefeat", "10 candidates a site", "SAE in the graph")
+OURS = ("saefeat", "10 candidates a site", "one site at a time", "through_sae")
+RIVALS = ("SAE in the graph", "captum", "SAELens hooks")
+VARIANTS = ("floor", *OURS, *RIVALS)
+GROWTH = {  # what grows, its values, and the variants that are drawn
+    "latents": (4096, 16384, 65536),
+    "layers": (2, 4, 8, 16),
+    "prompts": (1, 4, 16, 64),
+    "tokens": (32, 128, 512),
+}
+DRAWN = ("floor", "saefeat", "SAE in the graph")
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:
@@ -91,31 +107,170 @@ def in_graph(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps:
     [-(f * g) for f, g in zip(latents, total, strict=True)]
 
 
+def captum_ig(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int) -> None:
+    """captum's IG with every site's latents as an input, blended to zero together."""
+    from captum.attr import IntegratedGradients  # imported by ``work`` already
+
+    sites = list(saes.values())
+    clean, decoders = bare(plain, inputs), [sae.directions() for sae in sites]
+    latents = tuple(sae.encode(x) for sae, x in zip(sites, clean, strict=True))
+    errors = [x - f @ d for x, f, d in zip(clean, latents, decoders, strict=True)]
+
+    def forward(*leaves: torch.Tensor) -> torch.Tensor:
+        copies = len(leaves[0]) // len(errors[0])
+        many = {name: tensor.repeat(copies, 1) for name, tensor in inputs.items()}
+        hooks = [
+            block.register_forward_hook(
+                lambda m, a, out, n=n: (
+                    leaves[n] @ decoders[n] + errors[n].repeat(copies, 1, 1) + (out - out.detach())
+                )
+            )
+            for n, block in enumerate(plain.model.layers)  # type: ignore[union-attr, arg-type]
+        ]
+        try:
+            return metric(plain(**many, logits_to_keep=1).logits[:, -1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    IntegratedGradients(forward).attribute(
+        latents, n_steps=steps, method="riemann_left", internal_batch_size=len(errors[0])
+    )
+
+
+def sae_lens_modules(saes: sf.Dictionaries) -> list:
+    """The same dictionaries as SAELens's own modules, with their error term."""
+    import sae_lens
+
+    modules = []
+    for sae in saes.values():
+        config = sae_lens.JumpReLUSAEConfig(
+            d_in=sae.d_in, d_sae=sae.d_sae, apply_b_dec_to_input=False
+        )
+        module = sae_lens.JumpReLUSAE(config, use_error_term=True)
+        columns = sae.columns(torch.arange(sae.d_sae))
+        names = {"W_enc": "encoder", "b_enc": "bias", "W_dec": "directions"}
+        for theirs, ours in (names | {"threshold": "threshold"}).items():
+            getattr(module, theirs).data = columns[ours]
+        modules.append(module.requires_grad_(False))
+    return modules
+
+
+def sae_lens_hooks(plain: torch.nn.Module, modules: list, inputs: dict, steps: int) -> None:
+    """SAELens's modules spliced into the model; latents are nodes by their own hook."""
+    clean = bare(plain, inputs)
+    for step in range(steps):
+        held: list[torch.Tensor] = []
+
+        def keep(f: torch.Tensor, hook: object = None, held: list = held) -> torch.Tensor:
+            held.append(f if f.requires_grad else f.requires_grad_())
+            return held[-1]
+
+        hooks = []
+        for n, block in enumerate(plain.model.layers):  # type: ignore[union-attr, arg-type]
+            modules[n].reset_hooks()
+            modules[n].add_hook("hook_sae_acts_post", keep)
+            share = 1 - step / steps
+
+            def splice(m: object, a: object, out: torch.Tensor, n: int = n, share: float = share):
+                return modules[n](clean[0] * share if n == 0 else out)
+
+            hooks.append(block.register_forward_hook(splice))
+        logits = plain(**inputs, logits_to_keep=1).logits[:, -1]
+        for hook in hooks:
+            hook.remove()
+        for f, slope in zip(held, torch.autograd.grad(metric(logits).sum(), held), strict=True):
+            f * slope
+
+
+def bare(plain: torch.nn.Module, inputs: dict) -> list[torch.Tensor]:
+    """Every block's output."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda m, a, out: found.append(out.clone()))
+        for block in plain.model.layers  # type: ignore[union-attr]
+    ]
+    with torch.no_grad():
+        plain(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def work(args: argparse.Namespace, plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict):
+    """What a variant does, as a function without arguments."""
+    if args.variant == "SAELens hooks":
+        modules = sae_lens_modules(saes)
+        return lambda: sae_lens_hooks(plain, modules, inputs, args.steps)
+    if args.variant == "captum":
+        import captum.attr  # noqa: F401  (not in the time of the job)
+    rivals = {"floor": floor, "SAE in the graph": in_graph, "captum": captum_ig}
+    if args.variant in rivals:
+        return lambda: rivals[args.variant](plain, saes, inputs, args.steps)
+    few = args.variant == "10 candidates a site"
+    target = saes.latents({layer: range(10) for layer in range(args.layers)}) if few else saes
+    attribute = sf.Attribute(
+        target,
+        sf.metric(metric),
+        method=sf.IG(args.steps),
+        one_site=args.variant == "one site at a time",
+        semantics="through_sae" if args.variant == "through_sae" else "pass_through",
+    )
+    traced = models.traced(plain)  # type: ignore[arg-type]
+    return lambda: attribute(traced, inputs, batch_size=args.prompts)
+
+
 def child(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     plain = models.model(args.layers, args.width)
     plain.requires_grad_(False)
     saes = models.saes(plain, args.latents)
-    inputs = models.batch(4, 32)
-    target: object = saes
-    if args.variant == "10 candidates a site":
-        target = saes.latents({layer: range(10) for layer in range(args.layers)})
-    attribute = sf.Attribute(target, sf.metric(metric), method=sf.IG(args.steps))  # type: ignore[arg-type]
-    traced = models.traced(plain)
-    plain(**inputs)
+    inputs = models.batch(args.prompts, args.tokens)
+    job = work(args, plain, saes, inputs)
+    with torch.no_grad():
+        plain(**inputs)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
-    for _ in range(3):
+    for _ in range(args.repeats):
         start = time.perf_counter()
-        if args.variant == "floor":
-            floor(plain, saes, inputs, args.steps)
-        elif args.variant == "SAE in the graph":
-            in_graph(plain, saes, inputs, args.steps)
-        else:
-            attribute(traced, inputs)
+        job()
         seconds.append(time.perf_counter() - start)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": min(seconds), "extra_mb": (after - before) / 1024}))
+
+
+def measured(args: argparse.Namespace, variant: str, **changed: int) -> dict[str, float]:
+    """One variant in a fresh process."""
+    sizes = {name: getattr(args, name) for name in (*GROWTH, "width", "steps", "repeats")} | changed
+    options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    done = subprocess.run(
+        [sys.executable, __file__, *options, "--variant", variant], capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth(args: argparse.Namespace) -> None:
+    """Time and memory as one thing grows: a figure for each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for name, values in GROWTH.items():
+        sizes = [max(1, int(value * args.scale)) for value in values]
+        figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        for variant in DRAWN:
+            found = [measured(args, variant, **{name: size}) for size in sizes]
+            for axis, key, label in zip(
+                axes, ("seconds", "extra_mb"), ("seconds", "extra memory, MB"), strict=True
+            ):
+                axis.plot(sizes, [row[key] for row in found], marker="o", label=variant)
+                axis.set(xlabel=name, ylabel=label, xscale="log", ylim=(0, None))
+            print(name, variant, [(size, row) for size, row in zip(sizes, found, strict=True)])
+        axes[0].legend(frameon=False)
+        figure.savefig(Path(__file__).parent / f"attribution_{name}.png", dpi=120)
 
 
 def main() -> None:
@@ -123,23 +278,27 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--latents", type=int, default=16384)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--growth", action="store_true", help="draw figures in place of the table")
+    parser.add_argument("--scale", type=float, default=1.0, help="shrink what grows, to try it out")
     parser.add_argument("--variant", choices=VARIANTS)
     args = parser.parse_args()
     if args.variant:
         child(args)
         return
+    if args.growth:
+        growth(args)
+        return
     print(
-        f"{args.layers} layers, d_model {args.width}, {args.latents} latents a site, 4 x 32 tokens"
+        f"{args.layers} layers, d_model {args.width}, {args.latents} latents a site,"
+        f" {args.prompts} x {args.tokens} tokens"
     )
     base = None
     for variant in VARIANTS:
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--variant", variant], capture_output=True, text=True
-        )
-        if done.returncode:
-            sys.exit(done.stderr)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = measured(args, variant)
         base = base or found
         times = found["seconds"] / base["seconds"]
         print(

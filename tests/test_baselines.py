@@ -293,3 +293,17 @@ def test_the_published_endpoint_needs_an_intervention():
         sf.IG(2, endpoint="published")
     assert repr(sf.IG(2)) == "IG(steps=2, rule='left')"
     assert eval(repr(sf.IG(2, endpoint="as_published")), {"IG": sf.IG}).endpoint == "as_published"
+
+
+def test_the_baselines_own_tokens_for_others_to_check_against():
+    """``BASELINE_TOP`` resolved outside an attribution, as audits need it."""
+    from saefeat.verbs.one_batch import baseline_top
+
+    nn, sae = wrapped(build("llama")), make_sae()
+    starts = (None, sf.Fixed(sae, 2.0), sf.Paired(SAME), sf.Ablate(sae, where=sf.Tokens.last(1)))
+    for start in starts:
+        job = sf.Attribute(sae, sf.logit(sf.BASELINE_TOP), start)
+        top = baseline_top(job, nn, CLEAN, batch_size=2)
+        scores = job(nn, CLEAN)
+        again = sf.Attribute(sae, sf.logit(sf.PerPrompt(top.tolist())), start)(nn, CLEAN)
+        torch.testing.assert_close(scores.score, again.score)

@@ -316,6 +316,8 @@ def test_degenerate_samples_are_counted():
 def test_bind_is_for_the_last_logits_alone():
     scorer = sf.logit_diff(sf.PerPrompt([0, 1]), 2).bind(None)
     assert scorer(torch.eye(4)[:2], torch.zeros(2, dtype=torch.long)).tolist() == [1.0, 1.0]
+    with pytest.raises(sf.PromptError, match="2 prompts"):  # rows would meet the wrong values
+        scorer(torch.eye(4), torch.zeros(4, dtype=torch.long))
     for metric in (sf.log_prob([5]), sf.kl(), sf.activation(NEURONS)):
         with pytest.raises(sf.SaefeatError, match="measure"):
             metric.bind(None)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PromptError, SaefeatError, explain
+from ..errors import SaefeatError, explain
 from ..latents import Latents
 from ..prompts import Prompts, encode_prompts
 from .base import Intervention, require_fired, require_rows
-from .metrics import Metric
+from .metrics import Metric, require_prompts
 from .prepare import Data, continued
 from .watch import NOTHING, Watch
 
@@ -67,17 +67,7 @@ def measure(
 
 
 def _require(metric: Metric, prompts: int) -> None:
-    if metric.prompts not in (None, prompts):
-        raise PromptError(
-            explain(
-                "measure",
-                "metric",
-                got=f"made for {metric.prompts} prompts",
-                wanted=f"values for the {prompts} prompts given",
-                cause="the prompts were filtered after the values were made",
-                call="PerPrompt values from the same prompts, in the same order",
-            )
-        )
+    require_prompts("measure", metric, prompts)
     if metric.reference == "baseline":
         raise SaefeatError(
             explain(

@@ -139,7 +139,8 @@ class Metric:
         """The metric as a function of last logits [b, vocabulary] and the baseline's argmax [b].
 
         Raises:
-            SaefeatError: for a metric that reads more than the last logits.
+            SaefeatError: for a metric that reads more than the last logits; when called, for
+                ``PerPrompt`` values and another number of rows than there are values.
         """
         if self.columns != "last" or self.site is not None or self.reference:
             raise SaefeatError(
@@ -153,9 +154,12 @@ class Metric:
                 )
             )
         read = self.reader(tokenizer)
-        return lambda logits, top: read(
-            Seen(logits.unsqueeze(1), top, torch.arange(len(logits)), {})
-        )
+
+        def scorer(logits: Tensor, top: Tensor) -> Tensor:
+            require_prompts("metric", self, len(logits))
+            return read(Seen(logits.unsqueeze(1), top, torch.arange(len(logits)), {}))
+
+        return scorer
 
     @property
     def flat(self) -> bool:
@@ -248,6 +252,26 @@ def metric(
     if tokens == "all":
         return Metric(name, lambda _: lambda seen: function(seen.logits, seen.view["real"]), "all")
     return Metric(name, lambda _: lambda seen: function(seen.logits[:, -1]))
+
+
+def require_prompts(where: str, metric: Metric, prompts: int) -> None:
+    """Refuse values made for another number of prompts: they would meet the wrong ones.
+
+    Raises:
+        PromptError: naming both numbers.
+    """
+    if metric.prompts in (None, prompts):
+        return
+    raise PromptError(
+        explain(
+            where,
+            "metric",
+            got=f"made for {metric.prompts} prompts",
+            wanted=f"values for the {prompts} prompts given",
+            cause="the prompts were filtered, repeated or batched after the values were made",
+            call="PerPrompt values from the same prompts, in the same order",
+        )
+    )
 
 
 def same_count(where: str, *values: Any) -> int | None:

@@ -11,13 +11,15 @@ from torch import Tensor
 from ..attribution import Attribution
 from ..kernel.program import lift
 from ..kernel.tokens import select
+from ..latents import as_latents
+from ..prompts import Prompts
 from ..records import Receipt
 from ..tokens import Tokens
 from .ends import end, run_baseline
 from .exact import effects
 from .lower import acts_at, plain
 from .path import AtOnce, Runs, mean_gradients
-from .prepare import require_finite
+from .prepare import prepare, require_finite
 from .score import Goal, score
 from .watch import Batch, Part, Watch
 
@@ -52,6 +54,20 @@ def attribute_batch(
             dropped=dropped,
         )
     return found, reached.here.receipt
+
+
+def baseline_top(job: Attribute, model: Any, prompts: Prompts, batch_size: int) -> Tensor:
+    """[prompts] long: what ``BASELINE_TOP`` stands for in an attribution of these prompts."""
+    watch, found = Watch(as_latents(job.target, "Attribute"), model, job.metric), []
+    with torch.no_grad():
+        for batch, other in prepare(job, model, prompts).batches(batch_size):
+            here = run_baseline(watch, job.baseline, batch, other, False)
+            if here is None:
+                clean = watch.run(batch)
+                masks = scored(job.where, watch, clean.view, batch.lengths is not None)
+                here = end(watch, job.baseline, batch, other, clean, masks, None).here
+            found.append(here.last.argmax(-1).cpu())
+    return torch.cat(found)
 
 
 def scored(

@@ -12,6 +12,7 @@ from ..errors import GradientError, PromptError, SaefeatError, explain
 from ..prompts import Prompts, encode_prompts
 from .base import Intervention, require_rows
 from .baselines import Fixed, Paired, require_pairs
+from .metrics import require_prompts
 from .semantics import SEMANTICS
 from .watch import Batch
 
@@ -92,21 +93,19 @@ def require_count(job: Attribute, count: int) -> None:
     Raises:
         PromptError: naming both numbers.
     """
-    given = {"metric": job.metric.prompts}
-    if isinstance(job.baseline, Fixed):
-        given["baseline"] = job.baseline.prompts
-    for name, number in given.items():
-        if number is not None and number != count:
-            raise PromptError(
-                explain(
-                    "Attribute",
-                    name,
-                    got=f"made for {number} prompts",
-                    wanted=f"values for the {count} prompts given",
-                    cause="the prompts were filtered or batched after the values were made",
-                    call="make the values from the same prompts, in the same order",
-                )
+    require_prompts("Attribute", job.metric, count)
+    number = job.baseline.prompts if isinstance(job.baseline, Fixed) else None
+    if number not in (None, count):
+        raise PromptError(
+            explain(
+                "Attribute",
+                "baseline",
+                got=f"made for {number} prompts",
+                wanted=f"values for the {count} prompts given",
+                cause="the prompts were filtered or batched after the values were made",
+                call="make the values from the same prompts, in the same order",
             )
+        )
 
 
 def require_gradients(module: nn.Module) -> None:

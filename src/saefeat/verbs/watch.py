@@ -182,8 +182,9 @@ class Watch:
     def _trace(self, batch: Batch, program: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The pass itself: its log, and the logits of the columns that the metric reads."""
         model, columns = self.model, self._columns(batch)
-        keep = columns > 0 and "logits_to_keep" in inspect.signature(self.module.forward).parameters
-        options = {"logits_to_keep": columns} if keep else {}
+        wanted = {"use_cache": False} | ({"logits_to_keep": columns} if columns else {})
+        accepted = inspect.signature(self.module.forward).parameters
+        options = {name: value for name, value in wanted.items() if name in accepted}
         with model.trace(**options) as tracer:
             with tracer.invoke(batch.inputs):
                 log = nnsight.save(new_log())
