@@ -239,14 +239,33 @@ def test_every_way_of_running(tmp_path):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_bits_depend_on_the_columns_a_product_ran_over():
-    """Why an excerpt keeps each selection as it was computed, and does not cut it from a union."""
-    sae = make_sae("jumprelu", d_sae=D_SAE)
-    excerpt = sf.Excerpt.of(sae, [(3, 40), (40, 17, 3, 5, 8)])
-    for chosen in ([3, 40], [40, 17, 3, 5, 8]):
-        for name, value in sae.columns(torch.tensor(chosen)).items():
-            same = excerpt.columns(torch.tensor(chosen))[name]
-            assert torch.equal(same, value) if isinstance(value, torch.Tensor) else same == value
+class Rounding(sf.Dictionary):
+    """A dictionary whose columns depend on which others they are computed with."""
+
+    def __init__(self) -> None:
+        self.sae = make_sae("jumprelu")
+        self.site = self.write_site = self.sae.site
+        self.d_in, self.d_out, self.d_sae, self.name = D, D, D_SAE, "rounding"
+
+    def columns(self, indices):
+        found = self.sae.columns(indices)
+        return {**found, "bias": found["bias"] + 1e-6 * len(indices)}
+
+    def fingerprint(self) -> str:
+        return "rounding"
+
+
+def test_each_selection_is_kept_as_it_was_computed(tmp_path):
+    """A product over other columns may round otherwise: nothing is cut from a union."""
+    rounding = Rounding()
+    selections = [[3, 40], [40, 17, 3, 5, 8]]
+    saved = sf.Chain(tuple(sf.Ablate(rounding.latents(i)) for i in selections))
+    loaded = again(saved, tmp_path)
+    (excerpt, *_), (other, *_) = (step.latents.parts[0] for step in loaded.parts())
+    assert excerpt is other
+    for chosen in selections:
+        wanted = rounding.columns(torch.tensor(chosen))["bias"]
+        assert torch.equal(excerpt.columns(torch.tensor(chosen))["bias"], wanted)
 
 
 # ---------------------------------------------------------------- excerpts

@@ -60,8 +60,8 @@ class Excerpt(Dictionary):
 
     ``load`` gives the latents of a saved intervention as excerpts, so that neither the SAE nor
     the library that read it is needed. Indices are the original's; a latent that is not held
-    is refused. Each selection is held as the original dictionary computed it, because a matrix
-    product over other columns may differ in its last bits.
+    is refused. Each selection is held as the original dictionary computed it: how a matrix product
+    rounds may depend on which columns it is taken over.
 
     Args:
         selections: indices → the kernel's columns for them (see ``kernel.encode``).
