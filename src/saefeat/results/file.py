@@ -98,6 +98,8 @@ def _check(
     shaped = {name: (n,) for name in (*_INDEX, *_VALUES)} | {name: (prompts,) for name in _PROMPTS}
     if texts is not None and len(texts.ids) != prompts:
         raise broken(where, f"tokens of {len(texts.ids)} prompts", f"of {prompts}")
+    optional = {"ends": (prompts, len(dictionaries)), "dropped": (prompts, 2)}
+    shaped |= {name: shape for name, shape in optional.items() if name in tensors}
     if "scored" in tensors:
         shaped["scored"] = (-1 if texts is None else sum(map(len, texts.ids)),)
     for name, shape in shaped.items():
