@@ -94,7 +94,7 @@ def _check(
     tensors: dict[str, Tensor], dictionaries: tuple[Dictionary, ...], texts: Any, where: str
 ) -> None:
     """Every column as long as the others, and every index within what it points at."""
-    n, prompts = len(tensors["score"]), len(tensors["clean"])
+    n, prompts = tensors["score"].numel(), tensors["clean"].numel()
     shaped = {name: (n,) for name in (*_INDEX, *_VALUES)} | {name: (prompts,) for name in _PROMPTS}
     if texts is not None and len(texts.ids) != prompts:
         raise broken(where, f"tokens of {len(texts.ids)} prompts", f"of {prompts}")
