@@ -302,6 +302,8 @@ def lie(path, change):
         (lambda d, t: d.update(format="saefeat.intervention"), "of format"),
         (lambda d, t: t.update(score=t["score"][1:]), "score|prompt of"),
         (lambda d, t: t.update(score=t["score"].long()), "score of torch.int64"),
+        (lambda d, t: t.update(score=t["score"][0]), "prompt of|score of"),
+        (lambda d, t: t.update(clean=t["clean"][0]), "clean|prompts"),
         (lambda d, t: t.update(latent=t["latent"] + 48), "latent out of range"),
         (lambda d, t: t.update(latent=t["latent"] - 48), "latent out of range"),
         (lambda d, t: t.update(prompt=t["prompt"] + 1), "prompt out of range"),

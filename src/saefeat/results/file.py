@@ -94,15 +94,15 @@ def _check(
     tensors: dict[str, Tensor], dictionaries: tuple[Dictionary, ...], texts: Any, where: str
 ) -> None:
     """Every column as long as the others, and every index within what it points at."""
-    n, prompts = len(tensors["score"]), len(tensors["clean"])
+    n, prompts = tensors["score"].numel(), tensors["clean"].numel()
     shaped: dict[str, tuple[int, ...]] = dict.fromkeys((*_INDEX, *_VALUES), (n,))
     shaped |= dict.fromkeys(_PROMPTS, (prompts,))
     if texts is not None and len(texts.ids) != prompts:
         raise broken(where, f"tokens of {len(texts.ids)} prompts", f"of {prompts}")
+    optional = {"ends": (prompts, len(dictionaries)), "dropped": (prompts, 2)}
+    shaped |= {name: shape for name, shape in optional.items() if name in tensors}
     if "scored" in tensors:
         shaped["scored"] = (-1 if texts is None else sum(map(len, texts.ids)),)
-    wide = {"ends": (prompts, len(dictionaries)), "dropped": (prompts, 2)}
-    shaped |= {name: shape for name, shape in wide.items() if name in tensors}
     for name, shape in shaped.items():
         whole = name in (*_INDEX, "tokens")
         wanted = torch.bool if name == "scored" else torch.int64 if whole else None
