@@ -183,8 +183,8 @@ def test_provenance_holds_how_tokens_were_chosen():
     found = sf.run(wrapped(model), RAGGED, PUSH, **SAMPLE, stop=(7,)).provenance.to_dict()
     generation = found["generation"]
     own = generation.pop("model")
-    assert generation == {"max_new_tokens": NEW, "temperature": 0.9, "top_p": 1.0, "top_k": 0, "seed": 3,
-                          "num_beams": 1, "stops": [100, 7], "batch_size": 32}  # fmt: skip
+    chosen = {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "seed": 3, "stops": [100, 7]}
+    assert generation == {"max_new_tokens": NEW, "num_beams": 1, "batch_size": 32, **chosen}
     assert own["repetition_penalty"] == 1.3
 
 
