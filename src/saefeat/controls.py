@@ -97,8 +97,8 @@ def random_directions(latents: Latents, *, seed: int) -> Latents:
         >>> control = sf.random_directions(sae.latents([3, 7]), seed=0)
         >>> control
         Latents(2: resid_post.1 [3, 7])
-        >>> control.parts[0][0].directions([3]).norm() / sae.directions([3]).norm()
-        tensor(1.)
+        >>> round(float(control.parts[0][0].directions([3]).norm() / sae.directions([3]).norm()), 4)
+        1.0
     """
     chosen = as_latents(latents, "random_directions")
     return Latents(tuple((_Redirected(basis, seed), ix) for basis, ix in chosen.parts))  # type: ignore[arg-type]
