@@ -82,7 +82,7 @@ def test_any_metric_will_do(model, server):
 
 
 def test_a_metric_at_a_site(model, server):
-    own = sf.site_metric(lambda x: x[:, -1].square().sum(-1), site="resid_post.2")
+    own = sf.site_metric("resid_post.2", lambda x, _: x[:, -1].square().sum(-1))
     attribute = sf.Attribute(saes(), own)
     same(attribute(model, RAGGED), attribute(model, RAGGED, remote=server.url))
 
