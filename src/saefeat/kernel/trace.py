@@ -40,8 +40,8 @@ def whole_run(
             if number == 0:
                 raise
             return
+        mask = known_mask(program, inputs)  # before the pass fills the cache
         view = one_pass(model, program, log, inputs, view)
-        mask = known_mask(program, inputs)
 
 
 def known_mask(program: dict[str, Any], inputs: tuple) -> Any:

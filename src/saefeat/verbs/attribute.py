@@ -100,6 +100,7 @@ class Attribute:
         steps_at_once: AtOnce = "auto",
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = False,
+        remote: bool | str = False,
     ) -> Attribution:
         """Attribute over prompts, a batch at a time.
 
@@ -113,6 +114,9 @@ class Attribute:
             checkpoint: a folder for finished batches: an interrupted call, made again, goes on
                 from there. It belongs to this call; another's is refused.
             progress: show a progress bar.
+            remote: as in ``run``: each pass is a job, one with gradients two. A server that runs
+                blocks in a process of their own has no gradients; ``Exact`` and
+                ``FiniteDifference`` need none.
 
         Returns:
             An ``Attribution``, on the CPU.
@@ -124,12 +128,13 @@ class Attribute:
             CheckpointError: for the folder of another call.
             SiteError, ModelError: as in ``run``.
         """
-        if not self.method.moves():
+        if not self.method.moves() and not remote:
             require_gradients(torch_module(model))
         latents = as_latents(self.target, "Attribute")
         require_few(self.method, latents)
         require_at_once(steps_at_once)
-        watch = Watch(latents, model, self.metric, semantics=self.semantics, backward=self.backward)
+        how: dict[str, Any] = {"semantics": self.semantics, "backward": self.backward}
+        watch = Watch(latents, model, self.metric, remote=remote, **how)
         data = prepare(self, model, prompts)
         who = {} if checkpoint is None else identity(self, model, data, batch_size)
         pieces, receipts = [], []

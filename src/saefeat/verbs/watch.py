@@ -19,6 +19,7 @@ from ..latents import Latents
 from ..records import Receipt
 from ..route import Route, route
 from ..sites import Place, Site, torch_module
+from .afar import leaves_of, nodes_of, puller, require_plain, run_afar
 from .backward import Backward, Slopes, plain_slopes
 from .base import Chain, Intervention
 from .lower import add_stash, add_visit, in_order, lower, sites_of
@@ -99,8 +100,12 @@ class Watch:
         *,
         semantics: str = "pass_through",
         backward: Backward | None = None,
+        remote: bool | str = False,
     ) -> None:
         self.model, self.metric, self.backward = model, metric, backward
+        self.remote = remote
+        if remote:
+            require_plain(semantics, backward)
         self.module = torch_module(model)
         bases: list[Any] = [basis for basis, _ in latents.parts]
         self._sites = [site for basis in bases for site in (basis.site, basis.write_site)]
@@ -171,6 +176,8 @@ class Watch:
         way = self.way(intervention)
         program = lower(intervention, self.model, batch.rows(), way)
         self.add(program, gradient, targets or {}, way, before=before, copy=copy)
+        if self.remote:
+            return self._afar(batch, program, intervention, bool(gradient))
         slopes: Slopes = plain_slopes
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(bool(gradient)))
@@ -179,12 +186,31 @@ class Watch:
             log, logits = self._trace(batch, program)
         return self.seen(log, logits, intervention.receipt(log))._replace(slopes=slopes)
 
+    def _afar(
+        self, batch: Batch, program: dict[str, Any], intervention: Intervention, gradient: bool
+    ) -> Pass:
+        """The pass on a server; with ``gradient``, slopes that are taken there."""
+        columns = self._columns(batch)
+        place = (self.model, self.remote, program, batch.inputs, batch.lengths, columns)
+        job = (*place, self._options(columns))
+        log, logits = run_afar(*job)
+        receipt = intervention.receipt(log)
+        if not gradient:
+            return self.seen(log, logits, receipt)
+        leaves = leaves_of(log, logits)
+        log["nodes"] = dict.fromkeys(nodes_of(program))
+        return self.seen(log, logits, receipt)._replace(slopes=puller(job, leaves))
+
+    def _options(self, columns: int) -> dict[str, Any]:
+        """What a pass is called with: no cache, and no logits but those wanted."""
+        wanted = {"use_cache": False} | ({"logits_to_keep": columns} if columns else {})
+        accepted = inspect.signature(self.module.forward).parameters
+        return {name: value for name, value in wanted.items() if name in accepted}
+
     def _trace(self, batch: Batch, program: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The pass itself: its log, and the logits of the columns that the metric reads."""
         model, columns = self.model, self._columns(batch)
-        wanted = {"use_cache": False} | ({"logits_to_keep": columns} if columns else {})
-        accepted = inspect.signature(self.module.forward).parameters
-        options = {name: value for name, value in wanted.items() if name in accepted}
+        options = self._options(columns)
         with model.trace(**options) as tracer:
             with tracer.invoke(batch.inputs):
                 log = nnsight.save(new_log())
