@@ -81,9 +81,7 @@ def slopes_afar(
     return found
 
 
-def pull(
-    job: tuple[Any, ...], leaves: dict[str, Tensor], total: Tensor, *_: Any
-) -> dict[int, Tensor]:
+def pull(job: Any, leaves: dict[str, Tensor], total: Tensor, *_: Any) -> dict[int, Tensor]:
     """What computes gradients of a metric's ``total`` on a server; ``leaves`` is what it read."""
     grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     return slopes_afar(*job, dict(zip(leaves, grads, strict=True)))
