@@ -84,7 +84,8 @@ def slopes_afar(
 def pull(job: Any, leaves: dict[str, Tensor], total: Tensor, *_: Any) -> dict[int, Tensor]:
     """What computes gradients of a metric's ``total`` on a server; ``leaves`` is what it read."""
     grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    return slopes_afar(*job, dict(zip(leaves, grads, strict=True)))
+    where: Any = (*job, dict(zip(leaves, grads, strict=True)))
+    return slopes_afar(*where)
 
 
 def leaves_of(log: dict[str, Any], logits: Tensor) -> dict[str, Tensor]:
