@@ -9,7 +9,6 @@ moves. The libraries are imported once; every mutant runs in a child of that pro
 
 from __future__ import annotations
 
-import beartype  # noqa: F401, I001  (before nnsight)
 import contextlib
 import json
 import os
@@ -18,6 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import beartype  # noqa: F401  (before nnsight)
 import nnsight  # noqa: F401  (imported once, for all)
 import pytest
 import torch  # noqa: F401

@@ -7,7 +7,7 @@ What depends on data is answered False, so that masks are applied rather than sk
 
 from __future__ import annotations
 
-import beartype  # noqa: F401, I001  (before nnsight)
+import beartype  # noqa: F401  (before nnsight)
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode

@@ -282,6 +282,28 @@ def find(module: nn.Module, site: Site) -> Place:
     )
 
 
+def find_writable(module: nn.Module, site: Site, where: str) -> Place:
+    """Where directions are added, and where gradients along them are taken.
+
+    Raises:
+        SiteError: for a value that is computed and never passed on: what is found there is the
+            norm's input, whose gradient belongs to other directions.
+    """
+    place = find(module, site)
+    if place.transform is None:
+        return place
+    raise SiteError(
+        explain(
+            where,
+            "dictionary",
+            got=f"written at {site}",
+            wanted="a site that is a module's input or output",
+            cause="the norm's value without its weight is computed, not passed on",
+            call="a transcoder, which writes at mlp_out, or Probe",
+        )
+    )
+
+
 def _check_eager(module: nn.Module, path: str) -> None:
     """Refuse a site within compiled code: what was compiled before a hook runs without it.
 

@@ -28,8 +28,8 @@ def window(
 
     Args:
         ids: the tokens fed in this pass, or None for embeddings.
-        attention_mask: [b, s] over past and new columns, or None. generate drops a mask of ones, and then
-            ``past`` is all that tells a new token from the first.
+        attention_mask: [b, s] over past and new columns, or None. generate drops a mask of ones,
+            and then ``past`` is all that tells a new token from the first.
         shape: (b, t).
         past: how many columns the key-value cache already holds.
         before: the view of the pass before, or what is known of one.
@@ -68,9 +68,9 @@ def window(
 def count_columns(memory: dict[str, Any], past: int, columns: int) -> None:
     """Keep account of the columns of a sequence, pass by pass.
 
-    ``seen`` columns have been shown so far, ``prompt`` in the first pass. ``blocks`` is true once a pass has added several to
-    a sequence already begun: then the first pass was not all of the prompt, and nobody can tell
-    where the prompt ended (see ``whole_prompt``).
+    ``seen`` columns have been shown so far, ``prompt`` in the first pass. ``blocks`` is true once
+    a pass has added several to a sequence already begun: then the first pass was not all of the
+    prompt, and nobody can tell where the prompt ended (see ``whole_prompt``).
     """
     seen = memory.get("seen")
     if past and seen is not None:

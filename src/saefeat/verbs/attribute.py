@@ -31,7 +31,7 @@ from ..kernel.trace import whole_run
 from ..latents import Latents, as_latents, index_tensor
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Receipt
-from ..sites import Place, check_width, find, torch_module
+from ..sites import Place, check_width, find, find_writable, torch_module
 from ..tokens import Tokens
 from .base import Chain, Intervention, require_fired, require_rows
 from .lower import add_stash, add_visit, default_rule, in_order, lower, plain
@@ -182,7 +182,8 @@ class Watch:
             check_width(module, dictionary.write_site, dictionary.d_out, "dictionary")
             place = find(module, dictionary.site)
             read = self._number(place, dictionary.site.order)
-            write = self._number(find(module, dictionary.write_site), dictionary.write_site.order)
+            written = find_writable(module, dictionary.write_site, "Attribute")
+            write = self._number(written, dictionary.write_site.order)
             transform = {"transform": place.transform, "eps": place.eps}
             self.parts.append(Part(dictionary, indices, read, write, transform))
         self.written = {part.write for part in self.parts}
