@@ -67,8 +67,8 @@ MUTANTS = {
         "test_attribution.py::test_finite_differences[resid_post]",
     ),
     "a transcoder's gradient at its read site": Mutant(
-        "self._number(find(module, dictionary.write_site), dictionary.write_site.order)",
-        "read",
+        "gradients[part.write][mask]",
+        "gradients[sorted(gradients)[0]][mask]",
         "test_attribution.py::test_every_architecture_against_the_naive_form",
     ),
     "no path between clean and baseline": Mutant(

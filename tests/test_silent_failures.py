@@ -74,7 +74,7 @@ def close(found, wanted, tolerance=1e-4):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
 def test_wrong_tensor_on_sandwich_norm_models(family):
-    """mlp_out is what is added to the stream: the norm's output, not the MLP's (FVU 9.8 for .26)."""
+    """mlp_out is what is added to the stream: the norm's output (FVU 9.8 instead of .26)."""
     model, batch = build(family), batch_of()
     layer = model.model.layers[1]
     modules = {"mlp": layer.mlp, "norm": layer.post_feedforward_layernorm, "block": layer}
@@ -95,6 +95,16 @@ def test_transcoder_fed_the_wrong_norm():
     (found,) = readings(model, batch, sf.Probe(sae.latents([1, 2])))
     close(found.values, sae.encode(plain, [1, 2]))
     assert (found.values - sae.encode(seen["output"], [1, 2])).abs().max() > 0.05
+
+
+def test_gradient_of_the_norms_input_read_as_that_of_its_output():
+    """hook_normalized is computed, not passed on: no gradient is taken there."""
+    nn = wrapped(build("llama"))
+    v = sf.Direction(unit(), site="mlp_norm.1")
+    with pytest.raises(sf.SiteError, match="not passed on"):
+        sf.Attribute(v, sf.logit_diff(5, 6))(nn, RAGGED)
+    with pytest.raises(sf.SiteError, match="not passed on"):
+        sf.run(nn, RAGGED, sf.Ablate(v))
 
 
 # ---------------------------------------------------------------- the wrong token

@@ -86,6 +86,28 @@ class Route:
                 )
             )
 
+    def writable(self, site: Site, where: str) -> Place:
+        """Where directions are added, and where gradients along them are taken.
+
+        Raises:
+            SiteError: for a value that is computed and never passed on: what is found there is
+                the norm's input, whose gradient belongs to other directions.
+        """
+        place = self.places[site]
+        if place.transform is None:
+            return place
+        raise SiteError(
+            explain(
+                where,
+                "latents",
+                got=f"written at {site}",
+                wanted="a site that is a module's input or output",
+                cause="the norm's value without its weight is computed, not passed on, so it"
+                " can be read but not edited",
+                call="a transcoder, which writes at mlp_out, or Probe",
+            )
+        )
+
     def _check_width(self, site: Site, width: int, what: str) -> None:
         there = self.widths[site]
         if width != there:

@@ -215,7 +215,7 @@ class _Graph:
 
     def _part(self, basis: Any, indices: Any, where: Tokens | None, *, write: bool) -> _Part:
         site: Site = basis.write_site if write else basis.site
-        found = self._route.places[site]
+        found = self._route.writable(site, "edges") if write else self._route.places[site]
         place = Place(found.path, found.end, plus=found.plus)
         self._numbers.setdefault(place, (len(self._numbers), self._route.orders[site]))
         if place.plus is not None:  # resid_mid: the block's input is the other half of its value

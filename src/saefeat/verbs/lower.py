@@ -189,20 +189,7 @@ class _Builder:
                     call='load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")',
                 )
             )
-        place = self.route.places[dictionary.write_site]
-        if place.transform is not None:
-            raise SiteError(
-                explain(
-                    repr(step),
-                    "latents",
-                    got=f"written at {dictionary.write_site}",
-                    wanted="a site that is a module's input or output",
-                    cause="the norm's value without its weight is computed, not passed on, so it"
-                    " can be read but not edited",
-                    call="a transcoder, which writes at mlp_out, or Probe",
-                )
-            )
-        return place
+        return self.route.writable(dictionary.write_site, repr(step))
 
     def condition(self, step: StepLike, number: int) -> None:
         """Test actions for a step's condition, after its reads and before it writes anything."""

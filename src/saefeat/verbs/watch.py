@@ -123,6 +123,7 @@ class Watch:
     def _part(self, basis: Any, indices: tuple[int, ...]) -> Part:
         dictionary: Dictionary = basis
         self.route.check(dictionary, "dictionary")
+        self.route.writable(dictionary.write_site, "Attribute")
         _require_tokenwise(dictionary)
         read, place = self._number(dictionary.site), self.route.places[dictionary.site]
         write = self._number(dictionary.write_site)
