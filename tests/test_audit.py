@@ -246,6 +246,20 @@ def test_the_share_missed_covers_the_truth():
     assert len({tuple(map(tuple, found.keys.tolist())) for found in (found, whole)}) == 2
 
 
+def test_strata_weigh_as_much_as_they_hold():
+    """By hand: a stratum of two, both stronger than the top, and one of eight, none stronger."""
+    stratum = torch.tensor([0, 0, 1, 1, 2, 2])
+    exact = torch.tensor([1.0, -1.0, 3.0, -3.0, 0.5, 0.5], dtype=F64)[:, None]
+    keys = torch.stack([torch.zeros(6).long(), torch.arange(6)], 1)
+    nothing = torch.zeros(1)
+    sizes = torch.tensor([2, 2, 8])
+    found = sf.Audit((), keys, stratum, sizes, exact, exact, nothing, nothing, 0)
+    assert found.outranked.value == pytest.approx(2 / 10)
+    assert found.missed.value == pytest.approx((6 + 8 * 0.5) / (6 + 8 * 0.5 + 2))
+    # Kish: (Σ w)² / Σ w² draws are worth as much as the four
+    assert found.outranked == pytest.approx(wilson(0.2, 10**2 / (1 + 1 + 16 + 16)))
+
+
 def test_scores_that_mislead_are_caught():
     nn, attribute, scores = linear()
     wrong = replace(scores, score=-scores.score)

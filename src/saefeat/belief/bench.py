@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import GradientError, LatentError, PromptError, SaefeatError, explain
-from ..execution.run import run
+from ..kernel.program import new_log
+from ..kernel.trace import whole_run
 from ..latents import Latents, as_latents, stack
-from ..prompts import Prompts, encode_prompts
+from ..prompts import Prompts, encode_prompts, split
+from ..sites import torch_module
 from ..tokens import Tokens
 from ..verbs.attribute import Attribute
-from ..verbs.base import Intervention
+from ..verbs.base import Chain, Intervention, require_fired
 from ..verbs.edits import Clamp
 from ..verbs.ends import end, run_baseline
+from ..verbs.lower import lower
 from ..verbs.metrics import Metric, Scorer
 from ..verbs.one_batch import scored
 from ..verbs.prepare import prepare
@@ -53,10 +58,22 @@ class Bench:
         return {name: tensor[prompts] for name, tensor in self.batch.items()}
 
     def under(self, intervention: Intervention | None, prompts: Tensor | None = None) -> Tensor:
-        """[n]: the metric of these prompts (default: each once) under an intervention."""
-        chosen = torch.arange(len(self)) if prompts is None else prompts
-        out = run(self.model, self.rows(chosen), intervention, batch_size=self.batch_size)
-        return self.measure(out.logits, chosen)
+        """[n]: the metric of these prompts (default: each once) under an intervention.
+
+        Raises:
+            FiringError: if an edit selects no token in any of them.
+        """
+        rows = torch.arange(len(self)) if prompts is None else prompts
+        chosen = Chain(()) if intervention is None else intervention
+        found, receipts, start = [], [], 0
+        for batch in split(self.rows(rows), self.batch_size):
+            here = slice(start, start + len(batch["input_ids"]))
+            start = here.stop
+            logits, log = last_logits(self.model, lower(chosen, self.model, here), batch)
+            found.append(self.measure(logits, rows[here]))
+            receipts.append(chosen.receipt(log))
+        require_fired(sum(receipts[1:], receipts[0]), self.where)
+        return torch.cat(found)
 
     def measure(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[n] float32: the metric, from last logits [n, vocabulary] of these prompts."""
@@ -90,6 +107,24 @@ class Bench:
         scale = (~member).float().repeat_interleave(len(self), 0)  # [sets · prompts, k]
         edit = Clamp(union, scale=scale, where=where) if len(union) else None
         return self.under(edit, prompts).reshape(len(sets), len(self))
+
+
+def last_logits(
+    model: Any, program: dict[str, Any], batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Any]]:
+    """One forward pass: logits [b, vocabulary] float32 for the token after each row, and the log.
+
+    ``run`` would do, but it makes logits for every token, and a provenance for every batch.
+    """
+    accepted = inspect.signature(torch_module(model).forward).parameters
+    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    with torch.no_grad(), model.trace(**options) as tracer:
+        with tracer.invoke(batch):
+            log = nnsight.save(new_log())
+            whole_run(model, program, log)
+        with tracer.invoke():
+            logits = nnsight.save(model.output.logits[:, -1].float().clone())
+    return logits, log
 
 
 def bench(model: Any, prompts: Prompts, metric: Metric, *, where: str, batch_size: int) -> Bench:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,14 +16,13 @@ from tqdm import tqdm
 from ..attribution import Attribution
 from ..errors import SaefeatError, explain
 from ..kernel.encode import encode
-from ..kernel.trace import whole_run
 from ..latents import Latents
 from ..prompts import split
 from ..tokens import Tokens
 from ..verbs.attribute import Attribute
 from ..verbs.edits import Clamp
 from ..verbs.lower import lower
-from .bench import Bench
+from .bench import Bench, last_logits
 from .ranking import selection
 
 
@@ -98,12 +96,7 @@ def _logits(model: Any, latents: Latents, shift: Tensor, batch: dict[str, Tensor
         for action in stop["actions"]:
             if action["do"] == "write":
                 action["tensors"]["shift"] = shift[..., spans[action["id"]]].clone()
-    with torch.no_grad(), model.trace() as tracer:
-        with tracer.invoke(batch):
-            whole_run(model, program, None)
-        with tracer.invoke():
-            logits = nnsight.save(model.output.logits[:, -1].float().clone())
-    return logits
+    return last_logits(model, program, batch)[0]
 
 
 def require_fixed_directions(attribute: Attribute, scores: Attribution, where: str) -> None:
