@@ -672,3 +672,10 @@ def test_twenty_latents_at_26_sites_are_light(tmp_path):
     assert report.dtypes[0] == "bfloat16"
     assert report.payload <= 5.2e6 + 64 * 1024
     assert report.parks == 53
+
+
+def test_vllm_models_are_refused():
+    """Positions would be guessed: a pass there holds the tokens of many requests in one row."""
+    kind = type("VLLM", (), {"__module__": "nnsight.modeling.vllm.vllm"})
+    with pytest.raises(sf.ModelError, match="vLLM"):
+        lower(VERBS["clamp"](), kind())

@@ -9,8 +9,7 @@ travels, and any metric will do; a pass with gradients costs two jobs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import nnsight
 import torch
@@ -24,17 +23,22 @@ from ..kernel.trace import whole_run
 from .travel import narrowed, register
 
 
-def run_afar(
-    model: Any,
-    remote: bool | str,
-    program: dict[str, Any],
-    inputs: Mapping[str, Tensor],
-    lengths: Tensor | None,
-    columns: int,
-    options: dict[str, Any],
-) -> tuple[dict[str, Any], Tensor]:
-    """One pass without gradients: its log, and the last ``columns`` of logits, 0 for all."""
+class Errand(NamedTuple):
+    """A pass to be made on a server; ``columns`` is how many last columns of logits, 0 for all."""
+
+    model: Any
+    remote: bool | str
+    program: dict[str, Any]
+    inputs: Mapping[str, Tensor]
+    lengths: Tensor | None
+    columns: int
+    options: dict[str, Any]
+
+
+def run_afar(errand: Errand) -> tuple[dict[str, Any], Tensor]:
+    """One pass without gradients: its log, and the logits."""
     register()
+    model, remote, program, inputs, lengths, columns, options = errand
     own, batch = narrowed(still(program)), own_storage(inputs)
     log = logits = None
     with model.trace(remote=remote, **options) as tracer:
@@ -48,21 +52,13 @@ def run_afar(
     return log, logits
 
 
-def slopes_afar(
-    model: Any,
-    remote: bool | str,
-    program: dict[str, Any],
-    inputs: Mapping[str, Tensor],
-    lengths: Tensor | None,
-    columns: int,
-    options: dict[str, Any],
-    slopes: dict[str, Tensor],
-) -> dict[int, Tensor]:
+def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
     """The gradient at each of the program's nodes, from the metric's slope at what it reads.
 
     Raises:
         GradientError: where the server lets no gradient cross to the block.
     """
+    model, remote, program, inputs, lengths, columns, options = errand
     own, batch = narrowed(program), own_storage(inputs)
     found = None
     try:
@@ -81,22 +77,16 @@ def slopes_afar(
     return found
 
 
-def pull(job: Any, leaves: dict[str, Tensor], total: Tensor, *_: Any) -> dict[int, Tensor]:
+def pull(errand: Errand, leaves: dict[str, Tensor], total: Tensor, *_: Any) -> dict[int, Tensor]:
     """What computes gradients of a metric's ``total`` on a server; ``leaves`` is what it read."""
     grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    where: Any = (*job, dict(zip(leaves, grads, strict=True)))
-    return slopes_afar(*where)
+    return slopes_afar(errand, dict(zip(leaves, grads, strict=True)))
 
 
 def leaves_of(log: dict[str, Any], logits: Tensor) -> dict[str, Tensor]:
     """The logits and the metric's own site, each the beginning of a graph here."""
     metric = {name: value for name, value in log["shown"].items() if name == "metric"}
     return {name: value.requires_grad_() for name, value in ({"logits": logits} | metric).items()}
-
-
-def puller(job: tuple[Any, ...], leaves: dict[str, Tensor]) -> Any:
-    """``pull`` for one pass."""
-    return partial(pull, job, leaves)
 
 
 def still(program: dict[str, Any]) -> dict[str, Any]:

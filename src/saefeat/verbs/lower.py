@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dictionaries.base import Dictionary
-from ..errors import LatentError, SiteError, explain
+from ..errors import LatentError, ModelError, SiteError, explain
 from ..kernel.encode import scored
 from ..prompts import role_markers
 from ..route import Route, route
@@ -45,6 +45,7 @@ def lower(
         SiteError: a layer the model lacks, a dictionary of another width, or a condition that
             is only known after the edit.
     """
+    refuse_flat(model)
     builder = _Builder(model, rows, way or route(model, sites_of(intervention)))
     for step, numbers in numbered(intervention.parts()):
         parts = list(zip(numbers, step.latents.parts, strict=True))
@@ -58,6 +59,26 @@ def lower(
                 builder.write(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
             start = stop
     return {"visits": in_order(builder.visits), "ends": _ends(builder.module)}
+
+
+def refuse_flat(model: Any) -> None:
+    """Refuse nnsight's vLLM models: their passes hold tokens of many requests in one row.
+
+    Raises:
+        ModelError: for such a model.
+    """
+    if not type(model).__module__.startswith("nnsight.modeling.vllm"):
+        return
+    raise ModelError(
+        explain(
+            "saefeat",
+            "model",
+            got="a vLLM model of nnsight",
+            wanted="a TransformersModel",
+            cause="vLLM's values are [tokens, d_model], and no attention mask says whose they are",
+            call='nnsight.TransformersModel(name, task="text-generation")',
+        )
+    )
 
 
 def sites_of(intervention: HasParts) -> Iterator[Site]:

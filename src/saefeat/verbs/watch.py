@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import nnsight
@@ -19,7 +20,7 @@ from ..latents import Latents
 from ..records import Receipt
 from ..route import Route, route
 from ..sites import Place, Site, torch_module
-from .afar import leaves_of, nodes_of, puller, require_plain, run_afar
+from .afar import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
 from .backward import Backward, Slopes, plain_slopes
 from .base import Chain, Intervention
 from .lower import add_stash, add_visit, in_order, lower, sites_of
@@ -193,14 +194,14 @@ class Watch:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         columns = self._columns(batch)
         place = (self.model, self.remote, program, batch.inputs, batch.lengths, columns)
-        job = (*place, self._options(columns))
-        log, logits = run_afar(*job)
+        errand = Errand(*place, self._options(columns))
+        log, logits = run_afar(errand)
         receipt = intervention.receipt(log)
         if not gradient:
             return self.seen(log, logits, receipt)
         leaves = leaves_of(log, logits)
         log["nodes"] = dict.fromkeys(nodes_of(program))
-        return self.seen(log, logits, receipt)._replace(slopes=puller(job, leaves))
+        return self.seen(log, logits, receipt)._replace(slopes=partial(pull, errand, leaves))
 
     def _options(self, columns: int) -> dict[str, Any]:
         """What a pass is called with: no cache, and no logits but those wanted."""
