@@ -236,6 +236,12 @@ class SAE(Dictionary):
                     call="pass architecture= as the release declares it",
                 )
             )
+        self._check_unused(wanted)
+        self._check_shapes(wanted)
+        self._check_ends()
+
+    def _check_unused(self, wanted: set[str]) -> None:
+        """Refuse tensors that would change the latents, had the architecture been declared."""
         strange = sorted(_PARTS & self._weights.names() - wanted)
         if strange:
             raise DictionaryError(
@@ -248,16 +254,24 @@ class SAE(Dictionary):
                     call="pass architecture= as the release declares it",
                 )
             )
+
+    def _check_shapes(self, wanted: set[str]) -> None:
+        """Tensors that fit each other, and a k that there are latents for."""
         for name in ("W_enc", "W_dec"):
             if len(self._weights.shape(name)) != 2:
                 self._shape(name, ("d_in", "d_sae") if name == "W_enc" else ("d_sae", "d_out"))
-        d_in, d_sae = self._weights.shape("W_enc")
+        d_sae = self._weights.shape("W_enc")[1]
+        sparse = self.activation in ("topk", "abstopk")
         if sparse and not 1 <= (self.k or 0) <= d_sae:
             _one_of("k", str(self.k), (f"1..{d_sae}",))
         self._shape("W_dec", (d_sae, self._weights.shape("W_dec")[-1]))
         self._shape("b_dec", (self._weights.shape("W_dec")[-1],))
         for name in wanted - {"W_enc", "W_dec", "b_dec", "W_skip"}:
             self._shape(name, (d_sae,))
+
+    def _check_ends(self) -> None:
+        """A write site of a transcoder, and a write width that its read width allows."""
+        d_in, d_sae = self._weights.shape("W_enc")
         if "transcoder" in self.architecture and self.site == self.write_site:
             raise DictionaryError(
                 explain(
