@@ -64,17 +64,18 @@ MUTANTS = {
     "gradient doubled": Mutant(
         "weight * gradient",
         "2 * weight * gradient",
-        "test_attribution.py::test_finite_differences[resid_post]",
+        "test_attribution.py::test_finite_differences[resid_post.1]",
     ),
     "a transcoder's gradient at its read site": Mutant(
         "gradients[part.write][mask]",
         "gradients[sorted(gradients)[0]][mask]",
-        "test_attribution.py::test_every_architecture_against_the_naive_form",
+        "test_attribution.py::test_every_architecture_against_the_naive_form[transcoder-AtP()-zero]",
     ),
     "no path between clean and baseline": Mutant(
         "torch.lerp(clean.values[n], base.values[n], alpha)",
         "base.values[n]",
-        "test_attribution.py::test_three_sites_against_the_naive_form",
+        "test_attribution.py::test_three_sites_against_the_naive_form"
+        "[llama-IG(steps=3, rule='midpoint')-zero]",
     ),
     "threshold ignored": Mutant(
         'return torch.relu(h) * (h > columns["threshold"])',
