@@ -373,3 +373,30 @@ def test_the_configuration_of_a_folder_says_which(tmp_path):
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert config["architecture"] == "matching_pursuit"
     assert sf.load_sae(tmp_path).architecture == "matching_pursuit"
+
+
+def test_beams_take_their_memory_along():
+    """Beam search drops and copies rows; what a row remembers must go with it."""
+    model, batch = build("llama"), batch_of()
+    weight, way = unit(3), unit(4)
+
+    def running(x):  # [1, n, d] → [1, n, 1]
+        return (x @ weight).cumsum(1).unsqueeze(-1)
+
+    latent = sf.Generic(running, way[None] * 3, site="resid_post.1", width=D, prefix=True)
+    edit = sf.Clamp(latent, scale=2.0)
+
+    def by_hand(x):  # without a cache every pass shows the whole row
+        real = batch["attention_mask"].repeat_interleave(len(x) // 3, 0)
+        real = torch.cat([real, torch.ones(len(x), x.shape[1] - real.shape[1])], 1)
+        sums = torch.where(real.bool(), x @ weight, 0.0).cumsum(1)
+        return x + torch.where(real.bool()[..., None], sums[..., None] * way * 3, 0.0)
+
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    with raw_hooks(model, {1: by_hand}):
+        wanted = model.generate(**batch, **options, use_cache=False)
+    with sf.hooked(model, edit):
+        assert torch.equal(model.generate(**batch, **options), wanted)
+    assert not torch.equal(model.generate(**batch, **options), wanted)
+    out = sf.run(wrapped(model), RAGGED, edit, max_new_tokens=6, num_beams=3)
+    assert [list(c) for c in out.completions] == wanted[:, batch["input_ids"].shape[1] :].tolist()

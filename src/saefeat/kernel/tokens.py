@@ -173,12 +173,20 @@ def follow_rows(cache: Any, memory: dict[Any, Any]) -> None:
             reorder(rows)
             for follower in followers:
                 for name, value in follower.items():
-                    if isinstance(value, Tensor) and len(value) == len(rows):
-                        follower[name] = value.index_select(0, rows.to(value.device))
+                    follower[name] = reordered(value, rows)
 
         cache.reorder_cache = reorder_all
     if not any(follower is memory for follower in followers):
         followers.append(memory)
+
+
+def reordered(value: Any, rows: Any) -> Any:
+    """What is remembered by row with other rows; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(reordered(part, rows) for part in value)
+    if isinstance(value, Tensor) and len(value) == len(rows):
+        return value.index_select(0, rows.to(value.device))
+    return value
 
 
 def remembers(program: dict[str, Any]) -> bool:
@@ -189,10 +197,14 @@ def remembers(program: dict[str, Any]) -> bool:
 
 
 def looks_back(program: dict[str, Any]) -> bool:
-    """Whether any action must know passes before its own: a held condition, or a chat role."""
+    """Whether any action must know passes before its own.
+
+    A held condition must, a chat role, and a latent that depends on every token before its own.
+    """
     actions = [action for visit in program["visits"] for action in visit["actions"]]
     rules = [action["rule"] for action in actions if "rule" in action]
-    return any(action.get("hold") for action in actions) or any(map(reads_turns, rules))
+    held = any(a.get("hold") or a.get("tensors", {}).get("prefix") for a in actions)
+    return held or any(map(reads_turns, rules))
 
 
 def reads_turns(rule: tuple) -> bool:
