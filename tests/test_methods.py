@@ -301,6 +301,8 @@ def test_a_checkpoint_belongs_to_one_call(tmp_path):
     for name, (job, prompts) in others.items():
         with pytest.raises(sf.CheckpointError, match=name):
             job(nn, prompts, checkpoint=tmp_path)
+    with pytest.raises(sf.CheckpointError, match="batch_size"):
+        sf.Attribute(sae, METRIC)(nn, RAGGED, batch_size=2, checkpoint=tmp_path)
 
 
 # ---------------------------------------------------------------- errors

@@ -22,12 +22,9 @@ from ..tokens import Tokens
 from ..verbs.attribute import Attribute
 from ..verbs.base import Chain, Intervention, require_fired
 from ..verbs.edits import Clamp
-from ..verbs.ends import end, run_baseline
 from ..verbs.lower import lower
 from ..verbs.metrics import Metric, Scorer
-from ..verbs.one_batch import scored
-from ..verbs.prepare import prepare
-from ..verbs.watch import Watch
+from ..verbs.one_batch import baseline_top
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,21 +157,8 @@ def bench_of(
     batch = encode_prompts(tokenizer, prompts)
     top = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
     if "BASELINE_TOP" in repr(attribute.metric):
-        top = _top(attribute, model, batch, batch_size)
+        top = baseline_top(attribute, model, batch, batch_size)
     return Bench(model, batch, attribute.metric.bind(tokenizer), top, where, batch_size)
-
-
-def _top(attribute: Attribute, model: Any, batch: dict[str, Tensor], size: int) -> Tensor:
-    """[prompts]: the baseline run's most likely next token, as ``Attribute`` has it."""
-    watch = Watch(as_latents(attribute.target, "Attribute"), model, attribute.metric)
-    found = []
-    for piece, other in prepare(attribute, model, batch).batches(size):
-        clean = watch.run(piece)
-        here = run_baseline(watch, attribute.baseline, piece, other, False)
-        masks = scored(attribute.where, watch, clean.view, False)
-        reached = end(watch, attribute.baseline, piece, other, clean, masks, here)
-        found.append(reached.here.last.argmax(-1).cpu())
-    return torch.cat(found)
 
 
 def require(where: str, **given: tuple[Any, int]) -> None:

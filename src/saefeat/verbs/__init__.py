@@ -7,5 +7,7 @@
 * ``probe``: ``Probe``, the reader.
 * ``forms``: what an edit reads and writes.
 * ``lower``: verbs made into the kernel's plain program for one model.
-* ``metrics``, ``methods``, ``attribute``: what to attribute, how, and the verb that does it.
+* ``metrics``, ``measuring``, ``methods``, ``baselines``, ``backward``: what to attribute, and how.
+* ``attribute``: the verb; ``watch``, ``ends``, ``path``, ``score``, ``exact`` are its steps.
+* ``measure``: a metric of a run, without attributing it.
 """
