@@ -29,7 +29,7 @@ from helpers import (
 )
 from saefeat.sites import find
 
-MODULE = importlib.import_module("saefeat.verbs.score")
+MODULE = importlib.import_module("saefeat.attribution.score")
 METRIC = sf.logit_diff([5, 9], 7)
 F64 = torch.float64
 ATP, LEFT, MIDPOINT, GAUSS = sf.AtP(), sf.IG(4), sf.IG(3, "midpoint"), sf.IG(3, "gauss")

@@ -297,7 +297,7 @@ def test_the_published_endpoint_needs_an_intervention():
 
 def test_the_baselines_own_tokens_for_others_to_check_against():
     """``BASELINE_TOP`` resolved outside an attribution, as audits need it."""
-    from saefeat.verbs.one_batch import baseline_top
+    from saefeat.attribution.one_batch import baseline_top
 
     nn, sae = wrapped(build("llama")), make_sae()
     starts = (None, sf.Fixed(sae, 2.0), sf.Paired(SAME), sf.Ablate(sae, where=sf.Tokens.last(1)))

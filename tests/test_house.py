@@ -43,37 +43,25 @@ LEVELS: dict[str, int] = {
     "saefeat.events": 3,
     "saefeat.records": 3,
     "saefeat.dictionaries": 3,
-    # finished batches of a long job, kept by the verbs and by the ways of running
+    "saefeat.controls": 4,
+    # finished batches of a long job, kept by attribution and by the ways of running
     "saefeat.checkpoint": 4,
     "saefeat.identity": 4,
-    "saefeat.controls": 4,
-    # the verbs, as one package or as modules
     "saefeat.verbs": 4,
-    "saefeat.edits": 4,
-    "saefeat.probe": 4,
-    "saefeat.chain": 4,
-    "saefeat.attribution": 4,
-    "saefeat.results": 4,
-    "saefeat.plots": 4,
-    "saefeat.metrics": 4,
-    "saefeat.methods": 4,
-    # execution, and what is built on it
-    "saefeat.execution": 5,
-    "saefeat.run": 5,
-    "saefeat.edit": 5,
-    "saefeat.hooked": 5,
-    "saefeat.sweep": 5,
-    "saefeat.remote": 5,
-    "saefeat.loopback": 5,
-    "saefeat.loading": 5,
-    "saefeat.verify": 5,
-    "saefeat.declared": 5,
-    "saefeat.evaluate": 5,
-    "saefeat.belief": 5,
-    "saefeat.testing": 5,
-    "saefeat.spec": 5,
-    "saefeat": 6,  # the package's own __init__ and nothing else
-    "saefeat.studies": 7,
+    "saefeat.loading": 4,
+    "saefeat.attribution": 5,
+    # execution, on a server too, and what is built on it
+    "saefeat.execution": 6,
+    "saefeat.remote": 6,
+    "saefeat.loopback": 6,
+    "saefeat.belief": 7,
+    "saefeat.declared": 7,
+    "saefeat.verify": 7,
+    "saefeat.evaluate": 7,
+    "saefeat.testing": 7,
+    "saefeat.spec": 7,
+    "saefeat": 8,  # the package's own __init__ and nothing else
+    "saefeat.studies": 9,
 }
 # The kernel travels to servers: torch, nnsight and the standard library are all there is.
 # Names needed only for its annotations belong under `if TYPE_CHECKING:`.

@@ -20,10 +20,10 @@ from transformers import Gemma2Config
 
 import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
-from saefeat.execution.preflight import Capture, parks, tensors
-from saefeat.execution.remote import embedding
 from saefeat.kernel.program import new_log
 from saefeat.kernel.trace import whole_run
+from saefeat.remote.batch import embedding
+from saefeat.remote.preflight import Capture, parks, tensors
 from saefeat.verbs.lower import lower
 from saefeat.verbs.travel import narrowed
 
@@ -413,7 +413,7 @@ def test_a_failed_job_is_named_and_sent_again(fault, said, model, server, faulty
 
 
 def test_a_vanished_job_counts_as_lost(model, server, faulty, tmp_path, monkeypatch):
-    monkeypatch.setattr("saefeat.execution.jobs.MISSED", 3)
+    monkeypatch.setattr("saefeat.remote.jobs.MISSED", 3)
     file = tmp_path / "job.json"
     faulty += ["vanish"]
     job = sf.submit(model, RAGGED, remote=server.url, file=file)

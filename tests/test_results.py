@@ -16,9 +16,9 @@ import torch
 import saefeat as sf
 from helpers import BOS, RAGGED, D, build, make_sae, wrapped
 from saefeat import container
+from saefeat.attribution import file as files
+from saefeat.attribution.show import _token
 from saefeat.container import content_hash
-from saefeat.results import file as files
-from saefeat.results.show import _token
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [f"<bos> {prompt}" for prompt in RAGGED]

@@ -141,7 +141,7 @@ def test_resid_mid_through_the_dictionary():
 
 
 def test_through_a_direction_and_by_tokens(monkeypatch):
-    import saefeat.verbs.semantics as module
+    import saefeat.attribution.semantics as module
 
     model, batch = build("llama", F64), batch_of()
     v = sf.Direction(torch.stack([unit(1), unit(2)]).to(F64), site="resid_post.1")

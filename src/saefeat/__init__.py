@@ -5,7 +5,16 @@
 Site(kind='resid_post', layer=3)
 """
 
-from .attribution import Attribution
+from .attribution.attribute import Attribute
+from .attribution.backward import Backward, GradDrop, RelP
+from .attribution.baselines import Fixed, Paired
+from .attribution.inside import Watching
+from .attribution.measure import measure
+from .attribution.measuring import activation, kl, log_prob, site_metric
+from .attribution.methods import IG, AtP, Exact, FiniteDifference, Method
+from .attribution.metrics import BASELINE_TOP, Metric, PerPrompt, logit, logit_diff, metric
+from .attribution.record import Attribution
+from .attribution.texts import Texts
 from .belief.audit import Audit, audit
 from .belief.curves import Faithfulness
 from .belief.edges import Edges, edges
@@ -36,11 +45,8 @@ from .evaluate import continuation_loss
 from .events import Events
 from .execution.edit import edit
 from .execution.hooked import hooked
-from .execution.jobs import Job
-from .execution.preflight import Preflight, preflight
 from .execution.result import Run
 from .execution.run import run, stream
-from .execution.submit import submit
 from .execution.sweep import sweep
 from .execution.wrap import wrap
 from .latents import Latents, stack
@@ -48,22 +54,16 @@ from .loading import from_sae_lens, load_sae, load_saes
 from .loopback import Server, serve
 from .prompts import encode_prompts
 from .records import Fired, Provenance, Readings, Receipt, versions
-from .results.texts import Texts
+from .remote.jobs import Job
+from .remote.preflight import Preflight, preflight
+from .remote.submit import submit
 from .sites import Site
 from .spec.files import load, save
 from .spec.hub import pull, push
 from .spec.vectors import steering_vector
 from .tokens import Tokens
-from .verbs.attribute import Attribute
-from .verbs.backward import Backward, GradDrop, RelP
 from .verbs.base import Chain, Intervention
-from .verbs.baselines import Fixed, Paired
 from .verbs.edits import Ablate, Clamp
-from .verbs.inside import Watching
-from .verbs.measure import measure
-from .verbs.measuring import activation, kl, log_prob, site_metric
-from .verbs.methods import IG, AtP, Exact, FiniteDifference, Method
-from .verbs.metrics import BASELINE_TOP, Metric, PerPrompt, logit, logit_diff, metric
 from .verbs.probe import Probe
 from .verbs.steps import When
 from .verbs.values import Pin, Resample, Schedule

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution import Attribution
+from ..attribution.attribute import Attribute
+from ..attribution.record import Attribution
 from ..dictionaries.base import Dictionary
 from ..errors import SaefeatError, explain
 from ..latents import Latents
 from ..prompts import Prompts
-from ..verbs.attribute import Attribute
 from .bench import bench_of, require, require_same
 from .exact import effects, require_fixed_directions
 from .ranking import by_prompt, ranking, singles

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..attribution.attribute import Attribute
+from ..attribution.metrics import Metric, Scorer
+from ..attribution.one_batch import baseline_top
 from ..errors import GradientError, LatentError, PromptError, SaefeatError, explain
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
@@ -19,12 +22,9 @@ from ..latents import Latents, as_latents, stack
 from ..prompts import Prompts, encode_prompts, split
 from ..sites import torch_module
 from ..tokens import Tokens
-from ..verbs.attribute import Attribute
 from ..verbs.base import Chain, Intervention, require_fired
 from ..verbs.edits import Clamp
 from ..verbs.lower import lower
-from ..verbs.metrics import Metric, Scorer
-from ..verbs.one_batch import baseline_top
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attribution import Attribution
+from ..attribution.record import Attribution
 from ..errors import SaefeatError, explain
 from .ranking import Ranking
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attribution import Attribution
+from ..attribution.attribute import Attribute
+from ..attribution.record import Attribution
 from ..errors import SaefeatError, explain
 from ..kernel.encode import encode
 from ..latents import Latents
 from ..prompts import split
 from ..tokens import Tokens
-from ..verbs.attribute import Attribute
 from ..verbs.edits import Clamp
 from ..verbs.lower import lower
 from .bench import Bench, last_logits

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attribution import Attribution
+from ..attribution.attribute import Attribute
+from ..attribution.record import Attribution
 from ..errors import LatentError, SaefeatError, explain
 from ..execution.run import run
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
-from ..verbs.attribute import Attribute
 from ..verbs.edits import Ablate
 from ..verbs.probe import Probe
 from .bench import Bench, bench_of, require, require_same

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attribution.metrics import Metric
 from ..latents import Latents
 from ..prompts import Prompts
 from ..tokens import Tokens
-from ..verbs.metrics import Metric
 from .bench import bench, require_several
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..attribution.metrics import Metric
 from ..errors import LatentError, SaefeatError, explain
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
 from ..tokens import Tokens
-from ..verbs.metrics import Metric
 from .bench import bench
 
 Holds = float | Callable[[Tensor], Tensor]

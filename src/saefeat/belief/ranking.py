@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attribution import Attribution
+from ..attribution.record import Attribution
 from ..dictionaries.base import Dictionary
 from ..errors import SaefeatError, explain
 from ..latents import Latents

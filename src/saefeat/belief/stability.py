@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution import Attribution
+from ..attribution.record import Attribution
 from ..dictionaries.base import Dictionary
 from ..errors import LatentError, SaefeatError, explain
 from ..latents import Latents

@@ -19,12 +19,12 @@ from ..kernel.program import new_log
 from ..kernel.trace import whole_run
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Provenance, Receipt
+from ..remote.batch import remote_batch, with_stops
+from ..remote.preflight import PAYLOAD_LIMIT, preflight, require_light
 from ..sites import torch_module
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
 from .decoding import Decoding, decoding, require_beamable, seeded, until_stop, whole_number
-from .preflight import PAYLOAD_LIMIT, preflight, require_light
-from .remote import remote_batch, with_stops
 from .result import Piece, Run, join, pack, piece, provenance, unpack, without_events
 
 Folder = str | os.PathLike[str]

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from ..errors import RemoteError
 from ..prompts import Prompts
+from ..remote.jobs import MISSED, Job, pauses
+from ..remote.submit import submit
 from ..verbs.base import Intervention
-from .jobs import MISSED, Job, pauses
 from .result import Run
-from .submit import submit
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -7,7 +7,6 @@
 * ``probe``: ``Probe``, the reader.
 * ``forms``: what an edit reads and writes.
 * ``lower``: verbs made into the kernel's plain program for one model.
-* ``metrics``, ``measuring``, ``methods``, ``baselines``, ``backward``: what to attribute, and how.
-* ``attribute``: the verb; ``watch``, ``ends``, ``path``, ``score``, ``exact`` are its steps.
-* ``measure``: a metric of a run, without attributing it.
+* ``beside``: several programs side by side in one batch.
+* ``travel``: a program as a request carries it.
 """

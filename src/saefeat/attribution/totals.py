@@ -12,7 +12,7 @@ from ..sites import Site
 from ..tokens import Tokens
 
 if TYPE_CHECKING:
-    from ..attribution import Attribution
+    from .record import Attribution
 
 
 def one_of(where: str, parameter: str, got: object, wanted: tuple[str, ...], call: str) -> None:

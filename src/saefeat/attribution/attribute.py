@@ -17,16 +17,14 @@ from typing import Any, final
 
 from tqdm import tqdm
 
-from ..attribution import Attribution, join_attributions
 from ..checkpoint import Checkpoint
 from ..dictionaries.base import Dictionaries, Dictionary
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
-from ..results.texts import Texts
 from ..sites import torch_module
 from ..tokens import Tokens
+from ..verbs.base import Intervention, require_fired
 from .backward import Backward
-from .base import Intervention, require_fired
 from .ends import Baseline
 from .exact import require_few
 from .inside import Watching, begin
@@ -35,7 +33,9 @@ from .metrics import Metric
 from .one_batch import attribute_batch
 from .path import AtOnce, require_at_once
 from .prepare import prepare, require_gradients, require_sense
+from .record import Attribution, join_attributions
 from .resume import identity, plain_piece, restored
+from .texts import Texts
 from .watch import Watch
 
 

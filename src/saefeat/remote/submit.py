@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..execution.decoding import Decoding, decoding, whole_number
+from ..execution.result import Run
+from ..execution.run import finish, remote_settings
 from ..prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
-from .decoding import Decoding, decoding, whole_number
+from .batch import backend_of, received, remote_batch
 from .jobfile import about, fingerprint
 from .jobs import Job, Plan
 from .preflight import PAYLOAD_LIMIT, preflight, require_light
-from .remote import backend_of, received, remote_batch
-from .result import Run
-from .run import finish, remote_settings
 
 
 def submit(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import LatentError, PromptError, explain
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
-from .base import per_latent
+from ..verbs.base import per_latent
 
 Alignment = str | Sequence[Sequence[int | None]] | None
 

@@ -10,15 +10,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import plots
-from .container import MAX_BYTES
-from .dictionaries.base import Dictionaries, Dictionary
-from .errors import LatentError, SaefeatError, explain
-from .latents import Latents
-from .results import file, show, totals
-from .results.texts import Texts
-from .sites import Site
-from .tokens import Tokens
+from ..container import MAX_BYTES
+from ..dictionaries.base import Dictionaries, Dictionary
+from ..errors import LatentError, SaefeatError, explain
+from ..latents import Latents
+from ..sites import Site
+from ..tokens import Tokens
+from . import file, plots, show, totals
+from .texts import Texts
 
 
 @dataclass(frozen=True)

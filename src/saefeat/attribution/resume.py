@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..attribution import Attribution
 from ..identity import digest, model_identity
 from ..latents import as_latents
 from ..records import Fired, Receipt
 from .prepare import Data
+from .record import Attribution
 from .watch import Watch
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ..records import versions
 from .texts import Texts, flat
 
 if TYPE_CHECKING:
-    from ..attribution import Attribution
+    from .record import Attribution
 
 FORMAT = "saefeat.attribution"
 VERSION = 1

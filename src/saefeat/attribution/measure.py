@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import SaefeatError, explain
 from ..latents import Latents
 from ..prompts import Prompts, encode_prompts
-from .base import Intervention, require_fired, require_rows
+from ..verbs.base import Intervention, require_fired, require_rows
 from .metrics import Metric, require_prompts
 from .prepare import Data, continued
 from .watch import NOTHING, Watch

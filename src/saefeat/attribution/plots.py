@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import SaefeatError, explain
-from .results.show import heat
+from ..errors import SaefeatError, explain
+from .show import heat
 
 if TYPE_CHECKING:
-    from .attribution import Attribution
+    from .record import Attribution
 
 
 def axes(given: Any, where: str, size: tuple[float, float]) -> Any:

@@ -20,7 +20,7 @@ from ..errors import GradientError, SaefeatError, explain
 from ..kernel.program import new_log
 from ..kernel.slopes import NO_GRADIENT, pulled_back, seen
 from ..kernel.trace import whole_run
-from .travel import narrowed, register
+from ..verbs.travel import narrowed, register
 
 
 class Errand(NamedTuple):

@@ -15,7 +15,7 @@ from ..kernel.tokens import select
 from ..latents import Latents, as_latents, index_tensor
 from ..sites import Site
 from ..tokens import Tokens
-from .lower import plain
+from ..verbs.lower import plain
 from .metrics import Metric, PerPrompt, Reader, Seen
 
 

@@ -23,7 +23,7 @@ from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from ..verbs.steps import numbered
 from ..verbs.travel import narrowed
-from .remote import backend_of, remote_batch
+from .batch import backend_of, remote_batch
 
 PAYLOAD_LIMIT = 64 << 20
 """Bytes a batch's request may have, 64 MiB: some twelve times what 20 latents at 26 sites need."""

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attribution import Attribution
 from ..kernel.program import lift
 from ..kernel.tokens import select
 from ..latents import as_latents
 from ..prompts import Prompts
 from ..records import Receipt
 from ..tokens import Tokens
+from ..verbs.lower import acts_at, plain
 from .ends import end, run_baseline
 from .exact import effects
-from .lower import acts_at, plain
 from .path import AtOnce, Runs, mean_gradients
 from .prepare import prepare, require_finite
+from .record import Attribution
 from .score import Goal, score
 from .watch import Batch, Part, Watch
 

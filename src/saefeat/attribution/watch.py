@@ -20,10 +20,10 @@ from ..latents import Latents
 from ..records import Receipt
 from ..route import Route, route
 from ..sites import Place, Site, torch_module
+from ..verbs.base import Chain, Intervention
+from ..verbs.lower import add_stash, add_visit, in_order, lower, sites_of
 from .afar import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
 from .backward import Backward, Slopes, plain_slopes
-from .base import Chain, Intervention
-from .lower import add_stash, add_visit, in_order, lower, sites_of
 from .metrics import Metric, Reader, Seen
 from .semantics import through
 

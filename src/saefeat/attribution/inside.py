@@ -9,19 +9,19 @@ import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
-from ..attribution import Attribution
 from ..errors import GradientError, SaefeatError, explain
 from ..kernel.program import new_log
 from ..kernel.trace import generating, inline
 from ..latents import as_latents
 from ..sites import torch_module
+from ..verbs.base import Intervention
+from ..verbs.lower import lower
 from .backward import plain_slopes
-from .base import Intervention
 from .baselines import Fixed
-from .lower import lower
 from .metrics import Seen
 from .one_batch import read_out, scored
 from .prepare import require_count, require_gradients
+from .record import Attribution
 from .score import Goal
 from .watch import NOTHING, Watch
 

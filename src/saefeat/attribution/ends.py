@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import PromptError, explain
 from ..kernel.program import lift
-from .base import Intervention
+from ..verbs.base import Intervention
 from .baselines import Fixed, Paired, counterparts
 from .score import Goal, blocks
 from .watch import Batch, Part, Pass, Watch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import GradientError, PromptError, SaefeatError, explain
 from ..prompts import Prompts, encode_prompts
-from .base import Intervention, require_rows
+from ..verbs.base import Intervention, require_rows
 from .baselines import Fixed, Paired, require_pairs
 from .metrics import require_prompts
 from .semantics import SEMANTICS
