@@ -310,7 +310,7 @@ def test_values_of_another_length(name, shape):
 
 
 def test_ablate_to_a_word_it_does_not_know():
-    with pytest.raises(sf.LatentError, match="measure it with a Probe"):
+    with pytest.raises(sf.LatentError, match="read them with a Probe"):
         sf.Ablate(ONE, to="mean")
 
 

@@ -62,18 +62,18 @@ MUTANTS = {
         failure("steering_fires_once[inline]"),
     ),
     "gradient doubled": Mutant(
-        "weight * gradient",
-        "2 * weight * gradient",
+        "weight * slope",
+        "2 * weight * slope",
         "test_attribution.py::test_finite_differences[resid_post.1]",
     ),
     "a transcoder's gradient at its read site": Mutant(
-        "gradients[part.write][mask]",
-        "gradients[sorted(gradients)[0]][mask]",
+        "slopes[part.write][mask]",
+        "slopes[sorted(slopes)[0]][mask]",
         "test_attribution.py::test_every_architecture_against_the_naive_form[transcoder-AtP()-zero]",
     ),
     "no path between clean and baseline": Mutant(
-        "torch.lerp(clean.values[n], base.values[n], alpha)",
-        "base.values[n]",
+        "torch.lerp(start[n], end[n], alpha)",
+        "end[n]",
         "test_attribution.py::test_three_sites_against_the_naive_form"
         "[llama-IG(steps=3, rule='midpoint')-zero]",
     ),

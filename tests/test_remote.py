@@ -94,6 +94,14 @@ VERBS = {
 }
 
 
+def same_events(mine, theirs) -> None:
+    assert (mine is None) == (theirs is None)
+    if mine is not None:
+        assert mine.sites == theirs.sites and mine.prompts == theirs.prompts
+        for name, column in mine.columns().items():
+            torch.testing.assert_close(theirs.columns()[name], column, atol=1e-4, rtol=1e-4)
+
+
 def same_run(here: sf.Run, there: sf.Run) -> None:
     """Equal in everything a run gives, readings where their mask is true."""
     assert torch.allclose(here.logits, there.logits, atol=1e-4)
@@ -102,6 +110,8 @@ def same_run(here: sf.Run, there: sf.Run) -> None:
         (r.edit, r.tokens, r.changed) for r in there.receipt.rows
     ]
     assert here.receipt.passes == there.receipt.passes
+    for mine, theirs in zip(here.receipt.rows, there.receipt.rows, strict=True):
+        same_events(mine.events, theirs.events)
     for a, b in zip(here.readings, there.readings, strict=True):
         assert torch.equal(a.mask, b.mask)
         assert torch.allclose(a.values[a.mask], b.values[b.mask], atol=1e-4)
@@ -299,11 +309,14 @@ def test_a_site_the_model_lacks_is_refused_before_anything_is_sent(model, server
 
 
 def test_results_are_small(model, server):
-    """Selected latents at selected tokens come back, and counts; no ids, no events."""
+    """Selected latents at selected tokens come back, counts, and the changes an edit made."""
     probe = sf.Probe(jumprelu(), where=sf.Tokens.last(1)) | sf.Clamp(jumprelu(2), 3.0)
     log, _ = generate(model, batch_of(), probe, remote=server.url)
     assert log["readings"][0].shape == (3, 3)
-    assert list(log["view"]) == ["position"] and log["events"] == {}
+    assert list(log["view"]) == ["position"] and log["directions"] == {}
+    changed = log["fired"][1][:, 1].tolist()
+    assert [len(seen["changes"]["row"]) for seen in log["events"][1]] == changed
+    assert all(tensor.ndim == 1 for seen in log["events"][1] for tensor in seen["changes"].values())
     assert log["fired"][1].shape == (NEW, 3)
 
 

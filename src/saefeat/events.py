@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import SaefeatError, explain
+from .kernel.events import changes
 from .latents import Latents
 from .sites import Site
 
@@ -118,59 +119,34 @@ def record_events(latents: Latents, numbers: Sequence[int], log: dict[str, Any])
 
     None where the kernel only counted: too many latents, or too much to keep.
     """
-    noted = [log["fired"].get(number, []) for number in numbers]
-    if any(not isinstance(entry, tuple) for entries in noted for entry in entries):
-        return None
     rows, prompts = [], 0
     for place, number in enumerate(numbers):
+        noted, passes = log["fired"].get(number, []), log["events"].get(number, [])
+        if len(passes) != len(noted):
+            return None
         index = torch.tensor(latents.parts[place][1])
-        directions = log["directions"].get(number)
         offset, size = 0, 0
-        for entry, seen in zip(noted[place], log["events"].get(number, []), strict=True):
+        for entry, seen in zip(noted, passes, strict=True):
             if seen["begins"]:
-                offset, size = offset + size, len(entry[0])
-            rows.append(_changes(place, index, entry, seen, directions, offset))
+                offset, size = offset + size, seen["rows"] if "rows" in seen else len(entry[0])
+            found = seen.get("changes")  # worked out where the run was made
+            if found is None:
+                step, mask = entry
+                found = changes(step, mask, seen, log["directions"][number])
+            rows.append(_columns(place, index, found, offset))
         prompts = max(prompts, offset + size)
-    found = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else _empty()
-    return Events(tuple(basis.site for basis, _ in latents.parts), prompts, *found)
+    columns = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else _empty()
+    return Events(tuple(basis.site for basis, _ in latents.parts), prompts, *columns)
 
 
-def _changes(
-    place: int,
-    index: Tensor,
-    entry: tuple[Tensor, Tensor],
-    seen: dict[str, Any],
-    directions: Tensor,
-    offset: int,
+def _columns(
+    place: int, index: Tensor, found: dict[str, Tensor], offset: int
 ) -> tuple[Tensor, ...]:
     """One forward pass's events: a tensor a column."""
-    step, mask = entry
-    change = torch.where(mask, step, 0.0)
-    row, column, latent = (change != 0).nonzero(as_tuple=True)
-    token = (change != 0).any(-1)  # [b, t]
-    written = torch.where(mask, seen["written"], 0.0)  # of all latents, where a topk reselects
-    delta = written[token] @ directions.to(step.device)
-    if seen["scale"] is not None:
-        delta = delta * seen["scale"][token]
-    norm = torch.zeros_like(change[..., 0]).masked_scatter(token, delta.norm(dim=-1))
-    before = seen["before"][row, column, latent]
-    after = before + change[row, column, latent]
-    row, column, latent, before, after, norm = (
-        found.cpu() for found in (row, column, latent, before, after, norm[row, column])
-    )
-    position, lengths = seen["position"].cpu()[row, column], seen["lengths"].cpu()[row, 0]
-    ids = seen["ids"]
-    return (
-        row + offset,
-        position,
-        torch.where(position < lengths, -1, position - lengths),
-        torch.full_like(row, -1) if ids is None else ids.cpu()[row, column],
-        torch.full_like(row, place),
-        index[latent],
-        before,
-        after,
-        norm,
-    )
+    row = found["row"]
+    latent = (torch.full_like(row, place), index[found["latent"]])
+    values = (found["before"], found["after"], found["norm"])
+    return (row + offset, found["position"], found["step"], found["token"], *latent, *values)
 
 
 def _empty() -> list[Tensor]:

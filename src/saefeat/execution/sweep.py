@@ -71,7 +71,7 @@ def sweep(
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> values = {v: sf.Clamp(saes.latents({2: [7]}), v) for v in (0.0, 2.0, 4.0)}
-        >>> found = sf.sweep(model, ["hello"], values, max_new_tokens=3)
+        >>> found = sf.sweep(model, ["how do i bake bread"], values, max_new_tokens=3)
         >>> [len(found[v].completions[0]) for v in values]
         [3, 3, 3]
     """

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .events import changes
 from .program import fired, new_log
 from .tokens import looks_back
 from .trace import inline
@@ -36,19 +37,35 @@ def pack(log: dict[str, Any]) -> dict[str, Any]:
     """The log in place, without what its readers do not need.
 
     Readings keep their selected tokens alone, [n, k], beside the mask they were taken by; edits
-    become counts, [passes, 3]; the view of the sequence is dropped.
+    become counts, [passes, 3], and the changes they made; the view of the sequence is dropped.
     """
     for number, values in log["readings"].items():
         mask = torch.cat(log["masks"][number], 1)
         f = torch.cat(values, 1)
         log["readings"][number] = f[mask > 0].clone()
         log["masks"][number] = mask
+    pack_events(log)
     for number, entries in log["fired"].items():
         rows = [fired(*entry) if isinstance(entry, tuple) else entry for entry in entries]
         log["fired"][number] = torch.stack([row.to("cpu") for row in rows])
     position = log["view"]["position"][:, -1:].clone()
-    log |= {"view": {"position": position}, "events": {}, "directions": {}, "packed": True}
+    log |= {"view": {"position": position}, "directions": {}, "packed": True}
     return log
+
+
+def pack_events(log: dict[str, Any]) -> None:
+    """In place of every token's values, the changes alone: rows that any receipt can read."""
+    for number, passes in log["events"].items():
+        steps, directions = log["fired"][number], log["directions"][number]
+        log["events"][number] = [
+            {
+                "begins": seen["begins"],
+                "rows": len(entry[0]),
+                "changes": changes(entry[0], entry[1], seen, directions),
+            }
+            for entry, seen in zip(steps, passes, strict=False)
+            if isinstance(entry, tuple)
+        ]
 
 
 def unpack(log: dict[str, Any]) -> dict[str, Any]:

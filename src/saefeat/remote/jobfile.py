@@ -98,9 +98,38 @@ def save_saved(file: Path, saved: dict[str, Any]) -> None:
     flat = {f"{g}.{n}": t.contiguous().clone() for g in GROUPS for n, t in log[g].items()}
     flat |= {name: saved[name].contiguous().clone() for name in ("tokens", "logits")}
     flat["position"] = log["view"]["position"].contiguous()
+    flat |= _flat_events(log["events"])
     new = file.with_name(file.name + ".new")
     save_file(flat, new, metadata={"passes": str(log["passes"])})
     os.replace(new, file)
+
+
+def _flat_events(events: dict[int, list[dict[str, Any]]]) -> dict[str, Tensor]:
+    """Packed events as tensors by name: number, pass, column."""
+    flat = {}
+    for number, passes in events.items():
+        for at, seen in enumerate(passes):
+            name = f"events.{number}.{at}"
+            flat[f"{name}.pass"] = torch.tensor([int(seen["begins"]), seen["rows"]])
+            flat |= {f"{name}.{key}": t.contiguous() for key, t in seen["changes"].items()}
+    return flat
+
+
+def _events(flat: dict[str, Tensor]) -> dict[int, list[dict[str, Any]]]:
+    """What ``_flat_events`` made flat."""
+    found: dict[int, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in flat.items():
+        if name.startswith("events."):
+            _, number, at, key = name.split(".")
+            found.setdefault(int(number), {}).setdefault(int(at), {})[key] = tensor
+    return {
+        number: [_seen(passes[at]) for at in sorted(passes)] for number, passes in found.items()
+    }
+
+
+def _seen(columns: dict[str, Tensor]) -> dict[str, Any]:
+    begins, rows = columns.pop("pass").tolist()
+    return {"begins": bool(begins), "rows": rows, "changes": columns}
 
 
 def load_saved(file: Path) -> dict[str, Any]:
@@ -125,7 +154,7 @@ def load_saved(file: Path) -> dict[str, Any]:
             )
         ) from error
     log = {**new_log(), "passes": passes, "packed": True}
-    log["view"] = {"position": flat["position"]}
+    log |= {"view": {"position": flat["position"]}, "events": _events(flat)}
     for group in GROUPS:
         keys = [name for name in flat if name.startswith(f"{group}.")]
         log[group] = {int(name.partition(".")[2]): flat[name] for name in keys}

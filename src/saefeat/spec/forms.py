@@ -95,7 +95,13 @@ FORMS = {
         _form(Schedule, values="tensor", prompt="tensor | none"),
         _form(Pin, readings="Readings"),
         _form(Resample, activations="Readings | tensor", seed="int"),
-        _form(Readings, latents="latents", values="tensor", mask="tensor", starts="tensor | none"),
+        _form(
+            Readings,
+            latents="latents",
+            values="tensor",
+            mask="tensor",
+            **dict.fromkeys(("starts", "counts"), "tensor | none"),
+        ),
     )
 }
 STEPS = ("Ablate", "Clamp", "Probe")
