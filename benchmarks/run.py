@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    for name in ("imports", "loading", "generation", "attribution", "long_prompt"):
+    for name in ("imports", "loading", "generation", "sweep", "attribution", "long_prompt"):
         print(f"\n== {name}", flush=True)
         subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
 
