@@ -72,8 +72,8 @@ def sweep(
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> values = {v: sf.Clamp(saes.latents({2: [7]}), v) for v in (0.0, 2.0, 4.0)}
         >>> found = sf.sweep(model, ["how do i bake bread"], values, max_new_tokens=3)
-        >>> [len(found[v].completions[0]) for v in values]
-        [3, 3, 3]
+        >>> list(found), found[2.0].receipt.rows[0].largest > 0
+        ([0.0, 2.0, 4.0], True)
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
     _require_settings(chosen)
