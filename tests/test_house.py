@@ -33,6 +33,7 @@ SRC = ROOT / "src"
 LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
     "saefeat.container": 1,
+    "saefeat.families": 0,
     "saefeat.sites": 1,
     "saefeat.route": 1,
     "saefeat.tokens": 1,

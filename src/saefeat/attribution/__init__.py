@@ -18,6 +18,7 @@ How it is done:
 
 What comes out:
 
-* ``record``: the sparse result; ``texts`` its tokens, ``totals`` its sums, ``file`` its file.
+* ``record``: the sparse result; ``join`` makes one of batches; ``texts`` is its tokens, ``totals``
+  its sums, ``file`` its file.
 * ``show``, ``plots``: a screen, a page, a table, pictures.
 """

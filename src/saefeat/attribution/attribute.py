@@ -28,12 +28,13 @@ from .backward import Backward
 from .ends import Baseline
 from .exact import require_few
 from .inside import Watching, begin
+from .join import join_attributions
 from .methods import AtP, Method
 from .metrics import Metric
 from .one_batch import attribute_batch
 from .path import AtOnce, require_at_once
 from .prepare import prepare, require_gradients, require_sense
-from .record import Attribution, join_attributions
+from .record import Attribution
 from .resume import identity, plain_piece, restored
 from .texts import Texts
 from .watch import Watch

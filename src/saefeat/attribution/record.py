@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -326,7 +326,8 @@ class Attribution:
         """[k]: the mean score over the data set of each latent, zero where it never moved."""
         keys, values, _ = self.totals()
         table = {(int(d), int(i)): float(v) for (d, i), v in zip(keys, values, strict=True)}
-        return torch.tensor([table.get(pair, 0.0) for pair in _members(self.dictionaries, latents)])
+        pairs = totals.members(self.dictionaries, latents)
+        return torch.tensor([table.get(pair, 0.0) for pair in pairs])
 
     def ranking(
         self, k: int, *, within: Latents | None = None
@@ -360,7 +361,7 @@ class Attribution:
                     call="scores.top(20)",
                 )
             )
-        allowed = None if within is None else set(_members(self.dictionaries, within))
+        allowed = None if within is None else set(totals.members(self.dictionaries, within))
         found: list[tuple[int, int, float]] = []
         for row in values.argsort(descending=True, stable=True).tolist():
             pair = (int(keys[row, 0]), int(keys[row, 1]))
@@ -390,44 +391,3 @@ class Attribution:
             every = self.dropped[:, 1].sum() + self.score.abs().sum()
             found += f"; {self.dropped[:, 1].sum() / every:.1%} of the scores' size dropped"
         return found
-
-
-def join_attributions(pieces: Sequence[Attribution]) -> Attribution:
-    """Batches of prompts as one result; prompts are renumbered in order."""
-    offsets = torch.tensor([0] + [len(piece.tokens) for piece in pieces]).cumsum(0)
-    prompt = torch.cat([p.prompt + o for p, o in zip(pieces, offsets[:-1], strict=True)])
-    names = ("dictionary", "position", "latent", "score", "activation", "change")
-    scores = {name: torch.cat([getattr(p, name) for p in pieces]) for name in names}
-    prompts = {
-        name: torch.cat([getattr(p, name) for p in pieces])
-        for name in ("clean", "baseline", "tokens")
-    }
-    for name in ("ends", "dropped"):  # all pieces have them, or none
-        if getattr(pieces[0], name) is not None:
-            prompts[name] = torch.cat([getattr(p, name) for p in pieces])
-    known = [piece.scored for piece in pieces if piece.scored is not None]
-    scored = torch.cat(known) if len(known) == len(pieces) else None
-    found: dict[str, Any] = {**scores, **prompts, "scored": scored}
-    return Attribution(pieces[0].dictionaries, prompt, **found)
-
-
-def _members(dictionaries: Sequence[Dictionary], latents: Latents) -> list[tuple[int, int]]:
-    """(dictionary, latent) pairs in order.
-
-    Raises:
-        LatentError: for a dictionary that was not attributed; the same file loaded twice is two.
-    """
-    place = {id(d): n for n, d in enumerate(dictionaries)}
-    for basis, _ in latents.parts:
-        if id(basis) not in place:
-            raise LatentError(
-                explain(
-                    "Attribution",
-                    "latents",
-                    got=f"of {basis!r}",
-                    wanted="latents of the dictionaries that were attributed",
-                    cause="the dictionaries were loaded again, and are other objects",
-                    call="select from the same saes that Attribute was given",
-                )
-            )
-    return [(place[id(basis)], index) for basis, indices in latents.parts for index in indices]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import SaefeatError, explain
+from ..dictionaries.base import Dictionary
+from ..errors import LatentError, SaefeatError, explain
+from ..latents import Latents
 from ..sites import Site
 from ..tokens import Tokens
 
@@ -118,3 +121,25 @@ def by_token(found: Attribution) -> Tensor:
     place = token_place(found)
     sums = torch.zeros(int(lengths(found).sum()), dtype=torch.float64)
     return sums.index_add_(0, place[place >= 0], found.score[place >= 0].double())
+
+
+def members(dictionaries: Sequence[Dictionary], latents: Latents) -> list[tuple[int, int]]:
+    """(dictionary, latent) pairs in order.
+
+    Raises:
+        LatentError: for a dictionary that was not attributed; the same file loaded twice is two.
+    """
+    place = {id(d): n for n, d in enumerate(dictionaries)}
+    for basis, _ in latents.parts:
+        if id(basis) not in place:
+            raise LatentError(
+                explain(
+                    "Attribution",
+                    "latents",
+                    got=f"of {basis!r}",
+                    wanted="latents of the dictionaries that were attributed",
+                    cause="the dictionaries were loaded again, and are other objects",
+                    call="select from the same saes that Attribute was given",
+                )
+            )
+    return [(place[id(basis)], index) for basis, indices in latents.parts for index in indices]

@@ -7,24 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, FiringError, PromptError, RemoteError, explain
+from ..errors import CheckpointError, PromptError, explain
 from ..identity import digest, model_identity
-from ..kernel.program import new_log
-from ..kernel.trace import whole_run
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Provenance, Receipt
-from ..remote.batch import remote_batch, with_stops
+from ..remote.batch import remote_batch, remote_settings
 from ..remote.preflight import PAYLOAD_LIMIT, preflight, require_light
-from ..sites import torch_module
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
-from .decoding import Decoding, decoding, require_beamable, seeded, until_stop, whole_number
+from .decoding import Decoding, decoding, require_beamable, until_stop, whole_number
+from .one_batch import require_passes, run_batch
 from .result import Piece, Run, join, pack, piece, provenance, unpack, without_events
 
 Folder = str | os.PathLike[str]
@@ -310,7 +307,7 @@ def _executed(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """A batch's log, token ids and logits, from here or from a server."""
     if job.remote is None:
-        return _batch(job.model, program, batch, job.decoding.at(start))
+        return run_batch(job.model, program, batch, job.decoding.at(start))
     found, _ = remote_batch(job.model, program, batch, job.decoding.new, **job.remote)
     assert found is not None  # it was waited for
     return found
@@ -321,111 +318,6 @@ def _require_enough(intervention: Intervention, prompts: int) -> None:
     sizes = [step.change.prompts() for step in intervention.parts() if step.change is not None]
     if any(size is not None and size < prompts for size in sizes):
         require_rows(intervention, prompts)
-
-
-def _batch(
-    model: Any, program: dict[str, Any], batch: dict[str, Tensor], settings: Decoding
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """One batch: the log, all token ids, and the logits after the prompt; plain dicts and tensors.
-
-    The logits are read in an invoke of their own, since nothing of a block runs after its loop
-    over forward passes has parked.
-    """
-    ends = {**program["ends"], "honored": True, "stops": settings.stops}
-    program = {**program, "ends": ends}
-    if settings.new == 0:
-        with torch.no_grad(), model.trace() as tracer:
-            with tracer.invoke(batch):
-                log = nnsight.save(new_log())
-                whole_run(model, program, log)
-            with tracer.invoke():
-                logits = nnsight.save(model.output.logits[:, -1].float().clone())
-        return log, batch["input_ids"], logits
-    arguments = settings.arguments()
-    with seeded(settings.seed, torch_module(model)), model.generate(**arguments) as tracer:
-        with tracer.invoke(batch):
-            log = nnsight.save(new_log())
-            whole_run(model, program, log)
-        with tracer.invoke():
-            logits = nnsight.save(model.output.logits[:, -1].float().clone())
-            tokens = nnsight.save(tracer.result)
-    return log, tokens, logits[:: settings.beams]
-
-
-def remote_settings(
-    model: Any, settings: Decoding, stop: Sequence[int] = (), checkpoint: Folder | None = None
-) -> Decoding:
-    """Settings for a server: greedy, with the stop tokens the checkpoint names.
-
-    Raises:
-        RemoteError: for what is only done here.
-    """
-    given = {
-        "temperature": settings.temperature is not None,
-        "num_beams": settings.beams > 1,
-        "stop": bool(stop),
-        "checkpoint": checkpoint is not None,
-    }
-    name = next((name for name, there in given.items() if there), None)
-    if name is None:
-        with_stops(model)
-        return decoding(model, max_new_tokens=settings.new)
-    raise RemoteError(
-        explain(
-            "run",
-            name,
-            got="given, with remote",
-            wanted="greedy decoding, without a checkpoint",
-            cause="a server's random numbers and beams are not ours to set",
-            call="submit(..., file='job.json') to go on after an interruption",
-        )
-    )
-
-
-def finish(
-    intervention: Intervention,
-    model: Any,
-    batches: Sequence[dict[str, Tensor]],
-    found: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
-    settings: Decoding,
-    *,
-    allow_unfired: bool,
-) -> Run:
-    """All batches a server has run as one result, from each one's log, token ids and logits."""
-    source = provenance(model, intervention, settings.to_dict(model))
-    pieces = []
-    for batch, (log, tokens, logits) in zip(batches, found, strict=True):
-        late = tokens[:, batch["input_ids"].shape[1] :]
-        if intervention.parts() and not allow_unfired:
-            require_passes(log, max(1, late.shape[1]), "submit")
-        new = until_stop(late, settings.stops)
-        pieces.append(piece(intervention, model, batch, (log, new, logits), source))
-    result = join(pieces)
-    if not allow_unfired:
-        require_fired(result.receipt, "submit")
-    return result
-
-
-def require_passes(log: dict[str, Any], wanted: int, where: str) -> None:
-    """Refuse a generation of which an edit or a reading saw only some forward passes.
-
-    Raises:
-        FiringError: naming both numbers.
-    """
-    if log["passes"] >= wanted:
-        return
-    raise FiringError(
-        explain(
-            where,
-            "intervention",
-            got=f"applied to {log['passes']} of the {wanted} forward passes decoded",
-            wanted="every forward pass",
-            cause="a generate of the model's own, whose later passes do not call the whole model,"
-            " so that they were not edited",
-            call="the model's standard generate; allow_unfired=True if one pass decodes several"
-            " tokens",
-        )
-    )
 
 
 def _require_prompts(job: _Job, number: int, kept: str, wanted: str) -> None:

@@ -20,8 +20,8 @@ from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_
 from ..verbs.beside import beside, taken_apart
 from ..verbs.lower import lower, sites_of
 from .decoding import Decoding, decoding, until_stop
+from .one_batch import require_passes, run_batch
 from .result import Piece, Run, join, piece, provenance
-from .run import _batch, require_passes
 from .sweep_jobs import sweep_jobs
 
 Key = TypeVar("Key", bound=Hashable)
@@ -134,7 +134,7 @@ def _together(
     """One batch under several programs: the log, completions and logits of each."""
     rows, width = batch["input_ids"].shape
     shared = {name: value.repeat(len(programs), 1) for name, value in batch.items()}
-    log, tokens, logits = _batch(model, beside(programs, rows), shared, greedy)
+    log, tokens, logits = run_batch(model, beside(programs, rows), shared, greedy)
     ends = [until_stop(part[:, width:], greedy.stops) for part in tokens.split(rows)]
     passes = [max(1, *(len(row) for row in part)) for part in ends]
     if not allow_unfired and any(program["visits"] for program in programs):

@@ -6,6 +6,7 @@ a prompt, in the model's own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import nnsight
@@ -14,6 +15,8 @@ from nnsight.intervention.backends.remote import RemoteBackend
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..errors import RemoteError, explain
+from ..execution.decoding import Decoding, decoding
 from ..kernel.pack import pack, unpack
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
@@ -90,3 +93,33 @@ def with_stops(model: Any) -> None:
             )
         except OSError:  # a checkpoint without that file: config.json is all there is
             return
+
+
+def remote_settings(
+    model: Any, settings: Decoding, stop: Sequence[int] = (), checkpoint: object = None
+) -> Decoding:
+    """Settings for a server: greedy, with the stop tokens the checkpoint names.
+
+    Raises:
+        RemoteError: for what is only done here.
+    """
+    given = {
+        "temperature": settings.temperature is not None,
+        "num_beams": settings.beams > 1,
+        "stop": bool(stop),
+        "checkpoint": checkpoint is not None,
+    }
+    name = next((name for name, there in given.items() if there), None)
+    if name is None:
+        with_stops(model)
+        return decoding(model, max_new_tokens=settings.new)
+    raise RemoteError(
+        explain(
+            "run",
+            name,
+            got="given, with remote",
+            wanted="greedy decoding, without a checkpoint",
+            cause="a server's random numbers and beams are not ours to set",
+            call="submit(..., file='job.json') to go on after an interruption",
+        )
+    )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..execution.decoding import Decoding, decoding, whole_number
-from ..execution.result import Run
-from ..execution.run import finish, remote_settings
+from ..execution.decoding import Decoding, decoding, until_stop, whole_number
+from ..execution.one_batch import require_passes
+from ..execution.result import Run, join, piece, provenance
 from ..prompts import Prompts, encode_prompts, split
-from ..verbs.base import Chain, Intervention, by_prompt, require_rows
+from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
-from .batch import backend_of, received, remote_batch
+from .batch import backend_of, received, remote_batch, remote_settings
 from .jobfile import about, fingerprint
 from .jobs import Job, Plan
 from .preflight import PAYLOAD_LIMIT, preflight, require_light
@@ -122,3 +123,27 @@ class _Post(NamedTuple):
         found = [received(s, b, self.new) for s, b in zip(saved, self.batches, strict=True)]
         given = (self.intervention, self.model, self.batches, found, self.settings)
         return finish(*given, allow_unfired=self.unfired)
+
+
+def finish(
+    intervention: Intervention,
+    model: Any,
+    batches: Sequence[dict[str, Tensor]],
+    found: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
+    settings: Decoding,
+    *,
+    allow_unfired: bool,
+) -> Run:
+    """All batches a server has run as one result, from each one's log, token ids and logits."""
+    source = provenance(model, intervention, settings.to_dict(model))
+    pieces = []
+    for batch, (log, tokens, logits) in zip(batches, found, strict=True):
+        late = tokens[:, batch["input_ids"].shape[1] :]
+        if intervention.parts() and not allow_unfired:
+            require_passes(log, max(1, late.shape[1]), "submit")
+        new = until_stop(late, settings.stops)
+        pieces.append(piece(intervention, model, batch, (log, new, logits), source))
+    result = join(pieces)
+    if not allow_unfired:
+        require_fired(result.receipt, "submit")
+    return result
