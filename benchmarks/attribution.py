@@ -253,24 +253,34 @@ def measured(args: argparse.Namespace, variant: str, **changed: int) -> dict[str
 
 def growth(args: argparse.Namespace) -> None:
     """Time and memory as one thing grows: a figure for each."""
+    for name, values in GROWTH.items():
+        sizes = [max(1, int(value * args.scale)) for value in values]
+        found = {}
+        for variant in DRAWN:
+            found[variant] = [measured(args, variant, **{name: size}) for size in sizes]
+            print(name, variant, list(zip(sizes, found[variant], strict=True)), flush=True)
+        draw(name, sizes, found)
+
+
+def draw(name: str, sizes: list[int], found: dict[str, list[dict[str, float]]]) -> None:
+    """One figure: seconds, and extra memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for name, values in GROWTH.items():
-        sizes = [max(1, int(value * args.scale)) for value in values]
-        figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
-        for variant in DRAWN:
-            found = [measured(args, variant, **{name: size}) for size in sizes]
-            for axis, key, label in zip(
-                axes, ("seconds", "extra_mb"), ("seconds", "extra memory, MB"), strict=True
-            ):
-                axis.plot(sizes, [row[key] for row in found], marker="o", label=variant)
-                axis.set(xlabel=name, ylabel=label, xscale="log", ylim=(0, None))
-            print(name, variant, [(size, row) for size, row in zip(sizes, found, strict=True)])
-        axes[0].legend(frameon=False)
-        figure.savefig(Path(__file__).parent / f"attribution_{name}.png", dpi=120)
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, key, label in zip(
+        axes, ("seconds", "extra_mb"), ("seconds", "extra memory, MB"), strict=True
+    ):
+        for variant, rows in found.items():
+            axis.plot(sizes, [row[key] for row in rows], marker="o", label=variant)
+        axis.set(xlabel=name, ylabel=label, xscale="log", ylim=(0, None))
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
+    axes[0].legend(frameon=False)
+    figure.savefig(Path(__file__).parent / f"attribution_{name}.png", dpi=100)
+    pyplot.close(figure)
 
 
 def main() -> None:
