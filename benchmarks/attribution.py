@@ -34,8 +34,8 @@ VARIANTS = ("floor", *OURS, *RIVALS)
 GROWTH = {  # what grows, its values, and the variants that are drawn
     "latents": (4096, 16384, 65536),
     "layers": (2, 4, 8, 16),
-    "prompts": (1, 4, 16, 64),
-    "tokens": (32, 128, 512),
+    "prompts": (1, 4, 16),
+    "tokens": (32, 128, 256),
 }
 DRAWN = ("floor", "saefeat", "SAE in the graph")
 
