@@ -510,3 +510,22 @@ def test_padding_is_not_taken_for_tokens():
     assert (ids == PAD).any()
     with pytest.raises(sf.PromptError, match="without an attention mask"):
         sf.run(wrapped(build("llama")), ids)
+
+
+def test_unmatched_random_controls():
+    """Random latents that move the site many times more than the selection make it look inert."""
+    nn, tensors = wrapped(build("llama")), tensors_for("standard", d_sae=400)
+    tensors["W_dec"] *= torch.logspace(-1, 1, 400)[:, None]  # decoder rows differ a hundredfold
+    sae = sf.SAE.from_tensors(tensors, site="resid_post.1")
+    chosen = sae.latents(range(0, 60, 6))  # the shorter rows
+
+    def moved(latents: sf.Latents) -> float:
+        """Mean ‖Δ‖ a token when each latent is pushed by one."""
+        row = sf.run(nn, RAGGED, sf.Clamp(latents, add=1.0)).receipt.rows[0]
+        return float(row.events.norms()[1].mean())
+
+    for seed in range(3):
+        assert moved(sae.latents().sample(10, seed=seed)) > 5 * moved(chosen), "the trap is real"
+        control = sf.matched(chosen, seed=seed)
+        assert not len(control & chosen) and len(control) == len(chosen)
+        assert 0.5 <= moved(control) / moved(chosen) <= 2.0
