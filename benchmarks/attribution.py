@@ -7,7 +7,9 @@ Each variant runs in a fresh process, which reports its time and how much its pe
 over the point at which model and dictionaries were loaded. The floor is what no method can avoid:
 the bare model's passes, and encoding both runs once.
 
-Rivals: the SAE in the graph, written plainly; captum's integrated gradients over the same latents,
+Rivals: the SAE in the graph as the paper's authors have it, each hook encoding and decoding inside
+the graph and every step's gradient kept until the mean; the same written as leanly as it can be,
+latents as leaves and one sum of gradients; captum's integrated gradients over the same latents,
 as one input a site; and SAELens's own modules spliced in with their error term. SAELens detaches
 the error, so what it computes is another thing (through_sae), at one gradient a run where its
 latents are nodes: it is given ``steps`` of these on blended inputs of the first site alone.
@@ -17,19 +19,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import memory
 import models
 import torch
 
 import saefeat as sf
+from saefeat.kernel.encode import encode
 
 OURS = ("saefeat", "10 candidates a site", "one site at a time", "through_sae")
-RIVALS = ("SAE in the graph", "captum", "SAELens hooks")
+RIVALS = ("SAE in the graph, as published", "SAE in the graph, lean", "captum", "SAELens hooks")
 VARIANTS = ("floor", *OURS, *RIVALS)
 GROWTH = {  # what grows, its values, and the variants that are drawn
     "latents": (4096, 16384, 65536),
@@ -37,7 +41,7 @@ GROWTH = {  # what grows, its values, and the variants that are drawn
     "prompts": (1, 4, 16),
     "tokens": (32, 128, 256),
 }
-DRAWN = ("floor", "saefeat", "SAE in the graph")
+DRAWN = ("floor", "saefeat", "SAE in the graph, lean")
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:
@@ -67,7 +71,74 @@ def floor(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: in
                 sae.encode(node.detach())
 
 
-def in_graph(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int) -> None:
+class _Passed(torch.autograd.Function):
+    """The second value; backward its gradient goes to both, as if the first had passed through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, gradient
+
+
+def as_published(
+    plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int
+) -> list[torch.Tensor]:
+    """The authors' way (PAPER.md, section 2.4), towards zero latents and the clean error.
+
+    A hook encodes its input and decodes it for the error, blends latents and error with those of
+    the other run, decodes the blend, and hands gradients through as they come. Latents and errors
+    of both runs, and the latents' gradients of every step, are kept in full until the end.
+    """
+    sites = list(saes.values())
+    weights = [cast_all(sae) for sae in sites]
+    decoders = [columns["directions"] for columns in weights]
+    blocks = list(plain.model.layers)  # type: ignore[union-attr, arg-type]
+    clean = bare(plain, inputs)
+    with torch.no_grad():
+        first = [encode(columns, x)[0] for columns, x in zip(weights, clean, strict=True)]
+        other = [torch.zeros_like(f) for f in first]
+        errors = [x - f @ decoder for x, f, decoder in zip(clean, first, decoders, strict=True)]
+    kept: list[list[torch.Tensor]] = [[] for _ in sites]
+    for step in range(steps):
+        share, nodes = step / steps, {}
+
+        def hook(n: int, x: torch.Tensor, share: float = share, nodes: dict = nodes):
+            x = x if x.requires_grad else x.requires_grad_()
+            inside = x.detach().requires_grad_()
+            f = encode(weights[n], inside)[0]
+            error = inside - f @ decoders[n]
+            blend = (1 - share) * f + share * other[n]
+            blend.retain_grad()
+            nodes[n] = blend
+            out = blend @ decoders[n] + (1 - share) * error + share * errors[n]
+            return _Passed.apply(x, out)
+
+        hooks = [
+            block.register_forward_hook(lambda m, a, out, n=n, hook=hook: hook(n, out))
+            for n, block in enumerate(blocks)
+        ]
+        logits = plain(**inputs, logits_to_keep=1).logits[:, -1]
+        for handle in hooks:
+            handle.remove()
+        metric(logits).sum().backward()
+        for n, node in nodes.items():
+            assert node.grad is not None
+            kept[n].append(node.grad.detach())
+    means = [torch.stack(gradients).mean(0) for gradients in kept]
+    return [(g - f) * mean for g, f, mean in zip(other, first, means, strict=True)]
+
+
+def cast_all(sae: sf.Dictionary) -> dict:
+    """All of a dictionary's tensors."""
+    return sae.columns(torch.arange(sae.d_sae))
+
+
+def in_graph(
+    plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int
+) -> list[torch.Tensor]:
     """Latents as leaves, decoded inside the graph, one gradient of size d_sae a site and step."""
     sites = list(saes.values())
     clean: list[torch.Tensor] = []
@@ -86,7 +157,9 @@ def in_graph(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps:
     def spliced(n: int, out: torch.Tensor, share: float, leaves: list) -> torch.Tensor:
         leaf = (latents[n] * share).requires_grad_()
         leaves.append(leaf)
-        return leaf @ decoders[n] + errors[n] + (out - out.detach())
+        part = leaf @ decoders[n]
+        rest = torch.lerp(errors[n], out.detach(), share) - part.detach()
+        return part + rest + (out - out.detach())
 
     total = [torch.zeros_like(f) for f in latents]
     for step in range(steps):
@@ -104,7 +177,7 @@ def in_graph(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps:
             hook.remove()
         for n, gradient in enumerate(torch.autograd.grad(metric(logits).sum(), leaves)):
             total[n] += gradient / steps
-    [-(f * g) for f, g in zip(latents, total, strict=True)]
+    return [-(f * g) for f, g in zip(latents, total, strict=True)]
 
 
 def captum_ig(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int) -> None:
@@ -204,7 +277,8 @@ def work(args: argparse.Namespace, plain: torch.nn.Module, saes: sf.Dictionaries
         return lambda: sae_lens_hooks(plain, modules, inputs, args.steps)
     if args.variant == "captum":
         import captum.attr  # noqa: F401  (not in the time of the job)
-    rivals = {"floor": floor, "SAE in the graph": in_graph, "captum": captum_ig}
+    rivals = {"floor": floor, "captum": captum_ig}
+    rivals |= {"SAE in the graph, as published": as_published, "SAE in the graph, lean": in_graph}
     if args.variant in rivals:
         return lambda: rivals[args.variant](plain, saes, inputs, args.steps)
     few = args.variant == "10 candidates a site"
@@ -229,14 +303,13 @@ def child(args: argparse.Namespace) -> None:
     job = work(args, plain, saes, inputs)
     with torch.no_grad():
         plain(**inputs)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory.settled()
     seconds = []
     for _ in range(args.repeats):
         start = time.perf_counter()
         job()
         seconds.append(time.perf_counter() - start)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": min(seconds), "extra_mb": (after - before) / 1024}))
+    print(json.dumps({"seconds": min(seconds), "extra_mb": memory.peak() - before}))
 
 
 def measured(args: argparse.Namespace, variant: str, **changed: int) -> dict[str, float]:
@@ -283,6 +356,20 @@ def draw(name: str, sizes: list[int], found: dict[str, list[dict[str, float]]]) 
     pyplot.close(figure)
 
 
+def checked() -> None:
+    """The three forms give the same scores, at a small size."""
+    plain = models.model(3, 128)
+    plain.requires_grad_(False)
+    saes, inputs = models.saes(plain, 512, 20), models.batch(4, 32)
+    scores = sf.Attribute(saes, sf.metric(metric), method=sf.IG(4))(models.traced(plain), inputs)
+    ours = torch.zeros(3, *inputs["input_ids"].shape, 512)
+    ours[scores.dictionary, scores.prompt, scores.position, scores.latent] = scores.score
+    for name, form in (("as published", as_published), ("lean", in_graph)):
+        theirs = torch.stack(form(plain, saes, inputs, 4))
+        apart = float((theirs - ours).abs().max() / theirs.abs().max())
+        print(f"scores as with the SAE in the graph, {name}, to {apart:.1e} of the largest")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
@@ -302,6 +389,7 @@ def main() -> None:
     if args.growth:
         growth(args)
         return
+    checked()
     print(
         f"{args.layers} layers, d_model {args.width}, {args.latents} latents a site,"
         f" {args.prompts} x {args.tokens} tokens"
@@ -312,7 +400,7 @@ def main() -> None:
         base = base or found
         times = found["seconds"] / base["seconds"]
         print(
-            f"{variant:22s} {found['seconds']:7.2f} s  {times:6.2f} x floor"
+            f"{variant:32s} {found['seconds']:7.2f} s  {times:6.2f} x floor"
             f"  {found['extra_mb']:8.0f} MB extra"
         )
 

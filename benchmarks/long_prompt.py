@@ -11,22 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
+import memory
 import models
 import torch
 
 import saefeat as sf
 
 VARIANTS = ("loaded", "the model's own pass", "saefeat")
-
-
-def peak() -> float:
-    """This process's peak resident memory, MB of 10^6 bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def own_pass(plain: torch.nn.Module, inputs: dict) -> None:
@@ -49,7 +44,7 @@ def child(args: argparse.Namespace) -> None:
     plain.requires_grad_(False)
     saes = models.saes(plain, args.latents)
     inputs = models.batch(1, args.tokens)
-    found: dict[str, float] = {"loaded_mb": peak()}
+    found: dict[str, float] = {"loaded_mb": memory.peak()}
     start = time.perf_counter()
     if args.variant == "the model's own pass":
         own_pass(plain, inputs)
@@ -57,7 +52,7 @@ def child(args: argparse.Namespace) -> None:
         method = sf.IG(args.steps) if args.steps > 1 else sf.AtP()
         job = sf.Attribute(saes, sf.logit_diff(5, 7), method=method, keep=args.keep or None)
         found["scores"] = len(job(models.traced(plain), inputs))
-    print(json.dumps({**found, "seconds": time.perf_counter() - start, "peak_mb": peak()}))
+    print(json.dumps({**found, "seconds": time.perf_counter() - start, "peak_mb": memory.peak()}))
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from helpers import (
 )
 from saefeat.sites import find
 
-MODULE = importlib.import_module("saefeat.attribution.score")
+MODULE = importlib.import_module("saefeat.attribution.moves")
 METRIC = sf.logit_diff([5, 9], 7)
 F64 = torch.float64
 ATP, LEFT, MIDPOINT, GAUSS = sf.AtP(), sf.IG(4), sf.IG(3, "midpoint"), sf.IG(3, "gauss")
@@ -118,7 +118,8 @@ def scale_of(dictionary, x):
 def naive(model, batch, dictionaries, method, baseline=None) -> list[torch.Tensor]:
     """Scores [b, t, d_sae] a dictionary, with every SAE spliced in and its latents leaves.
 
-    At each node every site is set to (blended latents) · directions + (blended error), and the
+    At each node every site is moved a share of the way from what the pass, moved upstream already,
+    has there to the baseline's value: (blended latents) · directions + the rest as error. The
     gradient also passes through to earlier sites, as if the error were the rest of the stream.
     """
     reads = [d.site for d in dictionaries]
@@ -126,30 +127,30 @@ def naive(model, batch, dictionaries, method, baseline=None) -> list[torch.Tenso
     assert len(set(writes)) == len(writes)
     clean = grab(model, batch, {*reads, *writes})
     base = None if baseline is None else grab(model, batch, {*reads, *writes}, baseline)
-    f_clean, f_base, e_clean, e_base, dirs = [], [], [], [], []
+    f_clean, f_base, ends, dirs = [], [], [], []
     for d in dictionaries:
         x = norm_input(d.site, clean[d.site], model)
         f_clean.append(d.encode(x))
         dirs.append((d.directions().to(x.dtype), scale_of(d, x)))
         part = f_clean[-1] @ dirs[-1][0] * dirs[-1][1]
-        e_clean.append(clean[d.write_site] - part)
         if base is None:
             f_base.append(torch.zeros_like(f_clean[-1]))
-            e_base.append(e_clean[-1])
+            ends.append(clean[d.write_site] - part)
         else:
             f_base.append(d.encode(norm_input(d.site, base[d.site], model)))
-            e_base.append(base[d.write_site] - f_base[-1] @ dirs[-1][0])
+            ends.append(base[d.write_site])
     totals = [torch.zeros_like(f) for f in f_clean]
     for alpha, weight in PATHS[repr(method)]:
         leaves = []
         hooks = {}
         for n, d in enumerate(dictionaries):
             leaf = torch.lerp(f_clean[n], f_base[n], alpha).detach().requires_grad_()
-            error = torch.lerp(e_clean[n], e_base[n], alpha).detach()
             leaves.append(leaf)
 
-            def splice(x, leaf=leaf, error=error, n=n):
-                return leaf @ dirs[n][0] * dirs[n][1] + error + (x - x.detach())
+            def splice(x, leaf=leaf, alpha=alpha, n=n):
+                part = leaf @ dirs[n][0] * dirs[n][1]
+                error = (torch.lerp(x, ends[n], alpha) - part).detach()
+                return part + error + (x - x.detach())
 
             hooks[d.write_site] = splice
         value = score_metric(run_with(model, batch, hooks))
@@ -425,16 +426,55 @@ def test_latents_score_as_in_the_full_run(method, baseline):
         assert found.any()
 
 
-@pytest.mark.parametrize("architecture", ["jumprelu", "topk", "transcoder"])
+BLOCKS = {  # what is encoded at a time, what is remembered, and when products are dense
+    "small": {"CHUNK": 7, "TOKENS": 2},
+    "single latents": {"CHUNK": 1},
+    "forgotten": {"CHUNK": D_SAE - 1, "REMEMBERED": 0},
+    "by pairs": {"DENSE": 0},
+    "by pairs, small": {"DENSE": 0, "CHUNK": 5, "TOKENS": 3},
+    "dense, forgotten": {"DENSE": 10**9, "REMEMBERED": 0, "TOKENS": 3},
+}
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk", "transcoder", "layer_norm", "error"])
 @pytest.mark.parametrize("method", [ATP, sf.IG(2)], ids=repr)
-def test_chunks_change_nothing(architecture, method, monkeypatch):
+def test_blocks_change_nothing(architecture, method, monkeypatch):
     model, batch = build("llama", F64), batch_of()
-    sae = make_sae(architecture, dtype=F64)
+    if architecture in ("layer_norm", "error"):
+        sae = make_sae(norm="layer_norm", dtype=F64)
+        sae = sae.error() if architecture == "error" else sae
+    else:
+        sae = make_sae(architecture, dtype=F64)
     job = sf.Attribute(sae, METRIC, method=method)
     whole = dense(job(wrapped(model), batch), batch)
-    for size in (1, 7, D_SAE - 1):
-        monkeypatch.setattr(MODULE, "CHUNK", size)
-        torch.testing.assert_close(dense(job(wrapped(model), batch), batch), whole)
+    for sizes in BLOCKS.values():
+        with monkeypatch.context() as patch:
+            for name, size in sizes.items():
+                patch.setattr(MODULE, name, size)
+            torch.testing.assert_close(dense(job(wrapped(model), batch), batch), whole)
+
+
+def test_what_moves_is_encoded_once(monkeypatch):
+    """The zero baseline and the scores share one encoding; with too many pairs they do not."""
+    encoded = []
+    plain = MODULE.encode
+    monkeypatch.setattr(MODULE, "encode", lambda *args: encoded.append(1) or plain(*args))
+    model = wrapped(build("llama"))
+    job = sf.Attribute(make_sae(), METRIC, method=sf.IG(2))
+    job(model, batch_of())
+    once = len(encoded)
+    monkeypatch.setattr(MODULE, "REMEMBERED", 0)
+    job(model, batch_of())
+    assert len(encoded) == 3 * once
+
+
+def test_a_dictionary_that_computes_all_latents_is_encoded_in_one_block(monkeypatch):
+    encoded = []
+    plain = MODULE.encode
+    monkeypatch.setattr(MODULE, "encode", lambda *args: encoded.append(1) or plain(*args))
+    monkeypatch.setattr(MODULE, "CHUNK", 4)
+    sf.Attribute(make_sae("topk"), METRIC, method=sf.IG(2))(wrapped(build("llama")), batch_of())
+    assert make_sae("topk").joint and len(encoded) == 1
 
 
 def test_a_frozen_model_gives_the_same():

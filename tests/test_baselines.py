@@ -20,14 +20,17 @@ def two_saes(dtype=F64):
     )
 
 
-def slopes_at(model, batch, values: dict) -> dict:
-    """∂m/∂x at each site, with every site's value replaced: leaves, gradient passing through."""
-    leaves, hooks = {}, {}
-    for site, value in values.items():
-        leaves[site] = value.clone().requires_grad_()
-        hooks[site] = lambda x, site=site: leaves[site] + (x - x.detach())
+def slopes_at(model, batch, ends: dict, alpha: float) -> dict:
+    """∂m/∂x at each site moved a share of the way to its end, gradients passing through."""
+    leaves = {}
+
+    def moved(x, site):
+        leaves[site] = torch.lerp(x, ends[site], alpha).detach().requires_grad_()
+        return leaves[site] + (x - x.detach())
+
+    hooks = {site: lambda x, site=site: moved(x, site) for site in ends}
     total = score_metric(run_with(model, batch, hooks)).sum()
-    return dict(zip(values, torch.autograd.grad(total, list(leaves.values())), strict=True))
+    return dict(zip(ends, torch.autograd.grad(total, [leaves[s] for s in ends]), strict=True))
 
 
 def masked(batch):
@@ -50,7 +53,7 @@ def test_latents_at_their_means(method):
         ends[site] = clean[site] + (goals[site] @ sae.directions().to(F64)) * masked(batch)
     wanted = {site: 0.0 for site in SITES}
     for alpha, weight in method.nodes():
-        slopes = slopes_at(model, batch, {s: torch.lerp(clean[s], ends[s], alpha) for s in SITES})
+        slopes = slopes_at(model, batch, ends, alpha)
         for site in SITES:
             wanted[site] = wanted[site] + weight * slopes[site] @ saes[site].directions().to(F64).T
     close(dense(scores, batch), [goals[s] * wanted[s] * masked(batch) for s in SITES])
@@ -123,7 +126,7 @@ def by_hand(model, saes, method, clean_prompt, other, meets):
                 ends[site][:, here] = base[site][:, there]
     total = {site: 0.0 for site in SITES}
     for alpha, weight in method.nodes():
-        slopes = slopes_at(model, batch, {s: torch.lerp(clean[s], ends[s], alpha) for s in SITES})
+        slopes = slopes_at(model, batch, ends, alpha)
         for site in SITES:
             total[site] = total[site] + weight * slopes[site] @ saes[site].directions().to(F64).T
     moves = {s: saes[s].encode(ends[s]) - saes[s].encode(clean[s]) for s in SITES}
@@ -222,7 +225,9 @@ def test_pairs_that_cannot_be_aligned():
 def published(model, batch, saes, v, steps):
     """The refusal paper's formula, written as its code has it: latents and errors blended.
 
-    The error of the corrupt run is stored as z_before_ablation − decode(f(z_after)).
+    A hook encodes what *this pass* has at its site, moved upstream already, and blends its latents
+    and its error with the corrupt run's. The error of the corrupt run is stored as
+    z_before_ablation − decode(f(z_after)).
     """
     sites = list(saes)
     clean, before, after = grab(model, batch, sites), {}, {}
@@ -239,24 +244,26 @@ def published(model, batch, saes, v, steps):
         run_with(model, batch, {site: ablated(site) for site in sites})
     f_clean = {s: saes[s].encode(clean[s]) for s in sites}
     f_corrupt = {s: saes[s].encode(after[s]) for s in sites}
-    e_clean = {s: clean[s] - saes[s].reconstruct(clean[s]) for s in sites}
     e_corrupt = {s: before[s] - saes[s].reconstruct(after[s]) for s in sites}
     total = {s: 0.0 for s in sites}
     for k in range(steps):
-        alpha, leaves, hooks = k / steps, {}, {}
-        for s in sites:
-            leaf = ((1 - alpha) * f_clean[s] + alpha * f_corrupt[s]).detach().requires_grad_()
-            error = (1 - alpha) * e_clean[s] + alpha * e_corrupt[s]
-            rest = saes[s].reconstruct(clean[s]) - f_clean[s] @ saes[s].directions().to(F64)
+        alpha, leaves = k / steps, {}
+
+        def splice(z, s, alpha=alpha, leaves=leaves):
+            inside = z.detach()
+            f = saes[s].encode(inside)
+            error = inside - saes[s].reconstruct(inside)
+            leaf = ((1 - alpha) * f + alpha * f_corrupt[s]).requires_grad_()
+            rest = saes[s].reconstruct(inside) - f @ saes[s].directions().to(F64)  # b_dec
+            error = (1 - alpha) * error + alpha * e_corrupt[s]
             leaves[s] = leaf
+            # gradients pass through
+            return leaf @ saes[s].directions().to(F64) + rest + error + (z - inside)
 
-            def splice(z, s=s, leaf=leaf, error=error, rest=rest):
-                spliced = leaf @ saes[s].directions().to(F64) + rest.detach() + error.detach()
-                return spliced + (z - z.detach())  # gradients pass through
-
-            hooks[s] = splice
+        hooks = {s: lambda z, s=s, splice=splice: splice(z, s) for s in sites}
         value = score_metric(run_with(model, batch, hooks)).sum()
-        for s, slope in zip(sites, torch.autograd.grad(value, list(leaves.values())), strict=True):
+        slopes = torch.autograd.grad(value, [leaves[s] for s in sites])
+        for s, slope in zip(sites, slopes, strict=True):
             total[s] = total[s] + slope / steps
     return [((f_corrupt[s] - f_clean[s]) * total[s] * masked(batch)).detach() for s in sites]
 

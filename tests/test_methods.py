@@ -226,7 +226,7 @@ def test_one_site_is_that_site_attributed_alone():
 
 @pytest.mark.parametrize("keep", [1, 4, 1000])
 def test_keep_the_largest_of_each_token(keep, monkeypatch):
-    import saefeat.attribution.score as module
+    import saefeat.attribution.moves as module
 
     nn, batch = wrapped(build("llama", F64)), batch_of()
     saes = sf.Dictionaries([make_sae(layer=0, dtype=F64), make_sae("topk", layer=2, dtype=F64)])

@@ -178,7 +178,7 @@ def _sized(basis: Dictionary, values: Tensor) -> Tensor:
 
 
 def _drawn(
-    basis: Any, indices: tuple[int, ...], rows: Tensor, within: float, generator: random.Random
+    basis: Any, indices: Sequence[int], rows: Tensor, within: float, generator: random.Random
 ) -> tuple[int, ...]:
     """One control a latent; those with the fewest candidates draw first."""
     free = torch.ones(basis.d_sae, dtype=torch.bool)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +47,11 @@ class Latents:
         1
     """
 
-    parts: tuple[tuple[Basis, tuple[int, ...]], ...]
+    parts: tuple[tuple[Basis, Sequence[int]], ...]
+
+    def __post_init__(self) -> None:
+        parts = tuple((basis, _compact(basis, indices)) for basis, indices in self.parts)
+        object.__setattr__(self, "parts", parts)
 
     @classmethod
     def of(cls, dictionary: Basis, indices: Iterable[int] | Tensor) -> Latents:
@@ -55,6 +60,8 @@ class Latents:
         Raises:
             LatentError: for an index that is negative, out of range, repeated or not whole.
         """
+        if isinstance(indices, range) and indices == range(dictionary.d_sae):
+            return cls(((dictionary, range(dictionary.d_sae)),))
         found = _listed(dictionary, indices)
         _check(dictionary, found)
         return cls(((dictionary, tuple(found)),) if found else ())
@@ -210,13 +217,13 @@ def as_latents(subject: object, where: str) -> Latents:
 
 def _loaded_once(latents: Latents, where: str) -> None:
     """Refuse one file's dictionary under two names: its latents would be edited twice."""
-    seen: dict[tuple[object, Site], set[int]] = {}
+    seen: dict[tuple[object, Site], list[Sequence[int]]] = {}
     for basis, indices in latents.parts:
         origin = getattr(basis, "origin", None)
         if origin is None:
             continue
-        held = seen.setdefault((origin, basis.site), set())
-        if held.intersection(indices):
+        held = seen.setdefault((origin, basis.site), [])
+        if any(not set(indices).isdisjoint(others) for others in held):
             raise LatentError(
                 explain(
                     where,
@@ -227,11 +234,13 @@ def _loaded_once(latents: Latents, where: str) -> None:
                     call="select from one load_saes(...)",
                 )
             )
-        held.update(indices)
+        held.append(indices)
 
 
 def index_tensor(indices: Iterable[int]) -> Tensor:
     """Indices as a long tensor [k]."""
+    if isinstance(indices, range):
+        return torch.arange(indices.start, indices.stop, indices.step)
     return torch.tensor(list(indices), dtype=torch.long)
 
 
@@ -262,6 +271,14 @@ def _check(basis: Basis, indices: list[int]) -> None:
         )
 
 
-def _brief(indices: tuple[int, ...]) -> str:
+def _compact(basis: Basis, indices: Sequence[int]) -> Sequence[int]:
+    """A whole dictionary as a range: its numbers as objects would take 36 bytes each."""
+    every = range(basis.d_sae)
+    if isinstance(indices, range) or len(indices) != len(every):
+        return indices
+    return every if all(map(eq, indices, every)) else indices
+
+
+def _brief(indices: Sequence[int]) -> str:
     head = ", ".join(str(i) for i in indices[:5])
     return head + (f", ... {len(indices)} in all" if len(indices) > 5 else "")

@@ -60,11 +60,19 @@ class Fixed:
             len(self.values) if isinstance(self.values, Tensor) and self.values.ndim == 2 else None
         )
 
-    def of(self, dictionary: Any, indices: tuple[int, ...], prompt: Tensor) -> Tensor:
+    def _places(self, dictionary: Any) -> dict[int, int]:
+        """A dictionary's latents → their columns in the values."""
+        found, start = {}, 0
+        for basis, indices in self.latents.parts:
+            if basis is dictionary:
+                found |= {index: start + n for n, index in enumerate(indices)}
+            start += len(indices)
+        return found
+
+    def of(self, dictionary: Any, indices: Sequence[int], prompt: Tensor) -> Tensor:
         """[1 or n, k]: the values of a dictionary's latents, for n tokens of these prompts."""
-        pairs = [(id(basis), index) for basis, ix in self.latents.parts for index in ix]
-        place = {pair: number for number, pair in enumerate(pairs)}
-        missing = [index for index in indices if (id(dictionary), index) not in place]
+        place = self._places(dictionary)
+        missing = [index for index in indices if index not in place]
         if missing:
             raise LatentError(
                 explain(
@@ -77,7 +85,7 @@ class Fixed:
                     call="Fixed(saes.latents(), readings.mean()), from the same saes",
                 )
             )
-        columns = torch.tensor([place[id(dictionary), index] for index in indices])
+        columns = torch.tensor([place[index] for index in indices])
         if not isinstance(self.values, Tensor):
             return torch.full((1, len(indices)), float(self.values))
         if self.values.ndim == 1:

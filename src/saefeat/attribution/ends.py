@@ -12,8 +12,8 @@ from ..errors import PromptError, explain
 from ..kernel.program import lift
 from ..verbs.base import Intervention
 from .baselines import Fixed, Paired, counterparts
-from .score import Goal, blocks
-from .watch import Batch, Part, Pass, Watch
+from .moves import Goal, moved_by
+from .watch import Batch, Pass, Watch
 
 Baseline = Intervention | Fixed | Paired | None
 
@@ -75,19 +75,13 @@ def _still(
             fixed = baseline.of(part.dictionary, part.indices, prompt)
         goals.append(Goal(fixed=fixed))
     targets: dict[int, Tensor] = {}
-    for part, mask, goal in zip(watch.parts, scored, goals, strict=True):
+    for n, (part, mask) in enumerate(zip(watch.parts, scored, strict=True)):
         out = targets.get(part.write, clean.values[part.write]).clone()
-        out[mask] = _moved(part, clean.values, mask, goal, out[mask])
+        before = lift(clean.values[part.read][mask], part.transform)
+        out[mask], goals[n] = moved_by(part, before, goals[n], out[mask])
         targets[part.write] = out
     here = watch.run(batch, targets=targets, copy=False)
     return End(targets, tuple(goals), scored, here, batch)
-
-
-def _moved(part: Part, values: dict[int, Tensor], mask: Tensor, goal: Goal, out: Tensor) -> Tensor:
-    """[n, d_out]: the written site's scored tokens with the part's latents moved."""
-    for block in blocks(part, lift(values[part.read][mask], part.transform), goal):
-        out[block.tokens] += block.step().to(out.dtype)
-    return out
 
 
 def _aligned(

@@ -13,8 +13,9 @@ from ..kernel.encode import encode
 from ..kernel.program import lift
 from ..latents import Latents, index_tensor
 from .methods import Method
+from .moves import Goal
 from .path import Runs
-from .score import Goal, Rows, moved_rows
+from .score import Rows, moved_rows
 from .watch import Part
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

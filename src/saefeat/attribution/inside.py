@@ -19,11 +19,11 @@ from ..verbs.lower import lower
 from .backward import plain_slopes
 from .baselines import Fixed
 from .metrics import Seen
+from .moves import Goal
 from .one_batch import read_out, scored
 from .prepare import require_count, require_gradients
 from .record import Attribution
-from .score import Goal
-from .watch import NOTHING, Watch
+from .watch import NOTHING, Moved, Watch
 
 if TYPE_CHECKING:
     from .attribute import Attribute
@@ -131,7 +131,7 @@ def begin(job: Attribute, model: Any, intervention: Intervention | None) -> Watc
     way = places.way(intervention or NOTHING)
     program, log = lower(intervention or NOTHING, model, way=way), new_log()
     # What came before the first site stays in the user's graph.
-    places.add(program, places.written, {}, way, detach=False)
+    places.add(program, places.written, Moved(), way, detach=False)
     inline(model, program, log, None)
     return Watching(job, places, log)
 

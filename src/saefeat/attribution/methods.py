@@ -63,6 +63,10 @@ class AtP(Method):
 class IG(Method):
     """Integrated gradients: the mean gradient along the path (Sundararajan et al. 2017).
 
+    At α a site is moved that share of the way to the baseline's value, from where the pass has it.
+    With several sites the pass was moved upstream already, as in the refusal paper's code; with
+    ``Attribute(one_site=True)`` each has a straight path of its own.
+
     Args:
         steps: gradients taken, each one forward and one backward pass.
         rule: ``left`` (α = k/N, as published for refusal), ``midpoint``, or ``gauss``

@@ -17,10 +17,11 @@ from ..tokens import Tokens
 from ..verbs.lower import acts_at, plain
 from .ends import end, run_baseline
 from .exact import effects
+from .moves import Goal
 from .path import AtOnce, Runs, mean_gradients
 from .prepare import prepare, require_finite
 from .record import Attribution
-from .score import Goal, score
+from .score import score
 from .watch import Batch, Part, Watch
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ def read_out(
         place = view["position"][mask][kept.token]
         numbers = (kept.score.float(), kept.activation.float(), kept.change.float())
         found.append((prompt[kept.token], place, kept.latent, *numbers))
-        size = torch.stack([dropped.score, dropped.score.abs()], 1).float().cpu()
-        left.index_add_(0, prompt[dropped.token].cpu(), size)
+        left.index_add_(0, prompt.cpu(), dropped.float().cpu())
     return _numbered(found), None if keep is None else left
 
 

@@ -96,12 +96,13 @@ def _slopes(
 ) -> dict[int, Tensor]:
     """Gradients at several nodes in one pass, as copies of the batch's rows: [nodes, b, t, d]."""
     rows = torch.arange(len(runs.batch.numbers)).repeat(len(nodes))
-    start, end = runs.clean.values, runs.end.targets
-    targets = {
-        n: torch.cat([torch.lerp(start[n], end[n], alpha) for alpha, _ in nodes]) for n in group
-    }
+    share = torch.tensor([alpha for alpha, _ in nodes], dtype=torch.float64)
+    share = share.repeat_interleave(len(runs.batch.numbers))
+    targets = {n: runs.end.targets[n].repeat(len(nodes), 1, 1) for n in group}
     many = runs.batch.take(rows)
-    here = runs.watch.run(many, gradient=group, targets=targets, copy=False)
+    here = runs.watch.run(
+        many, gradient=group, targets=targets, share=share[:, None, None], copy=False
+    )
     found = gradients(runs.metric(here, many, rows), here, runs.watch)
     return {n: slope.unflatten(0, (len(nodes), -1)) for n, slope in found.items()}
 

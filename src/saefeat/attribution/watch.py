@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,10 +84,17 @@ class Part(NamedTuple):
     """One dictionary's latents, and the numbers of the places it reads and writes."""
 
     dictionary: Dictionary
-    indices: tuple[int, ...]
+    indices: Sequence[int]
     read: int
     write: int
     transform: dict[str, Any]
+
+
+class Moved(NamedTuple):
+    """Where places are moved to in a pass, and what share [b, 1, 1] of the way; None for all."""
+
+    targets: Mapping[int, Tensor] = {}
+    share: Tensor | None = None
 
 
 class Watch:
@@ -121,7 +128,7 @@ class Watch:
         self.site = None if metric.site is None else self.route.places[metric.site]
         self._require_upstream()
 
-    def _part(self, basis: Any, indices: tuple[int, ...]) -> Part:
+    def _part(self, basis: Any, indices: Sequence[int]) -> Part:
         dictionary: Dictionary = basis
         self.route.check(dictionary, "dictionary")
         self.route.writable(dictionary.write_site, "Attribute")
@@ -168,16 +175,18 @@ class Watch:
         *,
         gradient: Collection[int] = (),
         targets: Mapping[int, Tensor] | None = None,
+        share: Tensor | None = None,
         before: bool = False,
         copy: bool = True,
     ) -> Pass:
         """One forward pass; ``gradient`` numbers the places whose values are nodes of the graph.
 
-        The values are kept as the intervention left them; ``targets`` are put there first.
+        The values are kept as the intervention left them. Each goes to its target first, or a
+        ``share`` [b, 1, 1] of the way from where this pass has it.
         """
         way = self.way(intervention)
         program = lower(intervention, self.model, batch.rows(), way)
-        self.add(program, gradient, targets or {}, way, before=before, copy=copy)
+        self.add(program, gradient, Moved(targets or {}, share), way, before=before, copy=copy)
         if self.remote:
             return self._afar(batch, program, intervention, bool(gradient))
         slopes: Slopes = plain_slopes
@@ -244,7 +253,7 @@ class Watch:
         self,
         program: dict[str, Any],
         gradient: Collection[int],
-        targets: Mapping[int, Tensor],
+        moved: Moved,
         way: Route,
         *,
         before: bool = False,
@@ -260,7 +269,7 @@ class Watch:
                 add_stash(visits, place.plus, way.starts[place.plus])
             actions = add_visit(visits, place, way.orders[site])["actions"]
             plain: dict[str, Any] = {"do": "keep", "id": number, "plus": place.plus, "copy": copy}
-            plain |= {"target": None, "gradient": False, "first": False}
+            plain |= {"target": None, "share": moved.share, "gradient": False, "first": False}
             plain |= {"through": None, "source": None}
             if before:
                 actions.insert(0, plain | {"id": ("before", number)})
@@ -270,7 +279,7 @@ class Watch:
             }
             if graph["gradient"] and not graph["first"] and number in self.through:
                 graph["source"], graph["through"] = self.through[number]
-            actions.append(plain | graph | {"target": targets.get(number)})
+            actions.append(plain | graph | {"target": moved.targets.get(number)})
         self._show(visits, way)
         program["visits"] = in_order(visits)
 

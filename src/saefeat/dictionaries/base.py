@@ -35,6 +35,8 @@ class Dictionary(ABC):
         origin: where it was loaded from, for provenance; None for tensors made in memory.
         declared: what its files say of its training, for ``verify``; None for tensors in memory.
         prefix: whether a latent depends on earlier tokens of its sequence.
+        joint: whether encoding some latents computes all of them, so that long work should ask
+            for them together.
 
     Examples:
         >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.Dictionary)
@@ -51,6 +53,7 @@ class Dictionary(ABC):
     origin: Any = None
     declared: Any = None
     prefix: bool = False
+    joint: bool = False
 
     @abstractmethod
     def columns(self, indices: Tensor) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Excerpt(Dictionary):
         for indices, columns in self._selections.items():
             Latents.of(self, indices)
             self._check(len(indices), columns)
+            self.joint = columns.get("inner", columns["activation"]) in _SPARSE
 
     @classmethod
     def of(cls, dictionary: Dictionary, selections: Iterable[tuple[int, ...]]) -> Excerpt:

@@ -70,7 +70,7 @@ class Generic(Dictionary):
         self.write_site = self.site if write_site is None else Site.parse(write_site)
         self.d_in = width
         self.d_sae, self.d_out = directions.shape
-        self.name, self.prefix = name, prefix
+        self.name, self.prefix, self.joint = name, prefix, True
 
     def columns(self, indices: Tensor) -> dict[str, Any]:
         return {

@@ -98,6 +98,7 @@ class SAE(Dictionary):
         self.excluded, self.name = excluded, name
         self._weights = weights
         self._fingerprint: str | None = None
+        self.joint = ACTIVATIONS.get(architecture) in ("topk", "abstopk")
         self._check()
         self.d_in, self.d_sae = weights.shape("W_enc")
         self.d_out = weights.shape("W_dec")[1]
@@ -133,16 +134,15 @@ class SAE(Dictionary):
         return ACTIVATIONS[self.architecture]
 
     def columns(self, indices: Tensor) -> dict[str, Any]:
-        sparse = self.activation in ("topk", "abstopk")
-        encoded = torch.arange(self.d_sae) if sparse else indices
+        encoded = torch.arange(self.d_sae) if self.joint else indices
         encoder = self._weights.columns("W_enc", encoded)  # [d_in, k]
         columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
         columns |= self._biases(encoder, encoded)  # b_dec is subtracted after centering
         if self.centered:  # (x − mean(x)) W = x (W − column means)
             encoder = encoder - encoder.mean(0, keepdim=True)
-        if sparse:
+        if self.joint:
             columns |= {"k": self.k, "selected": indices.clone()}
-        if sparse and self.rescale:
+        if self.joint and self.rescale:
             norms = self._weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
         return columns | {"encoder": encoder, "directions": self._rows(indices)}
@@ -153,8 +153,9 @@ class SAE(Dictionary):
     def _rows(self, indices: Tensor) -> Tensor:
         """[k, d_out]: decoder rows, of unit norm where activations were rescaled by it."""
         rows = self._weights.rows("W_dec", indices)
-        rescaled = self.rescale and self.activation in ("topk", "abstopk")
-        return rows / rows.norm(dim=1, keepdim=True) if rescaled else rows
+        if self.joint and self.rescale:
+            return rows / rows.norm(dim=1, keepdim=True)
+        return rows
 
     def _biases(self, encoder: Tensor, indices: Tensor) -> dict[str, Tensor]:
         """Bias, threshold, gate: everything of shape [k], with b_dec folded in."""
@@ -219,13 +220,12 @@ class SAE(Dictionary):
     def _check(self) -> None:
         _one_of("architecture", self.architecture, ACTIVATIONS)
         _one_of("norm", self.norm, NORMS)
-        sparse = self.activation in ("topk", "abstopk")
         bias = () if self.activation == "gated" else ("b_enc",)
         skip = ("W_skip",) if "skip" in self.architecture else ()
         wanted = {"W_enc", "W_dec", "b_dec", *bias, *_EXTRA.get(self.activation, ())}
         wanted |= set(skip)
         missing = sorted(wanted - self._weights.names())
-        if missing or (sparse and not self.k):
+        if missing or (self.joint and not self.k):
             raise DictionaryError(
                 explain(
                     f"SAE {self.name!r}",
@@ -261,8 +261,7 @@ class SAE(Dictionary):
             if len(self._weights.shape(name)) != 2:
                 self._shape(name, ("d_in", "d_sae") if name == "W_enc" else ("d_sae", "d_out"))
         d_sae = self._weights.shape("W_enc")[1]
-        sparse = self.activation in ("topk", "abstopk")
-        if sparse and not 1 <= (self.k or 0) <= d_sae:
+        if self.joint and not 1 <= (self.k or 0) <= d_sae:
             _one_of("k", str(self.k), (f"1..{d_sae}",))
         self._shape("W_dec", (d_sae, self._weights.shape("W_dec")[-1]))
         self._shape("b_dec", (self._weights.shape("W_dec")[-1],))
@@ -316,7 +315,7 @@ class ErrorTerm(Dictionary):
         self._sae = sae
         self.site = self.write_site = sae.site
         self.d_in = self.d_out = sae.d_in
-        self.d_sae = 1
+        self.d_sae, self.joint = 1, True
         self.name = f"error of {sae.name}"
         self.excluded, self.centered = sae.excluded, sae.centered
 

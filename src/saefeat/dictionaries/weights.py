@@ -45,7 +45,9 @@ class Weights(ABC):
 
     @abstractmethod
     def columns(self, name: str, index: Tensor) -> Tensor:
-        """[d, k]: the columns at ``index``, float32, in a storage of their own."""
+        """[d, k]: the columns at ``index``, float32, in a storage of their own, or the tensor
+        itself if that is all of it: not to be written to.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -69,10 +71,15 @@ class InMemory(Weights):
         return _up(self._tensors[name])
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        return _up(self._tensors[name][index])
+        run = _run_of(index)
+        return _up(self._tensors[name][index if run is None else run].clone())
 
     def columns(self, name: str, index: Tensor) -> Tensor:
-        return _up(self._tensors[name][:, index].contiguous())
+        tensor, run = self._tensors[name], _run_of(index)
+        if run is None:
+            return _up(tensor[:, index].contiguous())
+        alone = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+        return _up(tensor if alone and len(index) == tensor.shape[1] else tensor[:, run].clone())
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

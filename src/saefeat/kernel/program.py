@@ -246,16 +246,22 @@ def keep(
 ) -> Float[Tensor, "b t d"]:
     """Keep the site's value for attribution, move it, and let a gradient be taken there.
 
-    Where ``target`` is given the site's value is moved there, by a constant, so that gradients pass
-    as if nothing had been added. With ``gradient`` the value returned is a node of the graph for
-    the metric to be differentiated at. The ``first`` site starts the graph: nothing before it is
-    differentiated, and frozen models work. ``through`` replaces how gradients pass backward from
-    here. A copy is kept if ``copy``; without any of these x is returned untouched.
+    Where ``target`` is given the site's value is moved there, or a ``share`` [b, 1, 1] of the way
+    from where this pass has it, by a constant, so that gradients pass as if nothing had been added.
+    With ``gradient`` the value returned is a node of the graph for the metric to be differentiated
+    at. The ``first`` site starts the graph: nothing before it is differentiated, and frozen models
+    work. ``through`` replaces how gradients pass backward from here. A copy is kept if ``copy``;
+    without any of these x is returned untouched.
     """
     before = 0.0 if action["plus"] is None else held[action["plus"]].to(x.device)
     target = action["target"]
     # Adding even zero makes a node of its own: later in-place edits must not reach it.
-    shift = 0.0 if target is None else (target.to(x.device) - before - x).detach()
+    shift: Any = 0.0
+    if target is not None:
+        shift = (target.to(x.device) - before - x).detach()
+        if action["share"] is not None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            shift = (shift * action["share"].to(x.device, dtype)).to(x.dtype)
     if action["gradient"]:
         x = (x.detach() if action["first"] else x) + shift
         if action["through"] is not None:

@@ -55,7 +55,7 @@ class Whole(Dictionary):
         self.excluded, self.name, self.origin = facts.excluded, name, origin
         self.declared = declared_by(facts)
         self.d_sae, self.d_in = sae.W_dec.shape
-        self.d_out = self.d_in
+        self.d_out, self.joint = self.d_in, True
         self._sae = _stateless(sae, facts.norm)
         self._factor = 1.0
         if sae.cfg.normalize_activations == "constant_scalar_rescale":

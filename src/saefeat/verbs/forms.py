@@ -12,6 +12,7 @@ written differ in what stands for f and for the directions:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +36,13 @@ class Form(NamedTuple):
     written: dict[str, Any]
 
 
-def frozen(dictionary: Dictionary, indices: tuple[int, ...]) -> Form:
+def frozen(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     """The selected latents: all that most edits and every probe need."""
     columns = dictionary.columns(index_tensor(indices))
     return Form(dictionary.site, columns, {"directions": columns.pop("directions")})
 
 
-def reselect(dictionary: Dictionary, indices: tuple[int, ...]) -> Form:
+def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     """All latents of a topk kind, before the selection.
 
     Raises:
@@ -79,7 +80,7 @@ def reselect(dictionary: Dictionary, indices: tuple[int, ...]) -> Form:
     return Form(dictionary.site, columns, {"directions": directions, "top": top})
 
 
-def orthogonal(dictionary: Dictionary, indices: tuple[int, ...], before: Tensor) -> Form:
+def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -> Form:
     """The span of the directions at the write site, less what ``before`` [n, d_out] spans.
 
     Raises:

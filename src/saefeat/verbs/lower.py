@@ -7,7 +7,7 @@ every tensor: a view would drag its whole matrix over the wire.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -117,7 +117,7 @@ class _Builder:
         check_ready(self.module, "saefeat")
 
     def read(
-        self, step: StepLike, number: int, dictionary: Dictionary, indices: tuple[int, ...]
+        self, step: StepLike, number: int, dictionary: Dictionary, indices: Sequence[int]
     ) -> None:
         """Where one dictionary of a step is read."""
         self.route.check(dictionary, "dictionary")
@@ -142,7 +142,7 @@ class _Builder:
         step: StepLike,
         number: int,
         dictionary: Dictionary,
-        indices: tuple[int, ...],
+        indices: Sequence[int],
         span: slice,
     ) -> None:
         """Where one dictionary of an edit is written."""
@@ -180,7 +180,7 @@ class _Builder:
             )
         return rows
 
-    def _once(self, step: StepLike, dictionary: Dictionary, indices: tuple[int, ...]) -> None:
+    def _once(self, step: StepLike, dictionary: Dictionary, indices: Sequence[int]) -> None:
         """Refuse to read a transcoder's latents again after an edit: they are read upstream."""
         again = self._edited.get(id(dictionary), set()).intersection(indices)
         if again:
