@@ -42,10 +42,15 @@ _BRANCHES = {"gpt2": ("attn", "mlp"), "gpt_neox": ("attention", "mlp")}
 class Backward(ABC):
     """A way for gradients to flow backward through the model, in place of the plain one.
 
+    Attributes:
+        signed: whether scores are signed, or sizes alone.
+
     Examples:
         >>> issubclass(sf.RelP, sf.Backward)
         True
     """
+
+    signed: bool = True
 
     @abstractmethod
     def applied(self, module: nn.Module) -> AbstractContextManager[Slopes]:
