@@ -105,7 +105,8 @@ def score(
 ) -> tuple[Rows, Rows]:
     """Rows of latents that moved, and those left out because ``keep`` larger ones share the token.
 
-    ``gradient`` [n, d_out] is the metric's at the written site.
+    ``gradient`` [n, d_out] is the metric's at the written site; of [n, ways, d_out] the scores'
+    sizes are averaged.
     """
     kept, dropped = [], []
     for block in blocks(part, before, goal):
@@ -141,13 +142,25 @@ def _moved(block: Block) -> Tensor:
 def _scored(block: Block, gradient: Tensor) -> Rows:
     token, latent = _moved(block).nonzero(as_tuple=True)  # [m], [m]
     was, will = block.was[token, latent], block.will[token, latent]
-    if block.scale is None or block.scale_then is None:
-        found = (will - was) * _dot(gradient, block.directions, token, latent)
-    else:  # the difference of two contributions
-        found = will * _dot(gradient * block.scale_then, block.directions, token, latent)
-        found = found - was * _dot(gradient * block.scale, block.directions, token, latent)
+    moves = (token, latent, was, will)
+    if gradient.ndim == 2:
+        found = _effect(block, gradient, *moves)
+    else:
+        sizes = (_effect(block, one, *moves).abs() for one in gradient.unbind(1))
+        found = sum(sizes, torch.zeros_like(was)) / gradient.shape[1]
     where = block.latents.to(latent.device)[latent]
     return Rows(token + block.tokens.start, where, found, was, will - was)
+
+
+def _effect(
+    block: Block, gradient: Tensor, token: Tensor, latent: Tensor, was: Tensor, will: Tensor
+) -> Tensor:
+    """[m]: change of each latent times its direction's part of the gradient [tokens, d_out]."""
+    if block.scale is None or block.scale_then is None:
+        return (will - was) * _dot(gradient, block.directions, token, latent)
+    # the difference of two contributions
+    found = will * _dot(gradient * block.scale_then, block.directions, token, latent)
+    return found - was * _dot(gradient * block.scale, block.directions, token, latent)
 
 
 def _dot(slope: Tensor, directions: Tensor, token: Tensor, latent: Tensor) -> Tensor:
