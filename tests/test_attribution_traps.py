@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import nnsight
 import pytest
 import torch
 
 import saefeat as sf
-from helpers import RAGGED, D, build, make_sae, wrapped
+from helpers import RAGGED, D, build, make_sae, unit, wrapped
 from saefeat.identity import digest
 from saefeat.kernel.program import keep, new_log
 
@@ -158,6 +159,46 @@ def test_functions_that_differ_inside_are_two_jobs(tmp_path):
     sf.Attribute(sae, of(5))(nn, RAGGED, checkpoint=tmp_path)
     with pytest.raises(sf.CheckpointError, match="metric"):
         sf.Attribute(sae, of(6))(nn, RAGGED, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        sf.logit_diff(sf.BASELINE_TOP, 7),
+        sf.metric(lambda logits, mask: (logits[..., 5] * mask).sum(1), tokens="all"),
+        sf.log_prob(sf.PerPrompt([[5, 9], [7], [30, 31]])),
+        sf.kl("baseline"),
+        sf.activation(sf.Neurons("resid_post.2", D).latents([3])),
+    ],
+    ids=repr,
+)
+def test_every_metric_has_a_checkpoint(metric, tmp_path):
+    """The refusal paper's own metric was refused."""
+    nn, base = wrapped(build("llama")), sf.Ablate(sf.Direction(unit(2), site="resid_post.0"))
+    job = sf.Attribute(make_sae(), metric, base)
+    first = job(nn, RAGGED, batch_size=2, checkpoint=tmp_path)
+    again = job(nn, RAGGED, batch_size=2, checkpoint=tmp_path)
+    assert torch.equal(first.score, again.score) and first.texts == again.texts
+
+
+def test_dictionaries_that_share_a_site_share_its_gap():
+    """Each was compared with the change that both make."""
+    nn, eye = wrapped(build("llama", F64)), torch.eye(D, dtype=F64)
+    halves = [sf.Direction(rows, site="resid_post.1") for rows in (eye[:16], eye[16:])]
+    late = sf.Neurons("resid_post.2", D)
+    start = sf.Ablate(sf.direction(unit(9), sites=["resid_post.0"]))
+    target = halves[0].latents() | late.latents() | halves[1].latents()
+    found = sf.Attribute(target, METRIC, start, sf.IG(24, "gauss"), one_site=True)(nn, RAGGED)
+    assert found.gap_by_site.abs().max() < 1e-4
+    assert (found.ends - found.clean[:, None]).abs().min() > 1e-3
+
+
+def test_a_score_takes_as_many_bytes_as_the_page_says():
+    found = attribute()
+    names = ("prompt", "dictionary", "position", "latent", "score", "activation", "change")
+    page = Path(__file__).parents[1] / "docs/guide/attribution.md"
+    size = sum(getattr(found, name).element_size() for name in names)
+    assert f"{size} bytes for each token" in page.read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- continuations

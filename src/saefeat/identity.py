@@ -106,7 +106,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _pieces(value: Any) -> Iterator[bytes]:
     """A value as bytes, each piece with its kind, so that [1, "2"] is not ["1", 2]."""
-    if value is None or isinstance(value, bool | int | float | complex | str):
+    if value is None or value is ... or isinstance(value, bool | int | float | complex | str):
         yield f"{type(value).__name__} {value!r}".encode()
     elif isinstance(value, bytes):
         yield value

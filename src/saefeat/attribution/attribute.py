@@ -68,7 +68,7 @@ class Attribute:
         backward: ``RelP()`` or ``GradDrop()`` in place of the plain gradient.
         keep: at each token and site only so many scores, the largest; what is left out is summed
             in ``Attribution.dropped``. Every latent that moved by default, which for a dictionary
-            with nearly all latents active is 52 bytes a token, site and latent.
+            with nearly all latents active is 44 bytes a token, site and latent.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny

@@ -41,7 +41,8 @@ class Attribution:
         change: [n] float32, baseline minus clean activation.
         clean: [prompts] float32, the metric in the clean run.
         baseline: [prompts] float32, the metric in the baseline run; NaN if none was made.
-        tokens: [prompts] long, how many tokens were scored in each prompt.
+        tokens: [prompts] long, how many tokens of each prompt were scored, for one of the
+            dictionaries at least; what means over tokens divide by.
         ends: [prompts, dictionaries] float32, the metric with that dictionary's site alone at the
             baseline; only with ``one_site=True``.
         dropped: [prompts, 2] float32, the sum and the sum of sizes of scores that ``keep=`` left
@@ -108,10 +109,11 @@ class Attribution:
 
     @property
     def gap_by_site(self) -> Tensor:
-        """[prompts, dictionaries]: each dictionary's Σ scores − the change its own site makes.
+        """[prompts, dictionaries]: Σ scores at each dictionary's site − the change the site makes.
 
         With ``one_site=True`` every site has a path of its own, so each gap is one of its own too:
-        zero for exact integration and a dictionary that explains all of the change.
+        zero for exact integration and a dictionary that explains all of the change. Dictionaries
+        that write at one site share its path, and its gap.
 
         Raises:
             SaefeatError: without ``one_site=True``, where ``keep`` left scores out, or for scores
@@ -130,8 +132,10 @@ class Attribution:
                 )
             )
         place = self.prompt * self.ends.shape[1] + self.dictionary
-        total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score)
-        return total.view_as(self.ends) - (self.ends - self.clean[:, None])
+        total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score).view_as(self.ends)
+        sites = [dictionary.write_site for dictionary in self.dictionaries]
+        shared = torch.tensor([[float(one == other) for other in sites] for one in sites])
+        return total @ shared - (self.ends - self.clean[:, None])
 
     @property
     def degenerate(self) -> Tensor:
