@@ -14,7 +14,6 @@ import torch
 
 import saefeat as sf
 from helpers import (
-    BOS,
     RAGGED,
     D,
     batch_of,
@@ -350,7 +349,8 @@ def test_bad_numbers_are_refused(options):
 
 def test_nothing_to_audit():
     nn, sae = wrapped(build("llama")), make_sae("standard")
-    nothing = sf.Attribute(sae, METRIC, where=sf.Tokens.ids(BOS))
+    behind = sf.Ablate(sf.Direction(unit(2), site="resid_post.2"))  # no watched latent moves
+    nothing = sf.Attribute(sae, METRIC, baseline=behind)
     scores = nothing(nn, RAGGED)
     assert len(scores) == 0
     with pytest.raises(sf.SaefeatError, match="something in it"):

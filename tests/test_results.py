@@ -208,12 +208,22 @@ def test_without_tokens(scores):
 
 
 def test_a_score_of_all_tokens_together_belongs_to_none(scores):
-    """Exact ablations have position −1."""
+    """Exact ablations have position −1: sums by token were empty or zero once, silently."""
     every = replace(scores, position=torch.full_like(scores.position, -1))
     assert torch.equal(every.totals()[1], scores.totals()[1])
-    assert len(every.totals(where=sf.Tokens.last(1))[1]) == 0
-    assert set(every.by_position().values()) == {0.0}
+    assert every.by_site() == scores.by_site() and every.top(4) == scores.top(4)
+    for ask in (
+        lambda: every.totals(where=sf.Tokens.last(1)),
+        lambda: every.top(4, where=sf.Tokens.last(1)),
+        lambda: every.by_site(where=sf.Tokens.last(1)),
+        lambda: every.by_position(),
+        lambda: every.plot_tokens(),
+    ):
+        with pytest.raises(sf.SaefeatError, match="of whole prompts"):
+            ask()
     assert every.to_pandas()["token"].isna().all()
+    page = every.to_html()
+    assert "no token has a score of its own" in page and "shaded" not in page
 
 
 # ---------------------------------------------------------------- files
@@ -325,6 +335,11 @@ def lie(path, change):
         (lambda d, t: d["spec"]["texts"].update(special="all"), "words, special"),
         (lambda d, t: d["spec"]["texts"].update(roles={"user": 3}), "roles"),
         (lambda d, t: d["spec"].update(metric=3), "metric"),
+        (lambda d, t: d["spec"].update(signed=0), "signed 0"),
+        (lambda d, t: d["spec"].update(surplus=0), "surplus"),
+        (lambda d, t: d["spec"]["texts"].update(prompts=[1, 2]), "prompts of lengths"),
+        (lambda d, t: d["spec"]["texts"].update(prompts=[1, 2, 9]), "prompts of lengths"),
+        (lambda d, t: d["spec"]["texts"].update(prompts=3), "prompts of lengths"),
         (lambda d, t: d["spec"].update(dictionaries=3), "dictionaries"),
         (lambda d, t: d["spec"]["dictionaries"][0].update(site="x"), "site"),
         (lambda d, t: d["spec"]["dictionaries"][0].update(d_sae=0), "widths"),

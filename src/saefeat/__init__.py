@@ -6,14 +6,16 @@ Site(kind='resid_post', layer=3)
 """
 
 from .attribution.attribute import Attribute
-from .attribution.backward import Backward, GradDrop, RelP
+from .attribution.backward import Backward
 from .attribution.baselines import Fixed, Paired
+from .attribution.graddrop import GradDrop
 from .attribution.inside import Watching
 from .attribution.measure import measure
 from .attribution.measuring import activation, kl, log_prob, site_metric
 from .attribution.methods import IG, AtP, Exact, FiniteDifference, Method
 from .attribution.metrics import BASELINE_TOP, Metric, PerPrompt, logit, logit_diff, metric
 from .attribution.record import Attribution
+from .attribution.relp import RelP
 from .attribution.texts import Texts
 from .belief.audit import Audit, audit
 from .belief.curves import Faithfulness

@@ -106,7 +106,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _pieces(value: Any) -> Iterator[bytes]:
     """A value as bytes, each piece with its kind, so that [1, "2"] is not ["1", 2]."""
-    if value is None or isinstance(value, bool | int | float | complex | str):
+    if value is None or value is ... or isinstance(value, bool | int | float | complex | str):
         yield f"{type(value).__name__} {value!r}".encode()
     elif isinstance(value, bytes):
         yield value
@@ -166,10 +166,19 @@ def _object(value: Any) -> Iterator[bytes]:
 def _function(function: Callable[..., Any]) -> Iterator[bytes]:
     """A function by its code, defaults and enclosed values."""
     code: Any = function.__code__  # type: ignore[attr-defined]
-    yield code.co_code
-    for constant in code.co_consts:
-        inner = hasattr(constant, "co_code")
-        yield from _pieces([constant.co_code, constant.co_names] if inner else constant)
+    yield from _code(code)
     enclosed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     owner = getattr(function, "__self__", None)
-    yield from _pieces([code.co_names, getattr(function, "__defaults__", None), enclosed, owner])
+    defaults = [getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__")]
+    yield from _pieces([code.co_names, *defaults, enclosed, owner])
+
+
+def _code(code: Any) -> Iterator[bytes]:
+    """What a function does, the functions written inside it included, with their constants."""
+    yield code.co_code
+    for constant in code.co_consts:
+        if hasattr(constant, "co_code"):
+            yield from _code(constant)
+            yield from _pieces(constant.co_names)
+        else:
+            yield from _pieces(constant)

@@ -6,7 +6,8 @@ What is asked:
 * ``metrics``, ``measuring``: what to explain; ``measure`` reads it off a run.
 * ``methods``: where along the path; ``exact`` without gradients.
 * ``baselines``: what latents are moved to.
-* ``semantics``, ``backward``: how gradients pass a site, and the model's own modules.
+* ``semantics``, ``backward``: how gradients pass a site, and the model's own modules (``relp``,
+  ``graddrop``).
 
 How it is done:
 

@@ -33,10 +33,10 @@ from .methods import AtP, Method
 from .metrics import Metric
 from .one_batch import attribute_batch
 from .path import AtOnce, require_at_once
-from .prepare import prepare, require_gradients, require_sense
+from .prepare import prepare, require_gradients, require_scored, require_sense, require_whole
 from .record import Attribution
 from .resume import identity, plain_piece, restored
-from .texts import Texts
+from .texts import texts_of
 from .watch import Watch
 
 
@@ -68,7 +68,7 @@ class Attribute:
         backward: ``RelP()`` or ``GradDrop()`` in place of the plain gradient.
         keep: at each token and site only so many scores, the largest; what is left out is summed
             in ``Attribution.dropped``. Every latent that moved by default, which for a dictionary
-            with nearly all latents active is 52 bytes a token, site and latent.
+            with nearly all latents active is 44 bytes a token, site and latent.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -124,13 +124,15 @@ class Attribute:
 
         Raises:
             GradientError: under ``torch.no_grad``, for a model without weights or of inference
-                tensors, or if the metric has no gradient.
+                tensors, or if the metric has no gradient, or one that is not finite.
+            FiringError: if ``where`` selects no token at all, or an edit of the baseline none.
             PromptError: as in ``run``, and for pairs that cannot be aligned.
             CheckpointError: for the folder of another call.
             SiteError, ModelError: as in ``run``.
         """
         if not self.method.moves() and not remote:
             require_gradients(torch_module(model))
+        require_whole("Attribute", "batch_size", batch_size)
         latents = as_latents(self.target, "Attribute")
         require_few(self.method, latents)
         require_at_once(steps_at_once)
@@ -151,8 +153,11 @@ class Attribute:
                 pieces.append(found[0])
                 receipts.append(found[1])
         require_fired(sum(receipts[1:], receipts[0]), "Attribute")  # over all of the data set
-        texts = Texts.of(getattr(model, "tokenizer", None), data.inputs)
-        return replace(join_attributions(pieces), texts=texts, metric=repr(self.metric))
+        found = join_attributions(pieces)
+        require_scored(found.tokens, "Attribute")
+        texts = texts_of(model, data.inputs, data.lengths)
+        signed = self.backward is None or self.backward.signed
+        return replace(found, texts=texts, metric=repr(self.metric), signed=signed)
 
     def watch(self, model: Any, intervention: Intervention | None = None) -> Watching:
         """Attribute inside an nnsight trace of your own, for the invoke it is called in.

@@ -17,6 +17,7 @@ from ..errors import LatentError, PromptError, explain
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
 from ..verbs.base import per_latent
+from ..verbs.values import Value
 
 Alignment = str | Sequence[Sequence[int | None]] | None
 
@@ -48,8 +49,17 @@ class Fixed:
     def __init__(self, latents: Any, values: float | Tensor) -> None:
         chosen = as_latents(latents, "Fixed")
         found = per_latent("Fixed", "values", values, chosen)
-        if found is None:
-            found = 0.0
+        if found is None or isinstance(found, Value):
+            raise LatentError(
+                explain(
+                    "Fixed",
+                    "values",
+                    got=repr(values),
+                    wanted=f"a number, [{len(chosen)}] or [prompts, {len(chosen)}] values",
+                    cause="a Schedule, Pin or Resample, which differ by step or position",
+                    call="Fixed(latents, readings.mean())",
+                )
+            )
         object.__setattr__(self, "latents", chosen)
         object.__setattr__(self, "values", found)
 

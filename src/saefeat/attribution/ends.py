@@ -12,7 +12,7 @@ from ..errors import PromptError, explain
 from ..kernel.program import lift
 from ..verbs.base import Intervention
 from .baselines import Fixed, Paired, counterparts
-from .moves import Goal, moved_by
+from .moves import Goal, at_tokens, moved_by
 from .watch import Batch, Pass, Watch
 
 Baseline = Intervention | Fixed | Paired | None
@@ -58,7 +58,7 @@ def end(
         if isinstance(baseline, Paired) and other is not None:
             values, masks = _aligned(baseline, batch, other, clean, here, masks)
         parts = zip(watch.parts, masks, strict=True)
-        goals = tuple(Goal(lift(values[p.read][mask], p.transform)) for p, mask in parts)
+        goals = tuple(Goal(lift(at_tokens(values[p.read], mask), p.transform)) for p, mask in parts)
         targets = {n: (before or values)[n] for n in watch.written}
         return End(targets, goals, masks, here, other or batch)
 
@@ -77,8 +77,9 @@ def _still(
     targets: dict[int, Tensor] = {}
     for n, (part, mask) in enumerate(zip(watch.parts, scored, strict=True)):
         out = targets.get(part.write, clean.values[part.write]).clone()
-        before = lift(clean.values[part.read][mask], part.transform)
-        out[mask], goals[n] = moved_by(part, before, goals[n], out[mask])
+        before = lift(at_tokens(clean.values[part.read], mask), part.transform)
+        own = mask.to(out.device)
+        out[own], goals[n] = moved_by(part, before, goals[n], out[own])
         targets[part.write] = out
     here = watch.run(batch, targets=targets, copy=False)
     return End(targets, tuple(goals), scored, here, batch)

@@ -56,7 +56,8 @@ def effects(runs: Runs, part: Part, mask: Tensor, goal: Goal) -> Columns:
         steps = _steps(part, before, goal, rows.at(members))  # [m, d_out]
         at = (group[members] - some.start, where[rows.token[members], 1])
         found.append(_effect(runs, part.write, owner[some], at, steps))
-    count = mask.sum(1).clamp(min=1)[owner] if whole else torch.ones_like(owner)
+    scored = torch.stack(runs.end.scored).any(0).sum(1)  # the prompt's, whatever this part skips
+    count = scored.to(owner.device)[owner] if whole else torch.ones_like(owner)
     activation, change = (
         column.new_zeros(len(first)).index_add_(0, group, column) / count
         for column in (rows.activation, rows.change)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = "saefeat.attribution"
 VERSION = 1
-PLAIN = ("dictionaries", "texts", "metric")
+PLAIN = ("dictionaries", "texts", "metric", "signed")
 """Fields of ``Attribution`` that are no tensors; every other field is one, or None."""
 
 
@@ -32,12 +32,16 @@ def save(found: Attribution, path: str | Path) -> Path:
     tensors = {name: getattr(found, name) for name in names if getattr(found, name) is not None}
     spec: dict[str, Any] = {"metric": found.metric, "texts": None}
     spec["dictionaries"] = [_entry(dictionary) for dictionary in found.dictionaries]
+    if not found.signed:
+        spec["signed"] = False
     texts = found.texts
     if texts is not None:
         tensors["texts.ids"], tensors["texts.lengths"] = flat(texts.ids)
         roles = None if texts.roles is None else {r: list(m) for r, m in texts.roles.items()}
         words = {str(i): word for i, word in texts.words.items()}
         spec["texts"] = {"words": words, "special": list(texts.special), "roles": roles}
+        if texts.lengths is not None:
+            spec["texts"]["prompts"] = list(texts.lengths)
     sealed = seal(FORMAT, VERSION, spec, tensors, versions())
     return write(path, pack(sealed, tensors, "Attribution.save"), "Attribution.save")
 
@@ -65,6 +69,8 @@ def load(
     contents = read(path, "Attribution.load", max_bytes)
     where = f"Attribution.load({str(path)!r})"
     spec = unseal(contents, FORMAT, VERSION, where)
+    if set(spec) - {"metric", "dictionaries", "texts", "signed"}:
+        raise broken(where, f"entries {brief(sorted(spec))}", "those of an Attribution")
     tensors = dict(contents.tensors)
     entries = spec.get("dictionaries")
     if not isinstance(entries, list) or len(entries) > 65_536:
@@ -73,15 +79,18 @@ def load(
     live = None if held is None else list(held)
     dictionaries = tuple(_dictionary(entry, live, where) for entry in entries)
     texts = _texts(spec.get("texts"), tensors, where)
-    metric = spec.get("metric")
+    metric, signed = spec.get("metric"), spec.get("signed", True)
     known = {field.name for field in fields(cls)} - set(PLAIN)
     missing = _REQUIRED - set(tensors)
-    if missing or set(tensors) - known or not isinstance(metric, str):
+    plain = isinstance(metric, str) and isinstance(signed, bool)
+    if missing or set(tensors) - known or not plain:
         odd = sorted(missing or set(tensors) - known)
         got = f"{'no' if missing else 'an unknown'} {brief(odd)}, metric {brief(metric)}"
+        got += f", signed {brief(signed)}"
         raise broken(where, got, "the fields of an Attribution")
     _check(tensors, dictionaries, texts, where)
-    return cls(dictionaries, **tensors, texts=texts, metric=metric)  # type: ignore[arg-type]
+    plain_fields: dict[str, Any] = {"texts": texts, "metric": metric, "signed": signed}
+    return cls(dictionaries, **tensors, **plain_fields)
 
 
 _INDEX = ("prompt", "dictionary", "position", "latent")
@@ -160,7 +169,7 @@ def _texts(spec: Any, tensors: dict[str, Tensor], where: str) -> Texts | None:
     ids, sizes = tensors.pop("texts.ids", None), tensors.pop("texts.lengths", None)
     if spec is None and ids is None and sizes is None:
         return None
-    right = isinstance(spec, dict) and set(spec) == {"words", "special", "roles"}
+    right = isinstance(spec, dict) and set(spec) - {"prompts"} == {"words", "special", "roles"}
     if (
         spec is None
         or not right
@@ -175,6 +184,7 @@ def _texts(spec: Any, tensors: dict[str, Tensor], where: str) -> Texts | None:
         raise broken(where, "lengths that do not add up", f"{len(ids)} tokens")
     rows = tuple(tuple(row.tolist()) for row in ids.split(sizes.tolist())) if len(sizes) else ()
     words, special, roles = (spec[name] for name in ("words", "special", "roles"))
+    lengths = _lengths(spec.get("prompts"), rows, where)
     try:
         named = {int(i): word for i, word in words.items()}
         marks = roles if roles is None else {r: _marks(m) for r, m in roles.items()}
@@ -184,7 +194,19 @@ def _texts(spec: Any, tensors: dict[str, Tensor], where: str) -> Texts | None:
         good, named, marks = False, {}, None
     if not good:
         raise broken(where, "words, special tokens or roles of another form", "ids and texts")
-    return Texts(rows, named, tuple(special), marks)
+    return Texts(rows, named, tuple(special), marks, lengths)
+
+
+def _lengths(given: Any, rows: tuple[tuple[int, ...], ...], where: str) -> tuple[int, ...] | None:
+    """How many of each row's tokens are the prompt's."""
+    if given is None:
+        return None
+    listed = isinstance(given, list) and len(given) == len(rows)
+    if listed and all(
+        type(n) is int and 0 <= n <= len(row) for n, row in zip(given, rows, strict=True)
+    ):
+        return tuple(given)
+    raise broken(where, f"prompts of lengths {brief(given)}", "no more than each row's tokens")
 
 
 def _marks(pair: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -21,8 +21,15 @@ from .baselines import Fixed
 from .metrics import Seen
 from .moves import Goal
 from .one_batch import read_out, scored
-from .prepare import require_count, require_gradients
+from .prepare import (
+    require_count,
+    require_finite,
+    require_finite_scores,
+    require_gradients,
+    require_scored,
+)
 from .record import Attribution
+from .texts import Texts, texts_of
 from .watch import NOTHING, Moved, Watch
 
 if TYPE_CHECKING:
@@ -60,7 +67,8 @@ class Watching:
 
         Returns:
             An ``Attribution`` on the CPU, to be kept with ``nnsight.save``. Its ``baseline`` is
-            NaN, since no baseline run is made.
+            NaN, since no baseline run is made, and it has no gap. It knows the invoke's tokens;
+            ``metric`` is the ``Attribute``'s own for logits, and "values of the trace" otherwise.
 
         Raises:
             GradientError: for values without a gradient at the watched sites.
@@ -68,23 +76,39 @@ class Watching:
         view, job = self.log["view"], self.job
         rows = torch.arange(len(view["real"]))
         require_count(job, len(rows))
+        name = "values of the trace"
         if values.ndim == 3:
-            values = self.places.reader(Seen(values, None, rows, view))
+            values, name = self.places.reader(Seen(values, None, rows, view)), repr(job.metric)
         slopes = self._slopes(values)
         with torch.no_grad():
             masks = scored(job.where, self.places, view, False)
             goals = [Goal(fixed=self._fixed(n, mask)) for n, mask in enumerate(masks)]
             parts, kept = self.places.parts, self.log["kept"]
             columns, dropped = read_out(parts, masks, goals, kept, slopes, view, job.keep)
-            clean = values.detach().float().cpu()
+            clean = require_finite(values.detach(), "clean", rows).float().cpu()
+            require_finite_scores(columns, rows)
+            chosen = torch.stack(masks).any(0)
+            require_scored(chosen.sum(1), "Watching.scores")
+            texts = self._texts()
             return Attribution(
                 tuple(part.dictionary for part in parts),
                 *columns,
                 clean=clean,
                 baseline=torch.full_like(clean, torch.nan),
-                tokens=torch.stack(masks).any(0).sum(1).cpu(),
+                tokens=chosen.sum(1).cpu(),
                 dropped=dropped,
+                scored=None if texts is None else chosen[view["real"]].cpu(),
+                texts=texts,
+                metric=name,
             )
+
+    def _texts(self) -> Texts | None:
+        """The prompts' tokens; None where the model was given embeddings."""
+        view = self.log["view"]
+        if view["ids"] is None:
+            return None
+        batch = {"input_ids": view["ids"].cpu(), "attention_mask": view["real"].cpu()}
+        return texts_of(self.places.model, batch)
 
     def _slopes(self, values: Tensor) -> dict[int, Tensor]:
         rows = len(self.log["view"]["real"])

@@ -12,7 +12,7 @@ from ..latents import Latents
 from ..prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_fired, require_rows
 from .metrics import Metric, require_prompts
-from .prepare import Data, continued
+from .prepare import Data, continued, require_whole
 from .watch import NOTHING, Watch
 
 
@@ -48,6 +48,7 @@ def measure(
         >>> sf.measure(model, ["hello", "how do i bake bread"], sf.log_prob([5, 6])).shape
         torch.Size([2])
     """
+    require_whole("measure", "batch_size", batch_size)
     chosen = NOTHING if intervention is None else intervention
     tokenizer = getattr(model, "tokenizer", None)
     inputs, lengths = encode_prompts(tokenizer, prompts), None

@@ -153,7 +153,7 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
         A metric.
 
     Raises:
-        LatentError: for latents of several dictionaries.
+        LatentError: for latents of several dictionaries, or that depend on earlier tokens.
 
     Examples:
         >>> sf.activation(sf.Direction(torch.ones(8), site="resid_post.1"))
@@ -172,12 +172,28 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
             )
         )
     dictionary: Dictionary = chosen.parts[0][0]  # type: ignore[assignment]
+    _require_tokenwise(dictionary)
 
     def reader(tokenizer: Any) -> Reader:
         bound = plain(rule.rule, _Known(tokenizer))
         return lambda seen: _summed_latents(seen, chosen, bound)
 
     return Metric(f"activation({chosen!r}, {rule!r})", reader, site=dictionary.site)
+
+
+def _require_tokenwise(dictionary: Dictionary) -> None:
+    """Refuse latents that depend on earlier tokens: padding would be among them."""
+    if dictionary.prefix:
+        raise LatentError(
+            explain(
+                "activation",
+                "latents",
+                got=f"of {dictionary!r}, which look back over the text",
+                wanted="latents that depend on their own token's value alone",
+                cause="a temporal SAE, or a function with prefix=True",
+                call="run(model, prompts, Probe(latents)), which reads each row without padding",
+            )
+        )
 
 
 class _Known:

@@ -18,6 +18,7 @@ from ..sites import Site
 
 
 @final
+@dataclass(frozen=True, repr=False)
 class BaselineTop:
     """Each prompt's most likely next token under the baseline run, in place of a token.
 

@@ -134,6 +134,14 @@ class Pile:
         return [column[: self._size] for column in self._columns]
 
 
+def at_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """[n, d]: a site's values [b, t, d] where the mask [b, t] holds, wherever either lies.
+
+    A model may be split over devices: the mask is where its inputs are, a site where its block is.
+    """
+    return values[mask.to(values.device)]
+
+
 def blocks(part: Part, before: Tensor, goal: Goal) -> Iterator[Block]:
     """What moves, block by block; ``before`` [n, d_in] is what is read in the clean run."""
     if goal.known is None:
@@ -209,7 +217,7 @@ def moved_by(part: Part, before: Tensor, goal: Goal, out: Tensor) -> tuple[Tenso
     scales: dict[int, tuple[Tensor, Tensor]] = {}
     for block in blocks(part, before, goal):
         here = out[block.tokens]
-        out[block.tokens] = here + block.step(len(here)).to(out.dtype)
+        out[block.tokens] = here + block.step(len(here)).to(out)
         if block.scale is not None and block.then is not None:
             scales[block.tokens.start] = block.scale, block.then
         if len(pile) <= limit:

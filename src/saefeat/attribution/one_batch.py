@@ -19,7 +19,7 @@ from .ends import end, run_baseline
 from .exact import effects
 from .moves import Goal
 from .path import AtOnce, Runs, mean_gradients
-from .prepare import prepare, require_finite
+from .prepare import prepare, require_finite, require_finite_scores
 from .record import Attribution
 from .score import score
 from .watch import Batch, Part, Watch
@@ -44,6 +44,7 @@ def attribute_batch(
         columns, dropped = (
             _by_gradient(runs, slopes, job.keep) if nodes else (_for_real(runs), None)
         )
+        require_finite_scores(columns, batch.numbers)
         found = Attribution(
             tuple(part.dictionary for part in watch.parts),
             *columns,
@@ -127,5 +128,6 @@ def _alone(runs: Runs) -> Tensor:
     rows, found = torch.arange(len(runs.batch.numbers)), {}
     for n in runs.watch.written:
         here = runs.watch.run(runs.batch, targets={n: runs.end.targets[n]}, copy=False)
-        found[n] = runs.metric(here, runs.batch, rows).float().cpu()
+        values = runs.metric(here, runs.batch, rows)
+        found[n] = require_finite(values, "baseline", runs.batch.numbers).float().cpu()
     return torch.stack([found[part.write] for part in runs.watch.parts], 1)

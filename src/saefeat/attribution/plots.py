@@ -63,7 +63,7 @@ def latents(found: Attribution, k: int, ax: Any) -> Any:
         site = found.dictionaries[int(keys[row, 0])].site
         grid[sites.index(site), column] = values[row]
     ax = axes(ax, "Attribution.plot_latents", (max(4.0, 0.35 * len(order)), 1 + 0.4 * len(sites)))
-    _image(ax, grid, "mean score")
+    _image(ax, grid, "mean score" if found.signed else "mean size of score")
     ax.set_xticks(range(len(order)), [str(int(keys[i, 1])) for i in order], rotation=90)
     ax.set_yticks(range(len(sites)), [str(site) for site in sites])
     ax.set_xlabel("latent")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import GradientError, PromptError, SaefeatError, explain
+from ..errors import FiringError, GradientError, PromptError, SaefeatError, explain
 from ..prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_rows
 from .baselines import Fixed, Paired, require_pairs
@@ -150,6 +150,75 @@ def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
             wanted="a finite number for every prompt",
             cause="the log of zero in the metric, or a model that overflows on this prompt",
             call="measure(model, prompts, metric), to find the prompts, and leave them out",
+        )
+    )
+
+
+def require_whole(where: str, name: str, number: Any) -> None:
+    """Refuse anything but a whole number from 1.
+
+    Raises:
+        PromptError: naming the parameter.
+    """
+    if type(number) is int and number > 0:
+        return
+    raise PromptError(
+        explain(
+            where,
+            name,
+            got=repr(number),
+            wanted="a whole number from 1",
+            cause="a typing error",
+            call=f"{name}=8",
+        )
+    )
+
+
+def require_scored(tokens: Tensor, where: str) -> None:
+    """Refuse a result in which no token was scored: it would read as "no effect".
+
+    ``tokens`` [prompts] are the counts.
+
+    Raises:
+        FiringError: for none in any prompt.
+    """
+    if bool(tokens.any()):
+        return
+    raise FiringError(
+        explain(
+            where,
+            "where",
+            got=f"a rule that selects no token in any of {len(tokens)} prompts",
+            wanted="at least one token to score",
+            cause="ids or a role that these prompts do not have, or tokens the dictionary was not"
+            " trained on",
+            call="where=Tokens.all(), or Texts.select(rule) to see what a rule selects",
+        )
+    )
+
+
+def require_finite_scores(columns: Sequence[Tensor], numbers: Tensor) -> None:
+    """Refuse scores that are NaN or infinite: NaN would be ranked above every number.
+
+    ``columns`` are an attribution's first seven after its dictionaries.
+
+    Raises:
+        GradientError: naming the first such prompt.
+    """
+    bad = ~torch.stack([column.isfinite() for column in columns[4:]]).all(0)
+    if not bool(bad.any()):
+        return
+    prompt = int(numbers[columns[0][bad][0]])
+    raise GradientError(
+        explain(
+            "Attribute",
+            "metric",
+            got=f"without a finite gradient or effect for {int(bad.sum())} of {len(bad)} scores,"
+            f" first in prompt {prompt}",
+            wanted="finite gradients, and finite metrics of moved latents",
+            cause="a square root or logarithm at zero in the metric, or a float16 model whose"
+            " gradients overflow",
+            call="a metric that is smooth at the clean run, or the model in bfloat16 or float32",
         )
     )
 

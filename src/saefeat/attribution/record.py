@@ -33,14 +33,16 @@ class Attribution:
         prompt: [n] long, which prompt.
         dictionary: [n] long, index into ``dictionaries``.
         position: [n] long, absolute position among the prompt's real tokens; −1 where one score
-            stands for all scored tokens together (``Exact``).
+            stands for all scored tokens together (``Exact(per="latent")``). Such scores have
+            totals by latent and site, and none by position or token.
         latent: [n] long.
         score: [n] float32.
         activation: [n] float32, the clean activation.
         change: [n] float32, baseline minus clean activation.
         clean: [prompts] float32, the metric in the clean run.
-        baseline: [prompts] float32, the metric in the baseline run.
-        tokens: [prompts] long, how many tokens were scored in each prompt.
+        baseline: [prompts] float32, the metric in the baseline run; NaN if none was made.
+        tokens: [prompts] long, how many tokens of each prompt were scored, for one of the
+            dictionaries at least; what means over tokens divide by.
         ends: [prompts, dictionaries] float32, the metric with that dictionary's site alone at the
             baseline; only with ``one_site=True``.
         dropped: [prompts, 2] float32, the sum and the sum of sizes of scores that ``keep=`` left
@@ -48,6 +50,8 @@ class Attribution:
         scored: [all real tokens] bool, which of them were scored, prompt after prompt.
         texts: the prompts' tokens, for masks, tables and pages; None for a result made by hand.
         metric: the metric, as it prints.
+        signed: False where scores are sizes without a sign (``GradDrop``). ``top`` then finds the
+            largest, whichever way they act, and there is no gap.
 
     Examples:
         >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
@@ -73,15 +77,19 @@ class Attribution:
     scored: Tensor | None = None
     texts: Texts | None = None
     metric: str = ""
+    signed: bool = True
 
     @property
     def slope(self) -> Tensor:
         """[n]: score over change, the mean gradient's dot product with the latent's direction.
 
-        NaN where the activation is the same in both runs and the direction itself moved, as with
-        SAEs that normalize their input.
+        The size of that product for scores without a sign. NaN where the activation is the same
+        in both runs and the direction itself moved, as with SAEs that normalize their input.
         """
-        return torch.where(self.change != 0, self.score / self.change, torch.nan)
+        moved = self.change if self.signed else self.change.abs()
+        # a score of all tokens together stands beside their mean change
+        moved = torch.where(self.position < 0, moved * self.tokens[self.prompt], moved)
+        return torch.where(moved != 0, self.score / moved, torch.nan)
 
     @property
     def gap(self) -> Tensor:
@@ -89,21 +97,29 @@ class Attribution:
 
         Zero for exact integrated gradients of a single site whose dictionary explains all of the
         change. Sites in a row each carry the same effect, so over many sites the sum overcounts.
+        NaN where no baseline run was made.
+
+        Raises:
+            SaefeatError: for scores without a sign, which do not add up to a change.
         """
+        totals.require_signed(self, "Attribution.gap")
         total = torch.zeros_like(self.clean).index_add_(0, self.prompt, self.score)
         left = 0.0 if self.dropped is None else self.dropped[:, 0]
         return total + left - (self.baseline - self.clean)
 
     @property
     def gap_by_site(self) -> Tensor:
-        """[prompts, dictionaries]: each dictionary's Σ scores − the change its own site makes.
+        """[prompts, dictionaries]: Σ scores at each dictionary's site − the change the site makes.
 
         With ``one_site=True`` every site has a path of its own, so each gap is one of its own too:
-        zero for exact integration and a dictionary that explains all of the change.
+        zero for exact integration and a dictionary that explains all of the change. Dictionaries
+        that write at one site share its path, and its gap.
 
         Raises:
-            SaefeatError: without ``one_site=True``, or where ``keep`` left scores out.
+            SaefeatError: without ``one_site=True``, where ``keep`` left scores out, or for scores
+                without a sign.
         """
+        totals.require_signed(self, "Attribution.gap_by_site")
         if self.ends is None or self.dropped is not None:
             raise SaefeatError(
                 explain(
@@ -116,8 +132,10 @@ class Attribution:
                 )
             )
         place = self.prompt * self.ends.shape[1] + self.dictionary
-        total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score)
-        return total.view_as(self.ends) - (self.ends - self.clean[:, None])
+        total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score).view_as(self.ends)
+        sites = [dictionary.write_site for dictionary in self.dictionaries]
+        shared = torch.tensor([[float(one == other) for other in sites] for one in sites])
+        return total @ shared - (self.ends - self.clean[:, None])
 
     @property
     def degenerate(self) -> Tensor:
@@ -144,7 +162,8 @@ class Attribution:
             for ``"prompt"`` (for ``"dataset"`` the last is all zeros).
 
         Raises:
-            SaefeatError: for a rule on a result that does not know its tokens.
+            SaefeatError: for a rule on a result that does not know its tokens, or whose scores
+                belong to none.
         """
         call = 'scores.totals(per="prompt")'
         totals.one_of("Attribution.totals", "per", per, ("dataset", "prompt"), call)
@@ -174,11 +193,15 @@ class Attribution:
         """Σ scores of each position over sites and latents, mean over the prompts that have it.
 
         Args:
-            origin: ``"start"``: 0 is a prompt's first real token; ``"end"``: −1 is its last.
+            origin: ``"start"``: 0 is a prompt's first real token; ``"end"``: −1 is its last, and
+                a continuation's tokens count from 0.
             where: only scored tokens that this rule selects.
 
         Returns:
             Position → mean, for positions that are scored in at least one prompt.
+
+        Raises:
+            SaefeatError: for scores of whole prompts, which have no position.
         """
         return totals.by_position(self, origin, where)
 
@@ -220,6 +243,10 @@ class Attribution:
 
         Returns:
             Latents, best first within each dictionary; for ``"prompt"`` a tuple, one a prompt.
+
+        Raises:
+            LatentError: for k below 1 or not whole, or ``within`` of other dictionaries.
+            SaefeatError: as in ``totals``.
         """
         keys, values, prompts = self.totals(per=per, where=where)
         if per == "dataset":
@@ -269,7 +296,7 @@ class Attribution:
 
     def to_pandas(self) -> Any:
         """A DataFrame, one row a score: prompt, position, token, site, dictionary, latent, score,
-        activation, change, slope.
+        activation, change, slope. A score of a whole prompt has position −1 and no token.
 
         Raises:
             SaefeatError: without pandas.
@@ -350,14 +377,14 @@ class Attribution:
         self, keys: Tensor, values: Tensor, k: int, within: Latents | None
     ) -> list[tuple[int, int, float]]:
         """(dictionary, latent, score) of the k highest positive scores, best first."""
-        if k < 1:
+        if type(k) is not int or k < 1:
             raise LatentError(
                 explain(
                     "Attribution.top",
                     "k",
-                    got=k,
-                    wanted="at least 1",
-                    cause="a budget of no latents",
+                    got=repr(k),
+                    wanted="a whole number, at least 1",
+                    cause="a budget of no latents, or a share of them",
                     call="scores.top(20)",
                 )
             )
@@ -377,16 +404,19 @@ class Attribution:
     def __repr__(self) -> str:
         sites = ", ".join(str(d.site) for d in self.dictionaries[:4])
         more = ", ..." if len(self.dictionaries) > 4 else ""
+        one_run = bool(self.baseline.isnan().all())  # made in a trace: there is nothing to go to
+        end = "" if one_run else f" → {self.baseline.mean():.3f}"
         head = (
             f"Attribution({len(self)} scores, {len(self.tokens)} prompts, at {sites}{more}; "
-            f"metric {self.clean.mean():.3f} → {self.baseline.mean():.3f}{self._warnings()})"
+            f"metric {self.clean.mean():.3f}{end}{self._warnings()})"
         )
         return "\n  ".join([head, *show.lines(self)])
 
     def _warnings(self) -> str:
         """What a reader must know before trusting the scores."""
         blind = int(self.degenerate.sum())
-        found = f"; {blind} degenerate" if blind else ""
+        found = "" if self.signed else "; sizes without sign"
+        found += f"; {blind} degenerate" if blind else ""
         if self.dropped is not None and bool(self.dropped[:, 1].any()):
             every = self.dropped[:, 1].sum() + self.score.abs().sum()
             found += f"; {self.dropped[:, 1].sum() / every:.1%} of the scores' size dropped"

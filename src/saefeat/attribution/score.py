@@ -34,7 +34,8 @@ def score(
         part: the latents.
         before: [n, d_in], what they read in the clean run.
         goal: what they are moved to.
-        gradient: [n, d_out], the metric's at the written site.
+        gradient: [n, d_out], the metric's at the written site; of [n, ways, d_out] the scores'
+            sizes are averaged.
         keep: how many rows a token, those with the largest scores.
 
     Returns:
@@ -42,7 +43,7 @@ def score(
     """
     pile, left = Pile(), before.new_zeros(len(before), 2)
     for block in blocks(part, before, goal):
-        found = _scored(block, gradient[block.tokens].to(before.dtype))
+        found = _scored(block, gradient[block.tokens].to(before))
         if keep is not None:
             found, dropped = _largest(_joined(pile, found), keep)
             left.index_add_(0, dropped.token, _sums(dropped).to(left))
@@ -66,10 +67,19 @@ def _row(block: Block, found: Tensor) -> Rows:
 
 
 def _scored(block: Block, gradient: Tensor) -> Rows:
+    if gradient.ndim == 2:
+        return _row(block, _effect(block, gradient))
+    sizes = (_effect(block, one).abs() for one in gradient.unbind(1))
+    return _row(block, sum(sizes, torch.zeros_like(block.was)) / gradient.shape[1])
+
+
+def _effect(block: Block, gradient: Tensor) -> Tensor:
+    """[m]: change of each latent times its direction's part of the gradient [tokens, d_out]."""
     if block.scale is None or block.then is None:
-        return _row(block, (block.will - block.was) * block.dot(gradient))
-    found = block.will * block.dot(gradient * block.then)  # a difference of contributions
-    return _row(block, found - block.was * block.dot(gradient * block.scale))
+        return (block.will - block.was) * block.dot(gradient)
+    # the difference of two contributions
+    found = block.will * block.dot(gradient * block.then)
+    return found - block.was * block.dot(gradient * block.scale)
 
 
 def _largest(rows: Rows, keep: int) -> tuple[Rows, Rows]:

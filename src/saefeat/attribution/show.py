@@ -23,14 +23,14 @@ def lines(found: Attribution) -> list[str]:
     """What a reader needs to know before the scores: the best latents, the gap, what is blind."""
     shown = []
     if found.metric:
-        shown.append(f"metric: {found.metric}")
+        shown.append(f"metric: {' '.join(found.metric.split())}")  # a name of one's own may break
     best = found.ranking(TOP) if len(found) else ()
     if best:
         named = (
             f"{next(iter(latents))[0]} {next(iter(latents))[1]}: {s:+.3g}" for latents, s in best
         )
         shown.append("top, mean score over tokens: " + ", ".join(named))
-    if len(found.clean):
+    if len(found.clean) and found.signed and not bool(found.baseline.isnan().all()):
         moved = (found.baseline - found.clean).abs().mean()
         share = f", {found.gap.abs().mean() / moved:.0%} of the metric's change" if moved else ""
         sites = len({dictionary.site for dictionary in found.dictionaries})
@@ -93,7 +93,13 @@ def page(found: Attribution, prompts: int) -> str:
         for site, index in latents
     )
     parts.append(f"<table><tr><th>site</th><th>latent</th><th>mean score</th></tr>{rows}</table>")
-    if found.texts is not None and found.scored is not None:
+    whole = bool((found.position < 0).any())
+    if whole:
+        parts.append(
+            "<p><small>Each latent was moved at all scored tokens together: no token has"
+            " a score of its own.</small></p>"
+        )
+    elif found.texts is not None and found.scored is not None:
         parts.append(_prompts(found, prompts))
     body = "".join(parts)
     return f'<div class="saefeat-attribution" style="font-family:sans-serif">{body}</div>'
@@ -105,7 +111,7 @@ _UP, _DOWN = "31,119,180", "214,96,77"
 
 def _prompts(found: Attribution, most: int) -> str:
     """Prompts token by token, shaded by their summed score on one scale."""
-    sums = by_token(found)
+    sums = by_token(found, "Attribution.to_html")
     scored = token_mask(found, None, "Attribution.to_html")
     largest = float(sums.abs().max()) if len(sums) else 0.0
     shown, starts = [], (lengths(found).cumsum(0) - lengths(found)).tolist()
@@ -119,18 +125,20 @@ def _prompts(found: Attribution, most: int) -> str:
         ]
         left = len(found.texts.ids[prompt]) - len(words)
         more = f" … {left} more tokens" if left else ""
-        change = f"{found.clean[prompt]:+.3f} → {found.baseline[prompt]:+.3f}"
+        base = found.baseline[prompt]
+        change = f"{found.clean[prompt]:+.3f}" + ("" if base.isnan() else f" → {base:+.3f}")
         shown.append(
             f'<p style="line-height:1.8"><small>{prompt}: metric {change}</small><br>'
             f"{''.join(cells)}{more}</p>"
         )
     if len(starts) > most:
         shown.append(f"<p>… {len(starts) - most} more prompts</p>")
+    up = f'<span style="background:rgba({_UP},0.6)">'
+    ways = f'{up}raises</span> or <span style="background:rgba({_DOWN},0.6)">lowers</span>'
+    ways = ways if found.signed else f"{up}moves</span>, either way,"
     note = (
-        "Tokens are shaded by the sum of their scores over sites and latents: "
-        f'<span style="background:rgba({_UP},0.6)">raises</span> or '
-        f'<span style="background:rgba({_DOWN},0.6)">lowers</span> the metric; '
-        "tokens in gray were not scored."
+        "Tokens are shaded by the sum of their scores over sites and latents: going to the "
+        f"baseline {ways} the metric; tokens in gray were not scored."
     )
     return f"<p><small>{note}</small></p>{''.join(shown)}"
 
@@ -152,4 +160,5 @@ def heat(found: Attribution) -> tuple[list[tuple[str, ...]], list[Tensor], list[
     assert found.texts is not None
     words = [found.texts.tokens(prompt) for prompt in range(len(sizes))]
     scored = token_mask(found, None, "Attribution.plot_tokens")
-    return words, list(torch.split(by_token(found), sizes)), list(torch.split(scored, sizes))
+    sums = by_token(found, "Attribution.plot_tokens")
+    return words, list(torch.split(sums, sizes)), list(torch.split(scored, sizes))

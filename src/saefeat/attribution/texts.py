@@ -13,6 +13,7 @@ from ..errors import PromptError, explain
 from ..kernel.tokens import select, window
 from ..prompts import role_markers
 from ..tokens import Tokens
+from ..verbs.lower import special_ids
 
 ROLES = ("system", "user", "assistant")
 
@@ -27,6 +28,8 @@ class Texts:
         words: token id → its text, for the ids that occur.
         special: the tokenizer's special tokens: BOS, turn markers and the like.
         roles: chat role → the ids that open and close its turns; empty without a chat template.
+        lengths: how many of each row's tokens are the prompt's, where a continuation follows it
+            (``log_prob``); None for all of them.
 
     Examples:
         >>> texts = sf.Texts(((2, 7, 8), (2, 9)), {2: "<bos>", 7: "hi"}, special=(2,))
@@ -40,17 +43,33 @@ class Texts:
     words: Mapping[int, str]
     special: tuple[int, ...] = ()
     roles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, batch: Mapping[str, Tensor]) -> Texts:
-        """From a left-padded batch, as ``encode_prompts`` makes it."""
+    def of(
+        cls,
+        tokenizer: Any,
+        batch: Mapping[str, Tensor],
+        *,
+        lengths: Tensor | None = None,
+        special: tuple[int, ...] = (),
+    ) -> Texts:
+        """From a left-padded batch, as ``encode_prompts`` makes it.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer, or None.
+            batch: ``input_ids`` and ``attention_mask`` [prompts, tokens].
+            lengths: [prompts, 1], real tokens of each prompt, where more follow it.
+            special: special ids for a model without a tokenizer.
+        """
         rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
         ids = tuple(tuple(row[real].tolist()) for row, real in rows)
+        many = None if lengths is None else tuple(lengths.flatten().tolist())
         if tokenizer is None:
-            return cls(ids, {})
+            return cls(ids, {}, special, lengths=many)
         seen = sorted({i for row in ids for i in row})
         words = {i: tokenizer.decode([i]) for i in seen}
-        return cls(ids, words, tuple(tokenizer.all_special_ids), _roles(tokenizer))
+        return cls(ids, words, tuple(tokenizer.all_special_ids), _roles(tokenizer), many)
 
     def tokens(self, prompt: int) -> tuple[str, ...]:
         """A prompt's tokens as text; ``#id`` for one without."""
@@ -64,11 +83,17 @@ class Texts:
         """
         rule = self._plain(where.rule)
         found = []
-        for row in self.ids:
+        for row, length in zip(self.ids, self.prompts, strict=True):
             ids = torch.tensor([row], dtype=torch.long)
-            view = window(ids, None, (1, len(row)), 0, None, None)
+            known = {"lengths": torch.tensor([[length]]), "memory": {}}
+            view = window(ids, None, (1, len(row)), 0, known, None)
             found.append(select(rule, view)[0])
         return tuple(found)
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """How many tokens of each row are the prompt's."""
+        return tuple(map(len, self.ids)) if self.lengths is None else self.lengths
 
     def _plain(self, rule: tuple) -> tuple:
         """The rule in token ids, as ``verbs.lower.plain`` makes it with a tokenizer at hand."""
@@ -91,6 +116,13 @@ class Texts:
                 call="Tokens.special(), Tokens.ids(...), Tokens.first(n)",
             )
         )
+
+
+def texts_of(model: Any, batch: Mapping[str, Tensor], lengths: Tensor | None = None) -> Texts:
+    """The texts of a model's batch; special tokens are known without a tokenizer as well."""
+    tokenizer = getattr(model, "tokenizer", None)
+    special = special_ids(model) if tokenizer is None else ()
+    return Texts.of(tokenizer, batch, lengths=lengths, special=special)
 
 
 def _roles(tokenizer: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

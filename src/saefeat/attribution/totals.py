@@ -42,9 +42,8 @@ def kept(found: Attribution, where: Tokens | None) -> tuple[Tensor, Tensor]:
     if where is None:
         return torch.ones(len(found), dtype=torch.bool), found.tokens
     chosen = token_mask(found, where, "Attribution.totals")  # [all tokens]
-    place = token_place(found)
-    known = place >= 0  # a score for all tokens together belongs to none of them
-    rows = known & chosen[place.clamp(min=0)]
+    require_positions(found, "Attribution.totals")
+    rows = chosen[token_place(found)]
     owner = torch.repeat_interleave(torch.arange(len(found.tokens)), lengths(found))
     return rows, torch.zeros_like(found.tokens).index_add_(0, owner, chosen.long())
 
@@ -59,9 +58,9 @@ def token_mask(found: Attribution, where: Tokens | None, what: str) -> Tensor:
 
 
 def token_place(found: Attribution) -> Tensor:
-    """[n]: each row's place among all tokens of all prompts, −1 for a score of all tokens."""
+    """[n]: each row's place among all tokens of all prompts."""
     start = lengths(found).cumsum(0) - lengths(found)
-    return torch.where(found.position < 0, -1, start[found.prompt] + found.position)
+    return start[found.prompt] + found.position
 
 
 def lengths(found: Attribution) -> Tensor:
@@ -90,6 +89,44 @@ def require_texts(found: Attribution, what: str) -> None:
         )
 
 
+def require_positions(found: Attribution, what: str) -> None:
+    """Refuse to lay out by token what was moved at all tokens together.
+
+    Raises:
+        SaefeatError: saying how to get scores by token.
+    """
+    if bool((found.position < 0).any()):
+        raise SaefeatError(
+            explain(
+                what,
+                "scores",
+                got="of whole prompts: each latent was moved at all scored tokens together",
+                wanted="scores that belong to tokens",
+                cause='Exact or FiniteDifference, whose default is per="latent"',
+                call='method=Exact(per="token"), or Attribute(..., where=...) before the run',
+            )
+        )
+
+
+def require_signed(found: Attribution, what: str) -> None:
+    """Refuse what means nothing for sizes without a sign.
+
+    Raises:
+        SaefeatError: saying how to get signed scores.
+    """
+    if not found.signed:
+        raise SaefeatError(
+            explain(
+                what,
+                "scores",
+                got="sizes without a sign",
+                wanted="signed scores, whose sum estimates a change",
+                cause="GradDrop, which averages absolute values",
+                call="backward=GradDrop(signed=True), or no backward=",
+            )
+        )
+
+
 def by_site(found: Attribution, where: Tokens | None) -> dict[Site, float]:
     """Σ scores of each site over latents and tokens, mean over prompts."""
     rows, _ = kept(found, where)
@@ -108,19 +145,24 @@ def by_position(found: Attribution, origin: str, where: Tokens | None) -> dict[i
     chosen, long = token_mask(found, where, "Attribution.by_position"), lengths(found)
     owner = torch.repeat_interleave(torch.arange(len(long)), long)
     place = torch.arange(len(owner)) - (long.cumsum(0) - long)[owner]
-    place = place - long[owner] if origin == "end" else place
-    sums = by_token(found)
+    if origin == "end" and found.texts is not None:
+        place = place - torch.tensor(found.texts.prompts)[owner]
+    sums = by_token(found, "Attribution.by_position")
     totals: dict[int, list[float]] = {}
     for position, value in zip(place[chosen].tolist(), sums[chosen].tolist(), strict=True):
         totals.setdefault(position, []).append(value)
     return {position: sum(v) / len(v) for position, v in sorted(totals.items())}
 
 
-def by_token(found: Attribution) -> Tensor:
-    """[all tokens] float64: Σ scores of each token over sites and latents, prompt after prompt."""
-    place = token_place(found)
+def by_token(found: Attribution, what: str) -> Tensor:
+    """[all tokens] float64: Σ scores of each token over sites and latents, prompt after prompt.
+
+    Raises:
+        SaefeatError: for scores of whole prompts, which no token has.
+    """
+    require_positions(found, what)
     sums = torch.zeros(int(lengths(found).sum()), dtype=torch.float64)
-    return sums.index_add_(0, place[place >= 0], found.score[place >= 0].double())
+    return sums.index_add_(0, token_place(found), found.score.double())
 
 
 def members(dictionaries: Sequence[Dictionary], latents: Latents) -> list[tuple[int, int]]:

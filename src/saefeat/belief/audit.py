@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..attribution.attribute import Attribute
 from ..attribution.record import Attribution
+from ..attribution.totals import require_positions, require_signed
 from ..dictionaries.base import Dictionary
 from ..errors import SaefeatError, explain
 from ..latents import Latents
@@ -232,7 +233,8 @@ def audit(
 
     Raises:
         PromptError: if the metric of these prompts is not the one in ``scores``.
-        SaefeatError: for scores with nothing in them, a budget below two, k outside it, or a
+        SaefeatError: for scores with nothing in them, of whole prompts (``Exact``, which needs no
+            audit) or without a sign (``GradDrop``), a budget below two, k outside it, or a
             baseline on a dictionary whose directions move with the input.
 
     Examples:
@@ -258,6 +260,8 @@ def audit(
                 call=f"audit(..., k={budget // 2}, budget={budget})",
             )
         )
+    require_positions(scores, "audit")  # an exact score of a whole prompt is no estimate
+    require_signed(scores, "audit")
     ranked = ranking(scores, "audit")
     require_fixed_directions(attribute, scores, "audit")
     bench = bench_of(attribute, model, prompts, where="audit", batch_size=batch_size)

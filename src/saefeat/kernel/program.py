@@ -246,30 +246,30 @@ def keep(
 ) -> Float[Tensor, "b t d"]:
     """Keep the site's value for attribution, move it, and let a gradient be taken there.
 
-    Where ``target`` is given the site's value is moved there, or a ``share`` [b, 1, 1] of the way
-    from where this pass has it, by a constant, so that gradients pass as if nothing had been added.
+    Where ``target`` is given the site's value becomes it, to the bit, or a ``share`` [b, 1, 1] of
+    the way there from where this pass has it, and gradients pass as if a constant had been added.
     With ``gradient`` the value returned is a node of the graph for the metric to be differentiated
     at. The ``first`` site starts the graph: nothing before it is differentiated, and frozen models
     work. ``through`` replaces how gradients pass backward from here. A copy is kept if ``copy``;
     without any of these x is returned untouched.
     """
     before = 0.0 if action["plus"] is None else held[action["plus"]].to(x.device)
-    target = action["target"]
-    # Adding even zero makes a node of its own: later in-place edits must not reach it.
-    shift: Any = 0.0
-    if target is not None:
-        shift = (target.to(x.device) - before - x).detach()
-        if action["share"] is not None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            shift = (shift * action["share"].to(x.device, dtype)).to(x.dtype)
+    target = None if action["target"] is None else action["target"].to(x.device) - before
+    if target is not None and action["share"] is not None:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        share = action["share"].to(x.device, dtype)
+        target = torch.lerp(x.detach().to(dtype), target.to(dtype), share).to(x.dtype)
     if action["gradient"]:
-        x = (x.detach() if action["first"] else x) + shift
+        x = x.detach() if action["first"] else x
+        # Adding even zero makes a node of its own: later in-place edits must not reach it. And in
+        # half precision x + (target - x) is not the target: 9984 + (3.7 - 9984) is 0 in bfloat16.
+        x = x + 0.0 if target is None else target + (x - x.detach())
         if action["through"] is not None:
             x = action["through"](x + before, held.get(action["source"])) - before
         x = x if x.requires_grad else x.requires_grad_()
         log["nodes"][action["id"]] = x
     elif target is not None:
-        x = x + shift
+        x = target
     if action["copy"]:
         log["kept"][action["id"]] = (x + before).detach().clone()
     return x

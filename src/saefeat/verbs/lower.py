@@ -285,7 +285,7 @@ def plain(rule: tuple, model: Any) -> tuple:
     if kind in ("not", "and", "or"):
         return (kind, *(plain(part, model) for part in rest))
     if kind == "special":
-        return ("ids", _special(model))
+        return ("ids", special_ids(model))
     if kind == "role":
         return ("between", *role_markers(getattr(model, "tokenizer", None), rest[0]))
     return rule
@@ -315,11 +315,11 @@ def default_rule(dictionary: Dictionary, model: Any) -> Tokens:
     """Every real token, less those the dictionary was not trained on."""
     excluded = dictionary.excluded
     if excluded == "special":
-        excluded = _special(model)
+        excluded = special_ids(model)
     return ~Tokens.ids(*excluded) if excluded else Tokens.all()  # type: ignore[misc]
 
 
-def _special(model: Any) -> tuple[int, ...]:
+def special_ids(model: Any) -> tuple[int, ...]:
     """Special token ids: the tokenizer's, or those the configuration names."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is not None:
