@@ -72,8 +72,8 @@ MUTANTS = {
         "test_attribution.py::test_every_architecture_against_the_naive_form[transcoder-AtP()-zero]",
     ),
     "no path between clean and baseline": Mutant(
-        "torch.lerp(start[n], end[n], alpha)",
-        "end[n]",
+        "torch.lerp(x.detach().to(dtype), target.to(dtype), share)",
+        "target.to(dtype)",
         "test_attribution.py::test_three_sites_against_the_naive_form"
         "[llama-IG(steps=3, rule='midpoint')-zero]",
     ),
