@@ -15,7 +15,8 @@ from .attribution.methods import IG, AtP, Exact, FiniteDifference, Method
 from .attribution.metrics import BASELINE_TOP, Metric, PerPrompt, logit, logit_diff, metric
 from .attribution.record import Attribution
 from .attribution.texts import Texts
-from .belief.audit import Audit, audit
+from .belief.audit import audit
+from .belief.audited import Audit
 from .belief.curves import Faithfulness
 from .belief.edges import Edges, edges
 from .belief.faithfulness import faithfulness
