@@ -172,10 +172,15 @@ def test_how_many_steps_share_a_pass():
     model, rows = build("llama"), []
     model.model.layers[0].register_forward_hook(lambda m, a, out: rows.append(len(out)))
     job = sf.Attribute(make_sae(), METRIC, method=sf.IG(8))
-    for count, wanted in ((1, [3] * 9), (3, [3, 3, 9, 9, 3]), ("auto", [3, 3, 21])):
+    # the clean run, the steps, and the baseline's own run, not beside the clean run's graph
+    for count, wanted in ((1, [3] * 9), (3, [3, 9, 9, 3, 3]), ("auto", [3, 21, 3])):
         rows.clear()
         job(wrapped(model), RAGGED, steps_at_once=count)
         assert rows == wanted
+    rows.clear()  # a metric that asks for the baseline run's tokens must have it first
+    top = sf.Attribute(make_sae(), sf.logit_diff(sf.BASELINE_TOP, 7), method=sf.IG(8))
+    top(wrapped(model), RAGGED, steps_at_once=3)
+    assert rows == [3, 3, 9, 9, 3]
     for wrong in (0, "all", 1.5):
         with pytest.raises(sf.SaefeatError, match="auto"):
             job(wrapped(model), RAGGED, steps_at_once=wrong)

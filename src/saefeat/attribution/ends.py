@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -18,18 +19,24 @@ from .watch import Batch, Pass, Watch
 Baseline = Intervention | Fixed | Paired | None
 
 
-class End(NamedTuple):
+@dataclass(frozen=True)
+class End:
     """Where the path of a batch ends.
 
-    ``targets`` [b, t, d] a written place, ``goals`` a part, ``scored`` [b, t] a part, the baseline
-    run ``here`` and the ``batch`` it was made with, which is another for paired prompts.
+    ``targets`` [b, t, d] a written place, ``goals`` a part, ``scored`` [b, t] a part; ``batch`` is
+    what the baseline run is made with, which is another for paired prompts.
     """
 
     targets: dict[int, Tensor]
     goals: tuple[Goal, ...]
     scored: tuple[Tensor, ...]
-    here: Pass
     batch: Batch
+    made: Callable[[], Pass]
+
+    @cached_property
+    def here(self) -> Pass:
+        """The baseline run; made when asked for, so that it need not lie beside another's graph."""
+        return self.made()
 
 
 def run_baseline(
@@ -60,7 +67,7 @@ def end(
         parts = zip(watch.parts, masks, strict=True)
         goals = tuple(Goal(lift(at_tokens(values[p.read], mask), p.transform)) for p, mask in parts)
         targets = {n: (before or values)[n] for n in watch.written}
-        return End(targets, goals, masks, here, other or batch)
+        return End(targets, goals, masks, other or batch, lambda: here)
 
 
 def _still(
@@ -81,8 +88,8 @@ def _still(
         own = mask.to(out.device)
         out[own], goals[n] = moved_by(part, before, goals[n], out[own])
         targets[part.write] = out
-    here = watch.run(batch, targets=targets, copy=False)
-    return End(targets, tuple(goals), scored, here, batch)
+    run = partial(watch.run, batch, targets=targets, copy=False)
+    return End(targets, tuple(goals), scored, batch, run)
 
 
 def _aligned(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,187 +11,14 @@ from torch import Tensor
 
 from ..attribution.attribute import Attribute
 from ..attribution.record import Attribution
-from ..attribution.totals import require_positions, require_signed
-from ..dictionaries.base import Dictionary
+from ..attribution.totals import require_signed
 from ..errors import SaefeatError, explain
-from ..latents import Latents
 from ..prompts import Prompts
-from .bench import bench_of, require, require_same
-from .exact import effects, require_fixed_directions
-from .ranking import by_prompt, ranking, singles
-from .stats import UNKNOWN, Agreement, Estimate, agreement, stratified_total, wilson
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Audit:
-    """Estimates beside exact effects, for the top latents and a stratified sample of the rest.
-
-    An estimate is the *sum* of a prompt's scores over its scored tokens; the exact effect is the
-    change of the metric when that latent alone is moved at all of those tokens at once.
-
-    Attributes:
-        dictionaries: what ``keys`` indexes.
-        keys: [n, 2] long, (dictionary, latent); the top first, then the sampled tail, each by rank.
-        stratum: [n] long, 0 for the top, then the strata of the tail by falling rank.
-        sizes: [strata + 1] long, how many latents there are in each stratum.
-        estimates: [n, prompts] float64.
-        effects: [n, prompts] float64, zero where the latent did not move.
-        change: [prompts], the metric's change from clean to baseline.
-        gap: [prompts], ``scores.gap``.
-        degenerate: how many prompts have a degenerate metric.
-
-    Examples:
-        >>> v = sf.Neurons("resid_post.0", 4)
-        >>> keys, numbers = torch.tensor([[0, 2], [0, 1]]), torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-        >>> nothing = torch.zeros(2)
-        >>> sf.Audit(
-        ...     (v,), keys, torch.zeros(2).long(), torch.tensor([2]), numbers, numbers / 2,
-        ...     nothing, nothing, 0
-        ... ).top.slope
-        0.5
-    """
-
-    dictionaries: tuple[Dictionary, ...]
-    keys: Tensor
-    stratum: Tensor
-    sizes: Tensor
-    estimates: Tensor
-    effects: Tensor
-    change: Tensor
-    gap: Tensor
-    degenerate: int
-
-    @property
-    def latents(self) -> tuple[Latents, ...]:
-        """[n]: each audited latent as a selection of its own."""
-        return singles(self.dictionaries, self.keys)
-
-    @property
-    def estimate(self) -> Tensor:
-        """[n]: the mean over prompts."""
-        return self.estimates.mean(1)
-
-    @property
-    def exact(self) -> Tensor:
-        """[n]: the mean over prompts."""
-        return self.effects.mean(1)
-
-    @property
-    def error(self) -> Tensor:
-        """[n]: the standard error of ``exact`` over prompts, NaN for one prompt.
-
-        It says how far other prompts of the kind might differ; the effects themselves are exact.
-        """
-        prompts = self.effects.shape[1]
-        if prompts < 2:
-            return torch.full_like(self.exact, math.nan)
-        return self.effects.std(1) / math.sqrt(prompts)
-
-    @property
-    def top(self) -> Agreement:
-        """Agreement among the top.
-
-        Its fields: ``n``; ``rank``, Spearman's correlation; ``order``, the same of |estimate| and
-        |exact|, which signs alone cannot help; ``sign``, the share of one sign; ``slope``, the
-        factor from estimate to exact effect.
-        """
-        return agreement(self.estimate[self.stratum == 0], self.exact[self.stratum == 0])
-
-    @property
-    def tail(self) -> Agreement:
-        """The same among the sampled tail."""
-        return agreement(self.estimate[self.stratum > 0], self.exact[self.stratum > 0])
-
-    @property
-    def missed(self) -> Estimate:
-        """The share of Σ|exact| over all latents that lies outside the top, with its interval.
-
-        The tail's part is a stratified estimate with a normal 95 % interval. Effects of single
-        latents do not add up to the effect of all: this compares sizes, nothing more.
-        """
-        sizes = self.exact.abs()
-        top = float(sizes[self.stratum == 0].sum())
-        strata = range(1, len(self.sizes))
-        if not strata:
-            return Estimate(0.0, 0.0, 0.0)
-        samples = [sizes[self.stratum == h] for h in strata]
-        total = stratified_total(samples, self.sizes[1:].tolist())
-        return Estimate(*(part / (part + top) if part + top else math.nan for part in total))
-
-    @property
-    def outranked(self) -> Estimate:
-        """The chance that a latent of the tail has a larger |exact| than one of the top.
-
-        Both are drawn at random. The interval is Wilson's at Kish's effective sample size, which
-        is wide enough for any spread of such chances.
-        """
-        sizes = self.exact.abs()
-        tail = self.stratum > 0
-        if not bool(tail.any()):
-            return UNKNOWN if len(self.sizes) > 1 else Estimate(0.0, 0.0, 0.0)
-        counts = torch.bincount(self.stratum, minlength=len(self.sizes))
-        weight = (self.sizes / counts.clamp(min=1)).double()[self.stratum[tail]]
-        beaten = (sizes[tail][:, None] > sizes[~tail][None]).double().mean(1)
-        share = float((weight * beaten).sum() / weight.sum())
-        return wilson(share, float(weight.sum() ** 2 / (weight**2).sum()))
-
-    @property
-    def verdict(self) -> str:
-        """One sentence, by fixed rules on the top.
-
-        The ranking *holds* from a rank correlation of sizes of .8 and a share of .9 of one sign,
-        holds *roughly* from .5 and .8; sizes hold for a slope within .8 and 1.25.
-        """
-        _, _, rank, sign, slope = self.top
-        if math.isnan(rank) or math.isnan(sign):
-            return "Nothing can be said: the audited latents have no effects to be ranked by."
-        holds = "does NOT hold"
-        if rank >= 0.5 and sign >= 0.8:
-            holds = "holds" if rank >= 0.8 and sign >= 0.9 else "holds roughly"
-        size = "sizes are right on the whole"
-        if not 0.8 <= slope <= 1.25:
-            size = f"exact effects are {slope:.2g} of their estimates"
-        below = f"{self.missed.value:.0%} of Σ|exact| lies below the top"
-        if math.isnan(self.missed.value):
-            below = "what lies below the top is unknown, as nothing was drawn there"
-        return f"The ranking {holds} among the top; {size}; {below}."
-
-    def to_pandas(self) -> Any:
-        """A DataFrame, one row a latent (needs the pandas extra)."""
-        import pandas
-
-        sites = [str(self.dictionaries[n].site) for n in self.keys[:, 0].tolist()]
-        columns = {"site": sites, "latent": self.keys[:, 1].tolist()}
-        columns |= {"stratum": self.stratum.tolist(), "estimate": self.estimate.tolist()}
-        columns |= {"exact": self.exact.tolist(), "standard_error": self.error.tolist()}
-        return pandas.DataFrame(columns)
-
-    def __repr__(self) -> str:
-        rows = [
-            f"  {name:5} {a.n:8} {a.rank:11.2f} {a.order:9.2f} {a.sign:10.2f} {a.slope:16.2f}"
-            for name, a in (("top", self.top), ("tail", self.tail))
-        ]
-        head = f"  {'':5} {'latents':>8} {'rank corr.':>11} {'of sizes':>9} {'same sign':>10}"
-        degenerate = f", {self.degenerate} of them degenerate" if self.degenerate else ""
-        return "\n".join(
-            [
-                f"Audit: {len(self.keys)} of {int(self.sizes.sum())} latents moved one by one, "
-                f"over {len(self.change)} prompts{degenerate}",
-                f"{head} {'exact / estimate':>16}",
-                *rows,
-                f"  below the top: {self.missed} of Σ|exact|; a latent there outranks one of the "
-                f"top in {self.outranked} of pairs",
-                f"  {self._completeness()}",
-                self.verdict,
-            ]
-        )
-
-    def _completeness(self) -> str:
-        if len(self.dictionaries) > 1:
-            sites = len(self.dictionaries)
-            return f"no completeness gap: {sites} dictionaries in a row each carry the same effect"
-        share = self.gap.abs().mean() / self.change.abs().mean()
-        return f"completeness gap: {share:.1%} of the metric's change to the baseline"
+from .audited import Audit
+from .bench import Folder, bench_of
+from .exact import effects, require_movable
+from .ranking import by_prompt, ranking
+from .require import require, require_same
 
 
 def audit(
@@ -205,6 +31,7 @@ def audit(
     budget: int = 64,
     seed: int = 0,
     batch_size: int = 32,
+    checkpoint: Folder = None,
     progress: bool = False,
 ) -> Audit:
     """Check an attribution by moving latents for real.
@@ -225,7 +52,9 @@ def audit(
         k: how many of the top to check; half of the budget by default.
         budget: how many latents to move in all.
         seed: of the draw from the tail.
-        batch_size: rows a forward pass.
+        batch_size: the most rows a forward pass; fewer where prompts are long.
+        checkpoint: a folder for finished batches: an interrupted call, made again, goes on from
+            there.
         progress: show a progress bar.
 
     Returns:
@@ -248,27 +77,20 @@ def audit(
         (torch.Size([8]), 4)
     """
     require("audit", budget=(budget, 2), seed=(seed, 0))
-    wanted = budget // 2 if k is None else k
-    if type(wanted) is not int or not 1 <= wanted <= budget:
-        raise SaefeatError(
-            explain(
-                "audit",
-                "k",
-                got=repr(k),
-                wanted=f"an integer in 1..{budget}, the budget",
-                cause="more latents to check than may be moved",
-                call=f"audit(..., k={budget // 2}, budget={budget})",
-            )
-        )
-    require_positions(scores, "audit")  # an exact score of a whole prompt is no estimate
+    wanted = _at_the_top(k, budget)
     require_signed(scores, "audit")
     ranked = ranking(scores, "audit")
-    require_fixed_directions(attribute, scores, "audit")
-    bench = bench_of(attribute, model, prompts, where="audit", batch_size=batch_size)
-    clean = bench.under(None)
-    require_same("audit", clean, scores.clean)
+    require_movable(scores, "audit")
+    asked = {"scores": scores, "k": wanted, "budget": budget, "seed": seed}
+    bench = bench_of(
+        attribute, model, prompts, where="audit", batch_size=batch_size, checkpoint=checkpoint,
+        **asked,
+    )  # fmt: skip
+    clean = bench.under()
+    require_same(bench, clean, scores)
     chosen, stratum, sizes = draw(len(ranked.keys), wanted, budget - wanted, seed)
     keys, place = ranked.keys[chosen], ranked.among(chosen)
+    change, gap = _gaps(scores)
     return Audit(
         scores.dictionaries,
         keys,
@@ -276,10 +98,44 @@ def audit(
         sizes,
         by_prompt(scores, place, scores.score, len(keys)),
         effects(bench, scores, keys, place, clean, progress=progress),
-        scores.baseline - scores.clean,
-        scores.gap,
+        change,
+        gap,
         int(scores.degenerate.sum()),
+        noise=float((clean - scores.clean).abs().max()),
+        dropped=_dropped(scores),
     )
+
+
+def _at_the_top(k: int | None, budget: int) -> int:
+    """How many of the top to check."""
+    wanted = budget // 2 if k is None else k
+    if type(wanted) is int and 1 <= wanted <= budget:
+        return wanted
+    raise SaefeatError(
+        explain(
+            "audit",
+            "k",
+            got=repr(k),
+            wanted=f"an integer in 1..{budget}, the budget",
+            cause="more latents to check than may be moved",
+            call=f"audit(..., k={budget // 2}, budget={budget})",
+        )
+    )
+
+
+def _gaps(scores: Attribution) -> tuple[Tensor, Tensor]:
+    """The metric's change and the completeness gap: one a prompt, or one a site as well."""
+    if scores.ends is not None and scores.dropped is None:
+        return scores.ends - scores.clean[:, None], scores.gap_by_site
+    return scores.baseline - scores.clean, scores.gap
+
+
+def _dropped(scores: Attribution) -> float:
+    """The share of the scores' size that ``keep=`` left out."""
+    if scores.dropped is None:
+        return 0.0
+    left = float(scores.dropped[:, 1].sum())
+    return left / max(left + float(scores.score.abs().sum()), torch.finfo(torch.float32).tiny)
 
 
 def draw(population: int, k: int, budget: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
