@@ -12,7 +12,7 @@ from ..errors import PromptError, explain
 from ..kernel.program import lift
 from ..verbs.base import Intervention
 from .baselines import Fixed, Paired, counterparts
-from .score import Goal, blocks
+from .score import Goal, at_tokens, blocks
 from .watch import Batch, Part, Pass, Watch
 
 Baseline = Intervention | Fixed | Paired | None
@@ -58,7 +58,7 @@ def end(
         if isinstance(baseline, Paired) and other is not None:
             values, masks = _aligned(baseline, batch, other, clean, here, masks)
         parts = zip(watch.parts, masks, strict=True)
-        goals = tuple(Goal(lift(values[p.read][mask], p.transform)) for p, mask in parts)
+        goals = tuple(Goal(lift(at_tokens(values[p.read], mask), p.transform)) for p, mask in parts)
         targets = {n: (before or values)[n] for n in watch.written}
         return End(targets, goals, masks, here, other or batch)
 
@@ -77,7 +77,8 @@ def _still(
     targets: dict[int, Tensor] = {}
     for part, mask, goal in zip(watch.parts, scored, goals, strict=True):
         out = targets.get(part.write, clean.values[part.write]).clone()
-        out[mask] = _moved(part, clean.values, mask, goal, out[mask])
+        own = mask.to(out.device)
+        out[own] = _moved(part, clean.values, mask, goal, out[own])
         targets[part.write] = out
     here = watch.run(batch, targets=targets, copy=False)
     return End(targets, tuple(goals), scored, here, batch)
@@ -85,8 +86,8 @@ def _still(
 
 def _moved(part: Part, values: dict[int, Tensor], mask: Tensor, goal: Goal, out: Tensor) -> Tensor:
     """[n, d_out]: the written site's scored tokens with the part's latents moved."""
-    for block in blocks(part, lift(values[part.read][mask], part.transform), goal):
-        out[block.tokens] += block.step().to(out.dtype)
+    for block in blocks(part, lift(at_tokens(values[part.read], mask), part.transform), goal):
+        out[block.tokens] += block.step().to(out)
     return out
 
 

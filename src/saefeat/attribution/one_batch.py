@@ -20,7 +20,7 @@ from .exact import effects
 from .path import AtOnce, Runs, mean_gradients
 from .prepare import prepare, require_finite, require_finite_scores
 from .record import Attribution
-from .score import Goal, score
+from .score import Goal, at_tokens, score
 from .watch import Batch, Part, Watch
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ def read_out(
     """Attribution's six columns, and the sums [b, 2] of what ``keep`` left out."""
     found, left = [], torch.zeros(len(view["real"]), 2)
     for part, mask, goal in zip(parts, masks, goals, strict=True):
-        before = lift(values[part.read][mask], part.transform)  # [n, d_in]
-        kept, dropped = score(part, before, goal, slopes[part.write][mask], keep)
-        prompt = mask.nonzero()[:, 0]
-        place = view["position"][mask][kept.token]
+        before = lift(at_tokens(values[part.read], mask), part.transform)  # [n, d_in]
+        kept, dropped = score(part, before, goal, at_tokens(slopes[part.write], mask), keep)
+        prompt = mask.nonzero()[:, 0].to(before.device)
+        place = view["position"][mask].to(before.device)[kept.token]
         numbers = (kept.score.float(), kept.activation.float(), kept.change.float())
         found.append((prompt[kept.token], place, kept.latent, *numbers))
         size = torch.stack([dropped.score, dropped.score.abs()], 1).float().cpu()

@@ -68,6 +68,14 @@ class Rows(NamedTuple):
         return Rows(*(column[which] for column in self))
 
 
+def at_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """[n, d]: a site's values [b, t, d] where the mask [b, t] holds, wherever either lies.
+
+    A model may be split over devices: the mask is where its inputs are, a site where its block is.
+    """
+    return values[mask.to(values.device)]
+
+
 def blocks(part: Part, before: Tensor, goal: Goal) -> Iterator[Block]:
     """Every block of latents and tokens; ``before`` [n, d_in] is what is read in the clean run."""
     dtype = torch.promote_types(before.dtype, torch.float32)
@@ -110,7 +118,7 @@ def score(
     """
     kept, dropped = [], []
     for block in blocks(part, before, goal):
-        kept.append(_scored(block, gradient[block.tokens].to(before.dtype)))
+        kept.append(_scored(block, gradient[block.tokens].to(before)))
         if keep is not None and len(kept) > 1:
             kept, left = _largest(kept, keep)
             dropped.append(left)
