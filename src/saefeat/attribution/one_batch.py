@@ -18,7 +18,7 @@ from ..verbs.lower import acts_at, plain
 from .ends import end, run_baseline
 from .exact import effects
 from .path import AtOnce, Runs, mean_gradients
-from .prepare import prepare, require_finite, require_finite_scores
+from .prepare import prepare, require_apart, require_finite, require_finite_scores
 from .record import Attribution
 from .score import Goal, at_tokens, score
 from .watch import Batch, Part, Watch
@@ -37,6 +37,7 @@ def attribute_batch(
     clean = watch.run(batch, gradient=watch.written if nodes and nodes[0][0] == 0.0 else ())
     masks = scored(job.where, watch, clean.view, batch.lengths is not None)
     reached = end(watch, job.baseline, batch, other, clean, masks, here)
+    require_apart(watch, batch, clean, reached.here)
     runs = Runs(watch, job.method, batch, clean, reached, at_once)
     slopes = mean_gradients(runs, job.one_site) if nodes else {}
     with torch.no_grad():
