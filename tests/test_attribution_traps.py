@@ -75,6 +75,25 @@ def test_a_gradient_that_is_not_finite(keep):
             job.watch(nn).scores(root(nn.output.logits[:, -1]))
 
 
+@pytest.mark.parametrize("method", [sf.AtP(), sf.IG(2), sf.Exact()], ids=repr)
+def test_a_metric_that_mixes_prompts_in_the_right_shape(method):
+    """One number a prompt, and a batch's gradient was no prompt's own."""
+    nn, few = wrapped(build("llama")), make_sae().latents(range(0, 48, 6))
+    mixing = {
+        "centered": sf.metric(lambda logits: logits[:, 5] - logits[:, 5].mean(), "centered"),
+        "one way": sf.metric(lambda logits: logits[:, 5].cumsum(0), "one way"),
+        "softmax over prompts": sf.metric(
+            lambda logits, mask: (logits[..., 5] * mask).sum(1).softmax(0), "rows", tokens="all"
+        ),
+        "at a site": sf.site_metric("resid_post.2", lambda x, mask: x[:, -1, 3].flip(0) * 2),
+    }
+    for metric in mixing.values():
+        with pytest.raises(sf.GradientError, match="depends on another prompt"):
+            sf.Attribute(few, metric, method=method)(nn, RAGGED)
+    alone = sf.Attribute(few, mixing["centered"], method=method)
+    assert alone(nn, RAGGED, batch_size=1).tokens.tolist() == LENGTHS
+
+
 def test_an_effect_that_is_not_finite():
     nn, few = wrapped(build("llama")), make_sae().latents(range(12))
     clean = sf.measure(nn, RAGGED, sf.logit(5))

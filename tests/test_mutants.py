@@ -67,8 +67,8 @@ MUTANTS = {
         "test_attribution.py::test_finite_differences[resid_post.1]",
     ),
     "a transcoder's gradient at its read site": Mutant(
-        "slopes[part.write][mask]",
-        "slopes[sorted(slopes)[0]][mask]",
+        "at_tokens(slopes[part.write], mask)",
+        "at_tokens(slopes[sorted(slopes)[0]], mask)",
         "test_attribution.py::test_every_architecture_against_the_naive_form[transcoder-AtP()-zero]",
     ),
     "no path between clean and baseline": Mutant(

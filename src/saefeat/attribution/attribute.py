@@ -124,7 +124,8 @@ class Attribute:
 
         Raises:
             GradientError: under ``torch.no_grad``, for a model without weights or of inference
-                tensors, or if the metric has no gradient, or one that is not finite.
+                tensors, or if the metric has no gradient, one that is not finite, or one that
+                reaches from one prompt to another.
             FiringError: if ``where`` selects no token at all, or an edit of the baseline none.
             PromptError: as in ``run``, and for pairs that cannot be aligned.
             CheckpointError: for the folder of another call.

@@ -13,7 +13,7 @@ from ..kernel.encode import encode
 from ..kernel.program import lift
 from ..latents import Latents, index_tensor
 from .methods import Method
-from .moves import Goal
+from .moves import Goal, at_tokens
 from .path import Runs
 from .score import Rows, moved_rows
 from .watch import Part
@@ -44,9 +44,9 @@ def require_few(method: Method, latents: Latents) -> None:
 
 def effects(runs: Runs, part: Part, mask: Tensor, goal: Goal) -> Columns:
     """One part's scores: what the metric does when each latent is moved alone."""
-    before = lift(runs.clean.values[part.read][mask], part.transform)
+    before = lift(at_tokens(runs.clean.values[part.read], mask), part.transform)
     rows = moved_rows(part, before, goal)
-    where = mask.nonzero()  # [n, 2]: row and column of each scored token
+    where = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
     prompt, position = where[:, 0], runs.clean.view["position"][mask].to(where.device)
     whole = getattr(runs.method, "per", "latent") == "latent"
     group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, whole)
@@ -105,9 +105,11 @@ def _effect(
     runs: Runs, write: int, owner: Tensor, at: tuple[Tensor, Tensor], steps: Tensor
 ) -> Tensor:
     """[g]: the metric summed over the method's moves, weighted; row g is prompt owner[g] again."""
-    many = runs.batch.take(owner.cpu())
+    home, owner = owner.device, owner.cpu()
+    many = runs.batch.take(owner)
     start = runs.clean.values[write][owner]
-    total = torch.zeros(len(owner), device=owner.device)
+    at, steps = (at[0].to(start.device), at[1].to(start.device)), steps.to(start.device)
+    total = torch.zeros(len(owner))
     for fraction, weight in runs.method.moves():
         if fraction == 0:
             found = runs.of_clean()[owner]
@@ -116,4 +118,4 @@ def _effect(
             here = runs.watch.run(many, targets={write: target.to(start.dtype)}, copy=False)
             found = runs.metric(here, many, owner)
         total = total.to(found) + weight * found.detach()
-    return total
+    return total.to(home)

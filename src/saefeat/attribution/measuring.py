@@ -16,7 +16,7 @@ from ..latents import Latents, as_latents, index_tensor
 from ..sites import Site
 from ..tokens import Tokens
 from ..verbs.lower import plain
-from .metrics import Metric, PerPrompt, Reader, Seen
+from .metrics import Metric, PerPrompt, Reader, Seen, real
 
 
 def log_prob(continuation: str | Sequence[int] | PerPrompt) -> Metric:
@@ -134,7 +134,7 @@ def site_metric(
 
     def read(seen: Seen) -> Tensor:
         assert seen.value is not None
-        return function(seen.value, seen.view["real"])
+        return function(seen.value, real(seen))
 
     return Metric(shown, lambda _: read, site=place)
 

@@ -260,8 +260,14 @@ def metric(
             )
         )
     if tokens == "all":
-        return Metric(name, lambda _: lambda seen: function(seen.logits, seen.view["real"]), "all")
+        return Metric(name, lambda _: lambda seen: function(seen.logits, real(seen)), "all")
     return Metric(name, lambda _: lambda seen: function(seen.logits[:, -1]))
+
+
+def real(seen: Seen) -> Tensor:
+    """[b, t] bool: real tokens, on the device of what the metric reads."""
+    read = seen.logits if seen.value is None else seen.value
+    return seen.view["real"].to(read.device)
 
 
 def require_prompts(where: str, metric: Metric, prompts: int) -> None:

@@ -17,9 +17,9 @@ from ..tokens import Tokens
 from ..verbs.lower import acts_at, plain
 from .ends import end, run_baseline
 from .exact import effects
-from .moves import Goal
+from .moves import Goal, at_tokens
 from .path import AtOnce, Runs, mean_gradients
-from .prepare import prepare, require_finite, require_finite_scores
+from .prepare import prepare, require_apart, require_finite, require_finite_scores
 from .record import Attribution
 from .score import score
 from .watch import Batch, Part, Watch
@@ -39,6 +39,7 @@ def attribute_batch(
     masks = scored(job.where, watch, clean.view, batch.lengths is not None)
     reached = end(watch, job.baseline, batch, other, clean, masks, here)
     runs = Runs(watch, job.method, batch, clean, reached, at_once)
+    require_apart(watch, batch, clean, runs.base())
     slopes = mean_gradients(runs, job.one_site) if nodes else {}
     with torch.no_grad():
         columns, dropped = (
@@ -104,10 +105,10 @@ def read_out(
     """Attribution's six columns, and the sums [b, 2] of what ``keep`` left out."""
     found, left = [], torch.zeros(len(view["real"]), 2)
     for part, mask, goal in zip(parts, masks, goals, strict=True):
-        before = lift(values[part.read][mask], part.transform)  # [n, d_in]
-        kept, dropped = score(part, before, goal, slopes[part.write][mask], keep)
-        prompt = mask.nonzero()[:, 0]
-        place = view["position"][mask][kept.token]
+        before = lift(at_tokens(values[part.read], mask), part.transform)  # [n, d_in]
+        kept, dropped = score(part, before, goal, at_tokens(slopes[part.write], mask), keep)
+        prompt = mask.nonzero()[:, 0].to(before.device)
+        place = view["position"][mask].to(before.device)[kept.token]
         numbers = (kept.score.float(), kept.activation.float(), kept.change.float())
         found.append((prompt[kept.token], place, kept.latent, *numbers))
         left.index_add_(0, prompt.cpu(), dropped.float().cpu())

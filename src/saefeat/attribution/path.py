@@ -51,18 +51,18 @@ class Runs(NamedTuple):
 
     def metric(self, here: Pass, batch: Batch, rows: Tensor) -> Tensor:
         """The metric of a pass over some rows of the batch, [rows]."""
-        return self.watch.read(batch, here, self.clean.last[rows], self._base(rows))
+        return self.watch.read(batch, here, self.clean.last[rows], self.base(rows))
 
     def of_clean(self) -> Tensor:
         """The metric in the clean run, [b]."""
-        return self.watch.read(self.batch, self.clean, self.clean.last, self._base())
+        return self.watch.read(self.batch, self.clean, self.clean.last, self.base())
 
     def of_base(self) -> Tensor:
         """The metric in the baseline run, [b]."""
         end = self.end
-        return self.watch.read(end.batch, end.here, self.clean.last, self._base())
+        return self.watch.read(end.batch, end.here, self.clean.last, self.base())
 
-    def _base(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
+    def base(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
         """The baseline run's last logits [rows, vocabulary], if the metric asks for them."""
         return self.end.here.last[rows] if self.watch.metric.needs_baseline else None
 

@@ -14,7 +14,7 @@ from ..verbs.base import Intervention, require_rows
 from .baselines import Fixed, Paired, require_pairs
 from .metrics import require_prompts
 from .semantics import SEMANTICS
-from .watch import Batch
+from .watch import Batch, Pass, Watch
 
 if TYPE_CHECKING:
     from .attribute import Attribute
@@ -195,6 +195,50 @@ def require_scored(tokens: Tensor, where: str) -> None:
             call="where=Tokens.all(), or Texts.select(rule) to see what a rule selects",
         )
     )
+
+
+LARGE = 1 << 26
+"""Logits of a metric that reads every token may be gigabytes: more than these are not copied."""
+
+
+def require_apart(watch: Watch, batch: Batch, here: Pass, base: Tensor | None) -> None:
+    """Refuse a metric whose number for one prompt depends on another of its batch.
+
+    Its shape is right, and a batch's gradient would still be no prompt's own. It is asked of the
+    first and the last prompt of the first batch, unless its logits are ``LARGE``.
+
+    Raises:
+        GradientError: for such a metric.
+    """
+    count = len(batch.numbers)
+    if count < 2 or int(batch.numbers[0]) or torch.is_inference_mode_enabled():
+        return
+    if here.logits.numel() > LARGE:
+        return
+    with torch.enable_grad():
+        read = {"logits": here.logits, "site": here.site}
+        leaves = {n: x.detach().requires_grad_() for n, x in read.items() if x is not None}
+        values = watch.read(batch, here._replace(**leaves), here.last, base)
+        if values.shape != (count,) or not values.requires_grad:
+            return  # refused where its gradient is taken; without one, it may do for Exact
+        slopes = [
+            torch.autograd.grad(
+                one, list(leaves.values()), materialize_grads=True, retain_graph=True
+            )
+            for one in (values[0], values[-1])
+        ]
+    crossed = [x for a, b in zip(*slopes, strict=True) for x in (a[1:], b[:-1])]
+    if any(bool(x.nan_to_num(0.0, 0.0, 0.0).any()) for x in crossed):  # NaN is refused by name
+        raise GradientError(
+            explain(
+                "Attribute",
+                "metric",
+                got=f"{watch.metric!r}, whose number for one prompt depends on another prompt",
+                wanted="each prompt's own number, whatever else is in its batch",
+                cause="a mean, a sum or a normalization over the first dimension, the prompts",
+                call="metric(lambda logits: logits.softmax(-1)[:, 5]), or batch_size=1",
+            )
+        )
 
 
 def require_finite_scores(columns: Sequence[Tensor], numbers: Tensor) -> None:

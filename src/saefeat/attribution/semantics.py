@@ -98,6 +98,6 @@ class _Through(torch.autograd.Function):
             with torch.enable_grad():
                 x = rows[start : start + ctx.step].detach().requires_grad_()
                 out = ctx.reconstruct(lift(x, ctx.transform))
-            slope = slopes[start : start + ctx.step].to(out.dtype)
+            slope = slopes[start : start + ctx.step].to(out)
             pieces.append(torch.autograd.grad(out, x, slope)[0])
         return None, torch.cat(pieces).view_as(read), None, None, None
