@@ -221,7 +221,8 @@ def test_views_of_the_record():
     assert list(table) == ["size", "measure", "of", "value", "low", "high"]
     assert len(table) == 3 * (2 * 3 + 1)
     lines = repr(found).splitlines()
-    assert len(lines) == 5 and max(map(len, lines)) <= 120
+    assert len(lines) == 6 and max(map(len, lines)) <= 120
+    assert "random" in lines[-1] and "matched" in lines[-1]
     figure = found.plot()
     assert [axes.get_title() for axes in figure.axes] == [
         "faithfulness",

@@ -82,7 +82,7 @@ def test_a_circuit_is_kept_within_the_rest(planted):
 def test_a_criterion_by_prompt_and_its_share(planted):
     nn, neurons, x = planted
     order = x[:, 4].argsort()
-    middle = float(x[order[1], 4])
+    middle = float(x[order[1:], 4].mean())  # between the two largest, in any precision
     # on the prompt with the largest neuron 4, only removing 8 helps; elsewhere removing 3 does
     special = sf.metric(
         lambda logits: (

@@ -122,6 +122,7 @@ class Metric:
         site: the site whose value it reads, if any.
         prompts: how many prompts it is made for; None if any.
         reference: the run it compares with, ``clean`` or ``baseline``, if any.
+        baseline_top: whether ``BASELINE_TOP`` stands in it, so that it needs a baseline run.
 
     Examples:
         >>> sf.logit_diff(5, 7)
@@ -135,6 +136,7 @@ class Metric:
     site: Site | None = None
     prompts: int | None = None
     reference: str | None = None
+    baseline_top: bool = False
 
     def bind(self, tokenizer: Any) -> Scorer:
         """The metric as a function of last logits [b, vocabulary] and the baseline's argmax [b].
@@ -161,6 +163,11 @@ class Metric:
             return read(Seen(logits.unsqueeze(1), top, torch.arange(len(logits)), {}))
 
         return scorer
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether it says nothing without a baseline run."""
+        return self.baseline_top or self.reference == "baseline"
 
     @property
     def flat(self) -> bool:
@@ -199,7 +206,8 @@ def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
         up, down = _group(tokenizer, positive), _group(tokenizer, negative)
         return lambda seen: _joined(seen, up) - _joined(seen, down)
 
-    return Metric(name, reader, prompts=same_count("logit_diff", positive, negative))
+    count = same_count("logit_diff", positive, negative)
+    return Metric(name, reader, prompts=count, baseline_top=_has_top(positive, negative))
 
 
 def logit(token: TokenSpec) -> Metric:
@@ -217,7 +225,8 @@ def logit(token: TokenSpec) -> Metric:
         group = _group(tokenizer, token)
         return lambda seen: _joined(seen, group)
 
-    return Metric(f"logit({token!r})", reader, prompts=same_count("logit", token))
+    count = same_count("logit", token)
+    return Metric(f"logit({token!r})", reader, prompts=count, baseline_top=_has_top(token))
 
 
 def metric(
@@ -294,6 +303,12 @@ def same_count(where: str, *values: Any) -> int | None:
             )
         )
     return counts.pop() if counts else None
+
+
+def _has_top(*specs: Any) -> bool:
+    """Whether ``BASELINE_TOP`` is among these, or among their values by prompt."""
+    listed = [one for s in specs for one in (s.values if isinstance(s, PerPrompt) else (s,))]
+    return any(isinstance(one, BaselineTop) for one in listed)
 
 
 def _group(tokenizer: Any, spec: Any) -> Tensor | list[Tensor | None] | None:

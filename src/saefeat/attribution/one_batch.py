@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,9 +58,14 @@ def attribute_batch(
     return found, reached.here.receipt
 
 
-def baseline_top(job: Attribute, model: Any, prompts: Prompts, batch_size: int) -> Tensor:
-    """[prompts] long: what ``BASELINE_TOP`` stands for in an attribution of these prompts."""
-    watch, found = Watch(as_latents(job.target, "Attribute"), model, job.metric), []
+def baseline_logits(
+    job: Attribute, model: Any, prompts: Prompts, batch_size: int
+) -> Iterator[Tensor]:
+    """[b, vocabulary] a batch: last logits of the baseline run of an attribution of these prompts.
+
+    What ``BASELINE_TOP`` and ``kl("baseline")`` refer to.
+    """
+    watch = Watch(as_latents(job.target, "Attribute"), model, job.metric)
     with torch.no_grad():
         for batch, other in prepare(job, model, prompts).batches(batch_size):
             here = run_baseline(watch, job.baseline, batch, other, False)
@@ -68,8 +73,13 @@ def baseline_top(job: Attribute, model: Any, prompts: Prompts, batch_size: int) 
                 clean = watch.run(batch)
                 masks = scored(job.where, watch, clean.view, batch.lengths is not None)
                 here = end(watch, job.baseline, batch, other, clean, masks, None).here
-            found.append(here.last.argmax(-1).cpu())
-    return torch.cat(found)
+            yield here.last.cpu()
+
+
+def baseline_top(job: Attribute, model: Any, prompts: Prompts, batch_size: int) -> Tensor:
+    """[prompts] long: what ``BASELINE_TOP`` stands for in an attribution of these prompts."""
+    found = baseline_logits(job, model, prompts, batch_size)
+    return torch.cat([logits.argmax(-1) for logits in found])
 
 
 def scored(

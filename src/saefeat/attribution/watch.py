@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -126,7 +126,7 @@ class Watch:
         self.through = through(self.parts) if semantics == "through_sae" else {}
         self.reader: Reader = metric.reader(getattr(model, "tokenizer", None))
         self.site = None if metric.site is None else self.route.places[metric.site]
-        self._require_upstream()
+        require_upstream("Attribute", metric, self.written.values(), self.route)
 
     def _part(self, basis: Any, indices: Sequence[int]) -> Part:
         dictionary: Dictionary = basis
@@ -149,24 +149,6 @@ class Watch:
         place = self.route.places[site]
         key = Place(place.path, place.end, plus=place.plus)
         return self._places.setdefault(key, (len(self._places), site))[0]
-
-    def _require_upstream(self) -> None:
-        """Refuse sites that the metric's own site does not depend on: zeros would say so badly."""
-        if self.metric.site is None:
-            return
-        orders = self.route.orders
-        late = [s for s in self.written.values() if orders[s] > orders[self.metric.site]]
-        if late:
-            raise SiteError(
-                explain(
-                    "Attribute",
-                    "metric",
-                    got=f"at {self.metric.site}, and latents written at {late[0]}",
-                    wanted="latents written no later than the metric's site",
-                    cause="the model reaches these latents after what they are to explain",
-                    call="Attribute(Dictionaries of the sites before it, metric)",
-                )
-            )
 
     def run(
         self,
@@ -194,14 +176,14 @@ class Watch:
             stack.enter_context(torch.set_grad_enabled(bool(gradient)))
             if self.backward is not None and gradient:
                 slopes = stack.enter_context(self.backward.applied(self.module))
-            log, logits = self._trace(batch, program)
+            log, logits = self.trace(batch, program)
         return self.seen(log, logits, intervention.receipt(log))._replace(slopes=slopes)
 
     def _afar(
         self, batch: Batch, program: dict[str, Any], intervention: Intervention, gradient: bool
     ) -> Pass:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
-        columns = self._columns(batch)
+        columns = self.columns(batch)
         place = (self.model, self.remote, program, batch.inputs, batch.lengths, columns)
         errand = Errand(*place, self._options(columns))
         log, logits = run_afar(errand)
@@ -218,9 +200,9 @@ class Watch:
         accepted = inspect.signature(self.module.forward).parameters
         return {name: value for name, value in wanted.items() if name in accepted}
 
-    def _trace(self, batch: Batch, program: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    def trace(self, batch: Batch, program: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The pass itself: its log, and the logits of the columns that the metric reads."""
-        model, columns = self.model, self._columns(batch)
+        model, columns = self.model, self.columns(batch)
         options = self._options(columns)
         with model.trace(**options) as tracer:
             with tracer.invoke(batch.inputs):
@@ -230,7 +212,7 @@ class Watch:
                 logits = nnsight.save(model.output.logits[:, -columns:])
         return log, logits
 
-    def _columns(self, batch: Batch) -> int:
+    def columns(self, batch: Batch) -> int:
         """How many last columns of logits are wanted; 0 for all of them."""
         if self.metric.columns == "all":
             return 0
@@ -301,6 +283,28 @@ class Watch:
         """The metric of a pass, [b]; ``clean`` and ``base`` are those runs' last logits."""
         return self.reader(
             Seen(here.logits, base.argmax(-1), batch.numbers, here.view, clean, base, here.site)
+        )
+
+
+def require_upstream(where: str, metric: Metric, written: Iterable[Site], way: Route) -> None:
+    """Refuse sites that the metric's own site does not depend on: zeros would say so badly.
+
+    Raises:
+        SiteError: naming the first such site.
+    """
+    if metric.site is None:
+        return
+    late = [site for site in written if way.orders[site] > way.orders[metric.site]]
+    if late:
+        raise SiteError(
+            explain(
+                where,
+                "metric",
+                got=f"at {metric.site}, and latents written at {late[0]}",
+                wanted="latents written no later than the metric's site",
+                cause="the model reaches these latents after what they are to explain",
+                call="latents of the sites before it: saes.latents({0: [3]})",
+            )
         )
 
 

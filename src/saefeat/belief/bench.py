@@ -1,93 +1,110 @@
-"""One model, its prompts and a metric, measured under many edits."""
+"""One model, its prompts and a metric, measured under many edits.
+
+Any metric of ``Attribute`` will do: a pass is read by the attribution's own ``Watch``, with the
+continuations, columns of logits and sites that the metric asks for, and no others.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
 
-import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
-from ..attribution.metrics import Metric, Scorer
-from ..attribution.one_batch import baseline_top
-from ..errors import GradientError, LatentError, PromptError, SaefeatError, explain
-from ..kernel.program import new_log
-from ..kernel.trace import whole_run
+from ..attribution.metrics import Metric, Seen, require_prompts
+from ..attribution.one_batch import baseline_logits
+from ..attribution.prepare import Data, continued, prepare
+from ..attribution.watch import NOTHING, Batch, Pass, Watch
+from ..checkpoint import Checkpoint
+from ..errors import SaefeatError, explain
+from ..identity import digest, model_identity
 from ..latents import Latents, as_latents, stack
-from ..prompts import Prompts, encode_prompts, split
-from ..sites import torch_module
+from ..prompts import Prompts, encode_prompts
+from ..records import Readings
 from ..tokens import Tokens
-from ..verbs.base import Chain, Intervention, require_fired
+from ..verbs.base import Intervention, require_fired, require_rows
 from ..verbs.edits import Clamp
 from ..verbs.lower import lower
+from .require import require
+from .room import rows_that_fit
+
+Folder = str | os.PathLike[str] | None
+
+
+class References(NamedTuple):
+    """What a metric compares with, for each prompt; None where it does not.
+
+    ``top`` [prompts] long stands for ``BASELINE_TOP``; ``clean`` and ``base`` are last logits
+    [prompts, vocabulary] of those runs.
+    """
+
+    top: Tensor | None = None
+    clean: Tensor | None = None
+    base: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Encoded prompts and a bound metric.
+    """Encoded prompts and a metric.
 
     Attributes:
-        model: an nnsight ``TransformersModel``.
-        batch: ``input_ids`` and ``attention_mask``, [prompts, tokens].
-        scorer: the metric, bound to the model's tokenizer.
-        top: [prompts] long, what ``BASELINE_TOP`` stands for.
+        watch: what the metric reads of a pass.
+        data: the prompts, with what continues them.
+        references: what the metric compares with.
         where: the name of the public function, for errors.
-        batch_size: rows a forward pass.
+        batch_size: the most rows a forward pass.
+        done: measurements that an earlier call has finished, numbered in the order of asking.
     """
 
-    model: Any
-    batch: dict[str, Tensor]
-    scorer: Scorer
-    top: Tensor
+    watch: Watch
+    data: Data
+    references: References
     where: str
     batch_size: int
+    done: Checkpoint
+    numbers: Iterator[int] = field(default_factory=count)
 
     def __len__(self) -> int:
-        return len(self.batch["input_ids"])
+        return len(self.data.inputs["input_ids"])
 
-    def rows(self, prompts: Tensor) -> dict[str, Tensor]:
-        """The batch with these prompts, [n] long, as its rows."""
-        return {name: tensor[prompts] for name, tensor in self.batch.items()}
+    def under(self, intervention: Intervention | None = None, prompts: Any = None) -> Tensor:
+        """[n] float32: the metric of these prompts (default: each once) under an intervention.
 
-    def under(self, intervention: Intervention | None, prompts: Tensor | None = None) -> Tensor:
-        """[n]: the metric of these prompts (default: each once) under an intervention.
+        Values of the intervention that differ by prompt are one a row, n of them.
 
         Raises:
             FiringError: if an edit selects no token in any of them.
         """
+        number = next(self.numbers)
+        held = self.done.load(number)
+        if held is not None:
+            return held[0]["metric"]
         rows = torch.arange(len(self)) if prompts is None else prompts
-        chosen = Chain(()) if intervention is None else intervention
-        found, receipts, start = [], [], 0
-        for batch in split(self.rows(rows), self.batch_size):
-            here = slice(start, start + len(batch["input_ids"]))
-            start = here.stop
-            logits, log = last_logits(self.model, lower(chosen, self.model, here), batch)
-            found.append(self.measure(logits, rows[here]))
-            receipts.append(chosen.receipt(log))
+        chosen, found, receipts = intervention or NOTHING, [], []
+        with torch.no_grad():
+            for batch, part in self._batches(chosen, rows):
+                here = self.watch.run(batch, chosen)
+                found.append(self._read(here, part))
+                receipts.append(here.receipt)
         require_fired(sum(receipts[1:], receipts[0]), self.where)
+        self.done.save(number, {"metric": torch.cat(found)}, {})
         return torch.cat(found)
 
-    def measure(self, logits: Tensor, prompts: Tensor) -> Tensor:
-        """[n] float32: the metric, from last logits [n, vocabulary] of these prompts."""
+    def readings(self, probe: Intervention) -> list[Readings]:
+        """What a probe reads in the bare model, some prompts at a time."""
+        every, found = torch.arange(len(self)), []
         with torch.no_grad():
-            found = self.scorer(logits, self.top[prompts].to(logits.device))
-        if found.shape == logits.shape[:1] and bool(torch.isfinite(found).all()):
-            return found.float().cpu()
-        raise SaefeatError(
-            explain(
-                self.where,
-                "metric",
-                got=f"of shape {tuple(found.shape)}, or not finite",
-                wanted="one finite number a prompt, [batch]",
-                cause="a mean over prompts inside the metric, or a logarithm of zero",
-                call="metric(lambda logits: logits[:, 5])",
-            )
-        )
+            for batch, _ in self._batches(probe, every):
+                program = lower(probe, self.watch.model, batch.rows(), self.watch.way(probe))
+                log, _ = self.watch.trace(batch, program)
+                found += probe.readings(log)
+        return found
 
     def without(
         self, sets: Sequence[Latents], where: Tokens | None, *, progress: bool = False
@@ -105,133 +122,134 @@ class Bench:
         edit = Clamp(union, scale=scale, where=where) if len(union) else None
         return self.under(edit, prompts).reshape(len(sets), len(self))
 
+    def _batches(self, chosen: Intervention, rows: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+        """Rows of these prompts, as many at a time as there is room for, and their prompts.
 
-def last_logits(
-    model: Any, program: dict[str, Any], batch: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Any]]:
-    """One forward pass: logits [b, vocabulary] float32 for the token after each row, and the log.
+        In a batch rows are numbered, not prompts: an intervention's values are one a row.
+        """
+        lengths = None if self.data.lengths is None else self.data.lengths[rows]
+        data = Data({name: held[rows] for name, held in self.data.inputs.items()}, lengths)
+        ((whole, _),) = data.batches(len(rows))
+        size = rows_that_fit(self.watch, whole, chosen, self.batch_size)
+        for batch, _ in data.batches(size):
+            yield batch, rows[batch.numbers]
 
-    ``run`` would do, but it makes logits for every token, and a provenance for every batch.
-    """
-    accepted = inspect.signature(torch_module(model).forward).parameters
-    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    with torch.no_grad(), model.trace(**options) as tracer:
-        with tracer.invoke(batch):
-            log = nnsight.save(new_log())
-            whole_run(model, program, log)
-        with tracer.invoke():
-            logits = nnsight.save(model.output.logits[:, -1].float().clone())
-    return logits, log
+    def _read(self, here: Pass, prompts: Tensor) -> Tensor:
+        """[b] float32: the metric of a pass whose rows are these prompts."""
+        top, clean, base = (None if r is None else r[prompts] for r in self.references)
+        seen = Seen(here.logits, top, prompts, here.view, clean, base, here.site)
+        found = self.watch.reader(seen)
+        if found.shape == here.logits.shape[:1] and bool(torch.isfinite(found).all()):
+            return found.float().cpu()
+        raise SaefeatError(
+            explain(
+                self.where,
+                "metric",
+                got=f"of shape {tuple(found.shape)}, or not finite",
+                wanted="one finite number a prompt, [batch]",
+                cause="a mean over prompts inside the metric, or a logarithm of zero",
+                call="metric(lambda logits: logits[:, 5])",
+            )
+        )
 
 
-def bench(model: Any, prompts: Prompts, metric: Metric, *, where: str, batch_size: int) -> Bench:
-    """A bench for a metric that needs no baseline run.
+def bench(
+    model: Any,
+    prompts: Prompts,
+    metric: Metric,
+    *,
+    where: str,
+    batch_size: int,
+    baseline: Intervention | None = None,
+    checkpoint: Folder = None,
+    **asked: Any,
+) -> Bench:
+    """A bench for a metric on its own.
+
+    ``baseline`` is the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to; ``asked`` is what
+    else a result depends on, for the checkpoint.
 
     Raises:
-        SaefeatError: for ``BASELINE_TOP``, which has no meaning without one.
+        PromptError: for a metric made for another number of prompts.
+        SaefeatError: for a metric that refers to a baseline, without one.
     """
     require(where, batch_size=(batch_size, 1))
     tokenizer = getattr(model, "tokenizer", None)
-    batch = encode_prompts(tokenizer, prompts)
-    if "BASELINE_TOP" in repr(metric):
-        raise SaefeatError(
-            explain(
-                where,
-                "metric",
-                got=repr(metric),
-                wanted="a metric of fixed tokens",
-                cause="BASELINE_TOP is what an attribution's baseline run says; there is none here",
-                call="logit_diff(token, other)",
-            )
-        )
-    top = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
-    return Bench(model, batch, metric.bind(tokenizer), top, where, batch_size)
+    data = Data(encode_prompts(tokenizer, prompts), None)
+    total = len(data.inputs["input_ids"])
+    require_prompts(where, metric, total)
+    _require_baseline(where, metric, baseline)
+    require_rows(baseline or NOTHING, total)
+    if metric.continuation is not None:
+        data = Data(*continued(tokenizer, data.inputs, metric.continuation(tokenizer)))
+    watch = Watch(Latents(()), model, metric)
+    done = _opened(checkpoint, watch, data, where, batch_size, baseline=baseline, **asked)
+    logits = (watch.run(b, baseline or NOTHING).last.cpu() for b, _ in data.batches(batch_size))
+    references = _references(watch, data, logits, batch_size)
+    return Bench(watch, data, references, where, batch_size, done)
 
 
 def bench_of(
-    attribute: Attribute, model: Any, prompts: Prompts, *, where: str, batch_size: int
+    attribute: Attribute,
+    model: Any,
+    prompts: Prompts,
+    *,
+    where: str,
+    batch_size: int,
+    checkpoint: Folder = None,
+    **asked: Any,
 ) -> Bench:
     """A bench on which an attribution's metric is what it was there."""
     require(where, batch_size=(batch_size, 1))
-    tokenizer = getattr(model, "tokenizer", None)
-    batch = encode_prompts(tokenizer, prompts)
-    top = torch.zeros(len(batch["input_ids"]), dtype=torch.long)
-    if "BASELINE_TOP" in repr(attribute.metric):
-        top = baseline_top(attribute, model, batch, batch_size)
-    return Bench(model, batch, attribute.metric.bind(tokenizer), top, where, batch_size)
+    data = prepare(attribute, model, prompts)
+    watch = Watch(Latents(()), model, attribute.metric)
+    asked |= {"baseline": attribute.baseline, "tokens": attribute.where}
+    asked["target"] = as_latents(attribute.target, where)
+    done = _opened(checkpoint, watch, data, where, batch_size, **asked)
+    logits = baseline_logits(attribute, model, prompts, batch_size)
+    references = _references(watch, data, logits, batch_size)
+    return Bench(watch, data, references, where, batch_size, done)
 
 
-def require(where: str, **given: tuple[Any, int]) -> None:
-    """Whole numbers from a least value on."""
-    for name, (number, least) in given.items():
-        if type(number) is not int or number < least:
-            raise SaefeatError(
-                explain(
-                    where,
-                    name,
-                    got=repr(number),
-                    wanted=f"an integer from {least}",
-                    cause="a typing error",
-                    call=f"{where}(..., {name}={max(least, 8)})",
-                )
-            )
+def _references(watch: Watch, data: Data, base: Iterable[Tensor], size: int) -> References:
+    """What the metric compares with, run only if it does; ``base`` yields logits as it runs."""
+    metric, found = watch.metric, References()
+    with torch.no_grad():
+        if metric.baseline_top:
+            found = found._replace(top=torch.cat([logits.argmax(-1) for logits in base]))
+        elif metric.reference == "baseline":
+            found = found._replace(base=torch.cat(list(base)))
+        elif metric.reference == "clean":
+            clean = [watch.run(batch).last.cpu() for batch, _ in data.batches(size)]
+            found = found._replace(clean=torch.cat(clean))
+    return found
 
 
-def require_several(latents: object, where: str, least: int) -> Latents:
-    """Latents, at least so many."""
-    found = as_latents(latents, where)
-    if len(found) >= least:
-        return found
-    raise LatentError(
-        explain(
-            where,
-            "latents",
-            got=repr(found),
-            wanted=f"at least {least}",
-            cause="a search that found too few",
-            call="scores.top(20)",
-        )
-    )
+def _opened(
+    folder: Folder, watch: Watch, data: Data, where: str, batch_size: int, **asked: Any
+) -> Checkpoint:
+    """The job's checkpoint, refused now if it is another's."""
+    who: dict[str, Any] = {}
+    if folder is not None:
+        who = {**model_identity(watch.model), "job": where, "metric": digest(watch.metric)}
+        who |= {"prompts": digest(*data), "batch_size": batch_size}
+        who |= {name: digest(value) for name, value in asked.items()}
+    with Checkpoint(folder, who, where) as done:  # it holds nothing open
+        return done
 
 
-def require_same(where: str, clean: Tensor, remembered: Tensor) -> None:
-    """Refuse scores of other prompts, another metric or another model.
-
-    Raises:
-        PromptError: naming what differs.
-    """
-    same = clean.shape == remembered.shape
-    # bfloat16 models move by a percent when rows are batched otherwise
-    slack = 0.02 * (1 + float(remembered.abs().max())) if same else 0.0
-    if same and bool(((clean - remembered).abs() <= slack).all()):
+def _require_baseline(where: str, metric: Metric, baseline: Intervention | None) -> None:
+    """Refuse a metric that refers to a run nobody named."""
+    if baseline is not None or not metric.needs_baseline:
         return
-    raise PromptError(
+    name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
+    raise SaefeatError(
         explain(
             where,
-            "scores",
-            got=f"of {len(remembered)} prompts with a mean metric of {remembered.mean():.3f}",
-            wanted=f"scores of these {len(clean)} prompts, whose metric is {clean.mean():.3f}",
-            cause="other prompts, another order, another metric or another model",
-            call="scores = attribute(model, prompts), and the same three here",
-        )
-    )
-
-
-def require_gradients(where: str) -> None:
-    """Refuse a context in which nothing has a gradient.
-
-    Raises:
-        GradientError: under ``torch.no_grad`` or ``torch.inference_mode``.
-    """
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        return
-    raise GradientError(
-        explain(
-            where,
-            "context",
-            got="gradients switched off",
-            wanted="torch.is_grad_enabled()",
-            cause="a surrounding torch.no_grad() or torch.inference_mode()",
-            call=f"with torch.enable_grad(): {where}(...)",
+            "metric",
+            got=repr(metric),
+            wanted="the baseline run it refers to, or a metric that needs none",
+            cause=f"{name} is what a baseline run says, and there is none here",
+            call=f"{where}(..., baseline=Ablate(latents))",
         )
     )

@@ -56,6 +56,18 @@ def mass(scores: Attribution, ranked: Ranking) -> Tensor:
     return found.clamp(min=torch.finfo(torch.float64).tiny)
 
 
+def members_mass(
+    scores: Attribution, ranked: Ranking, sets: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """For each of the sets [draws, k, 2] what each member writes, [draws, k]."""
+    written = mass(scores, ranked).tolist()
+    table = dict(zip(map(tuple, ranked.keys.tolist()), written, strict=True))
+    return {
+        name: torch.tensor([[table[tuple(key)] for key in drawn.tolist()] for drawn in keys])
+        for name, keys in sets.items()
+    }
+
+
 def require_pool(ranked: Ranking, k: int, where: str) -> None:
     """Refuse sets so large that no control of their size is left."""
     if len(ranked.keys) < 2 * k:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,7 +42,10 @@ class Faithfulness:
         empty: [prompts], m(∅).
         kept: for each of ``sets``, [n, draws, prompts], m(S).
         removed: for each of ``sets``, [n, draws, prompts], m(M∖S).
-        marginals: for each size k, [k, prompts], m(S∖v) for the members v of the top set.
+        marginals: for each size k, [k, prompts], m(S∖v) for the members v of the top set, in the
+            order of ``latents(k)``.
+        mass: for each of ``sets``, [draws, largest size], how much each member writes on these
+            prompts, Σ |activation| · ‖direction‖.
 
     Examples:
         >>> v, one = sf.Neurons("resid_post.0", 4), torch.ones(1, 1, 2)
@@ -63,10 +66,25 @@ class Faithfulness:
     kept: dict[str, Tensor]
     removed: dict[str, Tensor]
     marginals: tuple[Tensor, ...]
+    mass: dict[str, Tensor] = field(default_factory=dict)
 
     def latents(self, size: int) -> Latents:
         """The top set of this size."""
         return selection(self.dictionaries, self.sets["top"][0, :size])
+
+    def balance(self, of: str) -> tuple[float, ...]:
+        """[n]: how much a control writes for each size, as a share of what the top writes.
+
+        A matched control far below 1 is no match: no other latents write as much.
+
+        Args:
+            of: ``"random"`` or ``"matched"`` (means over draws).
+        """
+        self._require("mass", of, tuple(self.mass))
+        return tuple(
+            float(self.mass[of][:, :k].sum(1).mean() / self.mass["top"][:, :k].sum())
+            for k in self.sizes
+        )
 
     def curve(self, measure: str, of: str = "top", *, seed: int = 0) -> tuple[Estimate, ...]:
         """[n] values, each with the ends of its 95 % percentile bootstrap interval over prompts.
@@ -78,17 +96,7 @@ class Faithfulness:
             seed: of the bootstrap. With one prompt the ends are NaN.
         """
         known = ("top",) if measure == "minimality" else tuple(self.sets)
-        if measure not in MEASURES or of not in known:
-            raise SaefeatError(
-                explain(
-                    "Faithfulness.curve",
-                    "measure and of",
-                    got=f"{measure!r} of {of!r}",
-                    wanted=f"one of {', '.join(MEASURES)}, of {' or '.join(known)}",
-                    cause="a typing error, or controls that were not run",
-                    call='curve("completeness", "matched")',
-                )
-            )
+        self._require(measure, of, known)
         prompts = len(self.clean)
         weights = resample(prompts, SAMPLES, seed)
         every = torch.full((1, prompts), 1 / prompts, dtype=torch.float64)
@@ -99,6 +107,20 @@ class Faithfulness:
             ends = (float(low), float(high)) if prompts > 1 else (math.nan, math.nan)
             found.append(Estimate(value, *ends))
         return tuple(found)
+
+    def _require(self, measure: str, of: str, known: tuple[str, ...]) -> None:
+        if measure in (*MEASURES, "mass") and of in known:
+            return
+        raise SaefeatError(
+            explain(
+                "Faithfulness.balance" if measure == "mass" else "Faithfulness.curve",
+                "measure and of",
+                got=f"{measure!r} of {of!r}",
+                wanted=f"one of {', '.join(MEASURES)}, of {' or '.join(known)}",
+                cause="a typing error, or controls that were not run",
+                call='curve("completeness", "matched")',
+            )
+        )
 
     def _value(self, measure: str, of: str, n: int, weights: Tensor) -> Tensor:
         """[samples]: one measure of one size, for weights [samples, prompts] of the prompts."""
@@ -156,4 +178,10 @@ class Faithfulness:
         curves = [self.curve(measure, of) for measure, of in self._curves()]
         for size, *points in zip(self.sizes, *curves, strict=True):
             lines.append(f"{size:7}" + "".join(f"{point.value:15.2f}" for point in points))
+        shares = [f"{of} {self.balance(of)[-1]:.2f}" for of in self.mass if of != "top"]
+        if shares:
+            lines.append(
+                f"  at size {self.sizes[-1]} the controls write, as a share of what the top "
+                f"writes: {', '.join(shares)}"
+            )
         return "\n".join(lines)

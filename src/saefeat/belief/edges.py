@@ -28,7 +28,7 @@ from ..verbs.base import Chain
 from ..verbs.edits import Clamp
 from ..verbs.lower import acts_at, add_stash, add_visit, in_order, lower, plain
 from ..verbs.probe import Probe
-from .bench import require, require_gradients
+from .require import require, require_gradients
 from .stats import spearman
 
 

@@ -7,22 +7,19 @@ attribution holds all that is needed to make it: the baseline need not be run ag
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attribution.attribute import Attribute
 from ..attribution.record import Attribution
 from ..errors import SaefeatError, explain
 from ..kernel.encode import encode
 from ..latents import Latents
-from ..prompts import split
+from ..records import Readings
 from ..tokens import Tokens
 from ..verbs.edits import Clamp
-from ..verbs.lower import lower
-from .bench import Bench, last_logits
+from ..verbs.values import Pin
+from .bench import Bench
 from .ranking import selection
 
 
@@ -56,27 +53,27 @@ def effects(
     for start in tqdm(starts, disable=not progress, desc=bench.where, unit="batch"):
         rows = edits[start : start + bench.batch_size]
         here = (edit >= start) & (edit < start + len(rows))
-        values = _moved(bench, scores, keys, rows, moves[here], edit[here] - start)
+        shifted = _shifted(scores, keys, rows, moves[here], edit[here] - start)
+        values = bench.under(shifted, rows[:, 1])
         found[rows[:, 0], rows[:, 1]] = values.double() - clean[rows[:, 1]].double()
     return found
 
 
-def _moved(
-    bench: Bench, scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edit: Tensor
-) -> Tensor:
-    """[b]: the metric of one batch, whose row r moves latent rows[r, 0] in prompt rows[r, 1].
+def _shifted(scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edit: Tensor) -> Clamp:
+    """The edit of one batch, whose row r moves latent rows[r, 0] in prompt rows[r, 1].
 
-    ``moves`` [n] are the attribution's rows, ``edit`` [n] the batch's row each belongs to.
+    ``moves`` [n] are the attribution's rows, ``edit`` [n] the batch's row each belongs to. Values
+    are by position in the text, so that padding and batching do not matter.
     """
-    (batch,) = split(bench.rows(rows[:, 1]), len(rows))
-    pads = (batch["attention_mask"] == 0).sum(1)  # [b]
-    used = rows[:, 0].unique()
-    latents = selection(scores.dictionaries, keys[used])
+    latents = selection(scores.dictionaries, keys[rows[:, 0].unique()])
     column = {key: n for n, key in enumerate(_pairs(latents, scores))}
-    shift = torch.zeros(*batch["input_ids"].shape, len(latents))  # [b, t, k]
     places = torch.tensor([column[tuple(key)] for key in keys[rows[edit, 0]].tolist()])
-    shift[edit, scores.position[moves] + pads[edit], places] = scores.change[moves]
-    return bench.measure(_logits(bench.model, latents, shift, batch), rows[:, 1])
+    position = scores.position[moves]
+    shift = torch.zeros(len(rows), int(position.max()) + 1, len(latents))  # [b, t, k]
+    shift[edit, position, places] = scores.change[moves].cpu()
+    every = torch.ones_like(shift, dtype=torch.bool)
+    values = Readings(latents, shift, every, torch.zeros(len(rows), dtype=torch.long))
+    return Clamp(latents, add=Pin(values), where=Tokens.all())
 
 
 def _pairs(latents: Latents, scores: Attribution) -> list[tuple[int, int]]:
@@ -85,27 +82,28 @@ def _pairs(latents: Latents, scores: Attribution) -> list[tuple[int, int]]:
     return [(number[id(basis)], i) for basis, indices in latents.parts for i in indices]
 
 
-def _logits(model: Any, latents: Latents, shift: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Last logits [b, v] with ``shift`` [b, t, k] added to the latents."""
-    program = lower(Clamp(latents, add=0.0, where=Tokens.all()), model)
-    spans, start = [], 0
-    for _, indices in latents.parts:
-        spans.append(slice(start, start + len(indices)))
-        start += len(indices)
-    for stop in program["visits"]:
-        for action in stop["actions"]:
-            if action["do"] == "write":
-                action["tensors"]["shift"] = shift[..., spans[action["id"]]].clone()
-    return last_logits(model, program, batch)[0]
+def require_movable(scores: Attribution, where: str) -> None:
+    """Refuse scores that do not say at which tokens, and how far, each latent is to be moved.
 
-
-def require_fixed_directions(attribute: Attribute, scores: Attribution, where: str) -> None:
-    """Refuse a baseline for dictionaries whose directions depend on the input.
-
-    There a score is the difference of two contributions, and no change of the activation alone
-    has that effect. At the zero baseline one of the two is zero.
+    Raises:
+        SaefeatError: for scores of ``per="latent"``, and for a baseline of dictionaries whose
+            directions depend on the input: there a score is the difference of two contributions,
+            and no change of the activation alone has that effect. At the zero baseline one of the
+            two is zero.
     """
-    if attribute.baseline is None:
+    if bool((scores.position < 0).any()):
+        raise SaefeatError(
+            explain(
+                where,
+                "scores",
+                got="one score for all tokens of a prompt together",
+                wanted="a score for each token",
+                cause='Exact() or FiniteDifference() with per="latent"; effects of Exact() are'
+                " exact already",
+                call='Attribute(..., method=AtP()), or per="token"',
+            )
+        )
+    if torch.equal(scores.change, -scores.activation):
         return
     for dictionary in scores.dictionaries:
         columns = dictionary.columns(torch.zeros(1, dtype=torch.long))

@@ -12,15 +12,16 @@ from tqdm import tqdm
 from ..attribution.attribute import Attribute
 from ..attribution.record import Attribution
 from ..errors import LatentError, SaefeatError, explain
-from ..execution.run import run
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
+from ..tokens import Tokens
 from ..verbs.edits import Ablate
 from ..verbs.probe import Probe
-from .bench import Bench, bench_of, require, require_same
-from .controls import matched_sets, random_sets, require_pool
+from .bench import Bench, Folder, bench_of
+from .controls import matched_sets, members_mass, random_sets, require_pool
 from .curves import Faithfulness
 from .ranking import Ranking, ranking, selection
+from .require import require, require_same
 
 
 def faithfulness(
@@ -34,6 +35,7 @@ def faithfulness(
     to: str = "zero",
     seed: int = 0,
     batch_size: int = 32,
+    checkpoint: Folder = None,
     progress: bool = False,
 ) -> Faithfulness:
     """Keep the top latents and ablate all others; ablate the top and keep all others.
@@ -44,7 +46,8 @@ def faithfulness(
 
     Controls draw as many latents from those that moved and are in no top set: ``random`` at
     random; ``matched`` one for each member, of the same dictionary and with the nearest mass
-    (Σ |activation| · ‖direction‖).
+    (Σ |activation| · ‖direction‖). The top may write more than anything else does; how nearly
+    the controls match is in ``Faithfulness.balance``, and printed.
 
     The cost: Σ over sizes of 2 + 4 · controls + size passes over the prompts. About half of them
     ablate nearly every latent, which encodes and decodes with the whole dictionaries: for wide
@@ -58,9 +61,10 @@ def faithfulness(
         sizes: set sizes; by default powers of two up to 32 or half of the latents that moved.
         controls: draws of each kind of control; 0 for none.
         to: what ablated latents are set to: ``"zero"``, or ``"mean"``, their mean over the
-            prompts' scored tokens (each prompt counts alike).
+            prompts' scored tokens (each prompt that has any counts alike).
         seed: of the controls.
-        batch_size: prompts a forward pass.
+        batch_size: the most prompts a forward pass; fewer where prompts are long.
+        checkpoint: a folder for finished sets: an interrupted call, made again, goes on from there.
         progress: show a progress bar.
 
     Returns:
@@ -84,40 +88,57 @@ def faithfulness(
         1
     """
     require("faithfulness", controls=(controls, 0), seed=(seed, 0))
+    _require_way(to)
     ranked = ranking(scores, "faithfulness")
     ladder = _sizes(sizes, ranked, controls)
-    bench = bench_of(attribute, model, prompts, where="faithfulness", batch_size=batch_size)
-    clean = bench.under(None)
-    require_same("faithfulness", clean, scores.clean)
+    _require_inside(attribute, selection(scores.dictionaries, ranked.keys))
+    asked = {"scores": scores, "sizes": ladder, "controls": controls, "to": to, "seed": seed}
+    bench = bench_of(
+        attribute, model, prompts, where="faithfulness", batch_size=batch_size,
+        checkpoint=checkpoint, **asked,
+    )  # fmt: skip
+    clean = bench.under()
+    require_same(bench, clean, scores)
     sets = {"top": ranked.keys[None, : ladder[-1]]}
     if controls:
         sets["random"] = random_sets(ranked, ladder[-1], controls, seed)
         sets["matched"] = matched_sets(scores, ranked, ladder[-1], controls, seed)
-    whole = _Whole(bench, attribute, _values(attribute, bench, to))
+    whole = _Whole(bench, attribute, to)
     empty = whole.without(whole.latents)
     _require_effect(clean, empty)
     chosen = {
         name: [[selection(scores.dictionaries, keys[:k]) for keys in drawn] for k in ladder]
         for name, drawn in sets.items()
     }
-    _require_inside(whole.latents, chosen["top"][-1][0])
-    count = 2 * len(ladder) * sum(map(len, sets.values())) + sum(ladder)
+    written = members_mass(scores, ranked, sets)
+    found = _run(whole, chosen, progress)
+    return Faithfulness(scores.dictionaries, ladder, sets, clean, empty, *found, written)
+
+
+def _run(
+    whole: _Whole, chosen: dict[str, list[list[Latents]]], progress: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[Tensor, ...]]:
+    """Every set kept, every set removed, and the top sets kept but for one member."""
+    tops = [drawn[0] for drawn in chosen["top"]]
+    sets = sum(len(drawn) for by_size in chosen.values() for drawn in by_size)
+    count = 2 * sets + sum(map(len, tops))
     with tqdm(total=count, disable=not progress, desc="faithfulness", unit="set") as bar:
         kept = {name: whole.table(drawn, True, bar) for name, drawn in chosen.items()}
         removed = {name: whole.table(drawn, False, bar) for name, drawn in chosen.items()}
-        members = [[top[0] - one for one in top[0].singles()] for top in chosen["top"]]
-        marginals = [whole.table([left], True, bar)[0] for left in members]
-    return Faithfulness(
-        scores.dictionaries, ladder, sets, clean, empty, kept, removed, tuple(marginals)
-    )
+        members = [[top - one for one in top.singles()] for top in tops]
+        marginals = tuple(whole.table([left], True, bar)[0] for left in members)
+    return kept, removed, marginals
 
 
 class _Whole:
     """All latents, to keep or to ablate some of."""
 
-    def __init__(self, bench: Bench, attribute: Attribute, values: dict[int, Tensor]) -> None:
+    def __init__(self, bench: Bench, attribute: Attribute, to: str) -> None:
         self.latents = as_latents(attribute.target, "faithfulness")
-        self._bench, self._where, self._to = bench, attribute.where, values
+        self._bench, self._where = bench, attribute.where
+        if self._where is None and bench.data.lengths is not None:
+            self._where = Tokens.prompt()  # a continuation is not scored, unless asked for
+        self._to = {} if to == "zero" else _means(bench, self.latents, self._where)
 
     def without(self, ablated: Latents) -> Tensor:
         """[prompts]: the metric with these latents ablated."""
@@ -139,8 +160,20 @@ class _Whole:
         return torch.stack(rows).reshape(len(sets), len(sets[0]), -1)
 
 
-def _values(attribute: Attribute, bench: Bench, to: str) -> dict[int, Tensor]:
-    """id(dictionary) → what each of its latents is set to [d_sae]; empty for zero."""
+def _means(bench: Bench, latents: Latents, where: Tokens | None) -> dict[int, Tensor]:
+    """id(dictionary) → the mean of each of its latents [d_sae] over prompts that have a token."""
+    readings = bench.readings(Probe(latents, where=where, reduce="mean"))
+    total = sum(torch.where(r.mask, r.values, 0.0).sum((0, 1)).double() for r in readings)
+    counts = sum(r.mask.sum((0, 1)) for r in readings)
+    means, start, found = total / counts.clamp(min=1), 0, {}  # type: ignore[union-attr]
+    for basis, indices in latents.parts:
+        own = torch.zeros(basis.d_sae)
+        own[torch.tensor(indices)] = means[start : start + len(indices)].float().cpu()
+        found[id(basis)], start = own, start + len(indices)
+    return found
+
+
+def _require_way(to: str) -> None:
     if to not in ("zero", "mean"):
         raise SaefeatError(
             explain(
@@ -152,17 +185,6 @@ def _values(attribute: Attribute, bench: Bench, to: str) -> dict[int, Tensor]:
                 call='faithfulness(..., to="mean")',
             )
         )
-    latents = as_latents(attribute.target, "faithfulness")
-    if to == "zero":
-        return {}
-    look = Probe(latents, where=attribute.where, reduce="mean")
-    reading = run(bench.model, bench.batch, look, batch_size=bench.batch_size).readings[0]
-    means, start, found = reading.values[:, 0].mean(0), 0, {}
-    for basis, indices in latents.parts:
-        own = torch.zeros(basis.d_sae)
-        own[torch.tensor(indices)] = means[start : start + len(indices)].float().cpu()
-        found[id(basis)], start = own, start + len(indices)
-    return found
 
 
 def _sizes(sizes: Sequence[int] | None, ranked: Ranking, controls: int) -> tuple[int, ...]:
@@ -205,8 +227,8 @@ def _require_effect(clean: Tensor, empty: Tensor) -> None:
     )
 
 
-def _require_inside(whole: Latents, top: Latents) -> None:
-    if len(whole & top) == len(top):
+def _require_inside(attribute: Attribute, scored: Latents) -> None:
+    if len(as_latents(attribute.target, "faithfulness") & scored) == len(scored):
         return
     raise LatentError(
         explain(

@@ -12,7 +12,9 @@ from ..attribution.metrics import Metric
 from ..latents import Latents
 from ..prompts import Prompts
 from ..tokens import Tokens
-from .bench import bench, require_several
+from ..verbs.base import Intervention
+from .bench import Folder, bench
+from .require import require_several, require_upstream_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +89,9 @@ def interactions(
     metric: Metric,
     *,
     where: Tokens | None = None,
+    baseline: Intervention | None = None,
     batch_size: int = 32,
+    checkpoint: Folder = None,
     progress: bool = False,
 ) -> Interactions:
     """Ablate latents one by one and two by two: m(−i−j) − m(−i) − m(−j) + m.
@@ -99,9 +103,12 @@ def interactions(
         model: an nnsight ``TransformersModel``.
         prompts: strings, chats or token ids.
         latents: at least two.
-        metric: what is differenced. It needs no gradient.
-        where: which tokens; every real token by default.
-        batch_size: rows a forward pass.
+        metric: what is differenced; any that ``Attribute`` takes. It needs no gradient.
+        where: which tokens; every real token by default, a continuation's too.
+        baseline: the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to.
+        batch_size: the most rows a forward pass; fewer where prompts are long.
+        checkpoint: a folder for finished batches: an interrupted call, made again, goes on from
+            there.
         progress: show a progress bar.
 
     Returns:
@@ -109,6 +116,8 @@ def interactions(
 
     Raises:
         LatentError: for fewer than two latents.
+        SaefeatError: for a metric that refers to a baseline, without one.
+        SiteError: for a metric of a site that comes before the latents.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -119,7 +128,11 @@ def interactions(
         torch.Size([3, 3])
     """
     chosen = require_several(latents, "interactions", 2)
-    place = bench(model, prompts, metric, where="interactions", batch_size=batch_size)
+    require_upstream_of(metric, model, chosen, "interactions")
+    place = bench(
+        model, prompts, metric, where="interactions", batch_size=batch_size, baseline=baseline,
+        checkpoint=checkpoint, latents=chosen, tokens=where,
+    )  # fmt: skip
     one, k = chosen.singles(), len(chosen)
     row, column = torch.triu_indices(k, k, 1).tolist()
     sets = [*one, *(one[i] | one[j] for i, j in zip(row, column, strict=True))]
@@ -127,4 +140,4 @@ def interactions(
     alone = found[:k]
     pairs = torch.diag_embed(alone.T).permute(1, 2, 0).clone()
     pairs[row, column] = pairs[column, row] = found[k:]
-    return Interactions(chosen, place.under(None), alone, pairs)
+    return Interactions(chosen, place.under(), alone, pairs)

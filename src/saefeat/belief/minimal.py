@@ -15,7 +15,9 @@ from ..errors import LatentError, SaefeatError, explain
 from ..latents import Latents, as_latents
 from ..prompts import Prompts
 from ..tokens import Tokens
-from .bench import bench
+from ..verbs.base import Intervention
+from .bench import Folder, bench
+from .require import require_upstream_of
 
 Holds = float | Callable[[Tensor], Tensor]
 
@@ -75,7 +77,9 @@ def minimal_set(
     share: float = 1.0,
     within: Latents | Any = None,
     where: Tokens | None = None,
+    baseline: Intervention | None = None,
     batch_size: int = 32,
+    checkpoint: Folder = None,
     progress: bool = False,
 ) -> MinimalSet:
     """Greedy pruning (arXiv 2509.09708): drop the latent whose loss hurts least, and again.
@@ -94,13 +98,18 @@ def minimal_set(
         model: an nnsight ``TransformersModel``.
         prompts: strings, chats or token ids.
         latents: the set to start from.
-        metric: higher is better. It needs no gradient: an argmax may be in it.
+        metric: higher is better; any that ``Attribute`` takes. It needs no gradient: an argmax may
+            be in it.
         holds: a number that the mean metric must reach, or a function from the metric [prompts]
             to bools [prompts], such as ``lambda m: m > 0``.
         share: of how many prompts the function must hold.
         within: all latents of the circuit's model; None to ablate the set itself.
-        where: which tokens are edited; every real token by default.
-        batch_size: rows a forward pass.
+        where: which tokens are edited; every real token by default, a continuation's too.
+        baseline: the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to, such as
+            ``Ablate(latents)``.
+        batch_size: the most rows a forward pass; fewer where prompts are long.
+        checkpoint: a folder for finished batches: an interrupted call, made again, goes on from
+            there.
         progress: show a progress bar.
 
     Returns:
@@ -108,8 +117,9 @@ def minimal_set(
 
     Raises:
         SaefeatError: if the criterion does not hold for the set given, or holds for no latents at
-            all.
+            all; for a metric that refers to a baseline, without one.
         LatentError: for an empty set, or one that is not inside ``within``.
+        SiteError: for a metric of a site that comes before the latents.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -124,30 +134,47 @@ def minimal_set(
     """
     start = as_latents(latents, "minimal_set")
     judge = _Judge(holds, share)
-    place = bench(model, prompts, metric, where="minimal_set", batch_size=batch_size)
-    clean = place.under(None)
     whole = None if within is None else _around(start, within)
+    require_upstream_of(metric, model, start if whole is None else whole, "minimal_set")
+    place = bench(
+        model, prompts, metric, where="minimal_set", batch_size=batch_size, baseline=baseline,
+        checkpoint=checkpoint, latents=start, within=whole, tokens=where, holds=holds, share=share,
+    )  # fmt: skip
+    clean = place.under()
 
     def measure(sets: list[Latents]) -> Tensor:
         ablated = sets if whole is None else [whole - kept for kept in sets]
         return place.without(ablated, where)
 
-    left, removed, path = start, [], [measure([start])[0]]
-    _require_sufficient(judge, path[0], measure([Latents(())])[0], start)
+    first = measure([start])[0]
+    _require_sufficient(judge, first, measure([Latents(())])[0], start)
+    left, removed, path, tried = _pruned(start, first, measure, judge, progress)
+    metrics = torch.stack(path)
+    held = torch.tensor([judge.share_of(row) for row in metrics])
+    return MinimalSet(left, tuple(removed), metrics, held, tried, clean)
+
+
+def _pruned(
+    start: Latents,
+    first: Tensor,
+    measure: Callable[[list[Latents]], Tensor],
+    judge: _Judge,
+    progress: bool,
+) -> tuple[Latents, list[Latents], list[Tensor], Tensor]:
+    """What is left, what was dropped, the metric on the way, and with one more latent dropped."""
+    left, removed, path = start, [], [first]
     with tqdm(total=len(start), disable=not progress, desc="minimal_set", unit="latent") as bar:
         while True:
             singles = left.singles()
             tried = measure([left - one for one in singles])  # [left, prompts]
             best = max(range(len(singles)), key=lambda n: (*judge.rank(tried[n]), -n))
-            if not judge(tried[best]):
-                break
+            # the last one stays: that nothing at all would do was refused before
+            if len(left) == 1 or not judge(tried[best]):
+                return left, removed, path, tried
             left = left - singles[best]
             removed.append(singles[best])
             path.append(tried[best])
             bar.update()
-    metrics = torch.stack(path)
-    held = torch.tensor([judge.share_of(row) for row in metrics])
-    return MinimalSet(left, tuple(removed), metrics, held, tried, clean)
 
 
 class _Judge:

@@ -39,7 +39,8 @@ def ranking(scores: Attribution, where: str) -> Ranking:
     """Rank by the size of the estimate, either sign.
 
     Raises:
-        SaefeatError: if nothing was scored, or every prompt's metric is degenerate.
+        SaefeatError: if nothing was scored, a score is not finite, or every prompt's metric is
+            degenerate.
     """
     if len(scores) == 0 or bool(scores.degenerate.all()):
         raise SaefeatError(
@@ -53,6 +54,7 @@ def ranking(scores: Attribution, where: str) -> Ranking:
                 call="print(scores), and compare the metric before and after",
             )
         )
+    _require_finite(scores, where)
     pairs = torch.stack([scores.dictionary, scores.latent], 1)
     keys, inverse = torch.unique(pairs, dim=0, return_inverse=True)
     sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, scores.score.double())
@@ -60,6 +62,24 @@ def ranking(scores: Attribution, where: str) -> Ranking:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     return Ranking(keys[order], place[inverse])
+
+
+def _require_finite(scores: Attribution, where: str) -> None:
+    """A score that is NaN would rank above all others."""
+    bad = (~torch.isfinite(scores.score)).nonzero().flatten()
+    if not len(bad):
+        return
+    row = int(bad[0])
+    raise SaefeatError(
+        explain(
+            where,
+            "scores",
+            got=f"{len(bad)} that are not finite, the first of prompt {int(scores.prompt[row])}",
+            wanted="finite scores",
+            cause="a gradient that overflows, or of a root or logarithm at zero in the metric",
+            call="attribute again without these prompts, in float32",
+        )
+    )
 
 
 def by_prompt(scores: Attribution, number: Tensor, values: Tensor, count: int) -> Tensor:

@@ -12,8 +12,8 @@ from ..attribution.record import Attribution
 from ..dictionaries.base import Dictionary
 from ..errors import LatentError, SaefeatError, explain
 from ..latents import Latents
-from .bench import require
 from .ranking import by_prompt, ranking, selection, singles
+from .require import require
 from .stats import quantiles, resample
 
 

@@ -23,7 +23,8 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "an unknown share"
-        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+        low, high = ("?" if math.isnan(end) else f"{end:.0%}" for end in (self.low, self.high))
+        return f"{self.value:.0%} [{low}, {high}]"
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
@@ -90,24 +91,76 @@ def quantiles(draws: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def stratified_total(samples: Sequence[Tensor], sizes: Sequence[int]) -> Estimate:
+class Total(NamedTuple):
+    """A total estimated from a stratified sample.
+
+    ``seen`` is the part of ``value`` that was drawn itself, ``variance`` the estimate's,
+    ``freedom`` its degrees of freedom: infinite where all was drawn, NaN where the draws show no
+    spread.
+    """
+
+    value: float
+    seen: float
+    variance: float
+    freedom: float
+
+    def interval(self) -> Estimate:
+        """The value with its 95 % interval, for a total of sizes, none of which is negative.
+
+        What was seen is certain. The rest is taken to be log-normal, seen + rest · exp(± t · se /
+        rest), with Student's t: sizes are skewed, and a symmetric normal interval of few draws lies
+        too low (at 16 + 16 draws from log-normal effects it held the truth in .67 to .80 of cases,
+        this one in .84 to .90).
+        """
+        if math.isinf(self.freedom):
+            return Estimate(self.value, self.value, self.value)
+        rest = self.value - self.seen
+        if math.isnan(self.freedom) or rest <= 0:  # a single draw, or no draw that did anything
+            return Estimate(self.value, self.seen, math.nan)
+        spread = student(self.freedom) * math.sqrt(self.variance) / rest
+        # beyond e^500 a share is one, and a float is infinite
+        return Estimate(
+            self.value,
+            self.seen + rest * math.exp(-spread),
+            self.seen + rest * math.exp(min(spread, 500.0)),
+        )
+
+
+def stratified_total(samples: Sequence[Tensor], sizes: Sequence[int]) -> Total:
     """The total over a population, from a simple random sample of each of its strata.
 
-    Σ N_h · mean_h, with the variance Σ N_h² (1 − n_h/N_h) s_h²/n_h (Cochran 1977, eq. 5.6). Values
-    must not be negative: the interval stops at what was seen.
+    Σ N_h · mean_h, with the variance Σ g_h s_h², g_h = N_h² (1 − n_h/N_h)/n_h, and Satterthwaite's
+    degrees of freedom (Σ g_h s_h²)² / Σ (g_h s_h²)²/(n_h − 1) (Cochran 1977, eq. 5.6 and 5.16).
     """
-    total = variance = seen = 0.0
+    total = seen = variance = spread = 0.0
+    freedom = math.inf
     for values, size in zip(samples, sizes, strict=True):
-        n = len(values)
+        n, values = len(values), values.double()
         if n == 0:
-            return UNKNOWN
+            return Total(math.nan, 0.0, math.nan, math.nan)
         total += size * float(values.mean())
         seen += float(values.sum())
         if n < size:  # a stratum of which all was seen adds no doubt
-            spread = float(values.double().var()) if n > 1 else math.nan
-            variance += size**2 * (1 - n / size) * spread / n
-    half = Z * math.sqrt(variance) if variance == variance else math.nan
-    return Estimate(total, max(seen, total - half), total + half)
+            own = size**2 * (1 - n / size) / n * (float(values.var()) if n > 1 else math.nan)
+            variance += own
+            spread += own**2 / max(1, n - 1)
+            freedom = variance**2 / spread if spread else math.nan
+    return Total(total, seen, variance, freedom)
+
+
+def student(freedom: float) -> float:
+    """Student's t quantile of a two-sided 95 % interval, by its expansion about the normal one.
+
+    Abramowitz and Stegun 26.7.5: within .2 % from 3 degrees of freedom on, 1 % at 2, 12 % low at 1.
+    """
+    z, n = Z, max(1.0, freedom)
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
+    )
 
 
 def wilson(share: float, n: float) -> Estimate:
