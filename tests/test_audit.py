@@ -26,7 +26,14 @@ from helpers import (
     wrapped,
 )
 from saefeat.belief.audit import draw
-from saefeat.belief.stats import agreement, resample, spearman, stratified_total, wilson
+from saefeat.belief.stats import (
+    agreement,
+    resample,
+    spearman,
+    stratified_total,
+    student,
+    wilson,
+)
 
 F64 = torch.float64
 METRIC = sf.logit_diff([5, 9], 7)
@@ -383,6 +390,176 @@ def test_the_bar_can_be_shown(capsys):
     assert capsys.readouterr().err == ""
     sf.audit(attribute, nn, RAGGED, scores, budget=4, progress=True)
     assert "audit" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what a sceptic would try
+
+
+def test_students_quantile_is_scipys():
+    for freedom, tolerance in (
+        (1, 0.12),
+        (2, 0.01),
+        (3.7, 0.002),
+        (30, 1e-6),
+        (float("inf"), 1e-9),
+    ):
+        wanted = scipy.stats.t.ppf(0.975, freedom)
+        assert student(freedom) == pytest.approx(wanted, rel=tolerance)
+
+
+def test_degrees_of_freedom_are_satterthwaites():
+    a, b = torch.tensor([1.0, 4.0, 9.0], dtype=F64), torch.tensor([2.0, 2.5], dtype=F64)
+    parts = [20**2 * (1 - 3 / 20) / 3 * float(a.var()), 7**2 * (1 - 2 / 7) / 2 * float(b.var())]
+    found = stratified_total([a, b], [20, 7])
+    assert found.value == pytest.approx(20 * 14 / 3 + 7 * 2.25) and found.seen == 18.5
+    assert found.variance == pytest.approx(sum(parts))
+    assert found.freedom == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 1))
+    low, high = found.interval()[1:]
+    rest = found.value - found.seen
+    spread = student(found.freedom) * sum(parts) ** 0.5 / rest
+    assert high == pytest.approx(found.seen + rest * torch.tensor(spread).exp().item(), rel=1e-5)
+    assert low == pytest.approx(found.seen + rest * torch.tensor(-spread).exp().item(), rel=1e-5)
+
+
+def test_draws_that_show_no_spread_give_no_upper_end():
+    """Four draws of 500 that did nothing do not show that the other 496 do nothing."""
+    for values in (torch.zeros(4), torch.tensor([2.0])):
+        found = stratified_total([values], [500]).interval()
+        assert found.low == float(values.sum()) and found.high != found.high
+        assert str(found).endswith("?]")
+
+
+@pytest.mark.parametrize(
+    ("noise", "budget", "least"), [(0.3, 64, 0.9), (1.5, 64, 0.85), (1.5, 16, 0.75), (1.5, 8, 0.7)]
+)
+def test_the_share_missed_is_honest_for_skewed_effects(noise, budget, least):
+    """1,000 log-normal effects, estimates right to a factor; a normal interval falls to .56."""
+    held = 0
+    for seed in range(120):
+        generator = torch.Generator().manual_seed(seed)
+        exact, error = torch.randn(2, 1000, generator=generator, dtype=F64)
+        exact = (1.5 * exact).exp()
+        exact = exact[(exact * (noise * error).exp()).argsort(descending=True)]
+        k = budget // 2
+        ranks, stratum, sizes = draw(1000, k, budget - k, seed)
+        samples = [exact[ranks[stratum == h]] for h in range(1, len(sizes))]
+        found = stratified_total(samples, sizes[1:].tolist()).interval()
+        held += found.low <= float(exact[k:].sum()) <= found.high
+    assert held / 120 >= least
+
+
+def hand_made(estimates, effects, **options) -> sf.Audit:
+    """An audit of the top alone, one prompt."""
+    n = len(estimates)
+    keys = torch.stack([torch.zeros(n).long(), torch.arange(n)], 1)
+    columns = (torch.tensor(column, dtype=F64)[:, None] for column in (estimates, effects))
+    nothing = torch.zeros(1)
+    v = (sf.Neurons("resid_post.0", 4),)
+    return sf.Audit(
+        v, keys, torch.zeros(n).long(), torch.tensor([n]), *columns, nothing + 1, nothing, 0,
+        **options,
+    )  # fmt: skip
+
+
+def test_a_few_latents_are_no_ranking():
+    numbers = [5.0, 4.0, 3.0, 2.0, 1.5, 1.2, 1.0]
+    assert "With 6 latents" in hand_made(numbers[:6], numbers[:6]).verdict
+    assert "The ranking holds among" in hand_made(numbers, numbers).verdict
+    assert "nothing can be said" in hand_made(numbers[:2], numbers[:2]).verdict
+
+
+def test_where_all_are_moved_nothing_is_in_doubt():
+    nn, attribute, scores = linear()
+    whole = sf.audit(attribute, nn, RAGGED, scores, k=8, budget=1000)
+    assert whole.outranked.low == whole.outranked.value == whole.outranked.high
+
+
+def test_scores_for_all_tokens_together_cannot_be_moved_token_by_token():
+    """Position −1 is no token: the last column of the batch would be moved instead."""
+    nn, chosen = wrapped(build("llama")), make_sae("standard").latents([3, 5, 17])
+    for method in (sf.Exact(), sf.FiniteDifference()):
+        attribute = sf.Attribute(chosen, METRIC, method=method)
+        with pytest.raises(sf.SaefeatError, match="for all tokens of a prompt together"):
+            sf.audit(attribute, nn, RAGGED, attribute(nn, RAGGED), budget=3)
+    by_token = sf.Attribute(chosen, METRIC, method=sf.Exact(per="token"))
+    found = sf.audit(by_token, nn, RAGGED, by_token(nn, RAGGED), budget=3)
+    assert found.effects.abs().max() > 1e-3
+
+
+def test_a_baseline_that_only_the_scores_remember():
+    nn, dictionary = wrapped(build("llama")), make_sae("standard", norm="layer_norm")
+    base = sf.Ablate(sf.Direction(unit(2), site="resid_post.0"))
+    scores = sf.Attribute(dictionary, METRIC, base)(nn, RAGGED)
+    with pytest.raises(sf.SaefeatError, match="directions move"):
+        sf.audit(sf.Attribute(dictionary, METRIC), nn, RAGGED, scores)
+
+
+def test_other_texts_are_refused_where_the_metric_cannot_tell():
+    """A divergence from the clean run is zero for any prompts."""
+    nn, sae = wrapped(build("llama")), make_sae("standard")
+    attribute = sf.Attribute(sae, sf.kl(), method=sf.IG(2, "midpoint"))
+    scores = attribute(nn, RAGGED)
+    with pytest.raises(sf.PromptError, match="another order"):
+        sf.audit(attribute, nn, RAGGED[::-1], scores, budget=2)
+
+
+def test_a_metric_that_is_nearly_the_same_is_another():
+    nn, attribute, scores = linear()
+    near = replace(attribute, metric=sf.metric(lambda x: x[:, 3] - x[:, 8] + 0.05))
+    with pytest.raises(sf.PromptError, match="another metric"):
+        sf.audit(near, nn, RAGGED, scores, budget=2)
+
+
+def test_scores_that_are_not_finite_are_refused():
+    nn, attribute, scores = linear()
+    bad = replace(
+        scores, score=torch.where(torch.arange(len(scores)) == 3, torch.nan, scores.score)
+    )
+    for call in (
+        lambda: sf.audit(attribute, nn, RAGGED, bad),
+        lambda: sf.faithfulness(attribute, nn, RAGGED, bad),
+        lambda: sf.stability(bad, 3),
+    ):
+        with pytest.raises(sf.SaefeatError, match="1 that are not finite, the first of prompt 0"):
+            call()
+
+
+def test_what_keep_left_out_is_said():
+    nn, sae = wrapped(build("llama")), make_sae("standard")
+    attribute = sf.Attribute(sae, METRIC, keep=3)
+    scores = attribute(nn, RAGGED)
+    found = sf.audit(attribute, nn, RAGGED, scores, budget=6)
+    left = scores.dropped[:, 1].sum()
+    assert found.dropped == pytest.approx(float(left / (left + scores.score.abs().sum())))
+    assert f"{found.dropped:.1%} of the scores' size was left out by keep=" in repr(found)
+    whole = sf.Attribute(sae, METRIC)
+    assert "keep=" not in repr(sf.audit(whole, nn, RAGGED, whole(nn, RAGGED), budget=6))
+
+
+def test_effects_within_rounding_are_said():
+    numbers = [5.0, 4.0, 0.003, 0.002]
+    assert "2 of the 4 effects are smaller" in repr(hand_made(numbers, numbers, noise=0.01))
+    assert "rounding" not in repr(hand_made(numbers, numbers, noise=1e-5))
+    model = build("llama", torch.bfloat16)
+    sae = make_sae("standard")
+    attribute = sf.Attribute(sae, METRIC)
+    scores = attribute(wrapped(model), RAGGED, batch_size=1)
+    found = sf.audit(attribute, wrapped(model), RAGGED, scores, budget=20)
+    clean = sf.measure(wrapped(model), RAGGED, METRIC)
+    assert found.noise == pytest.approx(float((clean - scores.clean).abs().max()), abs=1e-6)
+
+
+def test_each_site_has_its_gap_where_it_has_a_path():
+    nn = wrapped(build("llama"))
+    saes = sf.Dictionaries([make_sae("standard", layer=0), make_sae("jumprelu", layer=2)])
+    attribute = sf.Attribute(saes, METRIC, method=sf.IG(3, "midpoint"), one_site=True)
+    scores = attribute(nn, RAGGED)
+    found = sf.audit(attribute, nn, RAGGED, scores, budget=4)
+    share = scores.gap_by_site.abs().mean() / (scores.ends - scores.clean[:, None]).abs().mean()
+    assert found.gap.shape == (3, 2)
+    assert f"completeness gap: {share:.1%} of the metric's change" in repr(found)
+    assert "each site on a path of its own" in repr(found)
+    assert len(repr(found).splitlines()) <= 10
 
 
 # ---------------------------------------------------------------- stability

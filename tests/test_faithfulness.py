@@ -15,6 +15,7 @@ from helpers import (
     make_sae,
     raw_hooks,
     readable,
+    tokenizer,
     unit,
     wrapped,
 )
@@ -208,6 +209,45 @@ def test_mass_is_what_a_latent_writes():
     wanted = total * sae.directions().norm(dim=1)
     torch.testing.assert_close(
         mass(scores, ranked).float(), wanted[ranked.keys[:, 1]], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_how_nearly_controls_match_is_known():
+    nn, sae = wrapped(build("llama")), make_sae("jumprelu")
+    attribute = sf.Attribute(sae, METRIC)
+    scores = attribute(nn, RAGGED)
+    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[2, 6], controls=3)
+    reading = sf.run(nn, RAGGED, sf.Probe(sae)).readings[0]
+    written = torch.where(reading.mask, reading.values, 0.0).sum((0, 1))
+    written = written * sae.directions().norm(dim=1)
+    for of in ("random", "matched"):
+        for n, size in enumerate((2, 6)):
+            control = written[found.sets[of][:, :size, 1]].sum(1).mean()
+            top = written[found.sets["top"][0, :size, 1]].sum()
+            assert found.balance(of)[n] == pytest.approx(float(control / top), rel=1e-4)
+    assert found.balance("random")[1] < found.balance("matched")[1]
+    assert f"matched {found.balance('matched')[1]:.2f}" in repr(found).splitlines()[-1]
+    with pytest.raises(sf.SaefeatError, match=r"Faithfulness\.balance.*'other'"):
+        found.balance("other")
+
+
+def test_a_prompt_without_a_scored_token_has_no_part_in_the_mean():
+    """w5 is in two of three prompts: the mean is theirs, not two thirds of it."""
+    prompts = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w10 w5 w12 w13"]
+    model, batch, sae = build("llama", F64), batch_of(prompts), make_sae("standard")
+    word = tokenizer()("w5")["input_ids"][0]
+    attribute = sf.Attribute(sae, METRIC, where=sf.Tokens.ids(word))
+    scores = attribute(wrapped(model), prompts)
+    found = sf.faithfulness(
+        attribute, wrapped(model), prompts, scores, sizes=[2], controls=0, to="mean"
+    )
+    held, tokens = [], batch["input_ids"] == word
+    with raw_hooks(model, {1: lambda x: held.append(x) or x}):
+        forward(model, batch)
+    assert tokens.sum() == 2
+    edits = {1: ablating(sae, set(range(sae.d_sae)), tokens, sae.encode(held[0][tokens]).mean(0))}
+    torch.testing.assert_close(
+        found.empty, under(model, batch, edits), atol=2e-5, rtol=1e-4, check_dtype=False
     )
 
 

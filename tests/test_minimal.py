@@ -167,6 +167,18 @@ def test_what_cannot_be_pruned_is_refused(planted):
         sf.minimal_set(nn, RAGGED, start, BOTH, where=sf.Tokens.ids(2))
 
 
+def test_one_latent_is_left_where_rounding_would_take_the_last(planted):
+    """A criterion on the edge: no latents fail it once, and pass it when they are tried again."""
+    nn, neurons, _ = planted
+    answers = iter([True, False])
+
+    def holds(m):
+        return torch.full_like(m, next(answers, True), dtype=torch.bool)
+
+    found = sf.minimal_set(nn, RAGGED, neurons.latents([3, 8]), BOTH, holds=holds)
+    assert len(found.latents) == 1
+
+
 def test_the_bar_can_be_shown(planted, capsys):
     nn, neurons, _ = planted
     sf.minimal_set(nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0)
