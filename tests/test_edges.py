@@ -194,6 +194,84 @@ def test_views_of_the_record():
     assert len(repr(found).splitlines()) == 6
 
 
+def test_what_an_ablation_switches_on_has_no_edge_and_is_seen():
+    """Off, a latent has no gradient: its edge is zero, and the ablation of the check shows it."""
+    nn = wrapped(smooth("llama"))
+    up = active(nn, make_sae("standard", layer=0), 4)
+    lower = make_sae("jumprelu", seed=1, layer=2)
+    where = sf.Tokens.last(1)
+    off = (sums(nn, lower.latents(), where) == 0).all(0).nonzero().flatten()
+    change = torch.stack([sums(nn, lower.latents(off), where, sf.Ablate(u)) for u in up.singles()])
+    dormant = int(off[change.abs().sum((0, 1)).argmax()])
+    assert change.abs().max() > 0, "the case needs a latent that is switched on"
+    down = active(nn, lower, 2) | lower.latents([dormant])
+    found = sf.edges(nn, RAGGED, up, down, where=where, check=4)
+    column = [i for _, i in down].index(dormant)
+    assert bool((found.estimate[:, column] == 0).all())
+    assert bool(found.exact[:, column].isnan().all())
+    before = sums(nn, down, where)
+    for i, one in enumerate(up.singles()):
+        if bool(found.exact[i].isnan().all()):
+            assert bool(found.ablated[i].isnan().all())
+            continue
+        wanted = (sums(nn, down, where, sf.Ablate(one)) - before).mean(0)
+        torch.testing.assert_close(found.ablated[i].double(), wanted, atol=1e-5, rtol=1e-5)
+    (_, latent, value), *_ = found.unseen(5)
+    assert [i for _, i in latent] == [dormant]
+    assert value == pytest.approx(float(found.ablated[:, column].nan_to_num().abs().max()))
+
+
+def test_one_that_is_not_seen_is_printed_if_it_is_strong():
+    a, b = (sf.Neurons(f"resid_post.{n}", 4).latents([1, 2]) for n in (0, 1))
+    estimate, nan = torch.tensor([[0.5, 0.0], [0.2, 0.1]]), float("nan")
+    ablated = torch.tensor([[0.4, 0.9], [nan, nan]])
+    exact = torch.tensor([[0.4, nan], [nan, nan]])
+    found = sf.Edges(a, b, estimate < 9, estimate[..., None], exact, ablated)
+    assert found.unseen(3)[0][2] == pytest.approx(0.9) and len(found.unseen(3)) == 1
+    line = "not seen by the gradient: resid_post.0 1 → resid_post.1 2: exact +0.900"
+    assert line in repr(found)
+    assert sf.Edges(a, b, estimate < 9, estimate[..., None], exact).unseen(3) == ()
+
+
+def test_interrupted_edges_go_on_where_they_stopped(tmp_path, monkeypatch):
+    from saefeat.belief import edges as room
+
+    nn = wrapped(build("llama"))
+    up = active(nn, make_sae("standard", layer=0), 4)
+    down = active(nn, make_sae("standard", seed=1, layer=2), 3)
+
+    def job(**options):
+        return sf.edges(nn, RAGGED, up, down, **{"batch_size": 2, "check": 12, **options})
+
+    whole, done = job(), []
+    once = room._once
+
+    def spy(held, number, work):
+        def counted():
+            if len(done) == stop:
+                raise KeyboardInterrupt
+            done.append(number)
+            return work()
+
+        return once(held, number, counted)
+
+    monkeypatch.setattr(room, "_once", spy)
+    total = 2 + 1 + 4  # two batches, the sums as they are, four latents ablated
+    for stop in (1, 3, 5):
+        done.clear()
+        with pytest.raises(KeyboardInterrupt):
+            job(checkpoint=tmp_path / str(stop))
+        done.clear()
+        before, stop = stop, None
+        found = job(checkpoint=tmp_path / str(before))
+        assert len(done) == total - before
+        assert torch.equal(found.by_prompt, whole.by_prompt)
+        torch.testing.assert_close(found.exact, whole.exact, equal_nan=True, atol=0, rtol=0)
+    for name, other in (("check", {"check": 1}), ("tokens", {"where": sf.Tokens.last(1)})):
+        with pytest.raises(sf.CheckpointError, match=f"edges.*differs in {name}"):
+            job(checkpoint=tmp_path / "1", **other)
+
+
 def test_refusals(capsys):
     nn = wrapped(build("llama"))
     early, late = make_sae("standard", layer=0), make_sae("standard", seed=1, layer=2)

@@ -17,7 +17,8 @@ from .attribution.metrics import BASELINE_TOP, Metric, PerPrompt, logit, logit_d
 from .attribution.record import Attribution
 from .attribution.relp import RelP
 from .attribution.texts import Texts
-from .belief.audit import Audit, audit
+from .belief.audit import audit
+from .belief.audited import Audit
 from .belief.curves import Faithfulness
 from .belief.edges import Edges, edges
 from .belief.faithfulness import faithfulness

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..dictionaries.base import Dictionary, cast
+from ..checkpoint import Checkpoint
 from ..errors import FiringError, SiteError, explain
 from ..execution.run import run
-from ..kernel.encode import encode
-from ..kernel.program import lift, new_log
-from ..kernel.tokens import select
-from ..kernel.trace import whole_run
-from ..latents import Latents, as_latents, index_tensor, stack
+from ..identity import digest, model_identity
+from ..latents import Latents, as_latents, stack
 from ..prompts import Prompts, encode_prompts, split
 from ..route import Route, route
-from ..sites import Order, Place, Site, torch_module
+from ..sites import Site
 from ..tokens import Tokens
-from ..verbs.base import Chain
 from ..verbs.edits import Clamp
-from ..verbs.lower import acts_at, add_stash, add_visit, in_order, lower, plain
 from ..verbs.probe import Probe
+from .bench import Folder
+from .graph import Graph
 from .require import require, require_gradients
 from .stats import spearman
 
@@ -43,6 +39,9 @@ class Edges:
             written; there is no edge otherwise.
         by_prompt: [u, d, prompts], the estimate.
         exact: [u, d], the mean exact change for edges that were checked, NaN for others.
+        ablated: [u, d], the mean exact change of every later latent for the upstream latents among
+            the checked edges, NaN for others. It comes for nothing with the check, and holds what
+            the estimate cannot see: downstream latents that the ablation switches on.
 
     Examples:
         >>> a, b = (sf.Neurons(f"resid_post.{n}", 4).latents([1]) for n in (0, 1))
@@ -56,6 +55,7 @@ class Edges:
     ordered: Tensor
     by_prompt: Tensor
     exact: Tensor
+    ablated: Tensor | None = None
 
     @property
     def estimate(self) -> Tensor:
@@ -70,11 +70,21 @@ class Edges:
 
     def top(self, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
         """The n strongest edges, of either sign: upstream, downstream, estimate."""
+        return self._largest(self.estimate, n)
+
+    def _largest(self, values: Tensor, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
+        require("Edges", n=(n, 0))
         ups, downs = self.upstream.singles(), self.downstream.singles()
-        size = self.estimate.abs().flatten()
+        size = values.nan_to_num(0.0).abs().flatten()
         order = size.argsort(descending=True, stable=True)[:n].tolist()
         pairs = [divmod(place, len(downs)) for place in order if size[place] > 0]
-        return tuple((ups[i], downs[j], float(self.estimate[i, j])) for i, j in pairs)
+        return tuple((ups[i], downs[j], float(values[i, j])) for i, j in pairs)
+
+    def unseen(self, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
+        """The n largest exact changes whose estimate is zero: upstream, downstream, change."""
+        if self.ablated is None:
+            return ()
+        return self._largest(torch.where(self.estimate == 0, self.ablated, math.nan), n)
 
     def to_pandas(self) -> Any:
         """A DataFrame, one row an edge that is not zero, strongest first (needs pandas)."""
@@ -105,6 +115,11 @@ class Edges:
             (a, i), (b, j) = *up, *down
             row, column = list(self.upstream).index((a, i)), list(self.downstream).index((b, j))
             lines.append(f"  {a} {i} → {b} {j}: {value:+.3f}, exact {self.exact[row, column]:+.3f}")
+        least = min((abs(value) for *_, value in self.top(5)), default=0.0)
+        for up, down, value in self.unseen(1):
+            if abs(value) > least:
+                (a, i), (b, j) = *up, *down
+                lines.append(f"  not seen by the gradient: {a} {i} → {b} {j}: exact {value:+.3f}")
         return "\n".join(lines)
 
 
@@ -117,6 +132,7 @@ def edges(
     where: Tokens | None = None,
     check: int = 16,
     batch_size: int = 16,
+    checkpoint: Folder = None,
     progress: bool = False,
 ) -> Edges:
     """How ablating each upstream latent would change each downstream latent, to first order.
@@ -142,6 +158,8 @@ def edges(
         where: the tokens at which downstream latents are summed; every real token by default.
         check: how many of the strongest edges to check.
         batch_size: prompts a forward pass.
+        checkpoint: a folder for finished batches: an interrupted call, made again, goes on from
+            there.
         progress: show a progress bar.
 
     Returns:
@@ -168,136 +186,60 @@ def edges(
     way = route(model, _sites(up, down))
     ordered = _ordered(up, down, way)
     batch = encode_prompts(getattr(model, "tokenizer", None), prompts)
-    graph = _Graph(model, way, up, down, where)
     pieces = split(batch, batch_size)
-    bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
-    values = torch.cat([graph.values(piece) for piece in bar], -1)
-    _require_active(graph.active, up, down, where)
-    values = torch.where(ordered[..., None], values, 0.0)
+    asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
+    asked |= {"check": check, "batch_size": batch_size}
+    who = {} if checkpoint is None else _identity(model, asked)
+    with Checkpoint(checkpoint, who, "edges") as done:
+        values = _estimated(Graph(model, way, up, down, where), pieces, done, progress)
+        values = torch.where(ordered[..., None], values, 0.0)
+        strong = values.mean(-1).abs().flatten().argsort(descending=True, stable=True)[:check]
+        chosen = [divmod(place, len(down)) for place in strong.tolist()]
+        chosen = [(i, j) for i, j in chosen if values[i, j].any()]
+        rows = sorted({i for i, _ in chosen})
+        ablated = torch.full(ordered.shape, math.nan)
+        singles = [up.singles()[i] for i in rows]
+        if rows:
+            change = _ablated(model, batch, singles, down, where, batch_size, done, progress)
+            ablated[rows] = torch.where(ordered[rows], change, math.nan)
     exact = torch.full(ordered.shape, math.nan)
-    strong = values.mean(-1).abs().flatten().argsort(descending=True, stable=True)[:check]
-    chosen = [divmod(place, len(down)) for place in strong.tolist()]
-    chosen = [(i, j) for i, j in chosen if values[i, j].any()]
-    rows = sorted({i for i, _ in chosen})
-    if rows:
-        changes = _ablated(model, batch, [up.singles()[i] for i in rows], down, where, batch_size)
-        for i, j in chosen:
-            exact[i, j] = changes[rows.index(i), j]
-    return Edges(up, down, ordered, values, exact)
+    for i, j in chosen:
+        exact[i, j] = ablated[i, j]
+    return Edges(up, down, ordered, values, exact, ablated)
 
 
-class _Part(NamedTuple):
-    """Latents of one dictionary, the place they are read or written, and how it is transformed."""
+def _estimated(
+    graph: Graph, pieces: list[dict[str, Tensor]], done: Checkpoint, progress: bool
+) -> Tensor:
+    """[u, d, prompts]: every batch's edges.
 
-    dictionary: Dictionary
-    columns: dict[str, Any]
-    place: Place
-    transform: dict[str, Any]
-    rule: tuple
+    Raises:
+        FiringError: if no upstream or no downstream latent is active in any of them.
+    """
+    found, active = [], {"upstream": False, "downstream": False}
+    bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
+    for number, piece in enumerate(bar):
+
+        def work(piece: dict[str, Tensor] = piece) -> dict[str, Tensor]:
+            return graph.values(piece)
+
+        held = _once(done, number, work)
+        found.append(held["values"])
+        active = {name: active[name] or bool(held[name]) for name in active}
+    _require_active(active, graph)
+    return torch.cat(found, -1)
 
 
-class _Graph:
-    """The bare model's graph from the places upstream latents write to those downstream read."""
-
-    def __init__(
-        self, model: Any, way: Route, up: Latents, down: Latents, where: Tokens | None
-    ) -> None:
-        self._model, self._module, self._route = model, torch_module(model), way
-        self._numbers: dict[Place, tuple[int, Order]] = {}
-        self.active = {"upstream": False, "downstream": False}
-        self._reads = [self._part(*part, None, write=False) for part in up.parts]
-        self._writes = [self._part(*part, None, write=True) for part in up.parts]
-        self._sinks = [self._part(*part, where, write=False) for part in down.parts]
-        written = {self._numbers[part.place] for part in self._writes}
-        self._first = min(written, key=lambda entry: entry[1])[0]
-        accepted = inspect.signature(self._module.forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-    def _part(self, basis: Any, indices: Any, where: Tokens | None, *, write: bool) -> _Part:
-        site: Site = basis.write_site if write else basis.site
-        found = self._route.writable(site, "edges") if write else self._route.places[site]
-        place = Place(found.path, found.end, plus=found.plus)
-        self._numbers.setdefault(place, (len(self._numbers), self._route.orders[site]))
-        if place.plus is not None:  # resid_mid: the block's input is the other half of its value
-            block = Place(place.plus, "input")
-            order = self._route.starts[place.plus]
-            self._numbers.setdefault(block, (len(self._numbers), order))
-        rule = plain(acts_at(where, basis, self._model).rule, self._model)
-        columns = basis.columns(index_tensor(indices))
-        transform = {"transform": found.transform, "eps": found.eps}
-        return _Part(basis, columns, place, transform, rule)
-
-    def values(self, batch: dict[str, Tensor]) -> Tensor:
-        """[u, d, b]: the edges of one batch."""
-        log = self._run(batch)
-        with torch.enable_grad():
-            sums = torch.cat([self._sum(part, log) for part in self._sinks], -1)  # [b, d]
-        nodes = [log["nodes"][self._numbers[part.place][0]] for part in self._writes]
-        found = []
-        for j in range(sums.shape[1]):
-            slopes = torch.autograd.grad(
-                sums[:, j].sum(), nodes, retain_graph=True, materialize_grads=True,
-                allow_unused=True,
-            )  # fmt: skip
-            pieces = [
-                self._weigh(read, slope, log)
-                for read, slope in zip(self._reads, slopes, strict=True)
-            ]
-            found.append(torch.cat(pieces, -1))  # [b, u]
-        return torch.stack(found).permute(2, 0, 1).float().cpu()
-
-    def _run(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """One forward pass in which every place's value is kept as a node of the graph."""
-        program = lower(Chain(()), self._model)
-        visits: dict[Place, dict[str, Any]] = {}
-        for place, (number, order) in self._numbers.items():
-            if place.plus is not None:
-                add_stash(visits, place.plus, self._route.starts[place.plus])
-            action = {"do": "keep", "id": number, "target": None, "plus": place.plus}
-            action |= {"copy": True, "through": None, "source": None}
-            # what lies before the first written place needs no gradient, and frozen models work
-            action["gradient"] = order >= self._order(self._first)
-            action["first"] = number == self._first
-            add_visit(visits, place, order)["actions"].append(action)
-        program["visits"] = in_order(visits)
-        with torch.enable_grad(), self._model.trace(batch, **self._options):
-            log = nnsight.save(new_log())
-            whole_run(self._model, program, log)
-        return log
-
-    def _order(self, number: int) -> Order:
-        return next(order for found, order in self._numbers.values() if found == number)
-
-    def _node(self, place: Place, log: dict[str, Any]) -> Tensor:
-        """The site's value [b, t, d], in the graph where it can be."""
-        number = self._numbers[place][0]
-        if number not in log["nodes"]:
-            return log["kept"][number]
-        x = log["nodes"][number]
-        if place.plus is None:
-            return x
-        return x + self._node(Place(place.plus, "input"), log)
-
-    def _sum(self, part: _Part, log: dict[str, Any]) -> Tensor:
-        """[b, k]: each downstream latent's activation, summed over its tokens."""
-        x = lift(self._node(part.place, log), part.transform)
-        f = encode(cast(part.columns, x.dtype, x.device), x)[0]  # [b, t, k]
-        mask = select(part.rule, log["view"]).to(x.device)
-        f = torch.where(mask[..., None], f, 0.0)
-        self.active["downstream"] |= bool(f.any())
-        return f.sum(1)
-
-    @torch.no_grad()
-    def _weigh(self, read: _Part, slope: Tensor, log: dict[str, Any]) -> Tensor:
-        """[b, k]: −Σ_t f · (slope · direction)."""
-        x = lift(log["kept"][self._numbers[read.place][0]], read.transform)
-        columns = cast(read.columns, x.dtype, x.device)
-        f, scale = encode(columns, x)
-        slope = slope.to(x.device, x.dtype)
-        along = (slope if scale is None else slope * scale) @ columns["directions"].T
-        f = torch.where(select(read.rule, log["view"]).to(x.device)[..., None], f, 0.0)
-        self.active["upstream"] |= bool(f.any())
-        return -(f * along).sum(1)
+def _once(
+    done: Checkpoint, number: int, work: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A piece of the job, from the checkpoint if it is there."""
+    held = done.load(number)
+    if held is not None:
+        return held[0]
+    found = work()
+    done.save(number, found, {})
+    return found
 
 
 def _ablated(
@@ -307,21 +249,40 @@ def _ablated(
     down: Latents,
     where: Tokens | None,
     size: int,
+    done: Checkpoint,
+    progress: bool,
 ) -> Tensor:
     """[n, d]: the mean exact change of downstream sums when each of n latents is ablated."""
     prompts = len(batch["input_ids"])
-    union, member = stack(ablated)
-    scale = (~member).float().repeat_interleave(prompts, 0)
-    rows = {name: tensor.repeat(len(ablated), 1) for name, tensor in batch.items()}
-    edit = Clamp(union, scale=scale) | Probe(down, where=where)
+    first = -(-prompts // size)  # pieces before these were the estimates
 
     def total(found: Any) -> Tensor:
         reading = found.readings[0]
         return torch.where(reading.mask, reading.values, 0.0).sum(1)  # [rows, d]
 
-    before = total(run(model, batch, Probe(down, where=where), batch_size=size))
-    after = total(run(model, rows, edit, batch_size=size))
-    return (after.reshape(len(ablated), prompts, -1) - before).mean(1).float()
+    def under(some: list[Latents]) -> dict[str, Tensor]:
+        """[n, prompts, d]: the sums with each latent ablated, or as they are."""
+        look = Probe(down, where=where)
+        if not some:
+            return {"sums": total(run(model, batch, look, batch_size=size))[None]}
+        union, member = stack(some)
+        edit = Clamp(union, scale=(~member).float().repeat_interleave(prompts, 0)) | look
+        rows = {name: tensor.repeat(len(some), 1) for name, tensor in batch.items()}
+        return {"sums": total(run(model, rows, edit, batch_size=size)).unflatten(0, (-1, prompts))}
+
+    many = max(1, size // prompts)
+    groups = [[], *(ablated[n : n + many] for n in range(0, len(ablated), many))]
+    bar = tqdm(groups, disable=not progress, desc="edges, checked", unit="batch")
+    before, *after = (
+        _once(done, first + n, lambda some=some: under(some))["sums"] for n, some in enumerate(bar)
+    )
+    return (torch.cat(after) - before).mean(1).float()
+
+
+def _identity(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the pieces of a job depend on."""
+    hashed = {name: digest(value) for name, value in asked.items()}
+    return {**model_identity(model), "job": "edges", **hashed}
 
 
 def _sites(up: Latents, down: Latents) -> list[Site]:
@@ -349,13 +310,11 @@ def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     )
 
 
-def _require_active(
-    active: dict[str, bool], up: Latents, down: Latents, where: Tokens | None
-) -> None:
+def _require_active(active: dict[str, bool], graph: Graph) -> None:
     """Latents that never fire would give zeros that read as "no edge"."""
-    for name, latents in (("upstream", up), ("downstream", down)):
+    for name, latents in (("upstream", graph.up), ("downstream", graph.down)):
         if not active[name]:
-            at = where if where is not None and name == "downstream" else "any token"
+            at = graph.where if graph.where is not None and name == "downstream" else "any token"
             raise FiringError(
                 explain(
                     "edges",
