@@ -468,6 +468,22 @@ def test_a_few_latents_are_no_ranking():
     assert "nothing can be said" in hand_made(numbers[:2], numbers[:2]).verdict
 
 
+def test_single_prompts_are_told_from_their_mean():
+    """By hand: the mean agrees, and neither prompt does."""
+    estimates = torch.tensor([[4.0, 2.0], [1.0, 3.0], [0.5, 0.5]], dtype=F64)
+    effects = estimates.flip(1)
+    keys = torch.stack([torch.zeros(3).long(), torch.arange(3)], 1)
+    v, nothing = sf.Neurons("resid_post.0", 4), torch.ones(2)
+    stratum, sizes = torch.zeros(3).long(), torch.tensor([3])
+    found = sf.Audit((v,), keys, stratum, sizes, estimates, effects, nothing, nothing, 0)
+    assert found.top.rank == pytest.approx(1.0)
+    assert [round(a.rank, 2) for a in found.by_prompt] == [0.5, 0.5]
+    assert found.by_prompt[0] == agreement(estimates[:, 0], effects[:, 0])
+    (row,) = [line.split() for line in repr(found).splitlines() if "by prompt" in line]
+    slope = min(found.by_prompt[n].slope for n in range(2))
+    assert row[2:] == ["3", "0.50", "0.50", "1.00", f"{slope:.2f}"]
+
+
 def test_where_all_are_moved_nothing_is_in_doubt():
     nn, attribute, scores = linear()
     whole = sf.audit(attribute, nn, RAGGED, scores, k=8, budget=1000)

@@ -92,7 +92,7 @@ class Audit:
 
     @property
     def top(self) -> Agreement:
-        """Agreement among the top.
+        """Agreement among the top, of means over prompts.
 
         Its fields: ``n``; ``rank``, Spearman's correlation; ``order``, the same of |estimate| and
         |exact|, which signs alone cannot help; ``sign``, the share of one sign; ``slope``, the
@@ -108,6 +108,17 @@ class Audit:
         speak of the whole tail.
         """
         return agreement(self.estimate[self.stratum > 0], self.exact[self.stratum > 0])
+
+    @property
+    def by_prompt(self) -> tuple[Agreement, ...]:
+        """[prompts]: agreement among the top on each prompt by itself.
+
+        It can differ from ``top`` either way: where prompts are saturated unequally, each is ranked
+        well and their mean badly; errors that average out do the reverse.
+        """
+        top = self.stratum == 0
+        pairs = zip(self.estimates[top].T, self.effects[top].T, strict=True)
+        return tuple(agreement(estimate, exact) for estimate, exact in pairs)
 
     @property
     def missed(self) -> Estimate:
@@ -186,18 +197,19 @@ class Audit:
         return pandas.DataFrame(columns)
 
     def __repr__(self) -> str:
-        rows = [
-            f"  {name:5} {a.n:8} {a.rank:11.2f} {a.order:9.2f} {a.sign:10.2f} {a.slope:16.2f}"
-            for name, a in (("top", self.top), ("tail", self.tail))
+        rows = [("top", self.top), ("by prompt", self._typical()), ("tail", self.tail)]
+        table = [
+            f"  {name:9} {a.n:8} {a.rank:11.2f} {a.order:9.2f} {a.sign:10.2f} {a.slope:16.2f}"
+            for name, a in rows
         ]
-        head = f"  {'':5} {'latents':>8} {'rank corr.':>11} {'of sizes':>9} {'same sign':>10}"
+        head = f"  {'':9} {'latents':>8} {'rank corr.':>11} {'of sizes':>9} {'same sign':>10}"
         degenerate = f", {self.degenerate} of them degenerate" if self.degenerate else ""
         return "\n".join(
             [
                 f"Audit: {len(self.keys)} of {int(self.sizes.sum())} latents moved one by one, "
                 f"over {len(self.change)} prompts{degenerate}",
                 f"{head} {'exact / estimate':>16}",
-                *rows,
+                *table,
                 f"  below the top: {self.missed} of Σ|exact|; a latent there outranks one of the "
                 f"top in {self.outranked} of pairs",
                 f"  {self._completeness()}",
@@ -205,6 +217,11 @@ class Audit:
                 self.verdict,
             ]
         )
+
+    def _typical(self) -> Agreement:
+        """The median over prompts of agreement on each by itself."""
+        columns = torch.tensor(self.by_prompt, dtype=torch.float64).nanmedian(0).values.tolist()
+        return Agreement(int(columns[0]), *columns[1:])
 
     def _completeness(self) -> str:
         if self.gap.ndim == 1 and len(self.dictionaries) > 1:
