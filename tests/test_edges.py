@@ -129,7 +129,7 @@ def test_several_dictionaries_and_only_edges_forward():
     later = torch.tensor([[d.layer > u.layer for d, _ in down] for u, _ in up])
     assert torch.equal(found.ordered, later)
     assert bool((found.by_prompt[~later] == 0).all())
-    assert bool(found.exact[~later].isnan().all())
+    assert bool(found.exact[~later].isnan().all() and found.ablated[~later].isnan().all())
     for i, one in enumerate(up.singles()):
         wanted = slope(nn, one, down, None)
         own = later[i]
@@ -191,6 +191,8 @@ def test_views_of_the_record():
     assert next(iter(strongest[0]))[1] == table["upstream"].iloc[0]
     assert next(iter(strongest[1]))[1] == table["downstream"].iloc[0]
     assert len(found.top(100)) == len(table)
+    with pytest.raises(sf.SaefeatError, match=r"Edges\.top: `n`"):
+        found.top(-1)
     assert len(repr(found).splitlines()) == 6
 
 

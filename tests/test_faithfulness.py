@@ -263,6 +263,10 @@ def test_views_of_the_record():
     lines = repr(found).splitlines()
     assert len(lines) == 6 and max(map(len, lines)) <= 120
     assert "random" in lines[-1] and "matched" in lines[-1]
+    assert found.latents(2) == found.latents(4) & found.latents(2)
+    for size in (0, 5, 1.5):
+        with pytest.raises(sf.SaefeatError, match=r"Faithfulness\.latents: `size`"):
+            found.latents(size)
     figure = found.plot()
     assert [axes.get_title() for axes in figure.axes] == [
         "faithfulness",

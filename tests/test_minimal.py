@@ -245,6 +245,8 @@ def test_interactions_are_those_of_single_runs(where):
                 found.pairs[i, j], value(one[i] | one[j]), atol=2e-5, rtol=1e-5
             )
     assert found.to_pandas().shape == (4, 4)
+    with pytest.raises(sf.SaefeatError, match=r"Interactions\.top: `n`"):
+        found.top(-1)
     assert len(repr(found).splitlines()) == 6
 
 

@@ -69,7 +69,22 @@ class Faithfulness:
     mass: dict[str, Tensor] = field(default_factory=dict)
 
     def latents(self, size: int) -> Latents:
-        """The top set of this size."""
+        """The top set of this size, one of ``sizes`` or any below the largest.
+
+        Raises:
+            SaefeatError: for a size that was not reached.
+        """
+        if type(size) is not int or not 0 < size <= self.sizes[-1]:
+            raise SaefeatError(
+                explain(
+                    "Faithfulness.latents",
+                    "size",
+                    got=repr(size),
+                    wanted=f"an integer in 1..{self.sizes[-1]}, the largest size",
+                    cause="a set larger than any that was run",
+                    call=f"faithfulness(..., sizes=(..., {size!r}))",
+                )
+            )
         return selection(self.dictionaries, self.sets["top"][0, :size])
 
     def balance(self, of: str) -> tuple[float, ...]:

@@ -70,10 +70,10 @@ class Edges:
 
     def top(self, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
         """The n strongest edges, of either sign: upstream, downstream, estimate."""
+        require("Edges.top", n=(n, 0))
         return self._largest(self.estimate, n)
 
     def _largest(self, values: Tensor, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
-        require("Edges", n=(n, 0))
         ups, downs = self.upstream.singles(), self.downstream.singles()
         size = values.nan_to_num(0.0).abs().flatten()
         order = size.argsort(descending=True, stable=True)[:n].tolist()
@@ -84,6 +84,7 @@ class Edges:
         """The n largest exact changes whose estimate is zero: upstream, downstream, change."""
         if self.ablated is None:
             return ()
+        require("Edges.unseen", n=(n, 0))
         return self._largest(torch.where(self.estimate == 0, self.ablated, math.nan), n)
 
     def to_pandas(self) -> Any:

@@ -14,7 +14,7 @@ from ..prompts import Prompts
 from ..tokens import Tokens
 from ..verbs.base import Intervention
 from .bench import Folder, bench
-from .require import require_several, require_upstream_of
+from .require import require, require_several, require_upstream_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +59,7 @@ class Interactions:
 
     def top(self, n: int) -> tuple[tuple[Latents, float], ...]:
         """The n pairs with the largest |interaction|, each once, with its value."""
+        require("Interactions.top", n=(n, 0))
         row, column = torch.triu_indices(len(self.alone), len(self.alone), 1)
         found = self.values[row, column]
         one = self.latents.singles()
