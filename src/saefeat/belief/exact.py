@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.record import Attribution
+from ..attribution.totals import require_positions
 from ..errors import SaefeatError, explain
 from ..kernel.encode import encode
 from ..latents import Latents
@@ -91,18 +92,7 @@ def require_movable(scores: Attribution, where: str) -> None:
             and no change of the activation alone has that effect. At the zero baseline one of the
             two is zero.
     """
-    if bool((scores.position < 0).any()):
-        raise SaefeatError(
-            explain(
-                where,
-                "scores",
-                got="one score for all tokens of a prompt together",
-                wanted="a score for each token",
-                cause='Exact() or FiniteDifference() with per="latent"; effects of Exact() are'
-                " exact already",
-                call='Attribute(..., method=AtP()), or per="token"',
-            )
-        )
+    require_positions(scores, where)  # an exact score of a whole prompt is no estimate
     if torch.equal(scores.change, -scores.activation):
         return
     for dictionary in scores.dictionaries:
