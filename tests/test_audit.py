@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import nnsight
 import pytest
 import scipy.stats
 import torch
@@ -576,6 +577,18 @@ def test_each_site_has_its_gap_where_it_has_a_path():
     assert f"completeness gap: {share:.1%} of the metric's change" in repr(found)
     assert "each site on a path of its own" in repr(found)
     assert len(repr(found).splitlines()) <= 10
+
+
+def test_scores_made_in_a_trace_have_no_gap():
+    nn, sae = wrapped(build("llama")), make_sae("standard")
+    attribute = sf.Attribute(sae, METRIC)
+    with nn.trace(batch_of()):
+        watching = attribute.watch(nn)
+        scores = nnsight.save(watching.scores(nn.output.logits))
+    found = sf.audit(attribute, nn, RAGGED, scores, budget=6)
+    whole = sf.audit(attribute, nn, RAGGED, attribute(nn, RAGGED), budget=6)
+    torch.testing.assert_close(found.effects, whole.effects, atol=1e-5, rtol=1e-5)
+    assert "without a baseline run" in repr(found) and "nan" not in repr(found)
 
 
 # ---------------------------------------------------------------- stability

@@ -21,7 +21,7 @@ EACH = pytest.mark.parametrize("name", FIELDS)
 
 @pytest.fixture(scope="module")
 def jobs():
-    """name → a small job of each kind; every measurement is one pass."""
+    """name → a small job of each kind; every piece is one pass, also of a set of many prompts."""
     nn, sae = wrapped(build("llama")), make_sae("standard")
     attribute = sf.Attribute(sae, METRIC)
     scores = attribute(nn, RAGGED)
@@ -36,7 +36,7 @@ def jobs():
     return {
         "audit": lambda **options: sf.audit(*given, **{"budget": 6, "batch_size": 4, **options}),
         "faithfulness": lambda **options: sf.faithfulness(
-            *given, **{"sizes": [1, 2], "controls": 1, "batch_size": 3, **options}
+            *given, **{"sizes": [1, 2], "controls": 1, "batch_size": 2, **options}
         ),
         "minimal_set": lambda **options: minimal(**{"batch_size": 6, **options}),
         "interactions": lambda **options: sf.interactions(
@@ -131,6 +131,14 @@ def test_another_job_is_refused_before_any_run(name, other, differs, jobs, tmp_p
     monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
     with pytest.raises(sf.CheckpointError, match=f"{name}.*differs in .*{differs}"):
         jobs[name](checkpoint=tmp_path, **other)
+
+
+def test_an_edit_that_never_acted_is_refused_after_a_restart_too(tmp_path):
+    nn, top = wrapped(build("llama")), make_sae("standard").latents([3, 5])
+    never = {"where": sf.Tokens.ids(2), "batch_size": 6, "checkpoint": tmp_path}
+    for _ in range(2):
+        with pytest.raises(sf.FiringError, match="interactions"):
+            sf.interactions(nn, RAGGED, top, METRIC, **never)
 
 
 def test_one_kind_of_job_is_not_another(jobs, tmp_path):

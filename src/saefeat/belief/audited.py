@@ -34,7 +34,8 @@ class Audit:
         effects: [n, prompts] float64, zero where the latent did not move.
         change: [prompts], the metric's change from clean to baseline; with ``one_site=True``
             [prompts, dictionaries], each site's own.
-        gap: likewise, Σ scores less that change (``scores.gap``, ``scores.gap_by_site``).
+        gap: likewise, Σ scores less that change (``scores.gap``, ``scores.gap_by_site``). Both are
+            NaN for scores made in a trace.
         degenerate: how many prompts have a degenerate metric.
         noise: the largest difference between the clean metric here and in ``scores``, where rows
             were batched otherwise: what is smaller is rounding. It matters in half precision.
@@ -228,6 +229,8 @@ class Audit:
         if self.gap.ndim == 1 and len(self.dictionaries) > 1:
             sites = len(self.dictionaries)
             return f"no completeness gap: {sites} dictionaries in a row each carry the same effect"
+        if bool(self.change.isnan().all()):
+            return "no completeness gap: the scores were made without a baseline run"
         share = self.gap.abs().mean() / self.change.abs().mean()
         each = "" if self.gap.ndim == 1 else ", each site on a path of its own"
         return f"completeness gap: {share:.1%} of the metric's change to the baseline{each}"

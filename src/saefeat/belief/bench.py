@@ -26,7 +26,7 @@ from ..errors import SaefeatError, explain
 from ..identity import digest, model_identity
 from ..latents import Latents, as_latents, stack
 from ..prompts import Prompts, encode_prompts
-from ..records import Readings
+from ..records import Fired, Readings, Receipt, join_receipts
 from ..tokens import Tokens
 from ..verbs.base import Intervention, require_fired, require_rows
 from ..verbs.edits import Clamp
@@ -41,7 +41,7 @@ class References(NamedTuple):
     """What a metric compares with, for each prompt; None where it does not.
 
     ``top`` [prompts] long stands for ``BASELINE_TOP``; ``clean`` and ``base`` are last logits
-    [prompts, vocabulary] of those runs.
+    [prompts, vocabulary] of those runs, on the CPU, in the model's own precision.
     """
 
     top: Tensor | None = None
@@ -86,21 +86,37 @@ class Bench:
         if held is not None:
             return held[0]["metric"]
         rows = torch.arange(len(self)) if prompts is None else prompts
-        chosen, found, receipts = intervention or NOTHING, [], []
+        chosen = intervention or NOTHING
+        starts = range(0, len(rows), self.batch_size)
+        found, receipts = zip(*(self._piece(chosen, rows, start) for start in starts), strict=True)
+        require_fired(join_receipts(receipts), self.where)
+        return torch.cat(found)
+
+    def _piece(self, chosen: Intervention, rows: Tensor, start: int) -> tuple[Tensor, Receipt]:
+        """At most ``batch_size`` rows from ``start`` on: finished before, or measured and kept."""
+        number = next(self.numbers)
+        held = self.done.load(number)
+        if held is not None:
+            tensors, meta = held
+            fired = tuple(Fired(*row) for row in meta["rows"])
+            return tensors["metric"], Receipt(fired, meta["passes"])
+        found, receipts = [], []
         with torch.no_grad():
-            for batch, part in self._batches(chosen, rows):
+            for batch, part in self._batches(chosen, rows, start):
                 here = self.watch.run(batch, chosen)
                 found.append(self._read(here, part))
                 receipts.append(here.receipt)
-        require_fired(sum(receipts[1:], receipts[0]), self.where)
-        self.done.save(number, {"metric": torch.cat(found)}, {})
-        return torch.cat(found)
+        metric, receipt = torch.cat(found), join_receipts(receipts)
+        fired = [[row.edit, row.tokens, row.changed, row.largest] for row in receipt.rows]
+        self.done.save(number, {"metric": metric}, {"passes": receipt.passes, "rows": fired})
+        return metric, receipt
 
     def readings(self, probe: Intervention) -> list[Readings]:
         """What a probe reads in the bare model, some prompts at a time."""
         every, found = torch.arange(len(self)), []
+        starts = range(0, len(self), self.batch_size)
         with torch.no_grad():
-            for batch, _ in self._batches(probe, every):
+            for batch, _ in (pair for s in starts for pair in self._batches(probe, every, s)):
                 program = lower(probe, self.watch.model, batch.rows(), self.watch.way(probe))
                 log, _ = self.watch.trace(batch, program)
                 found += probe.readings(log)
@@ -122,17 +138,20 @@ class Bench:
         edit = Clamp(union, scale=scale, where=where) if len(union) else None
         return self.under(edit, prompts).reshape(len(sets), len(self))
 
-    def _batches(self, chosen: Intervention, rows: Tensor) -> Iterator[tuple[Batch, Tensor]]:
-        """Rows of these prompts, as many at a time as there is room for, and their prompts.
+    def _batches(
+        self, chosen: Intervention, rows: Tensor, start: int
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """``batch_size`` rows from ``start`` on, fewer at a time if there is no room for them.
 
-        In a batch rows are numbered, not prompts: an intervention's values are one a row.
+        With each batch its prompts. In a batch rows are numbered, not prompts: an intervention's
+        values are one a row.
         """
-        lengths = None if self.data.lengths is None else self.data.lengths[rows]
-        data = Data({name: held[rows] for name, held in self.data.inputs.items()}, lengths)
-        ((whole, _),) = data.batches(len(rows))
-        size = rows_that_fit(self.watch, whole, chosen, self.batch_size)
-        for batch, _ in data.batches(size):
-            yield batch, rows[batch.numbers]
+        some = rows[start : start + self.batch_size]
+        lengths = None if self.data.lengths is None else self.data.lengths[some]
+        data = Data({name: held[some] for name, held in self.data.inputs.items()}, lengths)
+        ((whole, _),) = data.batches(len(some))
+        for batch, _ in data.batches(rows_that_fit(self.watch, whole, chosen, len(some))):
+            yield batch._replace(numbers=batch.numbers + start), some[batch.numbers]
 
     def _read(self, here: Pass, prompts: Tensor) -> Tensor:
         """[b] float32: the metric of a pass whose rows are these prompts."""

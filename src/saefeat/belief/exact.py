@@ -92,7 +92,7 @@ def require_movable(scores: Attribution, where: str) -> None:
             and no change of the activation alone has that effect. At the zero baseline one of the
             two is zero.
     """
-    require_positions(scores, where)
+    require_positions(scores, where)  # an exact score of a whole prompt is no estimate
     if torch.equal(scores.change, -scores.activation):
         return
     for dictionary in scores.dictionaries:
