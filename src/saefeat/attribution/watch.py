@@ -307,28 +307,6 @@ def require_upstream(where: str, metric: Metric, written: Iterable[Site], way: R
         )
 
 
-def require_upstream(where: str, metric: Metric, written: Iterable[Site], way: Route) -> None:
-    """Refuse sites that the metric's own site does not depend on: zeros would say so badly.
-
-    Raises:
-        SiteError: naming the first such site.
-    """
-    if metric.site is None:
-        return
-    late = [site for site in written if way.orders[site] > way.orders[metric.site]]
-    if late:
-        raise SiteError(
-            explain(
-                where,
-                "metric",
-                got=f"at {metric.site}, and latents written at {late[0]}",
-                wanted="latents written no later than the metric's site",
-                cause="the model reaches these latents after what they are to explain",
-                call="latents of the sites before it: saes.latents({0: [3]})",
-            )
-        )
-
-
 def _require_tokenwise(dictionary: Dictionary) -> None:
     """Refuse latents that depend on earlier tokens: their change reaches later tokens' latents.
 
