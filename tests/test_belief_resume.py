@@ -124,7 +124,7 @@ def test_a_damaged_batch_is_made_again(name, jobs, tmp_path, monkeypatch):
         ("interactions", {"where": sf.Tokens.last(1)}, "tokens"),
         ("interactions", {"baseline": sf.Ablate(make_sae("standard").latents([3]))}, "baseline"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else "-".join(part),
 )
 def test_another_job_is_refused_before_any_run(name, other, differs, jobs, tmp_path, monkeypatch):
     jobs[name](checkpoint=tmp_path)
