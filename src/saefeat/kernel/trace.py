@@ -128,7 +128,7 @@ def one_pass(
     held: dict[int, Any] = {}
     for stop in program["visits"]:
         envoy = locate(model, stop["path"])
-        value = envoy.input if stop["end"] == "input" else envoy.output
+        value = entering(envoy, cache) if stop["end"] == "input" else envoy.output
         x = value[0] if isinstance(value, tuple) else value
         new = visit(stop["actions"], x, view, held, log)
         if new is not x:
@@ -141,6 +141,25 @@ def one_pass(
         log["passes"] += 1
         log["view"] = view
     return view
+
+
+def entering(envoy: Any, cache: Any) -> Any:
+    """The first thing a module is given.
+
+    Beside it may stand the key-value cache. It is another object than the model's own where the
+    block runs in a process of its own: then this module would fill a copy of it, from now on.
+    """
+    args, kwargs = envoy.inputs
+    own = kwargs.get("past_key_values")
+    if own is not None and type(own) is type(cache) and own is not cache:
+        raise RuntimeError(
+            f"saefeat: the input of {envoy.path} is read in a generation, on a server that runs"
+            " blocks apart from the model and gives them copies. The module would go on with a copy"
+            " of the key-value cache, and later tokens would not see this one. Likely cause: an"
+            " ordinary key, and a site such as resid_pre.0 or a path ending in .input. Try: the"
+            " same edit in a trace without generation; another site; or a trusted key."
+        )
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def locate(root: Any, path: str) -> Any:

@@ -54,7 +54,7 @@ def serve(
         device_map: as in ``from_pretrained``.
         version: the nnsight version it claims; clients of another one are refused.
         slow: seconds that a slow job takes longer.
-        timeout: seconds after which a job is ended, so that a block that never ends holds up nobody.
+        timeout: seconds after which a job is ended: a block may never end by itself.
 
     Yields:
         The ``Server``; pass its ``url`` as ``remote=``.
@@ -146,7 +146,7 @@ def require_possible(model: Any, copies: bool, timeout: float) -> None:
     """
     call = "serve(sf.wrap(model, tokenizer)), or serve(folder)"
     if not isinstance(model, str | Path):
-        module = getattr(model, "_module", None)
+        module: Any = getattr(model, "_module", None)
         if not hasattr(module, "save_pretrained"):
             got, cause = f"a {type(model).__name__}", "a Hugging Face model that was not wrapped"
             raise ModelError(refusal("model", got, "an nnsight model or a folder", cause, call))

@@ -92,13 +92,20 @@ def cut_in_two(guest: Guest) -> None:
 
 def give_back(mediator: Any) -> None:
     """Put what the block read last, and may have changed in place, back where it was."""
-    from greenlet import getcurrent
     from nnsight.intervention.interleaver import Event, Pending
 
     handed, mediator.handed = getattr(mediator, "handed", None), None
     if handed is not None:
         location, value = handed
-        getcurrent().parent.switch(Pending(Event.SWAP, location, None, value))
+        switch(Pending(Event.SWAP, location, None, value))
+
+
+def switch(pending: Any) -> Any:
+    """Leave the block until what it waits for is here."""
+    from greenlet import getcurrent
+
+    parent: Any = getcurrent().parent
+    return parent.switch(pending)
 
 
 class Guest:
@@ -111,14 +118,13 @@ class Guest:
 
     def event(self, kind: Any, location: str, *rest: Any) -> Any:
         """Park the running block until the model reaches a location."""
-        from greenlet import getcurrent
         from nnsight.intervention.interleaver import Event, Mediator, Pending
 
         mediator = Mediator.current(location)
         step = mediator.iteration
         mediator.flush()
         self.parks += 1
-        value = getcurrent().parent.switch(Pending(kind, location, step, *rest))
+        value = switch(Pending(kind, location, step, *rest))
         if kind is Event.VALUE:
             mediator.handed = (location, value)  # type: ignore[attr-defined]
         return value

@@ -41,6 +41,16 @@ def wrap(module: Any, folder: str, **options: Any) -> Any:
     return TransformersModel(module, task="text-generation", **options)
 
 
+def as_deployed(model: Any) -> Any:
+    """A context as NDIF runs the blocks of trusted keys in: autocast, in half precision.
+
+    A product of float32 in the block is one of bfloat16 there, unless the block sees to it.
+    """
+    first = next(model._module.parameters())
+    half = first.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(first.device.type, first.dtype) if half else contextlib.nullcontext()
+
+
 def run(model: Any, blob: bytes, job: dict[str, Any]) -> bytes:
     """One request, run on the model: its saved values as the client expects them."""
     for cache in (known.SOURCES, known.BLOCKS):  # of the job before, under the same file's name

@@ -44,7 +44,7 @@ def main() -> None:
 
 def answer(model: Any, host: Any, blob: bytes, job: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """The reply to one request: its result, or the error as text."""
-    from .job import run
+    from .job import as_deployed, run
 
     if job["fault"] == "slow":
         time.sleep(job["slow"])
@@ -53,7 +53,8 @@ def answer(model: Any, host: Any, blob: bytes, job: dict[str, Any]) -> tuple[dic
             raise RuntimeError("CUDA out of memory (the fault that was asked for)")
         model._remoteable_set_env(job["env"])
         if host is None:
-            return {"ok": True}, run(model, blob, job)
+            with as_deployed(model):
+                return {"ok": True}, run(model, blob, job)
         return host.run(model, blob, job)
     except Exception:
         return {"ok": False, "error": traceback.format_exc()}, b""
