@@ -123,8 +123,8 @@ class Guest:
         mediator = Mediator.current(location)
         step = mediator.iteration
         mediator.flush()
-        self.parks += 1
         value = switch(Pending(kind, location, step, *rest))
+        self.parks += 1
         if kind is Event.VALUE:
             mediator.handed = (location, value)  # type: ignore[attr-defined]
         return value
