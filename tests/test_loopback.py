@@ -230,9 +230,9 @@ def test_what_nnsight_can_do_it_can_do_apart(do, model, apart):
 
 
 def test_errors_in_a_block_point_at_its_line(model, apart):
-    with pytest.raises(RemoteError, match=r"(?s)missing_name.*NameError"):
+    with pytest.raises(RemoteError, match=r"(?s)missing_name.*NameError"):  # noqa: SIM117
         with model.trace(batch_of(), remote=apart.url):
-            nnsight.save(missing_name)  # noqa: F821
+            nnsight.save(missing_name)
     with pytest.raises(RemoteError, match="already ran past it"):  # noqa: SIM117
         with model.trace(batch_of(), remote=apart.url):
             nnsight.save(layer(model, 2).output)
@@ -240,7 +240,7 @@ def test_errors_in_a_block_point_at_its_line(model, apart):
 
 
 def test_errors_of_the_model_reach_the_block(model, apart):
-    with pytest.raises(RemoteError, match="(?s)size|shape"):  # noqa: SIM117
+    with pytest.raises(RemoteError, match=r"size|shape"):  # noqa: SIM117
         with model.trace(batch_of(), remote=apart.url):
             layer(model, 0).output = torch.zeros(3, 2, D + 1)
     with pytest.raises(RemoteError, match="hook=True"):  # noqa: SIM117
@@ -251,7 +251,7 @@ def test_errors_of_the_model_reach_the_block(model, apart):
 
 def test_a_block_that_dies_takes_nobody_along(model, apart):
     worker = apart.worker._process.pid
-    with pytest.raises(RemoteError, match=r"block's process died \(exit code 7\)"):
+    with pytest.raises(RemoteError, match=r"block's process died \(exit code 7\)"):  # noqa: SIM117
         with model.trace(batch_of(), remote=apart.url):
             layer(model, 0).output  # noqa: B018
             os._exit(7)
@@ -259,7 +259,9 @@ def test_a_block_that_dies_takes_nobody_along(model, apart):
     with pytest.raises(RemoteError, match=r"block's process died \(exit code 9\)"):
         sf.run(model, RAGGED, remote=apart.url)
     there = sf.run(model, RAGGED, sf.Ablate(latents()), remote=apart.url)
-    assert torch.allclose(there.logits, sf.run(model, RAGGED, sf.Ablate(latents())).logits, atol=1e-5)
+    assert torch.allclose(
+        there.logits, sf.run(model, RAGGED, sf.Ablate(latents())).logits, atol=1e-5
+    )
     assert apart.worker._process.pid == worker
 
 
@@ -272,14 +274,23 @@ def site(name: str) -> sf.Intervention:
     )
 
 
-@pytest.mark.parametrize("name", ["resid_pre.1", "resid_pre.2", "resid_mid.1", "resid_mid.2"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_stream_between_blocks_is_edited_where_no_cache_is(name, family):
-    """In a generation a copied cache would make every later token wrong, and say nothing."""
-    nn = wrapped(build(family))
-    both = site(name) | sf.Clamp(latents(), 2.0)
+@pytest.fixture(scope="module")
+def gpt2():
+    nn = wrapped(build("gpt2"))
     with sf.serve(nn, copies=True) as server:
-        there = sf.run(nn, RAGGED, both, max_new_tokens=NEW, remote=server.url)
+        yield nn, server
+
+
+BETWEEN = ["resid_pre.1", "resid_pre.2", "resid_mid.1", "resid_mid.2"]
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_the_stream_between_blocks_is_edited_where_no_cache_is(name, family, model, apart, request):
+    """In a generation a copied cache would make every later token wrong, and say nothing."""
+    nn, server = (model, apart) if family == "llama" else request.getfixturevalue("gpt2")
+    both = site(name) | sf.Clamp(latents(), 2.0)
+    there = sf.run(nn, RAGGED, both, max_new_tokens=NEW, remote=server.url)
     here = sf.run(nn, RAGGED, both, max_new_tokens=NEW)
     assert here.completions == there.completions
     for a, b in zip(here.readings, there.readings, strict=True):
@@ -372,6 +383,7 @@ def test_blocks_apart_need_forks(model, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
     with sf.serve(tmp_path) as server, pytest.raises(RemoteError, match="exit code 1"):
         sf.run(model, RAGGED, remote=server.url)
@@ -500,15 +512,15 @@ def test_tensors_leave_without_what_is_behind_them():
 # ---------------------------------------------------------------- as deployed
 
 
+@pytest.mark.slow
 def test_a_half_precision_block_runs_under_autocast_and_the_kernel_does_not():
     """NDIF's trusted keys: float32 products of a block would be bfloat16's, and latents flip."""
     half = wrapped(build("llama").to(torch.bfloat16))
     probe = sf.Probe(latents())
-    with sf.serve(half) as server:
-        with half.trace(batch_of(), remote=server.url):
-            casts = nnsight.save(torch.is_autocast_enabled("cpu"))
-            log = nnsight.save(probe(half))
-            x = nnsight.save(layer(half, 1).output.clone())
+    with sf.serve(half) as server, half.trace(batch_of(), remote=server.url):
+        casts = nnsight.save(torch.is_autocast_enabled("cpu"))
+        log = nnsight.save(probe(half))
+        x = nnsight.save(layer(half, 1).output.clone())
     assert casts
     (read,), chosen = probe.readings(log), latents()
     sae = chosen.parts[0][0]
