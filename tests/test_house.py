@@ -264,6 +264,17 @@ def test_the_kernel_imports_only_what_a_server_has():
     )
 
 
+def test_the_loopback_s_processes_import_only_what_a_server_has():
+    """They run as a package of another name, where saefeat is not to be found."""
+    far, problems = "saefeat.loopback.far", []
+    may = {*KERNEL_MAY_IMPORT, "transformers", "greenlet", "zstandard"}
+    for module in filter(lambda name: within(name, far), sources()):
+        for item in imported_by(module):
+            if not within(item.module, far) and item.module.split(".")[0] not in may:
+                problems.append(f"{where(module, item.line)}: imports {item.module}")
+    fail_with(problems, "What runs in a server's own processes imports:")
+
+
 def kernel_functions(name: str) -> list[types.FunctionType]:
     """The functions that a kernel module defines; none for other modules."""
     values = vars(import_module(name)).values() if within(name, KERNEL) else ()

@@ -446,6 +446,11 @@ class Custom(sf.Intervention):
         (lambda: sf.Ablate(few("topk"), support="reselect"), "reselect"),
         (lambda: sf.Clamp(harm(), add=torch.ones(1, dtype=torch.complex64)), "complex64"),
         (lambda: sf.Ablate(broken_sae()), "NaN"),
+        (lambda: sf.Ablate(harm(), where=~sf.Tokens.role("u" * 5000)), "a long role"),
+        (
+            lambda: sf.Ablate(sf.Direction(unit(), site="model." + "a" * 300 + ".output")),
+            "at most 256 characters",
+        ),
     ],
 )
 def test_what_a_file_cannot_hold_is_named(make, message, tmp_path):
@@ -489,8 +494,11 @@ def test_nesting_is_limited_on_both_sides(tmp_path):
     assert again(sf.Ablate(harm(), where=rule), tmp_path).where == rule
     for i in range(100):
         rule = rule | sf.Tokens.ids(i)
-    with pytest.raises(sf.FileError, match="nested too deeply"):
-        sf.save(sf.Ablate(harm(), where=rule), tmp_path / "x.safetensors")
+    for _ in range(2):
+        with pytest.raises(sf.FileError, match="nested too deeply"):
+            sf.save(sf.Ablate(harm(), where=rule), tmp_path / "x.safetensors")
+        for i in range(3000):  # deeper than Python itself goes
+            rule = rule | sf.Tokens.ids(i)
 
 
 # ---------------------------------------------------------------- another model

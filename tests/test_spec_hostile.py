@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import resource
 import struct
 
@@ -129,7 +130,8 @@ ROWS = next(n for n in BASE.tensors if n.endswith("rows"))
     "change, match",
     [
         (edit(ROWS, shape=[2**40]), "bytes for shape"),
-        (edit(ROWS, shape=[2**40, 2**40]), "bytes for shape"),
+        (edit(ROWS, shape=[2**40, 2**40]), "a shape that can be"),
+        (edit(ROWS, shape=[0, 2**52, 2**52], data_offsets=[0, 0]), "a shape that can be"),
         (edit(ROWS, shape=[-1, -D]), "whole numbers"),
         (edit(ROWS, shape=[True, D]), "whole numbers"),
         (edit(ROWS, shape=[1.0, D]), "whole numbers"),
@@ -186,6 +188,24 @@ def test_other_formats():
     refused(rehashed({**BASE.document, "spec": []}, BASE.tensors), "a JSON object")
 
 
+def test_a_document_without_a_spec():
+    """Its hash is that of nothing, and right."""
+    said = {"format": "saefeat.intervention", "version": 1}
+    refused(rehashed({**said, "written": {}}, {}), "a spec that is None")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "pipe"])
+def test_what_has_no_end_is_not_read(path, tmp_path):
+    if path == "pipe":
+        path = str(tmp_path / "pipe")
+        os.mkfifo(path)
+        writer = os.open(path, os.O_RDWR)  # or opening it to read would wait
+    with pytest.raises(sf.FileError, match="a regular file"):
+        sf.load(path)
+    if "pipe" in path:
+        os.close(writer)
+
+
 # ---------------------------------------------------------------- the document
 
 
@@ -218,6 +238,7 @@ def tensor(name, value):
     return change
 
 
+MADE_ON = {"family": "gemma2", "d_model": 1, "layers": 1, "vocab": 1, "name": "", "revision": None}
 NOT = ["steps", 0, "fields", "where"]
 ENCODER = "dictionaries.0.0.encoder"
 SPEC_LIES = {
@@ -270,7 +291,8 @@ SPEC_LIES = {
         "twice",
     ),
     "an unknown kind": (put("dictionaries", 0, "kind", value="pickle"), "pickle"),
-    "another kind": (put("dictionaries", 0, "kind", value="direction"), "no tensor"),
+    "another kind": (put("dictionaries", 0, "kind", value="direction"), "'activation'"),
+    "another kind of the same form": (put("dictionaries", 3, "kind", value="excerpt"), "'width'"),
     "an unknown activation": (put("dictionaries", 0, "activation", value="eval"), "eval"),
     "an activation that is a list": (put("dictionaries", 0, "activation", value=["relu"]), "relu"),
     "an activation with other tensors": (
@@ -346,6 +368,25 @@ SPEC_LIES = {
         "no tensor",
     ),
     "a tensor by list": (put("steps", 1, "fields", "value", value={"tensor": []}), "no tensor"),
+    "a name of a later version in a dictionary": (
+        put("dictionaries", 0, "rotation", value=1),
+        "'rotation'.*later saefeat",
+    ),
+    "a field of another kind of dictionary": (put("dictionaries", 3, "k", value=1), "'k'"),
+    "a name of a later version in a selection": (
+        put("dictionaries", 0, "selections", 0, "weights", value=[1]),
+        "'weights'",
+    ),
+    "a name of a later version in a form": (put("steps", 0, "on", value="gpu"), "'on'"),
+    "a name of a later version in all": (put("order", value="reversed"), "'order'"),
+    "a family without end": (
+        put("model", value={**MADE_ON, "family": "x" * 10**6}),
+        "family, shape, name",
+    ),
+    "a model's name without end": (
+        put("model", value={**MADE_ON, "name": "x" * 10**6}),
+        "family, shape, name",
+    ),
     "a model without a name": (put("model", value={"family": "gpt2"}), "family, shape, name"),
     "a model that is text": (put("model", value="gpt2"), "model"),
 }
@@ -369,6 +410,13 @@ VALUE_LIES = {
     "starts behind the end": (tensor("values.2", torch.tensor([0, 6])), "readings of shapes"),
     "starts before the start": (tensor("values.2", torch.tensor([0, -1])), "readings of shapes"),
     "starts of other prompts": (tensor("values.2", torch.tensor([0])), "readings of shapes"),
+    "counts of another shape": (
+        lambda spec, tensors: (
+            put(*PIN, "counts", value={"tensor": "values.9"})(spec, tensors),
+            tensors.update({"values.9": torch.ones(7, 7)}),
+        ),
+        "counts as values",
+    ),
     "no starts": (put(*PIN, "starts", value=None), "without starts|nothing names"),
     "a schedule of nothing": (tensor("values.3", torch.ones(0)), "Schedule"),
     "a schedule in space": (tensor("values.3", torch.ones(2, 2, 2)), "Schedule"),
@@ -406,6 +454,24 @@ def test_values_that_lie(name):
     tensors = dict(tensors)
     change(document["spec"], tensors)
     refused(rehashed(document, tensors), match)
+
+
+def test_a_small_file_is_no_long_work():
+    """Many steps that name one long selection: a few bytes each, seconds each."""
+    big = sf.Neurons("resid_post.0", 2**20).latents(range(2**20))
+    document, _ = container.unpack(packed(sf.Chain((sf.Ablate(big),)), None), "test")
+    document["spec"]["steps"] *= 2000
+    refused(rehashed(document, {}), "at most 4,194,304 in all steps")
+    with pytest.raises(sf.FileError, match="4,194,304 in all steps"):
+        packed(sf.Chain((sf.Ablate(big),) * 5), None)
+
+
+def test_the_error_for_another_model_is_short():
+    named = {**MADE_ON, "name": "\x1b[2J" * 1000}
+    data = lie(put("model", value=named))
+    with pytest.raises(sf.ModelError) as caught:
+        built(container.unpack(data, "load"), "load", build("gemma2"))
+    assert len(str(caught.value)) < 1000 and "\x1b" not in str(caught.value)
 
 
 def test_nothing_large_is_made():

@@ -193,6 +193,29 @@ def test_errors_of_the_hub(hub, monkeypatch):
     assert "me/x" not in hub.store, "nothing is made for what is refused"
 
 
+def test_a_large_file_is_not_fetched(hub, tmp_path):
+    """It would fill the disk before anybody could measure it."""
+    options = {"token": TOKEN, "endpoint": hub.endpoint}
+    sf.push(edits(), "me/refusal", **options)
+    hub.store["me/refusal"]["main"][FILE] = b"x" * 10**6
+    hub.asked.clear()
+    with pytest.raises(sf.FileError, match=r"of 1,000,000 bytes, wanted at most 500,000"):
+        sf.pull("me/refusal", max_bytes=500_000, **options)
+    assert len(hub.asked) == 1
+    assert not any(path.stat().st_size > 10**5 for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_file_s_name_stays_in_the_repository(hub):
+    for name in (
+        "..\\x.safetensors",
+        "a\\..\\..\\x.safetensors",
+        "/x.safetensors",
+        "a/./x.safetensors",
+    ):
+        with pytest.raises(sf.FileError, match="a path in the repository"):
+            sf.pull("me/refusal", file=name, token=TOKEN, endpoint=hub.endpoint)
+
+
 def test_a_hub_out_of_reach(hub, monkeypatch):
     options = {"token": TOKEN, "endpoint": hub.endpoint}
     sf.push(edits(), "me/refusal", **options)

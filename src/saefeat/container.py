@@ -13,8 +13,9 @@ import json
 import math
 import os
 import secrets
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,9 +105,23 @@ def unseal(contents: Contents, form: str, version: int, where: str) -> dict[str,
     said = {name: document.get(name) for name in ("format", "version", "spec")}
     if document.get("sha256") != content_hash(said, tensors):
         raise broken(where, "contents that do not match their hash", "the contents as written")
-    if not isinstance(document["spec"], dict):
-        raise broken(where, f"a spec that is {brief(document['spec'])}", "a JSON object")
+    only(document, (*said, "sha256", "written"), where, "a document")
+    if not isinstance(document.get("spec"), dict):
+        raise broken(where, f"a spec that is {brief(document.get('spec'))}", "a JSON object")
     return document["spec"]
+
+
+def only(entry: Mapping[str, Any], known: Iterable[str], where: str, what: str) -> None:
+    """Refuse names this version does not know: what they mean would be left out without a word.
+
+    Raises:
+        FileError: naming one.
+    """
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        got, wanted = f"{what} with {brief(unknown[0])}", "names this version knows"
+        cause = "a file from a later saefeat, or one that was edited"
+        raise refuse(where, got, wanted, cause, "pip install --upgrade saefeat")
 
 
 def content_hash(said: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -190,13 +205,17 @@ def read(path: str | Path, where: str, max_bytes: int = MAX_BYTES) -> Contents:
     """
     try:
         with Path(path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            about = os.fstat(file.fileno())
+            size = about.st_size
+            if not stat.S_ISREG(about.st_mode):  # a device or a pipe may have no end
+                wanted, cause = "a regular file", "a device, a pipe or a folder"
+                raise refuse(where, repr(str(path)), wanted, cause, "check the path")
             if size > max_bytes:
                 got = f"{str(path)!r}, of {size:,} bytes"
                 cause = "a file with whole dictionaries, or not one of this library's"
                 call = f"{where}(..., max_bytes={size}) if it is meant"
                 raise refuse(where, got, f"at most {max_bytes:,} bytes", cause, call)
-            return unpack(file.read(), f"{where}({str(path)!r})")
+            return unpack(file.read(size), f"{where}({str(path)!r})")
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the path
         if isinstance(error, FileError):
             raise
@@ -268,6 +287,8 @@ def _span(name: str, entry: Any, where: str) -> tuple[torch.dtype, list[int], in
     if not whole or not isinstance(span, list) or len(span) != 2 or not all(map(_natural, span)):
         got = f"{brief(name)} of shape {brief(shape)} at {brief(span)}"
         raise broken(where, got, "at most three whole numbers, and two")
+    if math.prod(max(n, 1) for n in shape) > 2**53:  # a tensor of nothing has strides all the same
+        raise broken(where, f"{brief(name)} of shape {brief(shape)}", "a shape that can be")
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
         got = f"{brief(name)}: {span[1] - span[0]:,} bytes for shape {shape}"
         raise broken(where, got, f"{math.prod(shape) * dtype.itemsize:,}")
@@ -311,7 +332,7 @@ def depth(value: Any) -> int:
 
 
 def _holds(value: Any) -> bool:
-    return isinstance(value, (dict, list))
+    return isinstance(value, (dict, list, tuple))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

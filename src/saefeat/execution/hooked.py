@@ -21,6 +21,7 @@ from ..kernel.trace import generating
 from ..sites import torch_module
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
+from .sharded import require_whole
 
 
 @contextmanager
@@ -37,7 +38,8 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
         error or Ctrl-C.
 
     Raises:
-        SiteError: a layer the model lacks, or a dictionary of another width.
+        SiteError: a layer the model lacks, a dictionary of another width, or a place that a
+            tensor-parallel model has spread over processes.
         ModelError: an unknown family, or train mode with dropout; a forward pass that does not
             reach every site.
         FiringError: if no forward pass was made at all: results came from somewhere else.
@@ -55,6 +57,8 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
     """
     module = torch_module(model)
     program = lower(intervention, model)
+    for stop in program["visits"]:
+        require_whole(module, stop["path"], stop["end"])
     log = new_log()
     state: dict[str, Any] = {"view": None, "held": {}, "program": program, "left": set()}
     state["called"] = False

@@ -6,6 +6,10 @@ from typing import Any
 
 from nnsight import TransformersModel
 from torch import nn
+from transformers import __version__ as TRANSFORMERS
+
+from ..errors import ModelError, explain
+from .sharded import sharded
 
 
 def wrap(model: nn.Module, tokenizer: Any) -> TransformersModel:
@@ -18,10 +22,28 @@ def wrap(model: nn.Module, tokenizer: Any) -> TransformersModel:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
 
+    Raises:
+        ModelError: for a tensor-parallel model whose plan this nnsight does not find.
+
     Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> type(model).__name__
         'TransformersModel'
     """
-    return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+    try:
+        return TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+    except ImportError as error:
+        if not sharded(model):
+            raise
+        raise ModelError(
+            explain(
+                "wrap",
+                "model",
+                got=f"tensor-parallel, under transformers {TRANSFORMERS}",
+                wanted="a transformers whose plans nnsight can read",
+                cause=f"a helper that moved between them ({error.name}: {error.msg[:100]})",
+                call="the transformers that nnsight's page on tensor parallelism names; or"
+                " sf.hooked(model, intervention), which needs no nnsight",
+            )
+        ) from error

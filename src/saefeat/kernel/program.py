@@ -43,7 +43,13 @@ def visit(
 
     ``held`` carries what was read to where it is written, within one forward pass. The same
     object x comes back when nothing was written, so that the caller need not write either.
+
+    Under autocast, as some servers run blocks, a product of float32 would be one of bfloat16: other
+    latents would fire. So it is switched off here.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return visit(actions, x, view, held, log)
     new = before = by_token(x, view)
     own = False
     for action in actions:

@@ -128,7 +128,10 @@ def one_pass(
     held: dict[int, Any] = {}
     for stop in program["visits"]:
         envoy = locate(model, stop["path"])
-        value = envoy.input if stop["end"] == "input" else envoy.output
+        if stop["end"] == "input":
+            value = entering(envoy, cache, view["memory"], before is None)
+        else:
+            value = envoy.output
         x = value[0] if isinstance(value, tuple) else value
         new = visit(stop["actions"], x, view, held, log)
         if new is not x:
@@ -141,6 +144,29 @@ def one_pass(
         log["passes"] += 1
         log["view"] = view
     return view
+
+
+def entering(envoy: Any, cache: Any, memory: dict[str, Any], first: bool) -> Any:
+    """The first thing a module is given.
+
+    Beside it may stand the key-value cache. It is another object than the model's own where the
+    block runs in a process of its own; then this module has filled a copy of it from the first
+    pass on.
+    """
+    args, kwargs = envoy.inputs
+    own = kwargs.get("past_key_values")
+    copied = own is not None and type(own) is type(cache) and own is not cache
+    if memory.get("copied") or (copied and not first):
+        raise RuntimeError(
+            f"saefeat: the input of {envoy.path} is read in a generation, on a server that runs"
+            " blocks apart from the model and gives them copies. The module goes on with a copy of"
+            " the key-value cache, so later tokens would not see this one. Likely cause: an"
+            " ordinary key, and a site such as resid_pre.0 or a path that ends in .input. Try: one"
+            " forward pass, without new tokens; another site; or a trusted key."
+        )
+    if copied:
+        memory["copied"] = True  # harmless if no pass follows
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def locate(root: Any, path: str) -> Any:

@@ -2,11 +2,13 @@
 
 It is for checking one's own code before it queues, and the library's tests run against it.
 
+* ``serve``: the server for as long as a ``with`` block lasts.
 * ``server``: nnsight's protocol, HTTP and a websocket, on 127.0.0.1.
-* ``process`` and ``worker``: the interpreter in which jobs run.
 * ``wire``: frames and forms.
+* ``process``: the interpreter in which jobs run, and ``far``, what runs in it.
 """
 
-from .server import Server, serve
+from .serve import serve
+from .server import Server
 
 __all__ = ["Server", "serve"]

@@ -5,74 +5,109 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-SCRIPT = Path(__file__).with_name("worker.py")
+from .far.start import command
+
+
+class Outcome(NamedTuple):
+    """How a request ended: its result, or what went wrong, and what crossed between processes."""
+
+    ok: bool
+    error: str
+    result: bytes = b""
+    crossed: tuple[int, ...] | None = None
 
 
 class Worker:
-    """One worker process; it answers one request at a time, in the order they come."""
+    """One worker process; it answers one request at a time, in the order they come.
 
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup = setup
+    Args:
+        setup: the first line it reads.
+        limit: seconds after which a request's process is killed.
+    """
+
+    def __init__(self, setup: dict[str, Any], limit: float) -> None:
+        self._setup, self._limit = setup, limit
         self._turn = threading.Lock()
+        self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
 
-    def run(self, job: dict[str, Any], blob: bytes) -> tuple[bool, str, bytes]:
-        """Whether the request succeeded, what went wrong otherwise, and its result."""
+    def run(self, job: dict[str, Any], blob: bytes) -> Outcome:
+        """Have one request answered."""
         with self._turn:
+            if self._closed:
+                return Outcome(False, "The server was closed before the job began.")
+            late = None
             try:
                 process = self._running()
+                late = threading.Timer(self._limit, process.kill)
+                late.start()
                 _write(process, json.dumps({**job, "bytes": len(blob)}).encode() + b"\n" + blob)
                 head = json.loads(_line(process))
-                assert process.stdout is not None
-                return head["ok"], head.get("error", ""), process.stdout.read(head["bytes"])
+                result = _exactly(process, head["bytes"])
             except (BrokenPipeError, EOFError):
-                return False, self._obituary(), b""
+                return Outcome(False, self._obituary(late is not None and not late.is_alive()))
+            finally:
+                if late is not None:
+                    late.cancel()
+            crossed = tuple(head["crossed"]) if "crossed" in head else None
+            return Outcome(head["ok"], head.get("error", ""), result, crossed)
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
-        process, self._process = self._process, None
+        self._closed = True
+        process = self._process
         if process is not None:
             process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
-        self._errors.close()
+        with self._turn:  # whoever waited for an answer has now seen that none will come
+            self._bury()
+            self._errors.close()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                # isolated: no PYTHONPATH, and the script's own folder is not importable
-                [sys.executable, "-I", str(SCRIPT)],
+            self._bury()
+            self._process = process = subprocess.Popen(
+                command("worker"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
+                start_new_session=True,  # a Ctrl-C is for whoever serves, not for the job
             )
-            _write(self._process, json.dumps(self._setup).encode() + b"\n")
-            _line(self._process)  # ready
+            if self._closed:  # by another thread, which had nothing to kill yet
+                process.kill()
+            _write(process, json.dumps(self._setup).encode() + b"\n")
+            _line(process)  # ready
         return self._process
 
-    def _obituary(self) -> str:
-        process, self._process = self._process, None
-        code = None
-        if process is not None:
-            code = process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    with suppress(BrokenPipeError):  # what it had not taken yet
-                        stream.close()
+    def _obituary(self, late: bool) -> str:
+        if self._process is not None and not late:
+            with suppress(subprocess.TimeoutExpired):  # it is ending, with a reason of its own
+                self._process.wait(timeout=10)
+        code = self._bury()
+        if late:
+            return f"The job ran longer than {self._limit:g} s and was ended."
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - 2000))
         last = self._errors.read().decode(errors="replace").strip()
         return f"The worker process died (exit code {code}).\n{last}"
+
+    def _bury(self) -> int | None:
+        """Close what is left of the process; its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        process.kill()
+        code = process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):  # what it had not taken yet
+                    stream.close()
+        return code
 
 
 def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
@@ -84,6 +119,14 @@ def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
 def _line(process: subprocess.Popen[bytes]) -> bytes:
     assert process.stdout is not None
     line = process.stdout.readline()
-    if not line:
+    if not line.endswith(b"\n"):  # nothing, or half an answer
         raise EOFError
     return line
+
+
+def _exactly(process: subprocess.Popen[bytes], size: int) -> bytes:
+    assert process.stdout is not None
+    data = process.stdout.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import secrets
+import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
-import torch
-from nnsight import __version__ as NNSIGHT
-from nnsight.modeling import huggingface
-from transformers.utils import logging
-
-from ..errors import RemoteError, explain
+from .far.start import NOT_THERE
 from .process import Worker
 from .wire import accept_key, form, text_frame, wait_closed
-from .worker import NOT_THERE
-
-FAULTS = ("slow", "fail", "die", "vanish", "truncate", "expire")
 
 ENDED = ("COMPLETED", "ERROR")
+
+
+class Crossed(NamedTuple):
+    """What went between the model and a block in a process of its own, in one job.
+
+    Attributes:
+        parks: how often blocks asked for a value or wrote one.
+        trips: round trips; a read takes two, since what was read is sent back.
+        to_block: bytes of messages to the block's process, values above all.
+        to_model: bytes from it, the job's result not counted.
+    """
+
+    parks: int
+    trips: int
+    to_block: int
+    to_model: int
 
 
 @dataclass
@@ -46,6 +53,8 @@ class Server(ThreadingHTTPServer):
         url: what to pass as ``remote=``.
         faults: what happens to the next jobs, first in first out; None for nothing.
         payloads: the size of every request so far, in bytes as sent.
+        crossings: what crossed between processes in every finished job, with ``copies=True``:
+            ``parks``, ``trips``, ``to_block``, ``to_model``; the last two in bytes.
         most_at_once: the most jobs that were queued or running together.
 
     Examples:
@@ -56,16 +65,21 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, worker: Worker, *, copies: bool, version: str, slow: float) -> None:
+    def __init__(self, worker: Worker, *, version: str, slow: float) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.worker, self.copies, self.version, self.slow = worker, copies, version, slow
+        # A request is code that runs as this user, and any user can reach a port of this machine.
+        # The path is the password: nnsight only ever appends to the address it was given.
+        self.secret = secrets.token_urlsafe(16)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/{self.secret}"
+        self.worker, self.version, self.slow = worker, version, slow
         self.faults: list[str | None] = []
         self.payloads: list[int] = []
+        self.crossings: list[Crossed] = []
         self.most_at_once = 0
         self.jobs: dict[str, Job] = {}
         self.sessions: dict[str, Any] = {}
         self._order = threading.Lock()
+        self._working: list[threading.Thread] = []
 
     def accept(self, request: dict[str, Any], blob: bytes) -> dict[str, Any]:
         """Take a job in, and begin it in a thread of its own."""
@@ -76,26 +90,30 @@ class Server(ThreadingHTTPServer):
         fault = self.faults.pop(0) if self.faults else None
         self.tell(job, "RECEIVED", "Your job has been received.", quiet=True)
         received = job.response
-        waiting = [j for j in self.jobs.values() if j.response["status"] not in ENDED]
+        waiting = [j for j in list(self.jobs.values()) if j.response["status"] not in ENDED]
         self.most_at_once = max(self.most_at_once, len(waiting))
-        threading.Thread(target=self.work, args=(job, request, blob, fault), daemon=True).start()
+        thread = threading.Thread(target=self.work, args=(job, request, blob, fault), daemon=True)
+        self._working = [other for other in self._working if other.is_alive()] + [thread]
+        thread.start()
         return received
 
     def work(self, job: Job, request: dict[str, Any], blob: bytes, fault: str | None) -> None:
         """One job from the queue to its result."""
-        before = sum(other.response["status"] == "QUEUED" for other in self.jobs.values())
+        before = sum(other.response["status"] == "QUEUED" for other in list(self.jobs.values()))
         self.tell(job, "QUEUED", f"Moved to position {before + 1} in Queue.")
         with self._order:
             if fault == "vanish":
                 return self.vanish(job)
             self.tell(job, "RUNNING", "Your job has started running.")
-            task = {"compress": request["compress"], "env": request.get("env") or {}}
-            task |= {"copies": self.copies, "fault": fault, "slow": self.slow}
-            done, error, result = self.worker.run(task, blob)
-        if not done:
-            return self.tell(job, "ERROR", error)
+            task = {"compress": request["compress"], "env": request["env"]}
+            done = self.worker.run(task | {"fault": fault, "slow": self.slow}, blob)
+        if done.crossed is not None:
+            self.crossings.append(Crossed(*done.crossed))
+        if not done.ok:
+            return self.tell(job, "ERROR", done.error)
         if fault != "expire":
-            job.result = result[: len(result) // 2] if fault == "truncate" else result
+            half = len(done.result) // 2
+            job.result = done.result[:half] if fault == "truncate" else done.result
         self.tell(job, "COMPLETED", "Your job has been completed.", data=job.url)
 
     def tell(
@@ -115,6 +133,16 @@ class Server(ThreadingHTTPServer):
         if handler is not None:
             handler.cut()
 
+    def close(self) -> None:
+        """Stop listening, end the job that runs, hang up on those who wait; leave no thread."""
+        self.shutdown()
+        self.server_close()
+        self.worker.stop()
+        for handler in list(self.sessions.values()):
+            handler.cut()
+        for thread in self._working:
+            thread.join()
+
     def environment(self) -> dict[str, Any]:
         """What ``/env`` says: Python's version and the packages of the worker."""
         from nnsight.ndif import get_local_env
@@ -122,6 +150,11 @@ class Server(ThreadingHTTPServer):
         found = get_local_env()
         installed = {n: v for n, v in found["packages"].items() if n not in NOT_THERE}
         return {**found, "packages": {**installed, "nnsight": self.version}}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is nothing to report; anything else is, as ever."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -132,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Statuses, results, the environment; or a subscription."""
-        kind, _, name = self.path.strip("/").partition("/")
+        kind, name = self.asked()
         job = self.server.jobs.get(name)
         if kind == "subscribe":
             self.subscribe()
@@ -143,18 +176,41 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "env":
             self.reply(200, json.dumps(self.server.environment()).encode())
         else:
-            self.reply(404, b'{"detail": "Not Found"}')
+            self.refuse(404, "Not Found")
 
     def do_POST(self) -> None:
         """A request, unless the client's nnsight is of another version."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.asked() != ("request", ""):
+            return self.refuse(404, "Not Found")
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal():
+            return self.refuse(411, "Length Required")
+        body = self.rfile.read(int(size))
         theirs = self.headers.get("nnsight-version", "")
         if theirs != self.server.version:
-            text = f"nnsight {theirs} is not supported: this server runs {self.server.version}."
-            return self.reply(400, json.dumps({"detail": text}).encode())
-        fields = form(self.headers["Content-Type"], body)
-        received = self.server.accept(json.loads(fields["data"]), fields["blob"])
+            known = f"this server runs {self.server.version}."
+            return self.refuse(400, f"nnsight {theirs} is not supported: {known}")
+        try:
+            fields = form(self.headers.get("Content-Type", ""), body)
+            request, blob = json.loads(fields["data"]), fields["blob"]
+            envelope = {name: request[name] for name in ("session_id", "compress")}
+        except (KeyError, TypeError, ValueError) as error:
+            return self.refuse(400, f"not a request of nnsight's: {type(error).__name__} {error}")
+        received = self.server.accept({**envelope, "env": request.get("env") or {}}, blob)
         self.reply(200, json.dumps(received).encode())
+
+    def refuse(self, status: int, detail: str) -> None:
+        """An error, and no more on this connection: what follows may be an unread body."""
+        self.close_connection = True
+        self.reply(status, json.dumps({"detail": detail}).encode())
+
+    def asked(self) -> tuple[str, str]:
+        """What is asked for, and of which job; nothing without the server's secret."""
+        secret, _, rest = self.path.strip("/").partition("/")
+        if not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
+            return "", ""
+        kind, _, name = rest.partition("/")
+        return kind, name
 
     def subscribe(self) -> None:
         """Become a websocket: send the session's id, then whatever the job's thread sends."""
@@ -191,123 +247,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
-
-
-@contextmanager
-def serve(
-    model: Any,
-    *,
-    copies: bool = False,
-    faults: Sequence[str | None] = (),
-    dtype: str = "auto",
-    device_map: str | None = None,
-    version: str = NNSIGHT,
-    slow: float = 1.0,
-) -> Iterator[Server]:
-    """Run a server on this machine that treats requests as NDIF does: to check code before queues.
-
-    Jobs run one after another in a process of their own, on a copy of the model, with nnsight,
-    torch and transformers alone: saefeat, sae_lens, transformer_lens, jaxtyping and beartype cannot
-    be imported there. It listens on 127.0.0.1 only. A request is code: whoever can reach the port,
-    any user of this machine, can run code as you while the ``with`` block lasts.
-
-    Args:
-        model: the nnsight model to serve, whose weights are written to a temporary folder, or a
-            folder or repository id from which the worker loads it.
-        copies: copy every value between the model and the block, as NDIF does for ordinary keys.
-            Gradients do not exist there.
-        faults: what befalls the first jobs, one each: ``"slow"`` (by ``slow`` seconds), ``"fail"``,
-            ``"die"`` (the worker does), ``"vanish"`` (the server forgets the job and hangs up),
-            ``"truncate"`` (half the result arrives), ``"expire"`` (no result any more), or None.
-        dtype: as in ``from_pretrained``; ``"auto"`` takes the weights as they are.
-        device_map: as in ``from_pretrained``.
-        version: the nnsight version it claims; clients of another one are refused.
-        slow: seconds that a slow job takes longer.
-
-    Yields:
-        The ``Server``; pass its ``url`` as ``remote=``.
-
-    Raises:
-        RemoteError: for an unknown fault.
-
-    Examples:
-        >>> from saefeat.studies.refusal import tiny
-        >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
-        >>> model = sf.wrap(*tiny.load("chat"))
-        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
-        >>> edits = sf.Ablate(saes.latents({1: [3, 4]}))
-        >>> with sf.serve(model) as server:
-        ...     there = sf.run(model, ["how do i bake bread"], edits, remote=server.url)
-        >>> here = sf.run(model, ["how do i bake bread"], edits)
-        >>> torch.allclose(here.logits, there.logits, atol=1e-4)
-        True
-    """
-    require_faults(faults)
-    with tempfile.TemporaryDirectory(prefix="saefeat-") as folder, named(model):
-        if not isinstance(model, str | Path):
-            write(model, folder)
-        where = str(model) if isinstance(model, str | Path) else folder
-        setup = {"folder": where, "dtype": dtype, "device_map": device_map}
-        worker = Worker({**setup, "threads": torch.get_num_threads()})
-        server = Server(worker, copies=copies, version=version, slow=slow)
-        server.faults += faults
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            worker.stop()
-
-
-def write(model: Any, folder: str) -> None:
-    """The model and its tokenizer in Hugging Face format, without transformers' progress bar."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model._module.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def named(model: Any) -> Iterator[None]:
-    """Let nnsight name the model in a request without asking the Hub.
-
-    Its key holds the repository's id as the Hub spells it, looked up once in a process and kept in
-    a table of nnsight's; a model in memory or in a folder has no entry there.
-    """
-    name = str(model) if isinstance(model, str | Path) else model.repo_id
-    known = huggingface._ID_CACHE
-    before = known.get(name)
-    known[name] = before or name or "in memory"
-    try:
-        yield
-    finally:
-        if before is None:
-            known.pop(name, None)
-
-
-def require_faults(faults: Sequence[str | None]) -> None:
-    """Refuse faults that do not exist.
-
-    Raises:
-        RemoteError: naming those that do.
-    """
-    unknown = [fault for fault in faults if fault is not None and fault not in FAULTS]
-    if unknown:
-        raise RemoteError(
-            explain(
-                "serve",
-                "faults",
-                got=repr(unknown[0]),
-                wanted="one of " + ", ".join(FAULTS),
-                cause="a typing error",
-                call='serve(model, faults=["fail"])',
-            )
-        )

@@ -13,6 +13,9 @@ from email.policy import HTTP
 from io import BufferedIOBase
 from typing import Any
 
+MOST = 1 << 20
+"""Bytes of a frame that a client may send; nnsight's send nothing."""
+
 _MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 
@@ -39,6 +42,8 @@ def wait_closed(stream: BufferedIOBase) -> None:
         size = head[1] & 0x7F
         if size >= 126:
             size = int.from_bytes(stream.read(2 if size == 126 else 8), "big")
+        if size > MOST:
+            return
         stream.read(size + (4 if head[1] & 0x80 else 0))
 
 

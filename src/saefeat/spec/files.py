@@ -24,7 +24,7 @@ from ..route import route
 from ..sites import layer_count, torch_module
 from ..verbs.base import Intervention
 from ..verbs.lower import sites_of
-from .forms import FORMAT, VERSION
+from .forms import FORMAT, MAX_TEXT, VERSION
 from .read import Reader, record
 from .write import Writer
 
@@ -138,12 +138,9 @@ def model_facts(spec: dict[str, Any], where: str) -> dict[str, Any] | None:
         return None
     found = record(spec["model"], where, "model")
     texts = (found.get("family"), found.get("name"), found.get("revision") or "")
+    short = all(isinstance(value, str) and len(value) <= MAX_TEXT for value in texts)
     whole = all(type(found.get(name)) is int for name in FACTS[1:])
-    if (
-        set(found) != {*FACTS, "name", "revision"}
-        or not whole
-        or not all(isinstance(value, str) for value in texts)
-    ):
+    if set(found) != {*FACTS, "name", "revision"} or not whole or not short:
         raise broken(where, f"a model {brief(found)}", "family, shape, name and revision")
     return found
 
@@ -185,7 +182,8 @@ def require_model(
                     where,
                     "model",
                     got=f"of {name} {here[name]!r}",
-                    wanted=f"{made_on[name]!r}, as {made_on['name'] or 'the model'} it was made on",
+                    wanted=f"{brief(made_on[name])}, as the model it was made on"
+                    + (f", {brief(made_on['name'])}" if made_on["name"] else ""),
                     cause="an intervention for another model or another size of it",
                     call="load(path) without model= if another vocabulary is meant",
                 )

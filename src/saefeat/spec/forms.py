@@ -29,7 +29,10 @@ name, refuses, and says that the file is newer.
 MAX_STEPS = 65_536
 MAX_DICTIONARIES = 65_536
 MAX_LATENTS = 2**20
+MAX_NAMED = 2**22
+"""Latents that all steps name together: a file of a few bytes a step must not take hours."""
 MAX_TEXT = 4_096
+MAX_SITE = 256
 MAX_WIDTH = 2**31
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from ..container import MAX_BYTES, read, refuse, unpack
+from ..errors import FileError
 from ..verbs.base import Intervention
 from .card import FILE, card
 from .files import built, packed
@@ -122,6 +123,7 @@ def pull(
 
     _require_name(file, "pull")
     try:
+        _require_small(repo, file, revision, token, endpoint, max_bytes)
         path = hf_hub_download(repo, file, revision=revision, token=token, endpoint=endpoint)
     except Exception as error:
         _explain(error, "pull", repo, f"sf.pull({repo!r}, file=..., token=...)")
@@ -129,9 +131,33 @@ def pull(
     return built(read(path, where, max_bytes), where, model)
 
 
+def _require_small(repo: str, file: str, revision: Any, token: Any, endpoint: Any, most: int):
+    """Refuse a file that says it is too large, before it is on this machine's disk.
+
+    A hub out of reach says nothing; the file may be in the cache, and is measured there.
+
+    Raises:
+        FileError: naming its size.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        url = hf_hub_url(repo, file, revision=revision, endpoint=endpoint)
+        size = get_hf_file_metadata(url, token=token, endpoint=endpoint).size or 0
+    except HFValidationError:
+        raise
+    except Exception:  # the download will say it better
+        return
+    if size > most:
+        cause = "a file with whole dictionaries, or not one of this library's"
+        call, got = f"pull(..., max_bytes={size}) if it is meant", f"{file!r}, of {size:,} bytes"
+        raise refuse("pull", got, f"at most {most:,} bytes", cause, call, "file")
+
+
 def _require_name(file: str, where: str) -> None:
     """A safetensors file's plain name or path within the repository."""
-    parts = file.split("/")
+    parts = file.replace("\\", "/").split("/")
     if not file.endswith(".safetensors") or any(part in ("", ".", "..") for part in parts):
         wanted, cause = "a path in the repository that ends in .safetensors", "a local path"
         raise refuse(where, repr(file), wanted, cause, f'file="{FILE}"', "file")
@@ -145,6 +171,8 @@ def _explain(error: Exception, where: str, repo: str, call: str) -> NoReturn:
     """
     from huggingface_hub.errors import EntryNotFoundError
 
+    if isinstance(error, FileError):
+        raise error
     names = [cls.__name__ for cls in type(error).__mro__]
     known = next((_CAUSES[name] for name in names if name in _CAUSES), None)
     if known is None and not isinstance(error, (OSError, ValueError, EntryNotFoundError)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..container import brief, broken, refuse
+from ..container import brief, broken, only, refuse
 from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
@@ -23,6 +23,17 @@ from . import forms
 from .forms import FORMS, RULES, STEPS
 from .write import kind_of
 
+EVERY = ("kind", "site", "name", "selections")
+ENTRIES = {
+    "neurons": ("width",),
+    "direction": ("fingerprint",),
+    "excerpt": (
+        *("write_site", "d_in", "d_out", "d_sae", "excluded", "origin", "fingerprint"),
+        *PLAIN,
+    ),
+}
+"""What an entry of ``dictionaries`` has: of any kind, and of each."""
+
 
 class Reader:
     """Builds dictionaries first, then the steps that select from them."""
@@ -30,6 +41,8 @@ class Reader:
     def __init__(self, spec: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
         self.spec, self.where = spec, where
         self._tensors, self._used = tensors, set[str]()
+        self._named = 0
+        only(spec, ("chain", "steps", "dictionaries", "model"), where, "a spec")
         entries = listed(spec.get("dictionaries"), where, "dictionaries", forms.MAX_DICTIONARIES)
         self._selections: list[list[tuple[int, ...]]] = []
         self._dictionaries = [self._dictionary(n, e) for n, e in enumerate(entries)]
@@ -56,6 +69,7 @@ class Reader:
     def form(self, entry: Any, allowed: tuple[str, ...]) -> Any:
         """One listed class, built by its constructor."""
         entry = record(entry, self.where, "a form")
+        only(entry, ("form", "fields"), self.where, "a form")
         name, given = entry.get("form"), record(entry.get("fields"), self.where, "fields")
         form = FORMS.get(name) if isinstance(name, str) and name in allowed else None
         unknown = [] if form is None else sorted(set(given) - set(form.kinds))
@@ -78,15 +92,21 @@ class Reader:
 
     def _sound(self, found: Readings) -> None:
         """Refuse readings whose tensors do not fit each other; ``Readings`` itself checks none."""
-        values, mask, starts = found.values, found.mask, found.starts
+        values, mask, starts, counts = found.values, found.mask, found.starts, found.counts
         fits = values.ndim == 3 and values.shape[-1] == len(found.latents)
         fits = fits and mask.shape == values.shape and mask.dtype == torch.bool
         if starts is not None:
             fits = fits and starts.shape == values.shape[:1] and starts.dtype == torch.int64
             fits = fits and bool(((starts >= 0) & (starts <= values.shape[1])).all())
+        if counts is not None:
+            fits = fits and counts.shape == values.shape and values.shape[1] == 1
+            fits = fits and not counts.is_complex() and bool((counts >= 0).all())
         if not fits or not values.is_floating_point():
-            sizes = [list(t.shape) for t in (values, mask, starts) if t is not None]
-            wanted = "values and mask [prompts, tokens, latents], starts [prompts] within them"
+            sizes = [list(t.shape) for t in (values, mask, starts, counts) if t is not None]
+            wanted = (
+                "values and mask [prompts, tokens, latents], starts [prompts] within them,"
+                " counts as values"
+            )
             raise broken(self.where, f"readings of shapes {sizes}", wanted)
 
     def value(self, value: Any, kinds: tuple[str, ...], what: str) -> Any:
@@ -148,6 +168,10 @@ class Reader:
             if pair[1] >= len(selections):
                 raise broken(self.where, f"selection {pair[1]}", f"fewer than {len(selections)}")
             indices = selections[pair[1]]
+            self._named += len(indices)
+            if self._named > forms.MAX_NAMED:
+                most = f"at most {forms.MAX_NAMED:,} in all steps together"
+                raise broken(self.where, f"{self._named:,} latents", most)
             if not seen.isdisjoint((pair[0], i) for i in indices):
                 raise broken(self.where, f"a latent of {dictionary.site} twice", "each once")
             seen.update((pair[0], i) for i in indices)
@@ -158,13 +182,15 @@ class Reader:
         """One entry of ``dictionaries``, and the selections made from it."""
         entry = record(entry, self.where, f"dictionary {number}")
         selections = [
-            self._indices(record(item, self.where, "a selection").get("latents"))
+            self._indices(item)
             for item in listed(entry.get("selections"), self.where, "selections", 2**16)
         ]
         if len(set(selections)) != len(selections):
             raise broken(self.where, f"a selection of dictionary {number} twice", "each once")
         self._selections.append(selections)
         kind, name = entry.get("kind"), text(entry.get("name"), self.where, "name")
+        known = ENTRIES.get(kind, entry) if isinstance(kind, str) else entry
+        only(entry, (*EVERY, *known), self.where, f"dictionary {number}")
         site = self._site(entry.get("site"))
         if kind == "neurons":
             width = size(entry.get("width"), self.where, "width")
@@ -226,10 +252,14 @@ class Reader:
         return self._build(Excerpt, given | sizes, f"dictionary {number}")
 
     def _site(self, name: Any) -> Site:
-        return self._build(Site.parse, {"name": text(name, self.where, "site", 256)}, "site")
+        return self._build(
+            Site.parse, {"name": text(name, self.where, "site", forms.MAX_SITE)}, "site"
+        )
 
     def _indices(self, found: Any) -> tuple[int, ...]:
-        indices = listed(found, self.where, "a selection", forms.MAX_LATENTS)
+        found = record(found, self.where, "a selection")
+        only(found, ("latents",), self.where, "a selection")
+        indices = listed(found.get("latents"), self.where, "a selection", forms.MAX_LATENTS)
         if not indices or not all(natural(i) and i < forms.MAX_WIDTH for i in indices):
             raise broken(self.where, f"latents {brief(indices)}", "whole numbers, at least one")
         return tuple(indices)
@@ -253,7 +283,7 @@ class Reader:
             if isinstance(error, FileError):
                 raise
             raise broken(
-                self.where, f"{what} that cannot be ({error})", "what code could make"
+                self.where, f"{what} that cannot be ({str(error)[:400]})", "what code could make"
             ) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..container import refuse
+from ..container import MAX_DEPTH, depth, refuse
 from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import WHOLE, Excerpt, shapes
@@ -16,7 +16,7 @@ from ..errors import FileError
 from ..latents import Latents
 from ..tokens import Tokens
 from ..verbs.base import Chain, Intervention
-from .forms import FORMS, MAX_TEXT, RULES, STEPS
+from .forms import FORMS, MAX_LATENTS, MAX_NAMED, MAX_SITE, MAX_TEXT, RULES, STEPS
 
 
 def cannot(got: str, wanted: str, cause: str, call: str) -> FileError:
@@ -31,6 +31,7 @@ class Writer:
         self.tensors: dict[str, Tensor] = {}
         self._dictionaries: dict[int, tuple[int, Dictionary]] = {}
         self._selections: list[dict[tuple[int, ...], int]] = []
+        self._named = 0
 
     def intervention(self, intervention: Intervention) -> dict[str, Any]:
         """The part of the document that says what is done, tensors aside."""
@@ -83,6 +84,10 @@ class Writer:
         if kind == "latents":
             return {"latents": self._latents(value)}
         if kind == "tokens":
+            if depth(value.rule) > MAX_DEPTH - 10:  # what stands around it nests too
+                most, call = f"at most {MAX_DEPTH} levels", "Tokens.ids(*ids), not a | b | c"
+                got = f"one with {what}: a rule nested too deeply"
+                raise cannot(got, most, "a rule built in a loop", call)
             return {"tokens": rule(value.rule, what)}
         if kind == "number":
             return number(value, what)
@@ -95,6 +100,11 @@ class Writer:
         """[dictionary, selection] for each part; equal selections are written once."""
         found = []
         for basis, indices in latents.parts:
+            self._named += len(indices)
+            if len(indices) > MAX_LATENTS or self._named > MAX_NAMED:
+                most = f"at most {MAX_LATENTS:,} of one dictionary, {MAX_NAMED:,} in all steps"
+                call = "save the steps in files of their own"
+                raise cannot(f"one of {self._named:,} latents", most, "whole dictionaries", call)
             if id(basis) not in self._dictionaries:
                 entry = (len(self._dictionaries), basis)
                 self._dictionaries[id(basis)] = entry  # type: ignore[assignment]
@@ -107,6 +117,10 @@ class Writer:
     def _dictionary(self, number: int, dictionary: Dictionary) -> dict[str, Any]:
         """A dictionary's entry, its tensors put aside."""
         selections = list(self._selections[number])
+        longest = max(len(str(dictionary.site)), len(str(dictionary.write_site)))
+        if longest > MAX_SITE:
+            most = f"at most {MAX_SITE} characters"
+            raise cannot(f"one at {dictionary.site}", most, "a deeply nested module", "rename it")
         entry = {
             "site": str(dictionary.site),
             "name": label(dictionary.name),
@@ -178,6 +192,9 @@ def rule(found: tuple, what: str) -> list[Any]:
         got = f"one with {what}: Tokens.{kind}({function})"
         call = "Tokens.ids, .role, .first, .last, .generated and their combinations"
         raise cannot(got, "a rule that is data", "a Python function is code", call)
+    if kind == "role" and len(rest[0]) > MAX_TEXT:
+        most = f"at most {MAX_TEXT} characters"
+        raise cannot(f"one with {what}: a long role", most, "a text, not its role", "cut it")
     return [
         kind,
         *(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernel.pack import applied
+from .upstream import upstream
 
 KERNEL = "saefeat.kernel"
 
@@ -39,7 +40,7 @@ def narrowed(program: dict[str, Any], dtype: torch.dtype | None = None) -> dict[
     """
     visits = [
         {**visit, "actions": [_lean(action, dtype) for action in visit["actions"]]}
-        for visit in program["visits"]
+        for visit in upstream(program["visits"])
     ]
     return {**program, "visits": visits}
 

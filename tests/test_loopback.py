@@ -1,0 +1,528 @@
+"""The loopback server itself: what it lets through, what it leaves behind, and its two processes.
+
+That verbs give there what they give here is tests/test_remote.py's subject.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import nnsight
+import pytest
+import torch
+from nnsight import CONFIG
+from nnsight.intervention.backends.remote import RemoteError
+
+import saefeat as sf
+from helpers import RAGGED, D, batch_of, build, make_sae, unit, wrapped
+from saefeat.loopback.far.pipe import Gone, Pipe
+
+NEW = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silent():
+    before, CONFIG.APP.REMOTE_LOGGING = CONFIG.APP.REMOTE_LOGGING, False
+    yield
+    CONFIG.APP.REMOTE_LOGGING = before
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wrapped(build("llama"))
+
+
+@pytest.fixture(scope="module")
+def apart(model):
+    with sf.serve(model, copies=True) as server:
+        yield server
+
+
+def latents() -> sf.Latents:
+    return make_sae("jumprelu", "resid_post.1").latents([3, 40, 17])
+
+
+def layer(model, number: int):
+    return model.model.layers[number]
+
+
+# ---------------------------------------------------------------- a block in its own process
+
+
+def whereabouts(model, **how):
+    with model.session(**how):
+        import builtins
+        import os
+
+        model.tokenizer  # noqa: B018  (a session finds its model in the block)
+        found = nnsight.save([os.getpid(), os.getppid(), hasattr(builtins, "left_behind")])
+        builtins.left_behind = True
+    return found
+
+
+def test_each_block_has_a_fresh_process(model, apart):
+    first, second = (whereabouts(model, remote=apart.url) for _ in range(2))
+    worker = apart.worker._process.pid
+    assert len({first[0], second[0], first[1], worker, os.getpid()}) == 5
+    assert first[1] == second[1]  # children of one process that has run no block
+    assert not first[2] and not second[2]
+
+
+def test_the_block_has_no_weights(model, apart):
+    with model.session(remote=apart.url):
+        kinds = nnsight.save([p.device.type for p in model._module.parameters()])
+    assert set(kinds) == {"meta"}
+
+
+def test_an_edit_in_place_reaches_the_model(model, apart):
+    """What a block was given goes back when it moves on."""
+
+    def zeroed(**how):
+        with torch.no_grad(), model.trace(batch_of(), **how):
+            x = layer(model, 0).output
+            x[:, 1:] = 0.0
+            after = nnsight.save(layer(model, 1).input.clone())
+            logits = nnsight.save(model.output.logits)
+        return after, logits
+
+    for here, there in zip(zeroed(), zeroed(remote=apart.url), strict=True):
+        assert torch.allclose(here, there, atol=1e-5)
+        assert (there[:, 1:] == 0).all() == (here[:, 1:] == 0).all()
+
+
+def test_what_crosses_is_counted(model, apart):
+    """Parks as preflight foresees them; bytes at least those of the values, there and back."""
+    intervention, batch = sf.Clamp(latents(), 3.0), batch_of()
+    with model.trace(batch, remote=apart.url):
+        nnsight.save(intervention(model))
+    crossed = apart.crossings[-1]
+    assert crossed.parks == sf.preflight(model, RAGGED, intervention).parks == 3
+    assert crossed.trips == 1 + 3 + 2  # to begin; what is asked for; what was read, sent back
+    value = batch["input_ids"].numel() * D * 4
+    assert crossed.to_block > value
+    assert crossed.to_model > 2 * value  # as read, then as edited
+    with model.trace(batch, remote=apart.url):
+        nnsight.save(model.model.layers[0].output.shape)
+    assert apart.crossings[-1][:2] == (1, 3)
+    assert crossed.to_model - apart.crossings[-1].to_model > value
+
+
+def test_only_the_rows_of_an_invoke_cross(model, apart):
+    with model.trace(remote=apart.url) as tracer:
+        with tracer.invoke(RAGGED[0]):
+            nnsight.save(model.output.logits.shape)
+        with tracer.invoke(RAGGED[1]):
+            pass
+    one = apart.crossings[-1].to_block
+    with model.trace(remote=apart.url) as tracer:
+        with tracer.invoke(RAGGED[0]):
+            pass
+        with tracer.invoke(RAGGED[1]):
+            pass
+        with tracer.invoke():
+            nnsight.save(model.output.logits.shape)
+    width = batch_of(RAGGED[:2])["input_ids"].shape[1]
+    assert apart.crossings[-1].to_block - one > 0.9 * width * 100 * 4
+
+
+def nothing_crosses(model, apart):
+    with model.trace(batch_of(), remote=apart.url):
+        x = layer(model, 1).output
+        loss = model.output.logits.sum()
+        with loss.backward():
+            nnsight.save(x.grad)
+
+
+def test_no_gradient_crosses(model, apart):
+    with pytest.raises(RemoteError, match="does not require grad"):
+        nothing_crosses(model, apart)
+    attribute = sf.Attribute(latents(), sf.logit_diff(3, 5), method=sf.AtP())
+    with pytest.raises(sf.GradientError, match=r"Exact\(\) or FiniteDifference\(\)"):
+        attribute(model, RAGGED, remote=apart.url)
+
+
+def lens(model, **how):
+    with torch.no_grad(), model.trace(batch_of(), **how):
+        early = model.lm_head(model.model.norm(layer(model, 0).output))
+        early = nnsight.save(early)
+    return early
+
+
+def cached(model, **how):
+    with torch.no_grad(), model.trace(batch_of(), **how) as tracer:
+        cache = tracer.cache(modules=[layer(model, 1), layer(model, 2)])
+        nnsight.save(layer(model, 0).output)
+    return torch.stack([cache[f"model.model.layers.{n}"].output for n in (1, 2)])
+
+
+def opened(model, **how):
+    with torch.no_grad(), model.trace(batch_of(), **how):
+        inner = nnsight.save(layer(model, 1).mlp.source.self_act_fn_0.output.clone())
+    return inner
+
+
+def met(model, **how):
+    """Two blocks that wait for each other: the second is moved on by the first."""
+    batch = batch_of(RAGGED[:1])
+    with torch.no_grad(), model.trace(**how) as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(batch):
+            hidden = layer(model, 0).output
+            barrier()
+        with tracer.invoke(batch):
+            barrier()
+            layer(model, 0).output = hidden * 2
+            logits = nnsight.save(model.output.logits)
+    return logits
+
+
+def stopped(model, **how):
+    with torch.no_grad(), model.trace(batch_of(), **how) as tracer:
+        x = nnsight.save(layer(model, 1).output.clone())
+        tracer.stop()
+    return x
+
+
+def stepped(model, **how):
+    """The third token's pass alone, then the one after it, without being asked for by number."""
+    batch = batch_of()
+    with model.generate(max_new_tokens=5, do_sample=False, **how) as tracer:
+        with tracer.invoke(batch):
+            for _ in tracer.iter[2:4]:
+                layer(model, 0).output = layer(model, 0).output * -3
+                late = layer(model, 1).output.clone()
+                late = nnsight.save(late)
+        with tracer.invoke():
+            tokens = nnsight.save(tracer.result)
+    return torch.cat([late[:, 0], tokens], 1)
+
+
+def skipped(model, **how):
+    with torch.no_grad(), model.trace(batch_of(), **how):
+        x = layer(model, 0).output
+        layer(model, 1).skip(x)
+        logits = nnsight.save(model.output.logits)
+    return logits
+
+
+def direct(model, **how):
+    """A call without a block inside a session: its result comes back."""
+    batch = batch_of()
+    with model.session(**how):
+        tokens = model.generate(batch, max_new_tokens=2, do_sample=False)
+        tokens = nnsight.save(tokens)
+    return tokens
+
+
+@pytest.mark.parametrize("do", [lens, cached, opened, met, stopped, stepped, skipped, direct])
+def test_what_nnsight_can_do_it_can_do_apart(do, model, apart):
+    here, there = do(model), do(model, remote=apart.url)
+    assert torch.allclose(here.double(), there.double(), atol=1e-5)
+
+
+def test_errors_in_a_block_point_at_its_line(model, apart):
+    with pytest.raises(RemoteError, match=r"(?s)missing_name.*NameError"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=apart.url):
+            nnsight.save(missing_name)
+    with pytest.raises(RemoteError, match="already ran past it"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=apart.url):
+            nnsight.save(layer(model, 2).output)
+            nnsight.save(layer(model, 0).output)
+
+
+def test_errors_of_the_model_reach_the_block(model, apart):
+    with pytest.raises(RemoteError, match=r"size|shape"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=apart.url):
+            layer(model, 0).output = torch.zeros(3, 2, D + 1)
+    with pytest.raises(RemoteError, match="hook=True"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=apart.url):
+            model.lm_head(layer(model, 0).output, hook=True)
+    assert torch.isfinite(sf.run(model, RAGGED, remote=apart.url).logits).all()
+
+
+def test_a_block_that_dies_takes_nobody_along(model, apart):
+    worker = apart.worker._process.pid
+    with pytest.raises(RemoteError, match=r"block's process died \(exit code 7\)"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=apart.url):
+            layer(model, 0).output  # noqa: B018
+            os._exit(7)
+    apart.faults.append("die")
+    with pytest.raises(RemoteError, match=r"block's process died \(exit code 9\)"):
+        sf.run(model, RAGGED, remote=apart.url)
+    there = sf.run(model, RAGGED, sf.Ablate(latents()), remote=apart.url)
+    assert torch.allclose(
+        there.logits, sf.run(model, RAGGED, sf.Ablate(latents())).logits, atol=1e-5
+    )
+    assert apart.worker._process.pid == worker
+
+
+# ---------------------------------------------------------------- the cache beside a block's input
+
+
+def site(name: str) -> sf.Intervention:
+    return sf.Clamp(sf.Direction(unit(), site=name), add=3.0) | sf.Probe(
+        sf.Direction(unit(1), site=name)
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    nn = wrapped(build("gpt2"))
+    with sf.serve(nn, copies=True) as server:
+        yield nn, server
+
+
+BETWEEN = ["resid_pre.1", "resid_pre.2", "resid_mid.1", "resid_mid.2"]
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_the_stream_between_blocks_is_edited_where_no_cache_is(name, family, model, apart, request):
+    """In a generation a copied cache would make every later token wrong, and say nothing."""
+    nn, server = (model, apart) if family == "llama" else request.getfixturevalue("gpt2")
+    both = site(name) | sf.Clamp(latents(), 2.0)
+    there = sf.run(nn, RAGGED, both, max_new_tokens=NEW, remote=server.url)
+    here = sf.run(nn, RAGGED, both, max_new_tokens=NEW)
+    assert here.completions == there.completions
+    for a, b in zip(here.readings, there.readings, strict=True):
+        assert torch.allclose(a.values[a.mask], b.values[b.mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resid_pre.0", "model.layers.1.self_attn.input"])
+def test_an_input_beside_the_cache_is_refused_in_a_generation(name, model, apart):
+    here = sf.run(model, RAGGED, site(name))
+    there = sf.run(model, RAGGED, site(name), remote=apart.url)
+    assert torch.allclose(here.logits, there.logits, atol=1e-4)
+    with pytest.raises(RemoteError, match="copy of the key-value cache"):
+        sf.run(model, RAGGED, site(name), max_new_tokens=NEW, remote=apart.url)
+
+
+# ---------------------------------------------------------------- the server's door
+
+
+def test_only_those_who_know_the_secret_are_answered(apart):
+    root = apart.url.rpartition("/")[0]
+    assert len(apart.url.rpartition("/")[2]) > 20
+    sent = len(apart.payloads)
+    headers = {"nnsight-version": apart.version}
+    for secret in ("", "/wrong", "/" + "x" * 22):
+        assert httpx.get(f"{root}{secret}/env").status_code == 404
+        answer = httpx.post(f"{root}{secret}/request", content=b"x", headers=headers)
+        assert answer.status_code == 404
+    assert httpx.get(f"{apart.url}/env").status_code == 200
+    assert len(apart.payloads) == sent
+
+
+@pytest.mark.parametrize(
+    "how, status",
+    [
+        ({"data": {"data": "{}"}}, 400),  # no version: a page in a browser cannot say one
+        ({"data": {"data": "{}"}, "headers": {"nnsight-version": "HERE"}}, 400),
+        ({"content": b"\xff" * 99, "headers": {"nnsight-version": "HERE"}}, 400),
+        ({"files": {"data": "[1]", "blob": b""}, "headers": {"nnsight-version": "HERE"}}, 400),
+        ({"files": {"data": "{", "blob": b""}, "headers": {"nnsight-version": "HERE"}}, 400),
+        ({"content": iter([b"in chunks"]), "headers": {"nnsight-version": "HERE"}}, 411),
+    ],
+)
+def test_what_is_no_request_is_refused(how, status, apart, capfd):
+    headers = {k: apart.version if v == "HERE" else v for k, v in how.get("headers", {}).items()}
+    sent = len(apart.payloads)
+    answer = httpx.post(f"{apart.url}/request", **{**how, "headers": headers})
+    assert answer.status_code == status and answer.json()["detail"]
+    assert len(apart.payloads) == sent
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_that_hangs_up_is_no_news(apart, capfd):
+    import socket
+
+    where = ("127.0.0.1", apart.server_address[1])
+    with socket.create_connection(where) as caller:
+        caller.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n")
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "make, options, error, match",
+    [
+        (lambda: build("llama"), {}, sf.ModelError, "was not wrapped"),
+        (lambda: 3, {}, sf.ModelError, "a int"),
+        (lambda: wrapped(build("llama")), {"timeout": 0}, sf.RemoteError, "more than 0"),
+        (lambda: wrapped(build("llama")), {"timeout": float("nan")}, sf.RemoteError, "timeout"),
+        (lambda: wrapped(build("llama")), {"faults": ["explode"]}, sf.RemoteError, "vanish"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(make, options, error, match):
+    with pytest.raises(error, match=match), sf.serve(make(), **options):
+        pass
+
+
+def test_a_skeleton_cannot_be_served(model, tmp_path):
+    model._module.save_pretrained(tmp_path)
+    bare = nnsight.TransformersModel(
+        str(tmp_path), tokenizer=model.tokenizer, task="text-generation"
+    )
+    with pytest.raises(sf.ModelError, match="without weights"), sf.serve(bare):
+        pass
+
+
+def test_blocks_apart_need_forks(model, monkeypatch):
+    monkeypatch.delattr("os.fork")
+    with pytest.raises(sf.RemoteError, match=r"os\.fork"), sf.serve(model, copies=True):
+        pass
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
+    with sf.serve(tmp_path) as server, pytest.raises(RemoteError, match="exit code 1"):
+        sf.run(model, RAGGED, remote=server.url)
+
+
+# ---------------------------------------------------------------- hung, killed, left behind
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ended(pids: list[int], seconds: float = 20.0) -> bool:
+    until = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def endless(model, url):
+    with model.trace(batch_of(), remote=url):
+        layer(model, 0).output  # noqa: B018
+        while True:
+            pass
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_a_block_that_never_ends_is_ended(model, apart, monkeypatch):
+    """Not only waited for no longer: gone, and the next job has a worker."""
+    pids = [apart.worker._process.pid, *whereabouts(model, remote=apart.url)[:2]]
+    monkeypatch.setattr(apart.worker, "_limit", 3.0)
+    with pytest.raises(RemoteError, match="longer than 3 s"):
+        endless(model, apart.url)
+    assert ended(pids)
+    monkeypatch.undo()
+    assert torch.isfinite(sf.run(model, RAGGED, remote=apart.url).logits).all()
+
+
+@linux
+def test_nothing_is_left_behind(model):
+    """Closed in the midst of a job, with a client that waits: no thread, process or file."""
+    before = set(threading.enumerate()), set(Path(tempfile.gettempdir()).glob("saefeat-*"))
+    failed = []
+
+    def client():
+        try:
+            endless(model, server.url)
+        except Exception as error:
+            failed.append(error)
+
+    with sf.serve(model, copies=True) as server:
+        pids = whereabouts(model, remote=server.url)[1:2]
+        pids.append(server.worker._process.pid)
+        waiting = threading.Thread(target=client)
+        waiting.start()
+        while not any(job.response["status"] == "RUNNING" for job in server.jobs.values()):
+            time.sleep(0.05)
+        time.sleep(0.5)
+    waiting.join(timeout=20)
+    assert failed and not waiting.is_alive()
+    assert ended(pids)
+    assert set(threading.enumerate()) <= before[0]
+    assert set(Path(tempfile.gettempdir()).glob("saefeat-*")) <= before[1]
+
+
+SERVE = """
+import json, os, sys, threading, time
+sys.path.insert(0, {tests!r})
+import nnsight, saefeat as sf
+from helpers import RAGGED, build, wrapped
+from test_loopback import endless, whereabouts
+nnsight.CONFIG.APP.REMOTE_LOGGING = False
+model = wrapped(build("llama"))
+with sf.serve(model, copies=True) as server:
+    pids = [server.worker._process, *whereabouts(model, remote=server.url)[1:2]]
+    pids[0] = server.worker._process.pid
+    threading.Thread(target=endless, args=(model, server.url), daemon=True).start()
+    time.sleep(2)
+    print(json.dumps(pids), flush=True)
+    time.sleep(600)
+"""
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_who_serves_takes_the_others_along(how):
+    """Killed without a chance to clean up, or by Ctrl-C, with a block that never ends."""
+    code = SERVE.format(tests=str(Path(__file__).parent))
+    serving = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    with serving:
+        pids = json.loads(serving.stdout.readline())
+        children = [pid for pid in pids if alive(pid)]
+        assert children == pids
+        serving.send_signal(how)
+        assert ended(pids)
+        serving.wait(timeout=20)
+
+
+def test_half_a_message_is_the_end():
+    source, sink = os.pipe()
+    line = Pipe(source, sink)
+    os.write(sink, (100).to_bytes(8, "big") + b"half")
+    os.close(sink)
+    with pytest.raises(Gone):
+        line.receive()
+    os.close(source)
+
+
+def test_tensors_leave_without_what_is_behind_them():
+    from saefeat.loopback.far.pipe import alone
+
+    whole = torch.zeros(1000, 8, requires_grad=True)
+    part = alone((whole * 2)[3:5])
+    assert part.untyped_storage().nbytes() == part.nbytes and not part.requires_grad
+    assert alone(whole).data_ptr() == whole.data_ptr()
+
+
+# ---------------------------------------------------------------- as deployed
+
+
+@pytest.mark.slow
+def test_a_half_precision_block_runs_under_autocast_and_the_kernel_does_not():
+    """NDIF's trusted keys: float32 products of a block would be bfloat16's, and latents flip."""
+    half = wrapped(build("llama").to(torch.bfloat16))
+    probe = sf.Probe(latents())
+    with sf.serve(half) as server, half.trace(batch_of(), remote=server.url):
+        casts = nnsight.save(torch.is_autocast_enabled("cpu"))
+        log = nnsight.save(probe(half))
+        x = nnsight.save(layer(half, 1).output.clone())
+    assert casts
+    (read,), chosen = probe.readings(log), latents()
+    sae = chosen.parts[0][0]
+    exact = sae.encode(x.float(), [3, 40, 17])
+    assert torch.allclose(read.values[read.mask], exact[read.mask], atol=1e-5)
