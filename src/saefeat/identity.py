@@ -41,6 +41,23 @@ def model_identity(model: Any) -> dict[str, Any]:
         ModelError: for an edited copy, whose edits cannot be told apart, or without weights.
     """
     module = torch_module(model)
+    require_unedited(model)
+    config, decoding = (getattr(module, name, None) for name in ("config", "generation_config"))
+    return {
+        "model": type(module).__name__,
+        "weights": weights(module),
+        "configuration": digest(_settings(config)),
+        "generation configuration": digest(_settings(decoding)),
+        "versions": versions(),
+    }
+
+
+def require_unedited(model: Any) -> None:
+    """Refuse an edited copy, whose results could not be told from another copy's.
+
+    Raises:
+        ModelError: for one.
+    """
     if getattr(model, "_edits", None):
         raise ModelError(
             explain(
@@ -53,14 +70,6 @@ def model_identity(model: Any) -> dict[str, Any]:
                 call="run(model, prompts, intervention, checkpoint=...) on the original",
             )
         )
-    config, decoding = (getattr(module, name, None) for name in ("config", "generation_config"))
-    return {
-        "model": type(module).__name__,
-        "weights": weights(module),
-        "configuration": digest(_settings(config)),
-        "generation configuration": digest(_settings(decoding)),
-        "versions": versions(),
-    }
 
 
 def weights(module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from ..route import route
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.beside import beside, taken_apart
 from ..verbs.lower import lower, sites_of
-from .decoding import Decoding, decoding, until_stop
+from .decoding import Decoding, decoding, until_stop, whole_number
 from .one_batch import require_passes, run_batch
 from .result import Piece, Run, join, piece, provenance
 from .sweep_jobs import sweep_jobs
@@ -77,6 +77,7 @@ def sweep(
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
     _require_settings(chosen)
+    whole_number("limit", limit, 1)
     if remote:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         options |= {"allow_unfired": allow_unfired, "remote": remote}

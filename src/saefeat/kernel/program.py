@@ -22,6 +22,9 @@ from .prefix import encode_prefix
 from .tokens import narrowed, select
 from .values import require_batch, resolve
 
+MOST_LATENTS = 64
+"""Latents of one dictionary up to which an edit's receipt lists its changes."""
+
 PAIRS = 1 << 22
 """(token, latent) pairs of a log whose values are kept for the receipt: 32 MiB of float32."""
 
@@ -338,7 +341,7 @@ def note(
     """
     entries = log["fired"].setdefault(number, [])
     log["pairs"] += written.numel()
-    if step.shape[-1] > 64 or log["pairs"] > PAIRS:
+    if step.shape[-1] > MOST_LATENTS or log["pairs"] > PAIRS:
         entries.append(fired(step, mask))
         return
     entries.append((step, mask))
