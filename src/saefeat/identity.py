@@ -52,6 +52,16 @@ def model_identity(model: Any) -> dict[str, Any]:
     }
 
 
+def remote_identity(model: Any, remote: bool | str) -> dict[str, Any]:
+    """The same of a model on a server, whose weights nobody here can hash: its name, and where.
+
+    Raises:
+        ModelError: for an edited copy.
+    """
+    require_unedited(model)
+    return {"model": model.to_model_key(), "remote": str(remote), "versions": versions()}
+
+
 def require_unedited(model: Any) -> None:
     """Refuse an edited copy, whose results could not be told from another copy's.
 

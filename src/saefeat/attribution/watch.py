@@ -17,6 +17,7 @@ from ..errors import GradientError, SiteError, explain
 from ..kernel.program import lift, new_log
 from ..kernel.trace import whole_run
 from ..latents import Latents
+from ..payload import PAYLOAD_LIMIT
 from ..records import Receipt
 from ..route import Route, route
 from ..sites import Place, Site, torch_module
@@ -102,9 +103,10 @@ class Watch:
         semantics: str = "pass_through",
         backward: Backward | None = None,
         remote: bool | str = False,
+        limit: int = PAYLOAD_LIMIT,
     ) -> None:
         self.model, self.metric, self.backward = model, metric, backward
-        self.remote = remote
+        self.remote, self.limit = remote, limit
         if remote:
             require_plain(semantics, backward)
         self.module = torch_module(model)
@@ -194,7 +196,7 @@ class Watch:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         columns = self._columns(batch)
         place = (self.model, self.remote, program, batch.inputs, batch.lengths, columns)
-        errand = Errand(*place, self._options(columns))
+        errand = Errand(*place, self._options(columns), self.limit)
         log, logits = run_afar(errand)
         receipt = intervention.receipt(log)
         if not gradient:

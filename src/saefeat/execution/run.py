@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, PromptError, explain
-from ..identity import digest, model_identity, require_unedited
+from ..identity import digest, model_identity, remote_identity
 from ..payload import PAYLOAD_LIMIT
 from ..prompts import Prompts, encode_prompts, split
-from ..records import Provenance, Receipt, versions
+from ..records import Provenance, Receipt
 from ..remote.batch import remote_batch, require_plain, with_stops
 from ..remote.checked import received
 from ..remote.preflight import inspected, require_light
@@ -278,10 +278,8 @@ def _checkpoint(job: _Job, folder: Folder | None) -> Checkpoint:
     if job.remote is None:
         who = model_identity(job.model)
     else:
-        require_unedited(job.model)
-        host, dtype = str(job.remote["remote"]), str(job.remote["dtype"])
-        who = {"model": job.model.to_model_key(), "remote": host, "sent as": dtype}
-        who["versions"] = versions()
+        who = remote_identity(job.model, job.remote["remote"])
+        who["sent as"] = str(job.remote["dtype"])
     who |= {"intervention": digest(job.intervention), **job.source.generation}
     return Checkpoint(folder, who, job.where)
 

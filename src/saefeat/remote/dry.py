@@ -74,7 +74,7 @@ def _passes(model: Any, program: dict[str, Any], batch: dict[str, Tensor], more:
     batch = {name: tensor.clone() for name, tensor in batch.items()}
     views = [view for _, view in zip(range(1 + more), _views(program, batch), strict=False)]
     log = new_log()
-    with model.scan(**batch, fn=partial(_called, model, more)):
+    with torch.no_grad(), model.scan(**batch, fn=partial(_called, model, more)):
         for number in Iterations()[: 1 + more]:
             if number and program.get("embedding"):
                 locate(model, program["embedding"]).input  # noqa: B018  (as the server's block does)

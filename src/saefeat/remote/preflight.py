@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from nnsight import __version__ as NNSIGHT
+from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from torch import Tensor
@@ -114,10 +115,11 @@ def preflight(
     The request is the real one, made by nnsight and taken apart again here, so that what it names
     by reference is known. Then the model runs on fake tensors, which have shapes and dtypes and no
     numbers, under the very program that would be sent: a prompt's pass, and one of a generated
-    token if there are any, for the first batch and for a last one of fewer rows. So the model needs
-    no weights, and errors of sites, shapes and dtypes appear before anything queues. What depends
-    on numbers (whether a condition is met, which token comes next) no dry run can know, and neither
-    the server's device and dtype.
+    token if there are any, for the first batch (and a smaller last one, where values differ by
+    prompt). So the model needs no weights, and errors of sites, shapes and dtypes appear before
+    anything queues. Tokens are counted over all batches. What depends on numbers (whether a
+    condition is met, which token comes next, whether an index is in range) no dry run can know, and
+    neither the server's device and dtype.
 
     Args:
         model: an nnsight ``TransformersModel``, loaded or not.
@@ -189,10 +191,10 @@ def _programs(
     chosen: Intervention,
     dtype: torch.dtype | None,
 ) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """The first batch and its program, and the last's if it has fewer rows."""
+    """The first batch and its program, and the last's if values by prompt meet fewer rows there."""
     own, sizes = by_prompt(chosen), [len(batch["input_ids"]) for batch in batches]
     found = []
-    for number in sorted({0, len(batches) - 1} if sizes[-1] != sizes[0] else {0}):
+    for number in sorted({0, len(batches) - 1} if own and sizes[-1] != sizes[0] else {0}):
         start = sum(sizes[:number])
         rows = slice(start, start + sizes[number]) if own else slice(None)
         program = narrowed(lower(chosen, model, rows), dtype)
@@ -227,6 +229,7 @@ class Capture(Backend):
     raw = b""
 
     def __call__(self, tracer: Any) -> None:
+        pull_env()  # as nnsight does before it sends: modules that lie beside a script travel
         self.raw = RequestModel.serialize(tracer)
 
 

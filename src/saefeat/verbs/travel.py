@@ -56,8 +56,7 @@ def shipped(program: dict[str, Any], here: Request) -> dict[str, Any]:
     program = narrowed(program)
     if not looks_back(program):  # what does must follow beams, which only the cache tells of
         program["embedding"] = embedding(here.model)
-    if any(callable(leaf) for leaf in leaves(program["visits"])):
-        require_known("intervention(model)", strangers(here.model, dumps(program)))
+    require_known_functions("intervention(model)", program, here.model)
     parts = parts_of(program)
     if sum(parts.values()) > PAYLOAD_LIMIT:
         largest = max(parts, key=lambda name: parts[name])
@@ -68,6 +67,16 @@ def shipped(program: dict[str, Any], here: Request) -> dict[str, Any]:
             stacklevel=2,
         )
     return program
+
+
+def require_known_functions(where: str, program: dict[str, Any], model: Any) -> None:
+    """Refuse functions of a program that use what a server does not have; nothing else can.
+
+    Raises:
+        RemoteError: naming the modules.
+    """
+    if any(callable(leaf) for leaf in leaves(program["visits"])):
+        require_known(where, strangers(model, dumps(program)))
 
 
 def require_sequential(program: dict[str, Any], here: Request) -> None:
