@@ -296,7 +296,7 @@ def test_guesses_and_followed_beams_are_refused_in_a_block(model):
 def test_a_session_over_two_models_is_refused(model):
     """Whose program an intervention becomes must not be a guess."""
     other, probe, backend = wrapped(build("llama")), sf.Probe(jumprelu()), Capture()
-    with pytest.raises(sf.RemoteError, match="one of 2 in the request"):
+    with pytest.raises(sf.RemoteError, match="one of 2 in the request"):  # noqa: SIM117
         with model.session(backend=backend):
             with model.trace("w1"):
                 nnsight.save(probe(model))
@@ -309,7 +309,7 @@ def test_nnsight_builds_requests_where_we_look(model):
     names = RequestModel.serialize.__code__.co_varnames
     assert {"tracer", "interventions"} <= set(names)
     assert inspect.isfunction(serialization.dump)
-    with pytest.raises(sf.RemoteError, match="as nnsight 0.8.1 builds it"):
+    with pytest.raises(sf.RemoteError, match=r"as nnsight 0\.8\.1 builds it"):
         serialization.dumps(sf.Ablate(jumprelu()))
 
 

@@ -139,11 +139,10 @@ class Job:
         Raises:
             RemoteError: if the server cannot be reached.
         """
-        failed = [number for number, part in enumerate(self._parts) if part.status == "ERROR"]
-        for number in failed:
-            self._parts[number] = Part()
-        if failed:
-            self._write()
+        for number, part in enumerate(self._parts):
+            if part.status == "ERROR":
+                self._parts[number] = Part()
+        self._write()  # before anything is sent: a job whose first request fails has its file too
         self._send()
         return self
 
