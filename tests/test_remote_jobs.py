@@ -391,7 +391,7 @@ def test_a_sweep_outlives_a_server_that_is_busy(model, server, monkeypatch):
         same_run(sf.run(model, RAGGED, edit), found[value])
 
 
-def test_a_sweep_gives_up_on_a_server_that_is_gone(model, monkeypatch):
+def test_a_sweep_gives_up_on_a_server_that_is_gone(model, server, monkeypatch):
     monkeypatch.setattr("saefeat.execution.sweep_jobs.MISSED", 2)
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
     with pytest.raises(sf.RemoteError, match="2 of 2 settings failed"):

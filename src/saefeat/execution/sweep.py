@@ -82,8 +82,7 @@ def sweep(
         ([0.0, 2.0, 4.0], True)
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
-    _require_settings(chosen)
-    whole_number("limit", limit, 1)
+    _require_settings(chosen, limit)
     if remote:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         options |= {"allow_unfired": allow_unfired, "remote": remote, "dtype": dtype}
@@ -104,8 +103,7 @@ def sweep(
     start = 0
     for batch, group in tqdm(jobs, disable=not progress, desc="sweep", unit="batch"):
         rows = slice(start, start + len(batch["input_ids"]))
-        own = [list(chosen.values())[n] for n in group]
-        pairs = list(zip(group, own, strict=True))
+        pairs = [(n, list(chosen.values())[n]) for n in group]
         programs = [whole[n] or lower(one, model, rows, way) for n, one in pairs]
         results = _together(model, programs, batch, greedy, allow_unfired)
         for (n, one), result in zip(pairs, results, strict=True):
@@ -150,7 +148,8 @@ def _together(
     return list(zip(logs, ends, logits.split(rows), strict=True))
 
 
-def _require_settings(settings: Mapping[Any, Intervention]) -> None:
+def _require_settings(settings: Mapping[Any, Intervention], limit: int) -> None:
+    whole_number("limit", limit, 1)
     if settings:
         return
     raise LatentError(
