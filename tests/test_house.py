@@ -48,9 +48,11 @@ LEVELS: dict[str, int] = {
     # finished batches of a long job, kept by attribution and by the ways of running
     "saefeat.checkpoint": 4,
     "saefeat.identity": 4,
+    "saefeat.payload": 4,
     "saefeat.verbs": 4,
     "saefeat.loading": 4,
     "saefeat.attribution": 5,
+    "saefeat.spec": 5,  # a remote job's file holds its intervention
     # execution, on a server too, and what is built on it
     "saefeat.execution": 6,
     "saefeat.remote": 6,
@@ -60,7 +62,6 @@ LEVELS: dict[str, int] = {
     "saefeat.verify": 7,
     "saefeat.evaluate": 7,
     "saefeat.testing": 7,
-    "saefeat.spec": 7,
     "saefeat": 8,  # the package's own __init__ and nothing else
     "saefeat.studies": 9,
 }

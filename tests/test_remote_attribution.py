@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nnsight import CONFIG
+from nnsight import CONFIG, TransformersModel
+from nnsight.intervention.backends.remote import RemoteBackend
 
 import saefeat as sf
 from helpers import RAGGED, build, make_sae, unit, wrapped
@@ -112,3 +113,89 @@ def test_what_needs_modules_is_refused(how, model, server):
     with pytest.raises(sf.SaefeatError, match="a model here"):
         sf.Attribute(saes(), METRIC, **how)(model, RAGGED, remote=server.url)
     assert len(server.payloads) == sent
+
+
+def test_refusals_say_what_to_use(model):
+    with pytest.raises(sf.SaefeatError, match=r"semantics='pass_through'.*Exact\(\)"):
+        sf.Attribute(saes(), METRIC, semantics="through_sae")(model, RAGGED, remote="local")
+    with pytest.raises(sf.SaefeatError, match=r"backward=None.*Exact\(\)"):
+        sf.Attribute(saes(), METRIC, backward=sf.RelP())(model, RAGGED, remote="local")
+
+
+def test_a_skeleton_is_attributed_on_a_server(tmp_path):
+    full = wrapped(build("llama"))
+    full._module.save_pretrained(tmp_path)
+    full.tokenizer.save_pretrained(tmp_path)
+    bare = TransformersModel(str(tmp_path), tokenizer=full.tokenizer, task="text-generation")
+    attribute = sf.Attribute(saes(), METRIC, baseline=PUSH, method=sf.IG(steps=2))
+    with sf.serve(tmp_path) as own:
+        there = attribute(bare, RAGGED, remote=own.url)
+    assert next(bare._module.parameters()).is_meta
+    same(attribute(full, RAGGED), there)
+
+
+def test_a_job_is_weighed_before_it_is_sent(model, server):
+    """Targets of a path are whole values at whole sites: they weigh more than any edit."""
+    sent = len(server.payloads)
+    attribute = sf.Attribute(saes(), METRIC, method=sf.IG(steps=2))
+    with pytest.raises(sf.RemoteError, match=r"Attribute: `payload_limit` is 100 bytes"):
+        attribute(model, RAGGED, remote=server.url, payload_limit=100)
+    assert len(server.payloads) == sent
+
+
+def test_a_baseline_of_functions_a_server_lacks_is_refused(model, server):
+    import safetensors.torch
+
+    def with_stranger(x):
+        return x[..., :2] * len(safetensors.torch.__name__)
+
+    own = sf.Generic(with_stranger, torch.randn(2, 32), site="resid_post.0", width=32)
+    attribute = sf.Attribute(saes(), METRIC, baseline=sf.Ablate(own))
+    with pytest.raises(sf.RemoteError, match="in need of safetensors"):
+        attribute(model, RAGGED, remote=server.url)
+
+
+def fewer_places(found):
+    if "log" in found:
+        found["log"]["kept"].popitem()
+
+
+def fewer_tokens(found):
+    if "log" in found:
+        kept = found["log"]["kept"]
+        kept[0] = kept[0][:, 1:]
+
+
+def fewer_logits(found):
+    if "log" in found:
+        found["logits"] = found["logits"][1:]
+
+
+def fewer_gradients(found):
+    if "found" in found:
+        found["found"].popitem()
+
+
+@pytest.mark.parametrize("change", [fewer_places, fewer_tokens, fewer_logits, fewer_gradients])
+def test_a_pass_that_does_not_fit_is_refused(change, model, server, monkeypatch):
+    plain = RemoteBackend.finalize
+
+    def finalize(self, content):
+        found = plain(self, content)
+        change(found)
+        return found
+
+    monkeypatch.setattr(RemoteBackend, "finalize", finalize)
+    with pytest.raises(sf.RemoteError, match="a server whose result has"):
+        sf.Attribute(saes(), METRIC)(model, RAGGED, remote=server.url)
+
+
+def test_a_checkpoint_of_a_server_is_not_one_of_a_run_here(model, server, tmp_path):
+    """The weights here say nothing of the server's."""
+    attribute, options = sf.Attribute(saes(), METRIC), {"batch_size": 2, "checkpoint": tmp_path}
+    there = attribute(model, RAGGED, remote=server.url, **options)
+    sent = len(server.payloads)
+    same(there, attribute(model, RAGGED, remote=server.url, **options))
+    assert len(server.payloads) == sent
+    with pytest.raises(sf.CheckpointError, match="another job"):
+        attribute(model, RAGGED, **options)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, ModelError, explain
+from .errors import CheckpointError, ModelError, RemoteError, explain
 from .records import versions
 from .sites import torch_module
 
@@ -41,6 +41,58 @@ def model_identity(model: Any) -> dict[str, Any]:
         ModelError: for an edited copy, whose edits cannot be told apart, or without weights.
     """
     module = torch_module(model)
+    require_unedited(model)
+    config, decoding = (getattr(module, name, None) for name in ("config", "generation_config"))
+    return {
+        "model": type(module).__name__,
+        "weights": weights(module),
+        "configuration": digest(_settings(config)),
+        "generation configuration": digest(_settings(decoding)),
+        "versions": versions(),
+    }
+
+
+def remote_identity(model: Any, remote: bool | str) -> dict[str, Any]:
+    """The same of a model on a server, whose weights nobody here can hash: its name, and where.
+
+    Raises:
+        ModelError: for an edited copy.
+    """
+    require_unedited(model)
+    return {"model": model_key(model), "remote": str(remote), "versions": versions()}
+
+
+def model_key(model: Any) -> str:
+    """The name by which a server knows the model.
+
+    Raises:
+        RemoteError: for a model that has none, or whose repository cannot be looked up.
+    """
+    import httpx  # as late as nnsight imports it
+
+    try:
+        return model.to_model_key()
+    except (ValueError, OSError, httpx.HTTPError) as error:
+        name = getattr(model, "repo_id", None)
+        raise RemoteError(
+            explain(
+                "remote",
+                "model",
+                got=f"{name!r}, which has no name on the Hub ({type(error).__name__})",
+                wanted="the model of a repository, by its id",
+                cause="a model in memory or in a folder, which only `serve` knows, or no network",
+                call='nnsight.TransformersModel("organization/model", tokenizer=...), whose weights'
+                " need not be loaded; or `with serve(model) as server:` around the call",
+            )
+        ) from error
+
+
+def require_unedited(model: Any) -> None:
+    """Refuse an edited copy, whose results could not be told from another copy's.
+
+    Raises:
+        ModelError: for one.
+    """
     if getattr(model, "_edits", None):
         raise ModelError(
             explain(
@@ -53,14 +105,6 @@ def model_identity(model: Any) -> dict[str, Any]:
                 call="run(model, prompts, intervention, checkpoint=...) on the original",
             )
         )
-    config, decoding = (getattr(module, name, None) for name in ("config", "generation_config"))
-    return {
-        "model": type(module).__name__,
-        "weights": weights(module),
-        "configuration": digest(_settings(config)),
-        "generation configuration": digest(_settings(decoding)),
-        "versions": versions(),
-    }
 
 
 def weights(module: nn.Module) -> str:

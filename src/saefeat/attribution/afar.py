@@ -16,11 +16,12 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError as Refused
 from torch import Tensor
 
-from ..errors import GradientError, SaefeatError, explain
+from ..errors import GradientError, RemoteError, SaefeatError, explain
 from ..kernel.program import new_log
 from ..kernel.slopes import NO_GRADIENT, pulled_back, seen
 from ..kernel.trace import whole_run
-from ..verbs.travel import narrowed, register
+from ..payload import parts_of, require_fits, weight
+from ..verbs.travel import narrowed, register, require_known_functions
 
 
 class Errand(NamedTuple):
@@ -33,13 +34,26 @@ class Errand(NamedTuple):
     lengths: Tensor | None
     columns: int
     options: dict[str, Any]
+    limit: int
+
+    def packed(self, program: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The program and the inputs as they are sent.
+
+        Raises:
+            RemoteError: for what is too large, or needs what a server does not have.
+        """
+        register()
+        own, batch = narrowed(program), own_storage(self.inputs)
+        require_known_functions("Attribute", own, self.model)
+        parts = {**parts_of(own), "inputs": weight(list(batch.values()))}
+        require_fits("Attribute", parts, sum(parts.values()), self.limit)
+        return own, batch
 
 
 def run_afar(errand: Errand) -> tuple[dict[str, Any], Tensor]:
     """One pass without gradients: its log, and the logits."""
-    register()
-    model, remote, program, inputs, lengths, columns, options = errand
-    own, batch = narrowed(still(program)), own_storage(inputs)
+    model, remote, program, _, lengths, columns, options, _ = errand
+    own, batch = errand.packed(still(program))
     log = logits = None
     with model.trace(remote=remote, **options) as tracer:
         with tracer.invoke(batch):
@@ -48,7 +62,7 @@ def run_afar(errand: Errand) -> tuple[dict[str, Any], Tensor]:
             seen(log)
         with tracer.invoke():
             logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
-    assert log is not None and logits is not None
+    require_pass(errand, log, logits)
     return log, logits
 
 
@@ -58,8 +72,8 @@ def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
     Raises:
         GradientError: where the server lets no gradient cross to the block.
     """
-    model, remote, program, inputs, lengths, columns, options = errand
-    own, batch = narrowed(program), own_storage(inputs)
+    model, remote, program, _, lengths, columns, options, _ = errand
+    own, batch = errand.packed(program)
     found = None
     try:
         with model.trace(remote=remote, **options) as tracer:
@@ -73,7 +87,7 @@ def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
         if NO_GRADIENT in str(error):
             raise GradientError(no_gradient()) from error
         raise
-    assert found is not None
+    require_values(errand, "gradients", found, nodes_of(program))
     return found
 
 
@@ -87,6 +101,61 @@ def leaves_of(log: dict[str, Any], logits: Tensor) -> dict[str, Tensor]:
     """The logits and the metric's own site, each the beginning of a graph here."""
     metric = {name: value for name, value in log["shown"].items() if name == "metric"}
     return {name: value.requires_grad_() for name, value in ({"logits": logits} | metric).items()}
+
+
+def require_pass(errand: Errand, log: Any, logits: Any) -> None:
+    """Refuse a pass that is not the one asked for.
+
+    Raises:
+        RemoteError: naming what does not fit.
+    """
+    rows, tokens = errand.inputs["input_ids"].shape
+    wanted = (rows, errand.columns or tokens)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != wanted:
+        raise unfit(f"logits {_of(logits)}", f"{[*wanted, 'vocabulary']}")
+    if not isinstance(log, dict) or not isinstance(log.get("kept"), dict):
+        raise unfit(f"a log {_of(log)}", "the values at the watched sites")
+    actions = [action for visit in errand.program["visits"] for action in visit["actions"]]
+    require_values(
+        errand, "values", log["kept"], [a["id"] for a in actions if a["do"] == "keep" and a["copy"]]
+    )
+
+
+def require_values(errand: Errand, what: str, found: Any, numbers: list[Any]) -> None:
+    """Refuse other places than those asked for, or other tokens there.
+
+    Raises:
+        RemoteError: naming what does not fit.
+    """
+    if not isinstance(found, dict) or set(found) != set(numbers):
+        got = list(found) if isinstance(found, dict) else _of(found)
+        raise unfit(f"{what} of places {got}", f"of {numbers}")
+    for value in found.values():
+        shape = errand.inputs["input_ids"].shape
+        if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+            raise unfit(f"{what} {_of(value)}", f"{[*shape, 'd']}")
+        if value.shape[:-1].numel() != shape.numel():
+            raise unfit(f"{what} {_of(value)}", f"{[*shape, 'd']}")
+
+
+def _of(value: Any) -> str:
+    return (
+        str(list(value.shape)) if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+    )
+
+
+def unfit(got: str, wanted: str) -> RemoteError:
+    """The error for a pass that does not fit its request."""
+    return RemoteError(
+        explain(
+            "Attribute",
+            "remote",
+            got=f"a server whose result has {got}",
+            wanted=wanted,
+            cause="a server of another version, or one that is none",
+            call="preflight(model, prompts, remote=...), which shows the server's nnsight",
+        )
+    )
 
 
 def still(program: dict[str, Any]) -> dict[str, Any]:
@@ -123,15 +192,17 @@ def require_plain(semantics: str, backward: object) -> None:
     """
     if semantics == "pass_through" and backward is None:
         return
+    got = f"backward={backward!r}" if backward is not None else f"semantics={semantics!r}"
+    cause = "whole dictionaries would have to stand in the server's graph"
+    call = "semantics='pass_through', whose gradients need none"
+    if backward is not None:
+        cause = "a backward rule hooks the model's own modules, and no hook travels"
+        call = "backward=None and IG(8, 'midpoint'), which mends most of what the rule is for"
+    call += ", Exact() on the latents that matter, or a model here"
+    wanted = "pass_through semantics and the plain gradient"
     raise SaefeatError(
         explain(
-            "Attribute",
-            "remote",
-            got=f"given with {'backward=' + repr(backward) if backward else repr(semantics)}",
-            wanted="pass_through semantics and the plain gradient",
-            cause="a rule hooks the model's modules, and through_sae needs whole dictionaries:"
-            " neither is there",
-            call="Attribute(..., semantics='pass_through'), or run it on a model here",
+            "Attribute", "remote", got=f"given with {got}", wanted=wanted, cause=cause, call=call
         )
     )
 

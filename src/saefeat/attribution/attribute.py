@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..checkpoint import Checkpoint
 from ..dictionaries.base import Dictionaries, Dictionary
 from ..latents import Latents, as_latents
+from ..payload import PAYLOAD_LIMIT
 from ..prompts import Prompts
 from ..sites import torch_module
 from ..tokens import Tokens
@@ -102,6 +103,7 @@ class Attribute:
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = False,
         remote: bool | str = False,
+        payload_limit: int = PAYLOAD_LIMIT,
     ) -> Attribution:
         """Attribute over prompts, a batch at a time.
 
@@ -118,6 +120,7 @@ class Attribute:
             remote: as in ``run``: each pass is a job, one with gradients two. A server that runs
                 blocks in a process of their own has no gradients; ``Exact`` and
                 ``FiniteDifference`` need none.
+            payload_limit: the most bytes of tensors that a job may bring. Only with ``remote``.
 
         Returns:
             An ``Attribution``, on the CPU.
@@ -129,6 +132,8 @@ class Attribute:
             FiringError: if ``where`` selects no token at all, or an edit of the baseline none.
             PromptError: as in ``run``, and for pairs that cannot be aligned.
             CheckpointError: for the folder of another call.
+            RemoteError: for a job that is too large or bound to fail, or a result that does not
+                fit it.
             SiteError, ModelError: as in ``run``.
         """
         if not self.method.moves() and not remote:
@@ -138,9 +143,9 @@ class Attribute:
         require_few(self.method, latents)
         require_at_once(steps_at_once)
         how: dict[str, Any] = {"semantics": self.semantics, "backward": self.backward}
-        watch = Watch(latents, model, self.metric, remote=remote, **how)
+        watch = Watch(latents, model, self.metric, remote=remote, limit=payload_limit, **how)
         data = prepare(self, model, prompts)
-        who = {} if checkpoint is None else identity(self, model, data, batch_size)
+        who = {} if checkpoint is None else identity(self, model, data, batch_size, remote)
         pieces, receipts = [], []
         with Checkpoint(checkpoint, who, "Attribute") as done:
             batches = tqdm(

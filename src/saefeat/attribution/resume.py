@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..identity import digest, model_identity
+from ..identity import digest, model_identity, remote_identity
 from ..latents import as_latents
 from ..records import Fired, Receipt
 from .prepare import Data
@@ -23,11 +23,13 @@ _ALWAYS = (
 _SOMETIMES = ("ends", "dropped", "scored")
 
 
-def identity(job: Attribute, model: Any, data: Data, batch_size: int) -> dict[str, Any]:
+def identity(
+    job: Attribute, model: Any, data: Data, batch_size: int, remote: bool | str = False
+) -> dict[str, Any]:
     """Everything that scores depend on; how many nodes share a pass is not among it."""
     paths = ("method", "where", "semantics", "one_site", "backward", "keep")
     return {
-        **model_identity(model),
+        **(remote_identity(model, remote) if remote else model_identity(model)),
         "target": digest(as_latents(job.target, "Attribute")),
         **{name: digest(getattr(job, name)) for name in ("metric", "baseline", *paths)},
         "prompts": digest(*data),

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..errors import GradientError, SiteError, explain
+from ..identity import model_key
 from ..kernel.program import lift, new_log
 from ..kernel.trace import whole_run
 from ..latents import Latents
+from ..payload import PAYLOAD_LIMIT
 from ..records import Receipt
 from ..route import Route, route
 from ..sites import Place, Site, torch_module
@@ -109,11 +111,14 @@ class Watch:
         semantics: str = "pass_through",
         backward: Backward | None = None,
         remote: bool | str = False,
+        limit: int = PAYLOAD_LIMIT,
     ) -> None:
         self.model, self.metric, self.backward = model, metric, backward
-        self.remote = remote
+        self.remote, self.limit = remote, limit
         if remote:
             require_plain(semantics, backward)
+            if remote != "local":
+                model_key(model)
         self.module = torch_module(model)
         bases: list[Any] = [basis for basis, _ in latents.parts]
         self._sites = [site for basis in bases for site in (basis.site, basis.write_site)]
@@ -185,7 +190,7 @@ class Watch:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         columns = self.columns(batch)
         place = (self.model, self.remote, program, batch.inputs, batch.lengths, columns)
-        errand = Errand(*place, self._options(columns))
+        errand = Errand(*place, self._options(columns), self.limit)
         log, logits = run_afar(errand)
         receipt = intervention.receipt(log)
         if not gradient:

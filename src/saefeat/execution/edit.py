@@ -7,7 +7,7 @@ from typing import Any
 from ..kernel.trace import whole_run
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
-from ..verbs.travel import register
+from ..verbs.travel import Program, register
 
 
 def edit(model: Any, intervention: Intervention) -> Any:
@@ -38,7 +38,7 @@ def edit(model: Any, intervention: Intervention) -> Any:
         >>> logits.ndim
         3
     """
-    program = lower(intervention, model)
+    program = Program(lower(intervention, model))
     register()  # the copy may be traced remotely, when nothing of ours runs any more
     with model.edit() as (_, edited):
         whole_run(edited, program, None)

@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, PromptError, explain
-from ..identity import digest, model_identity
+from ..identity import digest, model_identity, remote_identity
+from ..payload import PAYLOAD_LIMIT
 from ..prompts import Prompts, encode_prompts, split
 from ..records import Provenance, Receipt
-from ..remote.batch import remote_batch, remote_settings
-from ..remote.preflight import PAYLOAD_LIMIT, preflight, require_light
+from ..remote.batch import remote_batch, require_plain, with_stops
+from ..remote.checked import received
+from ..remote.preflight import inspected, require_light
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
 from .decoding import Decoding, decoding, require_beamable, until_stop, whole_number
@@ -74,9 +76,10 @@ def run(
             tokens were decoded.
         progress: show a progress bar.
         remote: True runs on NDIF, a URL on another server, ``"local"`` here by way of a request.
-            Each batch is one job, waited for; ``submit`` does not wait. Decoding is greedy there.
-            The model here needs no weights then, and readings hold zeros where no token was
-            selected.
+            Each batch is one job, waited for; ``submit`` does not wait. The model here needs no
+            weights then, and readings hold zeros where no token was selected. Samples are drawn
+            there, from the same seed; a server that runs blocks apart from the model refuses them.
+            Beams are refused.
         dtype: of the matrices that are sent; None sends each in the narrowest dtype that holds it
             exactly. Only with ``remote``.
         payload_limit: the most bytes a batch's request may have. Only with ``remote``.
@@ -89,7 +92,8 @@ def run(
         FiringError: if an edit selected no token in the whole run, or missed forward passes.
         SiteError, ModelError: if the intervention does not fit the model.
         CheckpointError: for a folder of another job.
-        RemoteError: for a request that is too large or bound to fail.
+        RemoteError: for a request that is too large or bound to fail, or a result that does not
+            fit it.
         SaefeatError: for sampling without a seed, or probes under beams.
 
     Examples:
@@ -104,6 +108,8 @@ def run(
         >>> sf.run(model, "hello", **sample).texts == sf.run(model, "hello", **sample).texts
         True
     """
+    if remote:
+        with_stops(model)
     settings = decoding(
         model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         seed=seed, num_beams=num_beams, stop=stop,
@@ -113,12 +119,14 @@ def run(
     chosen = intervention if intervention is not None else Chain(())
     require_rows(chosen, len(encoded["input_ids"]))
     if remote:
-        settings = remote_settings(model, settings, stop, checkpoint)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        require_light(preflight(model, encoded, chosen, dtype=dtype, **options), payload_limit)
-    job = _job(model, chosen, settings, checkpoint, batch_size, allow_unfired, "run")
-    job = job._replace(remote={"remote": remote, "dtype": dtype} if remote else None)
-    result = join(list(_pieces(job, split(encoded, batch_size), progress)))
+        require_plain(model, settings, remote)
+    batches = split(encoded, batch_size)
+    job = _job(model, chosen, settings, batch_size, allow_unfired, "run")
+    if remote:
+        job = job._replace(remote={"remote": remote, "dtype": dtype})
+        require_light(inspected(model, batches, chosen, settings, dtype), payload_limit)
+    job = job._replace(checkpoint=_checkpoint(job, checkpoint))
+    result = join(list(_pieces(job, batches, progress)))
     if not allow_unfired:
         require_fired(result.receipt, "run")
     return result
@@ -170,7 +178,8 @@ def stream(
     )  # fmt: skip
     whole_number("batch_size", batch_size, 1)
     chosen = intervention if intervention is not None else Chain(())
-    job = _job(model, chosen, settings, checkpoint, batch_size, allow_unfired, "stream")
+    job = _job(model, chosen, settings, batch_size, allow_unfired, "stream")
+    job = job._replace(checkpoint=_checkpoint(job, checkpoint))
     batches = _batches(getattr(model, "tokenizer", None), prompts, batch_size)
     return _stream(job, batches, progress)
 
@@ -243,7 +252,6 @@ def _job(
     model: Any,
     intervention: Intervention,
     settings: Decoding,
-    folder: Folder | None,
     batch_size: int,
     allow_unfired: bool,
     where: str,
@@ -251,19 +259,29 @@ def _job(
     require_beamable(intervention, settings)
     whole = lower(intervention, model)  # refuses what does not fit before anything runs
     generation = {**settings.to_dict(model), "batch_size": batch_size}
-    identity: dict[str, Any] = {}
-    if folder is not None:
-        identity = {**model_identity(model), "intervention": digest(intervention), **generation}
     return _Job(
         model,
         intervention,
         None if by_prompt(intervention) else whole,
         settings,
-        Checkpoint(folder, identity, where),
+        Checkpoint(None, {}, where),
         provenance(model, intervention, generation),
         allow_unfired,
         where,
     )
+
+
+def _checkpoint(job: _Job, folder: Folder | None) -> Checkpoint:
+    """Finished batches of this very job; of a model elsewhere by its name, not by its weights."""
+    if folder is None:
+        return job.checkpoint
+    if job.remote is None:
+        who = model_identity(job.model)
+    else:
+        who = remote_identity(job.model, job.remote["remote"])
+        who["sent as"] = str(job.remote["dtype"])
+    who |= {"intervention": digest(job.intervention), **job.source.generation}
+    return Checkpoint(folder, who, job.where)
 
 
 def _pieces(job: _Job, batches: Iterable[dict[str, Tensor]], progress: bool) -> Iterator[Piece]:
@@ -308,9 +326,9 @@ def _executed(
     """A batch's log, token ids and logits, from here or from a server."""
     if job.remote is None:
         return run_batch(job.model, program, batch, job.decoding.at(start))
-    found, _ = remote_batch(job.model, program, batch, job.decoding.new, **job.remote)
-    assert found is not None  # it was waited for
-    return found
+    settings = job.decoding.at(start)
+    saved, _ = remote_batch(job.model, program, batch, settings, **job.remote)
+    return received(saved, job.intervention, batch, settings.new)
 
 
 def _require_enough(intervention: Intervention, prompts: int) -> None:

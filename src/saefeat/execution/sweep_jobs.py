@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from ..errors import RemoteError
+from ..errors import FiringError, RemoteError, SaefeatError
 from ..prompts import Prompts
-from ..remote.jobs import MISSED, Job, pauses
+from ..remote.jobs import MISSED, Job, Unreached, pauses
 from ..remote.submit import submit
 from ..verbs.base import Intervention
 from .result import Run
@@ -35,7 +35,7 @@ def sweep_jobs(
     """
     waiting, active = list(enumerate(settings)), {}
     found: dict[Key, Run] = {}
-    failed: dict[Key, str] = {}
+    failed: dict[Key, SaefeatError] = {}
     strikes: dict[Key, int] = {}
     bar, pause = tqdm(total=len(waiting), disable=not progress, desc="sweep"), pauses(None)
     while waiting or active:
@@ -43,7 +43,17 @@ def sweep_jobs(
         while waiting and free > 0:
             number, key = waiting.pop(0)
             file = None if folder is None else Path(folder) / f"{number:05d}.json"
-            active[key] = submit(model, prompts, settings[key], limit=1, file=file, **options)
+            try:
+                active[key] = submit(model, prompts, settings[key], limit=1, file=file, **options)
+            except Unreached as error:
+                if not _struck(key, error, failed, strikes):
+                    waiting.append((number, key))
+                break
+            except SaefeatError as error:
+                if not active and not found:  # nothing would be lost by saying so at once
+                    raise
+                failed[key] = error
+                continue
             free -= active[key].flying
         for key, job in list(active.items()):
             ended = _look(key, job, found, failed, strikes)
@@ -51,31 +61,50 @@ def sweep_jobs(
                 del active[key]
                 bar.update()
                 pause = pauses(None)
-        if active:
+        if active or waiting:
             time.sleep(next(pause))
     if failed:
-        raise RemoteError(_report(failed, len(settings), folder))
+        kind = (
+            FiringError if all(isinstance(e, FiringError) for e in failed.values()) else RemoteError
+        )
+        raise kind(_report(failed, len(settings), folder))
     return {key: found[key] for key in settings}
 
 
 def _look(
-    key: Key, job: Job, found: dict[Key, Run], failed: dict[Key, str], strikes: dict[Key, int]
+    key: Key,
+    job: Job,
+    found: dict[Key, Run],
+    failed: dict[Key, SaefeatError],
+    strikes: dict[Key, int],
 ) -> bool:
     """Poll one job; whether it has ended, well or badly."""
     try:
         result = job.poll()
-    except RemoteError as error:
-        strikes[key] = strikes.get(key, 0) + 1
-        if job.flying and strikes[key] < MISSED:  # a server that does not answer for a while
+    except Unreached as error:
+        return _struck(key, error, failed, strikes)
+    except SaefeatError as error:
+        if job.flying:  # others of its batches are still to arrive, and are kept
             return False
-        failed[key] = str(error)
+        failed[key] = error
         return True
+    strikes.pop(key, None)
     if result is not None:
         found[key] = result
     return result is not None
 
 
-def _report(failed: Mapping[Any, str], total: int, folder: object) -> str:
+def _struck(
+    key: Key, error: SaefeatError, failed: dict[Key, SaefeatError], strikes: dict[Key, int]
+) -> bool:
+    """Whether a server has not answered for so long that the setting is given up."""
+    strikes[key] = strikes.get(key, 0) + 1
+    if strikes[key] >= MISSED:
+        failed[key] = error
+    return strikes[key] >= MISSED
+
+
+def _report(failed: Mapping[Any, SaefeatError], total: int, folder: object) -> str:
     key, error = next(iter(failed.items()))
     kept = f"The others lie in {folder}: the same call sends only these again." if folder else ""
     return (

@@ -22,6 +22,9 @@ from .prefix import encode_prefix
 from .tokens import narrowed, select
 from .values import require_batch, resolve
 
+MOST_LATENTS = 64
+"""Latents of one dictionary up to which an edit's receipt lists its changes."""
+
 PAIRS = 1 << 22
 """(token, latent) pairs of a log whose values are kept for the receipt: 32 MiB of float32."""
 
@@ -45,10 +48,11 @@ def visit(
     object x comes back when nothing was written, so that the caller need not write either.
 
     Under autocast, as some servers run blocks, a product of float32 would be one of bfloat16: other
-    latents would fire. So it is switched off here.
+    latents would fire. So it is switched off here; the meta device, for one, knows nothing of it.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return visit(actions, x, view, held, log)
     new = before = by_token(x, view)
     own = False
@@ -350,7 +354,7 @@ def note(
     """
     entries = log["fired"].setdefault(number, [])
     log["pairs"] += written.numel()
-    if step.shape[-1] > 64 or log["pairs"] > PAIRS:
+    if step.shape[-1] > MOST_LATENTS or log["pairs"] > PAIRS:
         entries.append(fired(step, mask))
         return
     entries.append((step, mask))

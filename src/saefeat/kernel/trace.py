@@ -63,9 +63,20 @@ def new_tokens(model: Any, program: dict[str, Any], mask: Any) -> tuple:
     """
     ids = locate(model, program["embedding"]).input
     past = mask.shape[1] if ids.shape[1] <= mask.shape[1] else 0  # without a cache: all again
+    require_single(ids, past)
     more = past + ids.shape[1] - mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(mask.shape[0], more)], 1)
     return (), {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
+
+
+def require_single(ids: Any, past: int) -> None:
+    """Refuse several tokens behind a cache: whether they are taken back later only inputs show."""
+    if past and ids.shape[1] > 1:
+        raise ValueError(
+            f"saefeat: this forward pass feeds {ids.shape[1]} tokens behind the first pass at once,"
+            " which a block on a server cannot tell from guesses that are taken back. Likely cause:"
+            " assisted generation, prompt lookup, or prefill_chunk_size. Try: generate without it."
+        )
 
 
 def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int | None) -> None:
@@ -85,14 +96,14 @@ def inline(model: Any, program: dict[str, Any], log: dict[str, Any], step: int |
             " attention mask is gone. Call it before anything else in the block."
         ) from error
     view = known_lengths(inputs, step) if step else None
+    mask, loops = known_mask(program, inputs), step is None and generating(inputs[1])
     view = one_pass(model, program, log, inputs, view)
-    if step is not None or not generating(inputs[1]):
-        return
-    for _ in Iterations()[1:]:
+    for _ in Iterations()[1:] if loops else ():
         try:
-            inputs = model.inputs
+            inputs = model.inputs if mask is None else new_tokens(model, program, mask)
         except OutOfOrderError:
             return
+        mask = known_mask(program, inputs)
         view = one_pass(model, program, log, inputs, view)
 
 
@@ -125,11 +136,22 @@ def one_pass(
     view = window(ids, mask, shape, past_length(cache), before, program.get("ends"))
     if remembers(program):
         follow_rows(cache, view["memory"])
+    visits(model, program, log, view, cache, before is None)
+    if log is not None:
+        log["passes"] += 1
+        log["view"] = view
+    return view
+
+
+def visits(
+    model: Any, program: dict[str, Any], log: Any, view: dict[str, Any], cache: Any, first: bool
+) -> None:
+    """Every site of one forward pass, in order; ``cache`` is what the model was given."""
     held: dict[int, Any] = {}
     for stop in program["visits"]:
         envoy = locate(model, stop["path"])
         if stop["end"] == "input":
-            value = entering(envoy, cache, view["memory"], before is None)
+            value = entering(envoy, cache, view["memory"], first)
         else:
             value = envoy.output
         x = value[0] if isinstance(value, tuple) else value
@@ -140,10 +162,6 @@ def one_pass(
                 envoy.input = new
             else:
                 envoy.output = new
-    if log is not None:
-        log["passes"] += 1
-        log["view"] = view
-    return view
 
 
 def entering(envoy: Any, cache: Any, memory: dict[str, Any], first: bool) -> Any:

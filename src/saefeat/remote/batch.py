@@ -6,7 +6,6 @@ a prompt, in the model's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import nnsight
@@ -16,67 +15,56 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..errors import RemoteError, explain
-from ..execution.decoding import Decoding, decoding
-from ..kernel.pack import pack, unpack
+from ..execution.decoding import Decoding
+from ..identity import model_key
+from ..kernel.draws import require_drawn, seeded
+from ..kernel.pack import pack
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
 from ..sites import torch_module
+from ..verbs.travel import embedding as embedding
 from ..verbs.travel import narrowed, register
-
-Piece = tuple[dict[str, Any], Tensor, Tensor]
-"""A batch's log, all its token ids, and the logits after the prompt."""
 
 
 def remote_batch(
     model: Any,
     program: dict[str, Any],
     batch: dict[str, Tensor],
-    new: int,
+    settings: Decoding,
     *,
     dtype: torch.dtype | None = None,
     **how: Any,
-) -> tuple[Piece | None, Any]:
-    """Send one batch; its results where the call waits for them, and nnsight's backend.
+) -> tuple[dict[str, Any] | None, Any]:
+    """Send one batch; what was saved, where the call waits for it, and nnsight's backend.
 
     ``how`` goes to nnsight: ``remote``, ``blocking`` or ``backend``. A run without new tokens is a
     generation of one, which is one forward pass too, without a graph for gradients and with logits
-    for the last token alone.
+    for the last token alone. Samples are drawn by the server's model from the seed that the block
+    sets there; where the block runs in another process than the model, that is an error.
     """
     register()
-    program = {**program, "ends": {**program["ends"], "honored": True}}
-    program = narrowed({**program, "embedding": embedding(model)}, dtype)
+    ends = {**program["ends"], "honored": True, "stops": settings.stops}
+    program = narrowed({**program, "ends": ends, "embedding": embedding(model)}, dtype)
     batch = {name: tensor.clone() for name, tensor in batch.items()}  # a view ships its storage
-    log = logits = tokens = None
-    with model.generate(max_new_tokens=max(new, 1), do_sample=False, **how) as tracer:
+    seed, saved = settings.seed, None
+    arguments = {**settings.arguments(), "max_new_tokens": max(settings.new, 1)}
+    with model.generate(**arguments, **how) as tracer:
         with tracer.invoke(batch):
-            log = nnsight.save(new_log())
+            draws, log = seeded(seed), new_log()
             whole_run(model, program, log)
             pack(log)
         with tracer.invoke():
-            logits = nnsight.save(model.output.logits[:, -1].clone())
-            tokens = nnsight.save(tracer.result)
-    if tokens is None:  # sent off, not waited for
-        return None, tracer.backend
-    return received({"log": log, "tokens": tokens, "logits": logits}, batch, new), tracer.backend
-
-
-def embedding(model: Any) -> str | None:
-    """The path of the module that embeds tokens, where later passes' tokens are read."""
-    module: Any = torch_module(model)
-    wanted = module.get_input_embeddings()
-    return next((name for name, part in module.named_modules() if part is wanted), None)
-
-
-def received(saved: dict[str, Any], batch: dict[str, Tensor], new: int) -> Piece:
-    """What came back, as a local batch would have left it."""
-    tokens = saved["tokens"].cpu() if new else batch["input_ids"]
-    return unpack(saved["log"]), tokens, saved["logits"].float().cpu()
+            logits = model.output.logits[:, -1].clone()
+            tokens = tracer.result
+            require_drawn(draws)
+            saved = nnsight.save({"log": log, "tokens": tokens, "logits": logits})
+    return saved, tracer.backend
 
 
 def backend_of(model: Any, remote: bool | str, job: str | None = None) -> RemoteBackend:
     """A backend to poll a job with, or to capture what would be sent."""
     host = remote if isinstance(remote, str) else None
-    return RemoteBackend(model.to_model_key(), host=host, blocking=False, job_id=job)
+    return RemoteBackend(model_key(model), host=host, blocking=False, job_id=job)
 
 
 def with_stops(model: Any) -> None:
@@ -95,31 +83,23 @@ def with_stops(model: Any) -> None:
             return
 
 
-def remote_settings(
-    model: Any, settings: Decoding, stop: Sequence[int] = (), checkpoint: object = None
-) -> Decoding:
-    """Settings for a server: greedy, with the stop tokens the checkpoint names.
+def require_plain(model: Any, settings: Decoding, remote: bool | str) -> None:
+    """Refuse beams: edits follow them through the key-value cache, which stays with the model.
 
     Raises:
-        RemoteError: for what is only done here.
+        RemoteError: naming the parameter; and for a model that servers have no name for.
     """
-    given = {
-        "temperature": settings.temperature is not None,
-        "num_beams": settings.beams > 1,
-        "stop": bool(stop),
-        "checkpoint": checkpoint is not None,
-    }
-    name = next((name for name, there in given.items() if there), None)
-    if name is None:
-        with_stops(model)
-        return decoding(model, max_new_tokens=settings.new)
-    raise RemoteError(
-        explain(
-            "run",
-            name,
-            got="given, with remote",
-            wanted="greedy decoding, without a checkpoint",
-            cause="a server's random numbers and beams are not ours to set",
-            call="submit(..., file='job.json') to go on after an interruption",
+    if remote != "local":
+        model_key(model)
+    if settings.beams > 1:
+        raise RemoteError(
+            explain(
+                "run",
+                "num_beams",
+                got=f"{settings.beams}, with remote",
+                wanted="greedy decoding, or sampling with a seed",
+                cause="beams change places between passes, and only the key-value cache, which a"
+                " block on a server does not have, tells of it",
+                call="run(model, prompts, ..., remote=...) without num_beams",
+            )
         )
-    )

@@ -1,28 +1,35 @@
-"""A job's file: JSON for what was asked and how it stands, safetensors for what has arrived.
+"""A job's file: JSON for how it stands and what was asked, so that it can be taken up again.
 
-Everything is written whole or not at all, and nothing in it is code.
+Beside ``job.json`` lie ``job.prompts.json``, the prompts' ids, and ``job.edits.safetensors``, the
+intervention as ``save`` writes it, both named in it by their hashes. All are written whole or not
+at all, nothing in them is code, and they hold no key and no weights but the selected latents'. An
+intervention that a file cannot hold, because it has a function, is described and not kept.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from nnsight.schema.response import Status
 from torch import Tensor
 
-from ..errors import RemoteError, explain
-from ..kernel.program import new_log
+from ..container import write
+from ..errors import FileError, RemoteError, explain
+from ..prompts import encode_prompts
 from ..records import now, versions
+from ..spec.files import load, packed
+from ..verbs.base import Chain, Intervention
 
-FORMAT, VERSION = "saefeat-job", 1
-GROUPS = ("readings", "masks", "fired")
+FORMAT, VERSION = "saefeat-job", 2
+STATUSES = {"new", *(status.value for status in Status)}
+NAME = re.compile(r"[\w-]{1,200}")
+"""What a job's id may be: it becomes part of an address."""
 
 
 @dataclass
@@ -40,152 +47,162 @@ class Part:
         return self.id is not None and self.status not in ("COMPLETED", "ERROR")
 
 
-def write_parts(file: Path, mark: str, about: dict[str, Any], parts: list[Part]) -> None:
+class Held(NamedTuple):
+    """What a job's file says."""
+
+    fingerprint: str
+    about: dict[str, Any]
+    parts: list[Part]
+
+
+def write_job(file: Path, held: Held) -> None:
     """The job as it stands."""
-    batches = [{"id": p.id, "status": p.status, "error": p.error} for p in parts]
-    head = {"format": FORMAT, "version": VERSION, "fingerprint": mark}
-    write_json(file, {**head, **about, "batches": batches})
+    batches = [{"id": p.id, "status": p.status, "error": p.error} for p in held.parts]
+    head = {"format": FORMAT, "version": VERSION, "fingerprint": held.fingerprint}
+    text = json.dumps({**head, **held.about, "batches": batches}, indent=1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, text.encode(), "submit")
 
 
-def read_parts(file: Path, mark: str, count: int) -> list[Part]:
-    """The file's batches; those that failed are to be sent anew.
+def read_job(file: Path) -> Held:
+    """The job as its file has it.
 
     Raises:
-        RemoteError: for another file, or one of another run.
+        RemoteError: for another file, or one that was changed.
     """
     try:
-        held = json.loads(file.read_text())
-        known = held["format"] == FORMAT and held["version"] == VERSION
-        batches = held["batches"]
-    except (ValueError, KeyError, TypeError):
-        known, held, batches = False, {}, []
-    same = known and held["fingerprint"] == mark and len(batches) == count
-    if not same:
+        found = json.loads(file.read_bytes())
+        known = found.pop("format") == FORMAT and found.pop("version") == VERSION
+        parts = [_part(entry) for entry in found.pop("batches")]
+        mark = found.pop("fingerprint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise not_ours(file, f"not a job file ({type(error).__name__})") from error
+    if not known or not isinstance(mark, str) or not parts:
+        raise not_ours(file, "not a job file of this version of saefeat")
+    for number, part in enumerate(parts):
+        if part.status == "COMPLETED" and not result_of(file, number).exists():
+            part.status, part.error = "ERROR", "its result is no longer there"
+    return Held(mark, found, parts)
+
+
+def _part(entry: dict[str, Any]) -> Part:
+    """One batch's entry.
+
+    Raises:
+        ValueError: for an id or a status that none can have.
+    """
+    name, status = entry["id"], entry["status"]
+    if name is not None and not NAME.fullmatch(name):
+        raise ValueError("an id that is no job's")
+    if status not in STATUSES or (name is None and status not in ("new", "ERROR")):
+        raise ValueError("a status that is none")
+    return Part(name, status, str(entry["error"]))
+
+
+def not_ours(file: Path, got: str) -> RemoteError:
+    """The error for a file that does not belong to the call."""
+    return RemoteError(
+        explain(
+            "submit",
+            "file",
+            got=f"{file}, {got}",
+            wanted="a new file, or the file of this very run",
+            cause="the prompts, the intervention, the model or an option has changed",
+            call="another file name",
+        )
+    )
+
+
+def beside(file: Path, ending: object) -> Path:
+    """A file of the job's own; ``exp-0.5`` and ``exp-0.7`` have others, dots are no suffix."""
+    return file.with_name(f"{file.name.removesuffix('.json')}.{ending}")
+
+
+def result_of(file: Path, number: int) -> Path:
+    """Where the result of a batch lies."""
+    return beside(file, f"{number}.safetensors")
+
+
+# ---------------------------------------------------------------- what was asked
+
+
+def keep_call(
+    file: Path, prompts: dict[str, Tensor], intervention: Intervention, model: Any
+) -> dict[str, Any]:
+    """Write the prompts and the intervention beside the job's file; what the file says of them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    listed = {name: tensor.tolist() for name, tensor in prompts.items()}
+    said: dict[str, Any] = {"prompts": _keep(file, "prompts.json", json.dumps(listed).encode())}
+    said["intervention"] = {"shown": repr(intervention)}
+    if intervention.parts():
+        try:
+            data = packed(intervention, model)
+        except FileError as error:
+            said["intervention"]["not kept"] = str(error)
+        else:
+            said["intervention"] |= _keep(file, "edits.safetensors", data)
+    return {**said, "created": now(), "versions": versions()}
+
+
+def _keep(file: Path, ending: str, data: bytes) -> dict[str, str]:
+    write(beside(file, ending), data, "submit")
+    return {"sha256": sha256(data).hexdigest()}
+
+
+def kept_prompts(file: Path, held: Held) -> dict[str, Tensor]:
+    """The prompts of a job's file.
+
+    Raises:
+        RemoteError: if they are missing or were changed.
+        PromptError: for rows of another form.
+    """
+    data = _kept(file, held, "prompts", "prompts.json")
+    try:
+        rows = json.loads(data)
+        found = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise not_ours(file, f"with prompts that are none ({type(error).__name__})") from error
+    return encode_prompts(None, found)
+
+
+def kept_intervention(file: Path, held: Held, model: Any) -> Intervention:
+    """The intervention of a job's file.
+
+    Raises:
+        RemoteError: if it is missing or was changed, or could not be kept.
+        ModelError, SiteError: for a model it does not fit.
+    """
+    said = held.about.get("intervention")
+    if isinstance(said, dict) and "not kept" in said:
         raise RemoteError(
             explain(
-                "submit",
-                "file",
-                got=f"{file}, " + ("of another run" if known else "not a job file"),
-                wanted="a new file, or the file of this very run",
-                cause="the prompts, the intervention, the model or an option has changed",
-                call="another file name",
+                "Job.load",
+                "intervention",
+                got=f"not in {file}: {said.get('shown')}",
+                wanted="the intervention that was submitted",
+                cause=f"no file can hold it ({said['not kept']})",
+                call="Job.load(file, model, intervention=...), with the same one",
             )
         )
-    parts = []
-    for number, batch in enumerate(batches):
-        lost = batch["status"] == "COMPLETED" and not beside(file, number).exists()
-        failed = lost or batch["status"] == "ERROR" or batch["id"] is None
-        parts.append(Part() if failed else Part(batch["id"], batch["status"]))
-    return parts
+    if isinstance(said, dict) and "sha256" not in said:
+        return Chain(())
+    _kept(file, held, "intervention", "edits.safetensors")
+    return load(beside(file, "edits.safetensors"), model=model)
 
 
-def beside(file: Path, number: int) -> Path:
-    """Where the results of a batch lie."""
-    return file.with_suffix(f".{number}.safetensors")
-
-
-def write_json(file: Path, data: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(data, indent=1))
-    os.replace(new, file)
-
-
-def save_saved(file: Path, saved: dict[str, Any]) -> None:
-    """A batch's saved values as safetensors."""
-    log = saved["log"]
-    flat = {f"{g}.{n}": t.contiguous().clone() for g in GROUPS for n, t in log[g].items()}
-    flat |= {name: saved[name].contiguous().clone() for name in ("tokens", "logits")}
-    flat["position"] = log["view"]["position"].contiguous()
-    flat |= _flat_events(log["events"])
-    new = file.with_name(file.name + ".new")
-    save_file(flat, new, metadata={"passes": str(log["passes"])})
-    os.replace(new, file)
-
-
-def _flat_events(events: dict[int, list[dict[str, Any]]]) -> dict[str, Tensor]:
-    """Packed events as tensors by name: number, pass, column."""
-    flat = {}
-    for number, passes in events.items():
-        for at, seen in enumerate(passes):
-            name = f"events.{number}.{at}"
-            flat[f"{name}.pass"] = torch.tensor([int(seen["begins"]), seen["rows"]])
-            flat |= {f"{name}.{key}": t.contiguous() for key, t in seen["changes"].items()}
-    return flat
-
-
-def _events(flat: dict[str, Tensor]) -> dict[int, list[dict[str, Any]]]:
-    """What ``_flat_events`` made flat."""
-    found: dict[int, dict[int, dict[str, Tensor]]] = {}
-    for name, tensor in flat.items():
-        if name.startswith("events."):
-            _, number, at, key = name.split(".")
-            found.setdefault(int(number), {}).setdefault(int(at), {})[key] = tensor
-    return {
-        number: [_seen(passes[at]) for at in sorted(passes)] for number, passes in found.items()
-    }
-
-
-def _seen(columns: dict[str, Tensor]) -> dict[str, Any]:
-    begins, rows = columns.pop("pass").tolist()
-    return {"begins": bool(begins), "rows": rows, "changes": columns}
-
-
-def load_saved(file: Path) -> dict[str, Any]:
-    """What ``save_saved`` wrote.
-
-    Raises:
-        RemoteError: for a damaged file.
-    """
-    try:
-        with safe_open(file, "pt") as held:
-            passes = int(held.metadata()["passes"])
-            flat = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RemoteError(
-            explain(
-                "submit",
-                "file",
-                got=f"{file}, which cannot be read: {error}",
-                wanted="a result that arrived earlier",
-                cause="it was cut short or changed",
-                call="delete it; its batch is sent again",
-            )
-        ) from error
-    log = {**new_log(), "passes": passes, "packed": True}
-    log |= {"view": {"position": flat["position"]}, "events": _events(flat)}
-    for group in GROUPS:
-        keys = [name for name in flat if name.startswith(f"{group}.")]
-        log[group] = {int(name.partition(".")[2]): flat[name] for name in keys}
-    return {"log": log, "tokens": flat["tokens"], "logits": flat["logits"]}
-
-
-def about(model_key: str, host: str, intervention: object, **options: Any) -> dict[str, Any]:
-    """What a job's file says for a person to read."""
-    found = {"model": model_key, "host": host, "intervention": repr(intervention), **options}
-    return {**found, "created": now(), "versions": versions()}
-
-
-def fingerprint(*values: Any) -> str:
-    """A hash of nested plain data and tensors: equal for equal content."""
-    digest = sha256()
-    for value in values:
-        _feed(digest, value)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            digest.update(f"{{{key}".encode())
-            _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(repr(getattr(value, "__qualname__", value)).encode())
+def _kept(file: Path, held: Held, name: str, ending: str) -> bytes:
+    """The bytes of a file beside the job's, those that were written."""
+    path, said = beside(file, ending), held.about.get(name)
+    data = path.read_bytes() if path.exists() else b""
+    if isinstance(said, dict) and said.get("sha256") == sha256(data).hexdigest():
+        return data
+    raise RemoteError(
+        explain(
+            "Job.load",
+            "file",
+            got=f"{file}, whose {path.name} is {'changed' if data else 'missing'}",
+            wanted="the files that submit wrote, together",
+            cause="one of them was moved, edited or lost",
+            call="submit(...) again with the same arguments and file",
+        )
+    )

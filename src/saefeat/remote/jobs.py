@@ -1,40 +1,40 @@
-"""Jobs: a run on a server, sent off batch by batch, polled, and resumed from a file.
+"""Jobs: a run on a server, sent off batch by batch, polled, and taken up again from its file.
 
-The file is JSON and holds what was asked (as a fingerprint) and, for each batch, the job's id and
-status; results that have arrived lie beside it, as safetensors. It holds no key and no weights.
 Making the same call with the same file polls what is pending, sends again what failed or was lost,
-and asks nothing anew that has arrived.
+and asks nothing anew that has arrived. ``Job.load`` does the same from the file and the model
+alone, but sends nothing that has failed until it is told to.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, final
 
+from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..errors import RemoteError, explain
-from .jobfile import Part, beside, load_saved, read_parts, save_saved, write_parts
+from ..identity import model_key
+from ..verbs.base import Intervention
+from .arrived import load_saved, save_saved
+from .jobfile import (
+    Held,
+    Part,
+    kept_intervention,
+    kept_prompts,
+    not_ours,
+    read_job,
+    result_of,
+    write_job,
+)
+from .post import Call, Plan, Post
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a job needs of the run it belongs to.
-
-    ``send(i)`` posts batch i and returns its id; ``fetch(id)`` polls once, giving the saved values
-    and the status; ``finish`` makes a result of all the saved values.
-    """
-
-    parts: int
-    fingerprint: str
-    about: dict[str, Any]
-    send: Callable[[int], str]
-    fetch: Callable[[str], tuple[dict[str, Any] | None, str | None]]
-    finish: Callable[[list[dict[str, Any]]], Any]
+class Unreached(RemoteError):
+    """The server did not answer: nothing is known, so nothing is lost, and one may ask again."""
 
 
 @final
@@ -54,14 +54,67 @@ class Job:
         (('COMPLETED',), 1)
     """
 
-    def __init__(self, plan: Plan, file: Path | None, limit: int) -> None:
+    def __init__(
+        self, plan: Plan, file: Path | None, limit: int, parts: list[Part] | None = None
+    ) -> None:
         self._plan, self._file, self._limit = plan, file, limit
-        self._parts, self._saved = [Part() for _ in range(plan.parts)], {}
-        if file is not None and file.exists():
-            self._parts = read_parts(file, plan.fingerprint, plan.parts)
-            done = [n for n, part in enumerate(self._parts) if part.status == "COMPLETED"]
-            self._saved = {n: load_saved(beside(file, n)) for n in done}
-        self._send()
+        self._parts = [Part() for _ in range(plan.parts)] if parts is None else parts
+        self._saved: dict[int, dict[str, Any]] = {}
+        for number, part in enumerate(self._parts):
+            if part.status == "COMPLETED" and file is not None:
+                self._saved[number] = load_saved(result_of(file, number), plan.fingerprint)
+                plan.check(number, self._saved[number])
+
+    @classmethod
+    def load(
+        cls,
+        file: str | Path,
+        model: Any,
+        *,
+        remote: bool | str | None = None,
+        intervention: Intervention | None = None,
+    ) -> Job:
+        """A job from its file, in a new process too: to be polled, or sent again where it failed.
+
+        The file holds the arguments, the prompts and the intervention; nothing is sent by loading
+        it. A server is asked, with your key, and its answers are unpickled by nnsight: so a file's
+        own word for where the job is counts only if that is the host nnsight is set to.
+
+        Args:
+            file: what ``submit`` was given; the files beside it are needed too.
+            model: the model the job was for; its weights need not be loaded.
+            remote: where the job is: True for the configured NDIF host, or a server's URL; None
+                takes the file's host, if it is the configured one.
+            intervention: the intervention, where the file could not hold it.
+
+        Raises:
+            RemoteError: for a file that is broken, of another model or of another host, or without
+                its intervention.
+
+        Examples:
+            >>> from saefeat.studies.refusal import tiny
+            >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False
+            >>> model = sf.wrap(*tiny.load("chat"))
+            >>> with sf.serve(model) as server:
+            ...     job = sf.submit(model, ["hello"], remote=server.url, file="hello.json")
+            ...     out = sf.Job.load("hello.json", model, remote=server.url).wait()
+            >>> out.receipt.passes
+            1
+        """
+        file = Path(file)
+        held = read_job(file)
+        if held.about.get("model") != model_key(model):
+            raise not_ours(file, f"of the model {held.about.get('model')!r:.200}")
+        where = _trusted(file, held) if remote is None else remote
+        chosen = intervention or kept_intervention(file, held, model)
+        call = Call.read(held.about.get("call"))
+        post = Post.of(model, kept_prompts(file, held), chosen, call, where)
+        same = intervention is None or post.fingerprint() == held.fingerprint
+        if not same or len(post.batches) != len(held.parts):
+            raise not_ours(file, "of another run")
+        plan = post.plan(held.fingerprint)
+        plan.about.update({n: v for n, v in held.about.items() if n not in ("host", "call")})
+        return cls(plan, file, call.limit, held.parts)
 
     @property
     def statuses(self) -> tuple[str, ...]:
@@ -69,9 +122,30 @@ class Job:
         return tuple(part.status for part in self._parts)
 
     @property
+    def errors(self) -> tuple[str, ...]:
+        """What each batch failed of; empty where it did not."""
+        return tuple(part.error for part in self._parts)
+
+    @property
     def flying(self) -> int:
         """How many batches are queued or running on the server."""
         return sum(part.flying for part in self._parts)
+
+    def resubmit(self) -> Job:
+        """Send the batches that failed or were lost once more; the others go on as they are.
+
+        Returns:
+            This job.
+
+        Raises:
+            RemoteError: if the server cannot be reached.
+        """
+        for number, part in enumerate(self._parts):
+            if part.status == "ERROR":
+                self._parts[number] = Part()
+        self._write()  # before anything is sent: a job whose first request fails has its file too
+        self._send()
+        return self
 
     def poll(self) -> Any:
         """Ask once how the job stands; send what is still to be sent.
@@ -80,8 +154,9 @@ class Job:
             The ``Run`` when all batches have arrived, else None.
 
         Raises:
-            RemoteError: if a batch failed, its result cannot be read, or the server no longer
-                knows it. The same call to ``submit`` with the job's file sends it again.
+            RemoteError: if a batch failed, its result cannot be read or does not fit, or the server
+                no longer knows it: ``resubmit`` sends it again. And if the server does not answer:
+                the job goes on, and may be polled again.
         """
         for number, part in enumerate(self._parts):
             if part.flying:
@@ -122,26 +197,26 @@ class Job:
 
     def _ask(self, number: int, part: Part) -> None:
         """Poll one batch and keep what came."""
-        import httpx  # nnsight's own client, as late as nnsight imports it
-
         assert part.id is not None
         try:
             saved, status = self._plan.fetch(part.id)
-        except httpx.TransportError as error:  # nothing is known, so nothing is lost
-            raise self._error(
-                f"not answering: {error}", "the network, or the host", POLL
-            ) from error
-        except Refused as error:
+            if saved is not None:
+                self._plan.check(number, saved)
+        except (Refused, RemoteError) as error:
             return self._note(part, "ERROR", f"failed: {error}")
         except Exception as error:  # an expired address, or what torch.load makes of half a file
+            if _passing(error):
+                raise self._unreached(error) from error
             return self._note(part, "ERROR", f"without a readable result: {error!r}")
         part.missed = 0 if status is not None else part.missed + 1
         if part.missed >= MISSED:
             return self._note(part, "ERROR", "unknown to the server")
+        if status == "COMPLETED" and saved is None:
+            return self._note(part, "ERROR", "completed without a result")
         if saved is not None:
             self._saved[number] = saved
             if self._file is not None:
-                save_saved(beside(self._file, number), saved)
+                save_saved(result_of(self._file, number), saved, self._plan.fingerprint)
         if status is not None:
             self._note(part, status, "")
 
@@ -149,26 +224,67 @@ class Job:
         """Send batches that are not under way, at most ``limit`` at once."""
         for number, part in enumerate(self._parts):
             if part.status == "new" and self.flying < self._limit:
-                part.id = self._plan.send(number)
+                try:
+                    part.id = self._plan.send(number)
+                except Refused as error:
+                    raise self._unreached(error) from error
                 self._note(part, "RECEIVED", "")
 
     def _note(self, part: Part, status: str, error: str) -> None:
         if (part.status, part.error) != (status, error):
             part.status, part.error = status, error
-            if self._file is not None:
-                write_parts(self._file, self._plan.fingerprint, self._plan.about, self._parts)
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is not None:
+            write_job(self._file, Held(self._plan.fingerprint, self._plan.about, self._parts))
+
+    def _unreached(self, error: Exception) -> Unreached:
+        return Unreached(self._said(f"not answered: {error}", "the network, or the host", POLL))
 
     def _error(self, got: str, cause: str, call: str) -> RemoteError:
+        return RemoteError(self._said(got, cause, call))
+
+    def _said(self, got: str, cause: str, call: str) -> str:
         name = "job" if self._file is None else f"job {self._file}"
-        return RemoteError(
-            explain(name, "remote", got=got, wanted="a result", cause=cause, call=call)
-        )
+        return explain(name, "remote", got=got, wanted="a result", cause=cause, call=call)
 
 
 MISSED = 20
 """Polls in a row without any status after which a job counts as lost."""
-POLL = "poll again: job.poll(), or the same call with the job's file"
-RESEND = "submit again: the same call, with the job's file to keep what has arrived"
+POLL = "poll again: job.poll(), or Job.load(file, model) with the job's file"
+RESEND = "job.resubmit(), which sends again what failed and keeps what has arrived"
+
+
+def _trusted(file: Path, held: Held) -> bool:
+    """Whether a file's host is the configured one, to which the key belongs.
+
+    Raises:
+        RemoteError: for another.
+    """
+    host = held.about.get("host")
+    if host == CONFIG.API.HOST:
+        return True
+    raise RemoteError(
+        explain(
+            "Job.load",
+            "remote",
+            got=f"not given, and {file} was sent to {host!r:.200}",
+            wanted=f"the configured host, {CONFIG.API.HOST}, or one that you name",
+            cause="a job on a server of your own, or a file from somebody else",
+            call=f"Job.load(file, model, remote={host!r:.200}), if you trust that server",
+        )
+    )
+
+
+def _passing(error: Exception) -> bool:
+    """Whether a failure to poll says nothing of the job: the network, a busy server, a bad key."""
+    import httpx  # nnsight's own client, as late as nnsight imports it
+
+    if isinstance(error, httpx.HTTPStatusError):
+        asked, code = "/response/" in error.request.url.path, error.response.status_code
+        return code >= 500 or code in (408, 429) or (asked and code in (401, 403))
+    return isinstance(error, httpx.TransportError)
 
 
 def pauses(timeout: float | None) -> Generator[float, None, None]:

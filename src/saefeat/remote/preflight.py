@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nnsight import CONFIG
 from nnsight import __version__ as NNSIGHT
-from nnsight.intervention.serialization import CustomCloudUnpickler
+from nnsight.ndif import pull_env
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from torch import Tensor
 
 from ..errors import RemoteError, explain
-from ..kernel.tokens import select, window
+from ..execution.decoding import Decoding, decoding
+from ..kernel.program import MOST_LATENTS
+from ..payload import (
+    compressed,
+    parts_of,
+    require_fits,
+    require_known,
+    strangers,
+    tensors,
+    weight,
+)
 from ..prompts import Prompts, encode_prompts, split
 from ..sites import torch_module
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from ..verbs.steps import numbered
-from ..verbs.travel import narrowed
-from .batch import backend_of, remote_batch
-
-PAYLOAD_LIMIT = 64 << 20
-"""Bytes a batch's request may have, 64 MiB: some twelve times what 20 latents at 26 sites need."""
-
-SERVER_HAS = ("torch", "nnsight", "transformers", "numpy", "accelerate", "einops", "cloudpickle")
+from ..verbs.travel import embedding, narrowed
+from .batch import backend_of, remote_batch, with_stops
+from .dry import Dry, dry_run
+from .firings import Expected, expected
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,15 @@ class Preflight:
         payload: bytes of the first batch's request as sent, compressed.
         parts: bytes before compression: each place's tensors, the inputs, the code.
         strangers: modules named by reference that a server does not have: the run would fail there.
+        fails: what a dry run on fake tensors found wrong; empty if nothing.
+        untried: why the dry run could not tell; empty if it could.
         batches: how many requests the run makes.
         parks: how often a forward pass stops to hand a value over, each a round trip there.
         passes: forward passes a batch, at most.
-        tokens: for each step, how many prompt tokens of the first batch its token rule selects (a
-            condition may leave fewer).
+        tokens: for each step, how many prompt tokens its token rule selects, in all batches.
+        expected: for each step, how many tokens it will act on in all batches, ``prompt`` and
+            ``generated``, each the least and the most: the same where nothing depends on data. A
+            condition can leave none of those its rule selects, and a generated token may be any.
         result: bytes of the first batch's result, at most, before compression.
         dtypes: of the tensors sent.
         device: where the model is here; ``"meta"`` if its weights are not loaded.
@@ -54,17 +63,20 @@ class Preflight:
         >>> model = sf.wrap(*tiny.load("chat"))
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> report = sf.preflight(model, ["hello"], sf.Ablate(saes.latents({1: [3, 4]})))
-        >>> report.parks, report.strangers
-        (3, ())
+        >>> report.parks, report.strangers, report.fails
+        (3, (), '')
     """
 
     payload: int
     parts: dict[str, int]
     strangers: tuple[str, ...]
+    fails: str
+    untried: str
     batches: int
     parks: int
     passes: int
     tokens: tuple[tuple[str, int], ...]
+    expected: tuple[Expected, ...]
     result: int
     dtypes: tuple[str, ...]
     device: str
@@ -80,8 +92,9 @@ class Preflight:
             ("dtype", ", ".join(self.dtypes) or "no tensors"),
             ("model here", self.device),
             ("nnsight", f"{here} here, {there or 'unknown'} there"),
-            ("would fail", ", ".join(self.strangers) or "nothing"),
-            *((f"  {step}", f"{count} prompt tokens selected") for step, count in self.tokens),
+            ("would fail", "; ".join((*self.strangers, *filter(None, [self.fails]))) or "nothing"),
+            *([("not known", self.untried)] if self.untried else []),
+            *((f"  {found.step}", f"acts on {found}") for found in self.expected),
         ]
         width = min(40, max(len(name) for name, _ in shown))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in shown)
@@ -97,10 +110,16 @@ def preflight(
     dtype: torch.dtype | None = None,
     remote: bool | str = False,
 ) -> Preflight:
-    """Build the request of a remote run, look at it, and send nothing.
+    """Build the request of a remote run, try it on fake tensors, and send nothing.
 
     The request is the real one, made by nnsight and taken apart again here, so that what it names
-    by reference is known. The model needs no weights.
+    by reference is known. Then the model runs on fake tensors, which have shapes and dtypes and no
+    numbers, under the very program that would be sent: a prompt's pass, and one of a generated
+    token if there are any, for the first batch (and a smaller last one, where values differ by
+    prompt). So the model needs no weights, and errors of sites, shapes and dtypes appear before
+    anything queues. Tokens are counted over all batches. What depends on numbers (whether a
+    condition is met, which token comes next, whether an index is in range) no dry run can know, and
+    neither the server's device and dtype.
 
     Args:
         model: an nnsight ``TransformersModel``, loaded or not.
@@ -116,6 +135,7 @@ def preflight(
 
     Raises:
         SiteError, ModelError, PromptError, LatentError: as ``run``.
+        RemoteError: for a dictionary that cannot be sent, or a dtype that cannot hold it.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -126,59 +146,81 @@ def preflight(
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     require_rows(chosen, len(encoded["input_ids"]))
-    batches = split(encoded, batch_size)
-    rows = slice(0, len(batches[0]["input_ids"])) if by_prompt(chosen) else slice(None)
-    program = narrowed(lower(chosen, model, rows), dtype)
-    raw = captured(model, program, batches[0], max_new_tokens)
-    parts = {f"{v['path']}.{v['end']}": weight(v["actions"]) for v in program["visits"]}
-    parts["inputs"] = weight(list(batches[0].values()))
+    with_stops(model)
+    settings = decoding(model, max_new_tokens=max_new_tokens)
+    report = inspected(model, split(encoded, batch_size), chosen, settings, dtype)
+    return replace(report, nnsight=(NNSIGHT, server_version(model, remote)))
+
+
+def inspected(
+    model: Any,
+    batches: Sequence[dict[str, Tensor]],
+    chosen: Intervention,
+    settings: Decoding,
+    dtype: torch.dtype | None,
+) -> Preflight:
+    """The report on batches that are encoded and settings that are checked; asks no server."""
+    programs = _programs(model, batches, chosen, dtype)
+    (program, batch), *_ = programs
+    raw = captured(model, program, batch, settings)
+    parts = {**parts_of(program), "inputs": weight(list(batch.values()))}
     parts["code"] = len(raw) - sum(parts.values())
+    acts = expected(chosen, program, batches, settings.new, settings.stops)
+    tried = [dry_run(model, program, batch, settings.new) for program, batch in programs]
+    tried = [dry for dry in tried if any(dry)]
     return Preflight(
         payload=compressed(raw),
         parts=parts,
         strangers=strangers(model, raw),
+        **(tried[0] if tried else Dry())._asdict(),
         batches=len(batches),
         parks=parks(program),
-        passes=max(max_new_tokens, 1),
-        tokens=expected(chosen, program, batches[0]),
-        result=result_size(model, chosen, program, batches[0], max_new_tokens),
+        passes=max(settings.new, 1),
+        tokens=tuple((found.step, found.prompt[1]) for found in acts),
+        expected=acts,
+        result=result_size(model, chosen, program, batch, settings),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors(program)})),
         device=str(torch_module(model).device),  # type: ignore[union-attr]
-        nnsight=(NNSIGHT, server_version(model, remote)),
+        nnsight=(NNSIGHT, None),
     )
 
 
-def require_light(report: Preflight, limit: int) -> None:
+def _programs(
+    model: Any,
+    batches: Sequence[dict[str, Tensor]],
+    chosen: Intervention,
+    dtype: torch.dtype | None,
+) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The first batch and its program, and the last's if values by prompt meet fewer rows there."""
+    own, sizes = by_prompt(chosen), [len(batch["input_ids"]) for batch in batches]
+    found = []
+    for number in sorted({0, len(batches) - 1} if own and sizes[-1] != sizes[0] else {0}):
+        start = sum(sizes[:number])
+        rows = slice(start, start + sizes[number]) if own else slice(None)
+        program = narrowed(lower(chosen, model, rows), dtype)
+        found.append(({**program, "embedding": embedding(model)}, batches[number]))
+    return found
+
+
+def require_light(report: Preflight, limit: int, where: str = "run") -> None:
     """Refuse a request that would fail, or is larger than wanted.
 
     Raises:
-        RemoteError: naming the module, or the largest part.
+        RemoteError: naming the module, what failed, or the largest part.
     """
-    if report.strangers:
+    require_known(where, report.strangers)
+    if report.fails:
         raise RemoteError(
             explain(
-                "run",
+                where,
                 "intervention",
-                got=f"in need of {', '.join(report.strangers)}",
-                wanted="nothing but torch, nnsight and what travels as source",
-                cause="a function of a Generic dictionary, or of Tokens.where, that uses an"
-                " installed package",
-                call='nnsight.register("the_package"), if it is plain Python, or plain torch',
+                got=f"one that fails on fake tensors ({report.fails})",
+                wanted="one that runs on this model and these prompts",
+                cause="a function, or values, of another shape than the site's",
+                call="run(model, prompts[:1], intervention) on a small model of the family here",
             )
         )
-    if report.payload > limit:
-        largest = max(report.parts, key=lambda name: report.parts[name])
-        raise RemoteError(
-            explain(
-                "run",
-                "payload_limit",
-                got=f"{limit:,} bytes, and the request has {report.payload:,}",
-                wanted=f"at least that; {largest} alone is {report.parts[largest]:,}",
-                cause="a topk dictionary or an error term, which need all of a dictionary, or too"
-                " many latents",
-                call="dtype=torch.bfloat16, fewer latents, or a higher payload_limit",
-            )
-        )
+    require_fits(where, report.parts, report.payload, limit)
 
 
 class Capture(Backend):
@@ -187,58 +229,17 @@ class Capture(Backend):
     raw = b""
 
     def __call__(self, tracer: Any) -> None:
+        pull_env()  # as nnsight does before it sends: modules that lie beside a script travel
         self.raw = RequestModel.serialize(tracer)
 
 
-def captured(model: Any, program: dict[str, Any], batch: dict[str, Tensor], new: int) -> bytes:
+def captured(
+    model: Any, program: dict[str, Any], batch: dict[str, Tensor], settings: Decoding
+) -> bytes:
     """A batch's request, before compression."""
     backend = Capture()
-    remote_batch(model, program, batch, new, backend=backend)
+    remote_batch(model, program, batch, settings, backend=backend)
     return backend.raw
-
-
-def compressed(raw: bytes) -> int:
-    """Bytes of a request as nnsight sends it."""
-    import zstandard  # as late as nnsight imports it
-
-    return len(zstandard.ZstdCompressor(level=6).compress(raw)) if CONFIG.API.COMPRESS else len(raw)
-
-
-class Inspector(CustomCloudUnpickler):
-    """Rebuilds a request and notes the modules that it takes from where it runs."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        named = self.persistent_objects["saefeat"]
-        named.add(module)
-        found = super().find_class(module, name)
-        if name != "subimport":
-            return found
-        return lambda wanted: named.add(wanted) or found(wanted)
-
-
-def strangers(model: Any, raw: bytes) -> tuple[str, ...]:
-    """Modules that a request names and a server does not have."""
-    named: set[str] = set()
-    objects = {**model._remoteable_persistent_objects(), "saefeat": named}
-    RequestModel.deserialize(raw, objects, unpickler=Inspector)
-    roots = {name.partition(".")[0] for name in named}
-    return tuple(sorted(roots - set(SERVER_HAS) - set(sys.stdlib_module_names)))
-
-
-def tensors(data: Any) -> Iterator[Tensor]:
-    """Every tensor in nested plain data."""
-    if isinstance(data, Tensor):
-        yield data
-    elif isinstance(data, dict):
-        yield from (t for value in data.values() for t in tensors(value))
-    elif isinstance(data, (list, tuple)):
-        yield from (t for value in data for t in tensors(value))
-
-
-def weight(data: Any) -> int:
-    """Bytes of every tensor's storage in nested plain data, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors(data)}
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def parks(program: dict[str, Any]) -> int:
@@ -247,19 +248,8 @@ def parks(program: dict[str, Any]) -> int:
     return 1 + len(program["visits"]) + writes
 
 
-def expected(
-    intervention: Intervention, program: dict[str, Any], batch: dict[str, Tensor]
-) -> tuple[tuple[str, int], ...]:
-    """For each step, how many prompt tokens its rule selects."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    shape = (ids.shape[0], ids.shape[1])
-    view = window(ids, mask, shape, 0, None, program["ends"])
-    actions = [action for visit in program["visits"] for action in visit["actions"]]
-    rules = {action["id"]: action["rule"] for action in actions if "rule" in action}
-    return tuple(
-        (repr(step), max(int(select(rules[n], view).sum()) for n in numbers))
-        for step, numbers in numbered(intervention.parts())
-    )
+EVENT = 5 * 8 + 3 * 4
+"""Bytes of one change in a result: five whole numbers, and three float32."""
 
 
 def result_size(
@@ -267,18 +257,24 @@ def result_size(
     intervention: Intervention,
     program: dict[str, Any],
     batch: dict[str, Tensor],
-    new: int,
+    settings: Decoding,
 ) -> int:
-    """Bytes that come back: readings, one row of logits a prompt, token ids."""
+    """Bytes that come back: readings, changes, one row of logits a prompt, token ids."""
     module: Any = torch_module(model)
-    rows, columns = batch["input_ids"].shape
-    counts = [count for _, count in expected(intervention, program, batch)]
+    (rows, columns), new = batch["input_ids"].shape, settings.new
+    acts = expected(intervention, program, [batch], new, settings.stops)
     total = rows * module.config.get_text_config().vocab_size * module.dtype.itemsize
-    for step, selected in zip(intervention.parts(), counts, strict=True):
+    for (step, numbers), found in zip(numbered(intervention.parts()), acts, strict=True):
+        sizes = [len(indices) for _, indices in step.latents.parts]
         if step.change is None:
-            kept = rows if step.reduction else selected + rows * max(new - 1, 0)
-            total += 4 * kept * len(step.latents) + rows * (columns + new)
-    return total + 8 * rows * (columns + new)
+            kept, mask = (
+                (rows, 8 * rows) if step.reduction else (found.most, rows * (columns + new))
+            )
+            total += 4 * kept * sum(sizes) + mask * len(numbers)
+        else:
+            total += EVENT * found.most * sum(size for size in sizes if size <= MOST_LATENTS)
+            total += 12 * max(new, 1) * len(numbers)
+    return total + 8 * rows * (columns + new + 1)
 
 
 def server_version(model: Any, remote: bool | str) -> str | None:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..execution.decoding import Decoding, decoding, until_stop, whole_number
-from ..execution.one_batch import require_passes
-from ..execution.result import Run, join, piece, provenance
-from ..prompts import Prompts, encode_prompts, split
-from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
-from ..verbs.lower import lower
-from .batch import backend_of, received, remote_batch, remote_settings
-from .jobfile import about, fingerprint
-from .jobs import Job, Plan
-from .preflight import PAYLOAD_LIMIT, preflight, require_light
+from ..identity import require_unedited
+from ..payload import PAYLOAD_LIMIT
+from ..prompts import Prompts, encode_prompts
+from ..verbs.base import Chain, Intervention
+from ..verbs.travel import require_floating
+from .jobfile import Part, keep_call, not_ours, read_job
+from .jobs import Job
+from .post import Call, Post
 
 
 def submit(
@@ -28,6 +25,11 @@ def submit(
     *,
     remote: bool | str = True,
     max_new_tokens: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: Sequence[int] = (),
     batch_size: int = 32,
     allow_unfired: bool = False,
     dtype: torch.dtype | None = None,
@@ -38,26 +40,30 @@ def submit(
     """Send a run to a server and return at once.
 
     With ``file`` nothing is lost: the same call with the same file, in a new process too, polls
-    what is pending, sends again what failed, and keeps what has arrived.
+    what is pending, sends again what failed, and keeps what has arrived. So does ``Job.load`` with
+    the file and the model alone.
 
     Args:
         model: as in ``run``; its weights need not be loaded.
         prompts: as in ``run``.
         intervention: as in ``run``.
         remote: True for the configured NDIF host, or a server's URL.
-        max_new_tokens: as in ``run``.
+        max_new_tokens: as in ``run``, and so are the next five.
         batch_size: as in ``run``; each batch is a request.
         allow_unfired: as in ``run``.
         dtype: as in ``run``.
         payload_limit: as in ``run``.
         limit: how many requests may be queued or running at once.
-        file: a JSON file for the job's state; results that have arrived lie beside it.
+        file: a JSON file for the job's state. Beside it lie the prompts, the intervention (unless
+            it has a function, which no file can hold) and results that have arrived.
 
     Returns:
         A ``Job``; its ``wait``, its ``poll`` or awaiting it gives the ``Run``.
 
     Raises:
-        RemoteError: for a request too large or bound to fail, or the file of another run.
+        RemoteError: for a request too large or bound to fail, the file of another run, or a server
+            that does not answer.
+        CheckpointError: with ``file``, for a function that cannot be told from another.
         SiteError, ModelError, PromptError, LatentError: as ``run``.
 
     Examples:
@@ -69,81 +75,32 @@ def submit(
         ...     job.wait().receipt.passes
         1
     """
-    for name, number in (("batch_size", batch_size), ("limit", limit)):
-        whole_number(name, number, 1)
-    settings = remote_settings(model, decoding(model, max_new_tokens=max_new_tokens))
+    require_floating(dtype)
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    call = Call(
+        max_new_tokens, temperature, top_p, top_k, seed, tuple(stop), batch_size, allow_unfired,
+        name, payload_limit, limit,
+    )  # fmt: skip
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
-    require_rows(chosen, len(encoded["input_ids"]))
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    require_light(preflight(model, encoded, chosen, dtype=dtype, **options), payload_limit)
-    whole, key = lower(chosen, model), model.to_model_key()
-    post = _Post(model, chosen, split(encoded, batch_size), whole, batch_size, settings)
-    post = post._replace(new=max_new_tokens, dtype=dtype, remote=remote, unfired=allow_unfired)
-    mark = fingerprint(encoded, whole, options, str(dtype), key)
-    said = about(key, backend_of(model, remote).host, chosen, **options)
-    plan = Plan(len(post.batches), mark, said, post.send, post.fetch, post.finish)
-    return Job(plan, None if file is None else Path(file), limit)
+    post = Post.of(model, encoded, chosen, call, remote)
+    post.require_light()
+    return _job(post, None if file is None else Path(file)).resubmit()
 
 
-class _Post(NamedTuple):
-    """A run's batches on their way to a server and back."""
-
-    model: Any
-    intervention: Intervention
-    batches: list[dict[str, Tensor]]
-    whole: dict[str, Any]
-    size: int
-    settings: Decoding
-    new: int = 0
-    dtype: torch.dtype | None = None
-    remote: bool | str = True
-    unfired: bool = False
-
-    def send(self, number: int) -> str:
-        """Post a batch; the id of its job."""
-        rows = slice(
-            number * self.size, number * self.size + len(self.batches[number]["input_ids"])
-        )
-        own = by_prompt(self.intervention)
-        program = lower(self.intervention, self.model, rows) if own else self.whole
-        how: dict[str, Any] = {"dtype": self.dtype, "remote": self.remote, "blocking": False}
-        batch = self.batches[number]
-        _, backend = remote_batch(self.model, program, batch, self.new, **how)
-        return backend.job_id
-
-    def fetch(self, job: str) -> tuple[dict[str, Any] | None, str | None]:
-        """Poll once: what was saved there, if it has ended, and the status, if there is one."""
-        backend = backend_of(self.model, self.remote, job)
-        saved = backend.poll()
-        return saved, None if backend.status is None else backend.status.value
-
-    def finish(self, saved: list[dict[str, Any]]) -> Run:
-        """All batches as one result."""
-        found = [received(s, b, self.new) for s, b in zip(saved, self.batches, strict=True)]
-        given = (self.intervention, self.model, self.batches, found, self.settings)
-        return finish(*given, allow_unfired=self.unfired)
-
-
-def finish(
-    intervention: Intervention,
-    model: Any,
-    batches: Sequence[dict[str, Tensor]],
-    found: Sequence[tuple[dict[str, Any], Tensor, Tensor]],
-    settings: Decoding,
-    *,
-    allow_unfired: bool,
-) -> Run:
-    """All batches a server has run as one result, from each one's log, token ids and logits."""
-    source = provenance(model, intervention, settings.to_dict(model))
-    pieces = []
-    for batch, (log, tokens, logits) in zip(batches, found, strict=True):
-        late = tokens[:, batch["input_ids"].shape[1] :]
-        if intervention.parts() and not allow_unfired:
-            require_passes(log, max(1, late.shape[1]), "submit")
-        new = until_stop(late, settings.stops)
-        pieces.append(piece(intervention, model, batch, (log, new, logits), source))
-    result = join(pieces)
-    if not allow_unfired:
-        require_fired(result.receipt, "submit")
-    return result
+def _job(post: Post, file: Path | None) -> Job:
+    """The job, as its file has it if there is one."""
+    if file is None:
+        return Job(post.plan(), None, post.call.limit)
+    require_unedited(post.model)
+    plan = post.plan(post.fingerprint())
+    parts = [Part() for _ in post.batches]
+    if file.exists():
+        held = read_job(file)
+        if held.fingerprint != plan.fingerprint or len(held.parts) != len(parts):
+            raise not_ours(file, "of another run")
+        parts = held.parts
+        plan.about.update({n: v for n, v in held.about.items() if n not in plan.about})
+    else:
+        plan.about.update(keep_call(file, post.prompts, post.intervention, post.model))
+    return Job(plan, file, post.call.limit, parts)

@@ -16,7 +16,7 @@ from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
 from ..latents import Latents
 from ..records import Fired, Readings, Receipt, join_time
-from ..requests import traced_model
+from ..requests import request
 from ..tokens import Tokens
 from .lower import lower
 from .steps import Change, When, numbered
@@ -68,10 +68,10 @@ class Intervention(ABC):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """In a remote request, the intervention is its program, bound to a kernel function."""
-        model = traced_model()
-        if model is None:
+        here = request()
+        if here is None:
             return super().__reduce_ex__(protocol)
-        return as_shipped(lower(self, model)).__reduce__()
+        return as_shipped(lower(self, here.model), here).__reduce__()
 
     def readings(self, log: dict[str, Any]) -> tuple[Readings, ...]:
         """What each ``Probe`` of this intervention read, in order."""
