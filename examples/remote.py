@@ -65,7 +65,7 @@ def main() -> None:
         print(sf.preflight(model, chats, edits, max_new_tokens=12, remote=where), "\n")
 
         # One call: prompts in; text, readings and a receipt out.
-        # With --job, a second run takes the job up from its file: it polls, and resends what failed.
+        # With --job, a second run takes the job up from its file and resends what failed.
         if asked.job is not None and asked.job.exists():
             job = sf.Job.load(asked.job, model, remote=where).resubmit()
         else:

@@ -164,13 +164,32 @@ def test_two_functions_of_one_name_are_two_runs(model, server, tmp_path):
         sf.submit(model, RAGGED, second, remote=server.url, file=file)
 
 
+def test_files_of_two_jobs_are_apart(model, server, tmp_path):
+    """A number behind a dot is no suffix; a result of one job is never one of another."""
+    jobs = {v: sf.Clamp(jumprelu(), v) for v in (0.5, 0.7)}
+    for value, edit in jobs.items():
+        sf.submit(model, RAGGED, edit, remote=server.url, file=tmp_path / f"exp-{value}").wait()
+    for value, edit in jobs.items():
+        again = sf.Job.load(tmp_path / f"exp-{value}", model, remote=server.url)
+        same_run(sf.run(model, RAGGED, edit), again.poll())
+    (tmp_path / "exp-0.7.0.safetensors").replace(tmp_path / "exp-0.5.0.safetensors")
+    with pytest.raises(sf.RemoteError, match="of another job"):
+        sf.Job.load(tmp_path / "exp-0.5", model, remote=server.url)
+
+
+@pytest.mark.parametrize("remote", ["local", False, "127.0.0.1:80"])
+def test_a_job_needs_a_server(remote, model):
+    with pytest.raises(sf.RemoteError, match="http://"):
+        sf.submit(model, RAGGED, remote=remote)
+
+
 def test_an_edited_copy_has_no_file(model, server, tmp_path):
     copy = sf.edit(model, sf.Ablate(jumprelu()))
     with pytest.raises(sf.ModelError, match="edited copy"):
         sf.submit(copy, RAGGED, remote=server.url, file=tmp_path / "job.json")
 
 
-def test_a_file_is_there_before_anything_is_sent(model, tmp_path):
+def test_a_file_is_there_before_anything_is_sent(model, server, tmp_path):
     """So that a job whose first request fails can be taken up as well."""
     file = tmp_path / "job.json"
     with pytest.raises(sf.RemoteError, match="not answered"):
@@ -372,14 +391,29 @@ def test_a_sweep_outlives_a_server_that_is_busy(model, server, monkeypatch):
         same_run(sf.run(model, RAGGED, edit), found[value])
 
 
-def test_a_sweep_gives_up_on_a_server_that_is_gone(model, monkeypatch):
+def test_a_sweep_gives_up_on_a_server_that_is_gone(model, server, monkeypatch):
     monkeypatch.setattr("saefeat.execution.sweep_jobs.MISSED", 2)
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
     with pytest.raises(sf.RemoteError, match="2 of 2 settings failed"):
         sf.sweep(model, RAGGED, settings, remote="http://127.0.0.1:9")
 
 
-def test_a_sweep_needs_room_for_a_job(model):
+def test_a_setting_that_cannot_be_sent_does_not_stop_the_others(model, server, tmp_path):
+    settings = {"well": sf.Clamp(jumprelu(), 2.0)}
+    settings["deep"] = sf.Ablate(sf.Direction(unit(), site="resid_post.40"))
+    with pytest.raises(sf.RemoteError, match=r"(?s)1 of 2.*setting 'deep'.*a layer in 0"):
+        sf.sweep(model, RAGGED, settings, remote=server.url, folder=tmp_path)
+    there = sf.Job.load(tmp_path / "00000.json", model, remote=server.url).poll()
+    same_run(sf.run(model, RAGGED, settings["well"]), there)
+
+
+def test_a_sweeps_requests_have_a_limit(model, server):
+    settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
+    with pytest.raises(sf.RemoteError, match=r"payload_limit` is 100 bytes"):
+        sf.sweep(model, RAGGED, settings, remote="http://127.0.0.1:9", payload_limit=100)
+
+
+def test_a_sweep_needs_room_for_a_job(model, server):
     with pytest.raises(sf.PromptError, match="limit"):  # it waited for ever
         sf.sweep(model, RAGGED, {0: None}, remote="http://127.0.0.1:9", limit=0)
 
@@ -407,6 +441,18 @@ def test_a_sample_that_the_seed_did_not_make_is_refused(model, monkeypatch):
     monkeypatch.setattr(torch, "multinomial", lambda probs, **_: probs.argmax(-1, keepdim=True))
     with pytest.raises(RuntimeError, match="process of their own"):
         sf.run(model, RAGGED, remote="local", **SAMPLE)
+
+
+def test_a_sample_is_right_or_refused_where_values_are_copied(model):
+    """Never a sample that only looks like one from the seed."""
+    here = sf.run(model, RAGGED, edits(), **SAMPLE)
+    with sf.serve(model, copies=True) as boundary:
+        try:
+            there = sf.run(model, RAGGED, edits(), remote=boundary.url, **SAMPLE)
+        except Refused as error:
+            assert "process of their own" in str(error)
+        else:
+            same_run(here, there)
 
 
 def test_generators_are_left_as_they_were(model):
@@ -437,7 +483,7 @@ def test_a_checkpoint_keeps_batches_from_a_server(model, server, faulty, tmp_pat
         sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", max_new_tokens=2, batch_size=2)
 
 
-def test_beams_are_refused_and_say_why(model):
+def test_beams_are_refused_and_say_why(model, server):
     with pytest.raises(sf.RemoteError, match="key-value cache"):
         sf.run(model, RAGGED, remote="http://127.0.0.1:9", max_new_tokens=2, num_beams=2)
 

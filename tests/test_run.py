@@ -384,13 +384,16 @@ def test_values_pinned_to_a_clean_run_reach_every_beam():
             assert found.completions[0] == out.completions[row]
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 1.0, "seed": 0}, {"num_beams": 2}, {"stop": (5,)}]
-)
-def test_what_a_server_cannot_do_is_refused(options):
-    name = next(iter(options))
-    with pytest.raises(sf.RemoteError, match=f"`{name}`"):
-        sf.run(wrapped(build("llama")), RAGGED, PUSH, max_new_tokens=2, remote=True, **options)
+def test_what_a_server_cannot_do_is_refused():
+    """Samples, stop tokens and checkpoints it can do: see test_remote_jobs.py."""
+    with pytest.raises(sf.RemoteError, match="`num_beams`"):
+        sf.run(wrapped(build("llama")), RAGGED, PUSH, max_new_tokens=2, remote="local", num_beams=2)
+
+
+@pytest.mark.parametrize("call", [sf.run, sf.submit])
+def test_a_model_in_memory_is_not_on_any_server(call):
+    with pytest.raises(sf.RemoteError, match="a model in memory or in a folder"):
+        call(wrapped(build("llama")), RAGGED, PUSH, remote="http://127.0.0.1:9")
 
 
 def test_beams_that_finish_early():

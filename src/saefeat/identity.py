@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, ModelError, explain
+from .errors import CheckpointError, ModelError, RemoteError, explain
 from .records import versions
 from .sites import torch_module
 
@@ -59,7 +59,32 @@ def remote_identity(model: Any, remote: bool | str) -> dict[str, Any]:
         ModelError: for an edited copy.
     """
     require_unedited(model)
-    return {"model": model.to_model_key(), "remote": str(remote), "versions": versions()}
+    return {"model": model_key(model), "remote": str(remote), "versions": versions()}
+
+
+def model_key(model: Any) -> str:
+    """The name by which a server knows the model.
+
+    Raises:
+        RemoteError: for a model that has none, or whose repository cannot be looked up.
+    """
+    import httpx  # as late as nnsight imports it
+
+    try:
+        return model.to_model_key()
+    except (ValueError, OSError, httpx.HTTPError) as error:
+        name = getattr(model, "repo_id", None)
+        raise RemoteError(
+            explain(
+                "remote",
+                "model",
+                got=f"{name!r}, which has no name on the Hub ({type(error).__name__})",
+                wanted="the model of a repository, by its id",
+                cause="a model in memory or in a folder, which only `serve` knows, or no network",
+                call='nnsight.TransformersModel("organization/model", tokenizer=...), whose weights'
+                " need not be loaded; or `with serve(model) as server:` around the call",
+            )
+        ) from error
 
 
 def require_unedited(model: Any) -> None:

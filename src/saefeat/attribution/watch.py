@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..errors import GradientError, SiteError, explain
+from ..identity import model_key
 from ..kernel.program import lift, new_log
 from ..kernel.trace import whole_run
 from ..latents import Latents
@@ -109,6 +110,8 @@ class Watch:
         self.remote, self.limit = remote, limit
         if remote:
             require_plain(semantics, backward)
+            if remote != "local":
+                model_key(model)
         self.module = torch_module(model)
         bases: list[Any] = [basis for basis, _ in latents.parts]
         self._sites = [site for basis in bases for site in (basis.site, basis.write_site)]

@@ -119,7 +119,7 @@ def run(
     chosen = intervention if intervention is not None else Chain(())
     require_rows(chosen, len(encoded["input_ids"]))
     if remote:
-        require_plain(settings)
+        require_plain(model, settings, remote)
     batches = split(encoded, batch_size)
     job = _job(model, chosen, settings, batch_size, allow_unfired, "run")
     if remote:

@@ -10,10 +10,12 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import LatentError, explain
+from ..payload import PAYLOAD_LIMIT
 from ..prompts import Prompts, encode_prompts, split
 from ..route import route
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
@@ -39,6 +41,8 @@ def sweep(
     remote: bool | str = False,
     limit: int = 4,
     folder: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    payload_limit: int = PAYLOAD_LIMIT,
 ) -> dict[Key, Run]:
     """Run the same prompts under many interventions, several to a batch.
 
@@ -57,6 +61,8 @@ def sweep(
         limit: how many requests may be queued or running at once. Only with ``remote``.
         folder: a folder for the jobs' files: the same call with it asks again only for what has
             not arrived. Only with ``remote``.
+        dtype: as in ``run``. Only with ``remote``.
+        payload_limit: as in ``run``, for each request. Only with ``remote``.
 
     Returns:
         Name → ``Run``, in the order given.
@@ -76,11 +82,11 @@ def sweep(
         ([0.0, 2.0, 4.0], True)
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
-    _require_settings(chosen)
-    whole_number("limit", limit, 1)
+    _require_settings(chosen, limit)
     if remote:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        options |= {"allow_unfired": allow_unfired, "remote": remote}
+        options |= {"allow_unfired": allow_unfired, "remote": remote, "dtype": dtype}
+        options["payload_limit"] = payload_limit
         return sweep_jobs(model, prompts, chosen, options, limit, folder, progress)
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     total = len(encoded["input_ids"])
@@ -94,15 +100,13 @@ def sweep(
     greedy = decoding(model, max_new_tokens=max_new_tokens)
     generation = {**greedy.to_dict(model), "batch_size": batch_size}
     jobs = [(batch, group) for batch in batches for group in groups]
-    start, bar = 0, tqdm(jobs, disable=not progress, desc="sweep", unit="batch")
-    for batch, group in bar:
+    start = 0
+    for batch, group in tqdm(jobs, disable=not progress, desc="sweep", unit="batch"):
         rows = slice(start, start + len(batch["input_ids"]))
-        own = [list(chosen.values())[n] for n in group]
-        programs = [
-            whole[n] or lower(one, model, rows, way) for n, one in zip(group, own, strict=True)
-        ]
+        pairs = [(n, list(chosen.values())[n]) for n in group]
+        programs = [whole[n] or lower(one, model, rows, way) for n, one in pairs]
         results = _together(model, programs, batch, greedy, allow_unfired)
-        for n, one, result in zip(group, own, results, strict=True):
+        for (n, one), result in zip(pairs, results, strict=True):
             source = provenance(model, one, generation)
             pieces[n].append(piece(one, model, batch, result, source))
         start = rows.stop if group is groups[-1] else start
@@ -144,7 +148,8 @@ def _together(
     return list(zip(logs, ends, logits.split(rows), strict=True))
 
 
-def _require_settings(settings: Mapping[Any, Intervention]) -> None:
+def _require_settings(settings: Mapping[Any, Intervention], limit: int) -> None:
+    whole_number("limit", limit, 1)
     if settings:
         return
     raise LatentError(

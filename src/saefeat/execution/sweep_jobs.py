@@ -49,6 +49,11 @@ def sweep_jobs(
                 if not _struck(key, error, failed, strikes):
                     waiting.append((number, key))
                 break
+            except SaefeatError as error:
+                if not active and not found:  # nothing would be lost by saying so at once
+                    raise
+                failed[key] = error
+                continue
             free -= active[key].flying
         for key, job in list(active.items()):
             ended = _look(key, job, found, failed, strikes)

@@ -9,6 +9,7 @@ Annotations are strings and are never evaluated when the code runs.
 * ``edit``: f → f', and the site's new value.
 * ``values``: what a value is at each token, where it is no plain number.
 * ``tokens``: which positions a rule selects, counted through the attention mask.
+* ``draws``: samples from a seed.
 * ``program``: one site visit: read, edit, write, record.
 * ``trace``: the same inside an nnsight block, for one forward pass or for all of them.
 """

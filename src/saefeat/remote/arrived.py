@@ -19,15 +19,18 @@ LARGEST = 1 << 40
 """Bytes that are read: what a file has is bounded by what was written here, not by the format."""
 
 
-def save_saved(file: Path, saved: dict[str, Any]) -> None:
-    """What a batch's block saved, as a safetensors file of its own, written whole or not at all."""
+def save_saved(file: Path, saved: dict[str, Any], job: str) -> None:
+    """What a batch's block saved, as a safetensors file of its own, written whole or not at all.
+
+    ``job`` is the fingerprint of the job that it belongs to.
+    """
     log = saved["log"]
     flat = {f"{g}.{n}": t for g in GROUPS for n, t in log[g].items()}
     flat |= {name: saved[name] for name in ("tokens", "logits")}
     flat["position"] = log["view"]["position"]
     flat |= _flat_events(log["events"])
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.items()}
-    document = seal(FORMAT, VERSION, {"passes": log["passes"]}, flat, versions())
+    document = seal(FORMAT, VERSION, {"passes": log["passes"], "job": job}, flat, versions())
     write(file, pack(document, flat, "submit"), "submit")
 
 
@@ -61,15 +64,17 @@ def _passes(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def load_saved(file: Path) -> dict[str, Any]:
+def load_saved(file: Path, job: str) -> dict[str, Any]:
     """What ``save_saved`` wrote.
 
     Raises:
-        RemoteError: for a damaged file.
+        RemoteError: for a damaged file, or one of another job.
     """
     try:
         contents = read(file, "submit", LARGEST)
         spec, flat = unseal(contents, FORMAT, VERSION, "submit"), contents.tensors
+        if spec["job"] != job:
+            raise ValueError("it is of another job")
         log = {**new_log(), "passes": spec["passes"], "packed": True}
         log |= {"view": {"position": flat["position"]}, "events": _events(flat)}
         for group in GROUPS:

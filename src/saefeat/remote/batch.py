@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from ..errors import RemoteError, explain
 from ..execution.decoding import Decoding
+from ..identity import model_key
 from ..kernel.draws import require_drawn, seeded
 from ..kernel.pack import pack
 from ..kernel.program import new_log
@@ -63,7 +64,7 @@ def remote_batch(
 def backend_of(model: Any, remote: bool | str, job: str | None = None) -> RemoteBackend:
     """A backend to poll a job with, or to capture what would be sent."""
     host = remote if isinstance(remote, str) else None
-    return RemoteBackend(model.to_model_key(), host=host, blocking=False, job_id=job)
+    return RemoteBackend(model_key(model), host=host, blocking=False, job_id=job)
 
 
 def with_stops(model: Any) -> None:
@@ -82,12 +83,14 @@ def with_stops(model: Any) -> None:
             return
 
 
-def require_plain(settings: Decoding) -> None:
+def require_plain(model: Any, settings: Decoding, remote: bool | str) -> None:
     """Refuse beams: edits follow them through the key-value cache, which stays with the model.
 
     Raises:
-        RemoteError: naming the parameter.
+        RemoteError: naming the parameter; and for a model that servers have no name for.
     """
+    if remote != "local":
+        model_key(model)
     if settings.beams > 1:
         raise RemoteError(
             explain(

@@ -80,7 +80,7 @@ def read_job(file: Path) -> Held:
     if not known or not isinstance(mark, str) or not parts:
         raise not_ours(file, "not a job file of this version of saefeat")
     for number, part in enumerate(parts):
-        if part.status == "COMPLETED" and not beside(file, number).exists():
+        if part.status == "COMPLETED" and not result_of(file, number).exists():
             part.status, part.error = "ERROR", "its result is no longer there"
     return Held(mark, found, parts)
 
@@ -113,9 +113,14 @@ def not_ours(file: Path, got: str) -> RemoteError:
     )
 
 
-def beside(file: Path, number: int) -> Path:
-    """Where the results of a batch lie."""
-    return file.with_suffix(f".{number}.safetensors")
+def beside(file: Path, ending: object) -> Path:
+    """A file of the job's own; ``exp-0.5`` and ``exp-0.7`` have others, dots are no suffix."""
+    return file.with_name(f"{file.name.removesuffix('.json')}.{ending}")
+
+
+def result_of(file: Path, number: int) -> Path:
+    """Where the result of a batch lies."""
+    return beside(file, f"{number}.safetensors")
 
 
 # ---------------------------------------------------------------- what was asked
@@ -127,7 +132,7 @@ def keep_call(
     """Write the prompts and the intervention beside the job's file; what the file says of them."""
     file.parent.mkdir(parents=True, exist_ok=True)
     listed = {name: tensor.tolist() for name, tensor in prompts.items()}
-    said: dict[str, Any] = {"prompts": _keep(file, ".prompts.json", json.dumps(listed).encode())}
+    said: dict[str, Any] = {"prompts": _keep(file, "prompts.json", json.dumps(listed).encode())}
     said["intervention"] = {"shown": repr(intervention)}
     if intervention.parts():
         try:
@@ -135,12 +140,12 @@ def keep_call(
         except FileError as error:
             said["intervention"]["not kept"] = str(error)
         else:
-            said["intervention"] |= _keep(file, ".edits.safetensors", data)
+            said["intervention"] |= _keep(file, "edits.safetensors", data)
     return {**said, "created": now(), "versions": versions()}
 
 
 def _keep(file: Path, ending: str, data: bytes) -> dict[str, str]:
-    write(file.with_suffix(ending), data, "submit")
+    write(beside(file, ending), data, "submit")
     return {"sha256": sha256(data).hexdigest()}
 
 
@@ -151,7 +156,7 @@ def kept_prompts(file: Path, held: Held) -> dict[str, Tensor]:
         RemoteError: if they are missing or were changed.
         PromptError: for rows of another form.
     """
-    data = _kept(file, held, "prompts", ".prompts.json")
+    data = _kept(file, held, "prompts", "prompts.json")
     try:
         rows = json.loads(data)
         found = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
@@ -181,13 +186,13 @@ def kept_intervention(file: Path, held: Held, model: Any) -> Intervention:
         )
     if isinstance(said, dict) and "sha256" not in said:
         return Chain(())
-    _kept(file, held, "intervention", ".edits.safetensors")
-    return load(file.with_suffix(".edits.safetensors"), model=model)
+    _kept(file, held, "intervention", "edits.safetensors")
+    return load(beside(file, "edits.safetensors"), model=model)
 
 
 def _kept(file: Path, held: Held, name: str, ending: str) -> bytes:
     """The bytes of a file beside the job's, those that were written."""
-    path, said = file.with_suffix(ending), held.about.get(name)
+    path, said = beside(file, ending), held.about.get(name)
     data = path.read_bytes() if path.exists() else b""
     if isinstance(said, dict) and said.get("sha256") == sha256(data).hexdigest():
         return data

@@ -17,16 +17,17 @@ from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..errors import RemoteError, explain
+from ..identity import model_key
 from ..verbs.base import Intervention
 from .arrived import load_saved, save_saved
 from .jobfile import (
     Held,
     Part,
-    beside,
     kept_intervention,
     kept_prompts,
     not_ours,
     read_job,
+    result_of,
     write_job,
 )
 from .post import Call, Plan, Post
@@ -61,7 +62,7 @@ class Job:
         self._saved: dict[int, dict[str, Any]] = {}
         for number, part in enumerate(self._parts):
             if part.status == "COMPLETED" and file is not None:
-                self._saved[number] = load_saved(beside(file, number))
+                self._saved[number] = load_saved(result_of(file, number), plan.fingerprint)
                 plan.check(number, self._saved[number])
 
     @classmethod
@@ -102,7 +103,7 @@ class Job:
         """
         file = Path(file)
         held = read_job(file)
-        if held.about.get("model") != model.to_model_key():
+        if held.about.get("model") != model_key(model):
             raise not_ours(file, f"of the model {held.about.get('model')!r:.200}")
         where = _trusted(file, held) if remote is None else remote
         chosen = intervention or kept_intervention(file, held, model)
@@ -215,7 +216,7 @@ class Job:
         if saved is not None:
             self._saved[number] = saved
             if self._file is not None:
-                save_saved(beside(self._file, number), saved)
+                save_saved(result_of(self._file, number), saved, self._plan.fingerprint)
         if status is not None:
             self._note(part, status, "")
 

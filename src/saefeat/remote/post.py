@@ -13,7 +13,7 @@ from ..errors import RemoteError, explain
 from ..execution.decoding import Decoding, decoding, until_stop, whole_number
 from ..execution.one_batch import require_passes
 from ..execution.result import Run, join, piece, provenance
-from ..identity import digest
+from ..identity import digest, model_key
 from ..payload import PAYLOAD_LIMIT
 from ..prompts import split
 from ..verbs.base import Intervention, by_prompt, require_fired, require_rows
@@ -38,14 +38,14 @@ class Call(NamedTuple):
     payload_limit: int = PAYLOAD_LIMIT
     limit: int = 4
 
-    def settings(self, model: Any) -> Decoding:
+    def settings(self, model: Any, remote: bool | str) -> Decoding:
         """How tokens are chosen, checked."""
         for name in ("batch_size", "limit", "payload_limit"):
             whole_number(name, getattr(self, name), 1)
         with_stops(model)
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
         found = decoding(model, **{name: getattr(self, name) for name in names})
-        require_plain(found)
+        require_plain(model, found, remote)
         return found
 
     @classmethod
@@ -88,6 +88,26 @@ class Plan:
     finish: Callable[[list[dict[str, Any]]], Any]
 
 
+def require_server(remote: Any) -> None:
+    """Refuse what is no server that a job could be left with.
+
+    Raises:
+        RemoteError: for ``"local"``, False, or a host without its scheme.
+    """
+    if remote is True or (isinstance(remote, str) and remote.startswith(("http://", "https://"))):
+        return
+    raise RemoteError(
+        explain(
+            "submit",
+            "remote",
+            got=repr(remote),
+            wanted="True, or a server's URL with http:// or https://",
+            cause="a job is left with a server, which a run here is not",
+            call='run(model, prompts, intervention, remote="local"), which waits',
+        )
+    )
+
+
 class Post(NamedTuple):
     """A run's batches, and where they go."""
 
@@ -109,8 +129,9 @@ class Post(NamedTuple):
         remote: bool | str,
     ) -> Post:
         """Checked, but for the preflight."""
+        require_server(remote)
         require_rows(intervention, len(prompts["input_ids"]))
-        settings = call.settings(model)
+        settings = call.settings(model, remote)
         prompts = {name: tensor.long() for name, tensor in prompts.items()}  # as a file has them
         batches = split(prompts, call.batch_size)
         return cls(model, intervention, prompts, batches, call, settings, remote)
@@ -127,7 +148,7 @@ class Post(NamedTuple):
 
     def plan(self, fingerprint: str = "") -> Plan:
         """What a job needs."""
-        said = {"model": self.model.to_model_key(), "call": self.call._asdict()}
+        said = {"model": model_key(self.model), "call": self.call._asdict()}
         said["host"] = backend_of(self.model, self.remote).host
         size = len(self.batches)
         return Plan(size, fingerprint, said, self.send, self.fetch, self.check, self.finish)
@@ -139,7 +160,7 @@ class Post(NamedTuple):
             CheckpointError: for a function that cannot be told from another.
         """
         asked = self.call._replace(limit=1, payload_limit=1, allow_unfired=False)
-        return digest(self.prompts, self.intervention, asked._asdict(), self.model.to_model_key())
+        return digest(self.prompts, self.intervention, asked._asdict(), model_key(self.model))
 
     def start(self, number: int) -> int:
         """The number of a batch's first prompt."""
