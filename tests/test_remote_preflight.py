@@ -12,7 +12,7 @@ from nnsight.intervention import serialization
 from nnsight.schema.request import RequestModel
 
 import saefeat as sf
-from helpers import BOS, RAGGED, VOCAB, D, batch_of, build, make_sae, unit, wrapped
+from helpers import BOS, FAMILIES, RAGGED, VOCAB, D, batch_of, build, make_sae, unit, wrapped
 from saefeat.execution.decoding import decoding
 from saefeat.remote.batch import remote_batch
 from saefeat.remote.preflight import Capture, captured, inspected, require_light
@@ -121,6 +121,42 @@ def test_a_skeleton_is_tried_without_weights(new, skeleton):
     report = sf.preflight(skeleton, RAGGED, edits, max_new_tokens=new)
     assert (report.fails, report.untried, report.device) == ("", "", "meta")
     assert next(skeleton._module.parameters()).is_meta  # still
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_tried(family):
+    edits = sf.Ablate(direction()) | sf.Probe(direction(2))
+    report = sf.preflight(wrapped(build(family)), RAGGED, edits, max_new_tokens=2)
+    assert (report.fails, report.untried) == ("", "")
+
+
+KINDS = {
+    "topk": lambda: sf.Ablate(topk()),
+    "reselect": lambda: sf.Clamp(topk(), 2.0, support="reselect"),
+    "error": lambda: sf.Clamp(sf.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5),
+    "transcoder": lambda: sf.Clamp(make_sae("transcoder").latents([1, 5]), 4.0),
+    "between": lambda: sf.Clamp(sf.Direction(unit(), site="resid_mid.1"), add=3.0),
+    "schedule": lambda: sf.Clamp(topk(), add=sf.Schedule([4.0, 2.0])),
+    "resample": lambda: sf.Ablate(topk(), to=sf.Resample(torch.ones(3, 2), seed=1)),
+    "by prompt": lambda: sf.Clamp(topk(), torch.ones(3, 2)),
+}
+
+
+def topk() -> sf.Latents:
+    return make_sae("topk", "resid_post.1").latents([1, 2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_edit_is_tried(kind, model):
+    report = sf.preflight(model, RAGGED, KINDS[kind](), max_new_tokens=2, batch_size=2)
+    assert (report.fails, report.untried) == ("", "")
+
+
+def test_a_copys_own_edits_are_not_known(model):
+    """They look at masks, which are fake there; nothing is refused for it."""
+    copy = sf.edit(model, sf.Ablate(direction()))
+    report = sf.preflight(copy, RAGGED, sf.Ablate(direction(2)))
+    assert report.fails == "" and "data-dependent" in report.untried
 
 
 def two_wide(x):
