@@ -57,8 +57,8 @@ MUTANTS = {
         failure("steering_fires_once[edit]"),
     ),
     "inline fires once": Mutant(
-        "if step is not None or not generating(inputs[1]):",
-        "if True:",
+        "step is None and generating(inputs[1])",
+        "False",
         failure("steering_fires_once[inline]"),
     ),
     "gradient doubled": Mutant(
