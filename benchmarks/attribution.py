@@ -34,7 +34,7 @@ from saefeat.kernel.encode import encode
 
 OURS = ("saefeat", "10 candidates a site", "one site at a time", "through_sae")
 RIVALS = ("SAE in the graph, as published", "SAE in the graph, lean", "captum", "SAELens hooks")
-VARIANTS = ("floor", *OURS, *RIVALS)
+VARIANTS = ("floor", "the bare model's passes", *OURS, *RIVALS)
 GROWTH = {  # what grows, its values, and the variants that are drawn
     "latents": (4096, 16384, 65536),
     "layers": (2, 4, 8, 16),
@@ -49,7 +49,16 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
 
 
 def floor(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int) -> None:
-    """Baseline pass, and ``steps`` forward and backward passes to every site; two encodes."""
+    """The bare model's passes, and two encodes of every site."""
+    nodes = bare_passes(plain, inputs, steps)
+    with torch.no_grad():
+        for node, sae in zip(nodes, saes.values(), strict=True):
+            for _ in range(2):
+                sae.encode(node.detach())
+
+
+def bare_passes(plain: torch.nn.Module, inputs: dict, steps: int) -> list[torch.Tensor]:
+    """Baseline pass, and ``steps`` forward and backward passes to every site, which is returned."""
     nodes: list[torch.Tensor] = []
 
     def watch(_: object, args: object, output: torch.Tensor) -> torch.Tensor:
@@ -65,10 +74,7 @@ def floor(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: in
         torch.autograd.grad(metric(plain(**inputs, logits_to_keep=1).logits[:, -1]).sum(), nodes)
     for hook in hooks:
         hook.remove()
-    with torch.no_grad():
-        for node, sae in zip(nodes, saes.values(), strict=True):
-            for _ in range(2):
-                sae.encode(node.detach())
+    return nodes
 
 
 class _Passed(torch.autograd.Function):
@@ -277,6 +283,8 @@ def work(args: argparse.Namespace, plain: torch.nn.Module, saes: sf.Dictionaries
         return lambda: sae_lens_hooks(plain, modules, inputs, args.steps)
     if args.variant == "captum":
         import captum.attr  # noqa: F401  (not in the time of the job)
+    if args.variant == "the bare model's passes":
+        return lambda: bare_passes(plain, inputs, args.steps)
     rivals = {"floor": floor, "captum": captum_ig}
     rivals |= {"SAE in the graph, as published": as_published, "SAE in the graph, lean": in_graph}
     if args.variant in rivals:
