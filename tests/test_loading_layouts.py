@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import saefeat as sf
-from saefeat.dictionaries.weights import Npz
+from saefeat.dictionaries.npz import Npz
 
 D, N = 16, 48  # widths of the site and of the dictionaries
 

@@ -1,22 +1,18 @@
 """Where an SAE's tensors come from: memory, or a file read a slice at a time.
 
-Files are safetensors or npz; ``Mapped`` reads another library's file under sae-lens's names.
+Files are safetensors, or npz (``npz.py``). ``Mapped`` reads another library's file under
+sae-lens's names.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import struct
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import final
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -68,18 +64,18 @@ class InMemory(Weights):
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str) -> Tensor:
-        return _up(self._tensors[name])
+        return up(self._tensors[name])
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         run = _run_of(index)
-        return _up(self._tensors[name][index if run is None else run].clone())
+        return up(self._tensors[name][index if run is None else run].clone())
 
     def columns(self, name: str, index: Tensor) -> Tensor:
         tensor, run = self._tensors[name], _run_of(index)
         if run is None:
-            return _up(tensor[:, index].contiguous())
+            return up(tensor[:, index].contiguous())
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
-        return _up(tensor if alone and len(index) == tensor.shape[1] else tensor[:, run].clone())
+        return up(tensor if alone and len(index) == tensor.shape[1] else tensor[:, run].clone())
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -128,7 +124,7 @@ class OnDisk(Weights):
 
     def read(self, name: str) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
-            return _up(file.get_tensor(name))
+            return up(file.get_tensor(name))
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         run = _run_of(index)
@@ -137,8 +133,8 @@ class OnDisk(Weights):
         with safe_open(self.path, framework="pt") as file:
             part = file.get_slice(name)
             if run is not None:
-                return _up(part[run]).clone()  # a slice maps the whole tensor
-            return _up(torch.cat([part[i : i + 1] for i in index.tolist()]))
+                return up(part[run]).clone()  # a slice maps the whole tensor
+            return up(torch.cat([part[i : i + 1] for i in index.tolist()]))
 
     def columns(self, name: str, index: Tensor) -> Tensor:
         run = _run_of(index)
@@ -147,12 +143,12 @@ class OnDisk(Weights):
         with safe_open(self.path, framework="pt") as file:
             part = file.get_slice(name)
             if run is not None:
-                return _up(part[:, run]).clone()
-            return _up(torch.cat([part[:, i : i + 1] for i in index.tolist()], dim=1))
+                return up(part[:, run]).clone()
+            return up(torch.cat([part[:, i : i + 1] for i in index.tolist()], dim=1))
 
     def fingerprint(self) -> str:
         """Hash of the size and of the first and last MiB: header, shapes and some weights."""
-        return _file_hash(self.path)
+        return file_hash(self.path)
 
 
 @dataclass(frozen=True)
@@ -255,115 +251,13 @@ class Mapped(Weights):
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
 
-@final
-class Npz(Weights):
-    """A NumPy archive, mapped where it is stored uncompressed, as Gemma Scope's are.
-
-    A compressed member cannot be read in parts: it is read whole, once, and kept.
-
-    Raises:
-        DictionaryError: for a file that is missing, not whole, or holds Python objects.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._whole: dict[str, Tensor] = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self._members = {
-                    info.filename.removesuffix(".npy"): _member(path, archive, info)
-                    for info in archive.infolist()
-                }
-        except (OSError, ValueError, LookupError, EOFError, *_ZIP) as error:
-            raise DictionaryError(
-                explain(
-                    "load_sae",
-                    "path",
-                    got=f"{path}, which cannot be read ({error})",
-                    wanted="a whole npz archive of plain arrays",
-                    cause="an interrupted download or copy, or a Git LFS pointer",
-                    call="fetch the file again and compare its size",
-                )
-            ) from error
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._members)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._members[name].shape
-
-    def read(self, name: str) -> Tensor:
-        return self._take(name, (...,))
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        return self._take(name, (index.numpy(),))
-
-    def columns(self, name: str, index: Tensor) -> Tensor:
-        return self._take(name, (slice(None), index.numpy()))
-
-    def fingerprint(self) -> str:
-        return _file_hash(self.path)
-
-    def _take(self, name: str, key: tuple[Any, ...]) -> Tensor:
-        """A copy of part of an array, so that nothing stays mapped."""
-        member = self._members[name]
-        if member.offset is None:
-            if name not in self._whole:
-                with np.load(self.path, allow_pickle=False) as archive:
-                    self._whole[name] = torch.from_numpy(archive[name])
-            array = self._whole[name].numpy()
-        else:
-            order = "F" if member.fortran else "C"
-            array = np.memmap(self.path, member.dtype, "r", member.offset, member.shape, order)
-        return _up(torch.from_numpy(np.array(array[key], order="C")))
-
-
-_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, NotImplementedError, RuntimeError)
-"""What zipfile raises over a damaged archive, an encrypted one, or a compression it lacks."""
-
-
-class _Member(NamedTuple):
-    """One array of an archive; ``offset`` is None where it is compressed."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    fortran: bool
-    offset: int | None
-
-
-def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    """Read an array's header, and where its data starts in the archive."""
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            header = np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds Python objects")
-        skip = file.tell()
-    if dtype.kind != "f" or not dtype.isnative:
-        raise ValueError(f"{info.filename} holds {dtype.str}, no floating-point numbers")
-    if skip + dtype.itemsize * math.prod(shape) != info.file_size:
-        raise ValueError(f"{info.filename} is not of the size its header says")
-    if info.compress_type != zipfile.ZIP_STORED:
-        return _Member(shape, dtype, fortran, None)
-    with path.open("rb") as file:  # the local header repeats the name, with its own extra field
-        file.seek(info.header_offset + 26)
-        name, extra = struct.unpack("<HH", file.read(4))
-    start = info.header_offset + 30 + name + extra + skip
-    if start + dtype.itemsize * math.prod(shape) > path.stat().st_size:
-        raise ValueError(f"{info.filename} is cut short")
-    return _Member(shape, dtype, fortran, start)
-
-
 def _scaled(part: Tensor, scale: float | Tensor) -> Tensor:
     if isinstance(scale, Tensor):
         return part * scale.to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
     return part if scale == 1.0 else part * scale
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """Hash of the size and of the first and last MiB: header, shapes and some weights."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -381,7 +275,7 @@ def _run_of(index: Tensor) -> slice | None:
     return slice(int(index[0]), int(index[-1]) + 1)
 
 
-def _up(tensor: Tensor) -> Tensor:
+def up(tensor: Tensor) -> Tensor:
     """float32 at least: latents flip in half precision, and float64 tests stay float64.
 
     Raises:

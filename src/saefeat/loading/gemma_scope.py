@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..dictionaries.weights import Mapped, Npz, OnDisk, View, Weights
+from ..dictionaries.npz import Npz
+from ..dictionaries.weights import Mapped, OnDisk, View, Weights
 from .facts import Facts, Source, l0_in, refuse, width_in
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
