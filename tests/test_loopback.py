@@ -19,7 +19,6 @@ import httpx
 import nnsight
 import pytest
 import torch
-from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError
 
 import saefeat as sf
@@ -29,11 +28,7 @@ from saefeat.loopback.far.pipe import Gone, Pipe
 NEW = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def silent():
-    before, CONFIG.APP.REMOTE_LOGGING = CONFIG.APP.REMOTE_LOGGING, False
-    yield
-    CONFIG.APP.REMOTE_LOGGING = before
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +39,7 @@ def model():
 @pytest.fixture(scope="module")
 def apart(model):
     with sf.serve(model, copies=True) as server:
+        whereabouts(model, remote=server.url)  # the first job starts the worker
         yield server
 
 
@@ -420,8 +416,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @linux
 def test_a_block_that_never_ends_is_ended(model, apart, monkeypatch):
     """Not only waited for no longer: gone, and the next job has a worker."""
-    pids = list(whereabouts(model, remote=apart.url)[:2])  # the first job starts the worker
-    pids.append(apart.worker._process.pid)
+    pids = [apart.worker._process.pid, *whereabouts(model, remote=apart.url)[:2]]
     monkeypatch.setattr(apart.worker, "_limit", 3.0)
     with pytest.raises(RemoteError, match="longer than 3 s"):
         endless(model, apart.url)

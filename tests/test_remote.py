@@ -31,28 +31,12 @@ NEW = 3
 LOCAL = pytest.param("local", marks=pytest.mark.slow)  # the weaker check of the two
 
 
-@pytest.fixture(scope="module", autouse=True)
-def silent():
-    before, CONFIG.APP.REMOTE_LOGGING = CONFIG.APP.REMOTE_LOGGING, False
-    yield
-    CONFIG.APP.REMOTE_LOGGING = before
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 @pytest.fixture(scope="module")
 def model():
     return wrapped(build("gemma2"))
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with sf.serve(model) as server:
-        yield server
-
-
-@pytest.fixture
-def faulty(server):
-    yield server.faults
-    server.faults.clear()
 
 
 @pytest.fixture(scope="module")

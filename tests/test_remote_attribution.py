@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nnsight import CONFIG, TransformersModel
+from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
 
 import saefeat as sf
@@ -14,22 +14,12 @@ METRIC = sf.logit_diff(5, 6)
 PUSH = sf.Ablate(sf.Direction(unit(), site="resid_post.0"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def silent():
-    before, CONFIG.APP.REMOTE_LOGGING = CONFIG.APP.REMOTE_LOGGING, False
-    yield
-    CONFIG.APP.REMOTE_LOGGING = before
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 @pytest.fixture(scope="module")
 def model():
     return wrapped(build("gemma2"))
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with sf.serve(model) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

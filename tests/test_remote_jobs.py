@@ -29,28 +29,12 @@ NEW = 4
 SAMPLE = {"max_new_tokens": NEW, "temperature": 1.5, "top_k": 40, "top_p": 0.9, "seed": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def silent():
-    before, CONFIG.APP.REMOTE_LOGGING = CONFIG.APP.REMOTE_LOGGING, False
-    yield
-    CONFIG.APP.REMOTE_LOGGING = before
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 @pytest.fixture(scope="module")
 def model():
     return wrapped(build("gemma2"))
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with sf.serve(model) as server:
-        yield server
-
-
-@pytest.fixture
-def faulty(server):
-    yield server.faults
-    server.faults.clear()
 
 
 def jumprelu(layer: int = 1) -> sf.Latents:
