@@ -48,7 +48,9 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, 5] - logits[:, 7]
 
 
-def floor(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int) -> None:
+def floor(
+    plain: torch.nn.Module, saes: sf.dictionaries.Dictionaries, inputs: dict, steps: int
+) -> None:
     """The bare model's passes, and two encodes of every site."""
     nodes = bare_passes(plain, inputs, steps)
     with torch.no_grad():
@@ -90,7 +92,7 @@ class _Passed(torch.autograd.Function):
 
 
 def as_published(
-    plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int
+    plain: torch.nn.Module, saes: sf.dictionaries.Dictionaries, inputs: dict, steps: int
 ) -> list[torch.Tensor]:
     """The authors' way (PAPER.md, section 2.4), towards zero latents and the clean error.
 
@@ -137,13 +139,13 @@ def as_published(
     return [(g - f) * mean for g, f, mean in zip(other, first, means, strict=True)]
 
 
-def cast_all(sae: sf.Dictionary) -> dict:
+def cast_all(sae: sf.dictionaries.Dictionary) -> dict:
     """All of a dictionary's tensors."""
     return sae.columns(torch.arange(sae.d_sae))
 
 
 def in_graph(
-    plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int
+    plain: torch.nn.Module, saes: sf.dictionaries.Dictionaries, inputs: dict, steps: int
 ) -> list[torch.Tensor]:
     """Latents as leaves, decoded inside the graph, one gradient of size d_sae a site and step."""
     sites = list(saes.values())
@@ -186,7 +188,9 @@ def in_graph(
     return [-(f * g) for f, g in zip(latents, total, strict=True)]
 
 
-def captum_ig(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps: int) -> None:
+def captum_ig(
+    plain: torch.nn.Module, saes: sf.dictionaries.Dictionaries, inputs: dict, steps: int
+) -> None:
     """captum's IG with every site's latents as an input, blended to zero together."""
     from captum.attr import IntegratedGradients  # imported by ``work`` already
 
@@ -217,7 +221,7 @@ def captum_ig(plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict, steps
     )
 
 
-def sae_lens_modules(saes: sf.Dictionaries) -> list:
+def sae_lens_modules(saes: sf.dictionaries.Dictionaries) -> list:
     """The same dictionaries as SAELens's own modules, with their error term."""
     import sae_lens
 
@@ -276,7 +280,12 @@ def bare(plain: torch.nn.Module, inputs: dict) -> list[torch.Tensor]:
     return found
 
 
-def work(args: argparse.Namespace, plain: torch.nn.Module, saes: sf.Dictionaries, inputs: dict):
+def work(
+    args: argparse.Namespace,
+    plain: torch.nn.Module,
+    saes: sf.dictionaries.Dictionaries,
+    inputs: dict,
+):
     """What a variant does, as a function without arguments."""
     if args.variant == "SAELens hooks":
         modules = sae_lens_modules(saes)
@@ -293,7 +302,7 @@ def work(args: argparse.Namespace, plain: torch.nn.Module, saes: sf.Dictionaries
     target = saes.latents({layer: range(10) for layer in range(args.layers)}) if few else saes
     attribute = sf.Attribute(
         target,
-        sf.metric(metric),
+        sf.metrics.custom(metric),
         method=sf.IG(args.steps),
         one_site=args.variant == "one site at a time",
         semantics="through_sae" if args.variant == "through_sae" else "pass_through",
@@ -369,7 +378,9 @@ def checked() -> None:
     plain = models.model(3, 128)
     plain.requires_grad_(False)
     saes, inputs = models.saes(plain, 512, 20), models.batch(4, 32)
-    scores = sf.Attribute(saes, sf.metric(metric), method=sf.IG(4))(models.traced(plain), inputs)
+    scores = sf.Attribute(saes, sf.metrics.custom(metric), method=sf.IG(4))(
+        models.traced(plain), inputs
+    )
     ours = torch.zeros(3, *inputs["input_ids"].shape, 512)
     ours[scores.dictionary, scores.prompt, scores.position, scores.latent] = scores.score
     for name, form in (("as published", as_published), ("lean", in_graph)):

@@ -49,7 +49,7 @@ def child(args: argparse.Namespace) -> None:
     if args.variant == "the model's own pass":
         own_pass(plain, inputs)
     elif args.variant == "saefeat":
-        method = sf.IG(args.steps) if args.steps > 1 else sf.AtP()
+        method = sf.IG(args.steps) if args.steps > 1 else sf.attribution.AtP()
         job = sf.Attribute(saes, sf.logit_diff(5, 7), method=method, keep=args.keep or None)
         found["scores"] = len(job(models.traced(plain), inputs))
     print(json.dumps({**found, "seconds": time.perf_counter() - start, "peak_mb": memory.peak()}))

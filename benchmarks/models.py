@@ -32,7 +32,7 @@ def model(layers: int, width: int, vocabulary: int = 1024) -> Gemma2ForCausalLM:
     return built
 
 
-def saes(plain: Gemma2ForCausalLM, latents: int, l0: int = 100) -> sf.Dictionaries:
+def saes(plain: Gemma2ForCausalLM, latents: int, l0: int = 100) -> sf.dictionaries.Dictionaries:
     """JumpReLU SAEs on every resid_post, with about ``l0`` latents active a token."""
     values: list[torch.Tensor] = []
     hooks = [
@@ -58,7 +58,7 @@ def saes(plain: Gemma2ForCausalLM, latents: int, l0: int = 100) -> sf.Dictionari
         }
         site = f"resid_post.{layer}"
         found.append(sf.SAE.from_tensors(tensors, architecture="jumprelu", site=site))
-    return sf.Dictionaries(found)
+    return sf.dictionaries.Dictionaries(found)
 
 
 def batch(rows: int, tokens: int, vocabulary: int = 1024) -> dict[str, torch.Tensor]:
@@ -73,4 +73,4 @@ def traced(plain: Gemma2ForCausalLM) -> TransformersModel:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), pad_token="<pad>"
     )
-    return sf.wrap(plain, tokenizer)
+    return TransformersModel(plain, tokenizer=tokenizer, task="text-generation")

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    model = sf.wrap(*tiny.load("chat"))
+    model = tiny.model("chat")
     saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
     chat = [{"role": "user", "content": "how do i bake bread"}]
     settings = {

@@ -40,11 +40,11 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(asked: argparse.Namespace) -> tuple[TransformersModel, sf.Dictionaries]:
+def load(asked: argparse.Namespace) -> tuple[TransformersModel, sf.dictionaries.Dictionaries]:
     """The model, without weights where it runs elsewhere, and its SAEs."""
     if asked.model is None:
         saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
-        return sf.wrap(*tiny.load("chat")), saes
+        return tiny.model("chat"), saes
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     model = TransformersModel(asked.model, tokenizer=tokenizer, task="text-generation")
     return model, sf.load_saes(asked.saes, sites="resid_post")
@@ -60,16 +60,18 @@ def main() -> None:
     with ExitStack() as stack:
         where: bool | str = True if asked.remote == "ndif" else asked.remote
         if asked.remote == "loopback":
-            where = stack.enter_context(sf.serve(model)).url
+            where = stack.enter_context(loopback.serve(model)).url
 
-        print(sf.preflight(model, chats, edits, max_new_tokens=12, remote=where), "\n")
+        print(sf.remote.preflight(model, chats, edits, max_new_tokens=12, remote=where), "\n")
 
         # One call: prompts in; text, readings and a receipt out.
         # With --job, a second run takes the job up from its file and resends what failed.
         if asked.job is not None and asked.job.exists():
-            job = sf.Job.load(asked.job, model, remote=where).resubmit()
+            job = sf.remote.Job.load(asked.job, model, remote=where).resubmit()
         else:
-            job = sf.submit(model, chats, edits, max_new_tokens=12, remote=where, file=asked.job)
+            job = sf.remote.submit(
+                model, chats, edits, max_new_tokens=12, remote=where, file=asked.job
+            )
         out = job.wait()
         for question, answer in zip(QUESTIONS, out.texts, strict=True):
             print(f"{question!r} -> {answer!r}")
@@ -77,7 +79,7 @@ def main() -> None:
         print("readings", out.readings[0].values.squeeze(1).tolist(), "\n")
 
         # The same object in a block of one's own.
-        batch = sf.encode_prompts(model.tokenizer, chats)
+        batch = sf.text.prompts.encode_prompts(model.tokenizer, chats)
         with model.trace(batch, remote=where):
             log = nnsight.save(edits(model))
             top = nnsight.save(model.output.logits[:, -1].detach().argmax(-1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from nnsight import CONFIG
 
-import saefeat as sf
+import loopback
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def silent():
 
 @pytest.fixture(scope="module")
 def server(model):
-    with sf.serve(model) as server:
+    with loopback.serve(model) as server:
         yield server
 
 

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 import transformers
+from nnsight import TransformersModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import saefeat as sf
@@ -96,8 +97,13 @@ def tokenizer():
     )
 
 
+def transformers_model(model: torch.nn.Module, its_tokenizer):
+    """An nnsight model around a module in memory."""
+    return TransformersModel(model, tokenizer=its_tokenizer, task="text-generation")
+
+
 def wrapped(model: torch.nn.Module):
-    return sf.wrap(model, tokenizer())
+    return transformers_model(model, tokenizer())
 
 
 def batch_of(prompts=RAGGED) -> dict[str, torch.Tensor]:
@@ -222,6 +228,13 @@ def make_sae(
         name=f"{architecture}-{seed}",
         **options,
     )
+
+
+def continuation_loss(model, prompts, completions, intervention=None, **options):
+    """[n]: nats a token of what follows each prompt."""
+    metric = sf.metrics.log_prob(sf.metrics.PerPrompt([list(c) for c in completions]))
+    total = sf.metrics.measure(model, prompts, metric, intervention, **options)
+    return -total / torch.tensor([len(c) for c in completions])
 
 
 def unit(seed: int = 0) -> torch.Tensor:

@@ -103,7 +103,7 @@ def main() -> None:
         split(model)
         ids = torch.zeros(3, 6, dtype=torch.long, device=HERE)
         mask = torch.ones(3, 7, dtype=torch.long, device=HERE)
-    step = sf.Chain(tuple(part for each in interventions() for part in each.parts()))
+    step = sf.verbs.base.Chain(tuple(part for each in interventions() for part in each.parts()))
     with sf.hooked(model, step) as log, pretend, Answers(), torch.no_grad():
         first = model(input_ids=ids, attention_mask=mask[:, :6], use_cache=True)
         model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=first.past_key_values)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import parallel_utils, tensor_parallel
 
 import saefeat as sf
-from helpers import RAGGED, D, batch_of, make_sae, tokenizer
+from helpers import RAGGED, D, batch_of, make_sae, tokenizer, transformers_model
 
 WHOLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_norm", "mlp_out", "resid_post")
 SHARDED = ("z", "mlp_post")
@@ -67,7 +67,7 @@ def edited(model) -> dict[str, torch.Tensor]:
 
 def attributed(model, kind: str) -> dict[str, torch.Tensor]:
     part = direction(kind).latents() if kind != "resid_post" else latents()
-    found = sf.Attribute(part, sf.logit_diff(3, 5), method=sf.AtP())(model, RAGGED)
+    found = sf.Attribute(part, sf.logit_diff(3, 5), method=sf.attribution.AtP())(model, RAGGED)
     return {"score": found.score}
 
 
@@ -104,13 +104,10 @@ def main(folder: str, rank: int) -> None:
     )
     module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     found: dict[str, object] = {}
-    try:
-        sf.wrap(module, tokenizer())
-    except sf.ModelError as error:
-        found["wrap"] = str(error)
+    if not hasattr(tensor_parallel, "_get_parameter_plan"):
         # nnsight 0.8.1 looks for a helper where transformers 5.19 had it; put there, all works
         tensor_parallel._get_parameter_plan = parallel_utils._get_parameter_plan
-    found |= everything(sf.wrap(module, tokenizer()))
+    found |= everything(transformers_model(module, tokenizer()))
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

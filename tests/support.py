@@ -31,7 +31,8 @@ from helpers import (
     tensors_for,
     wrapped,
 )
-from saefeat.sites import HOOKS, find, width_at
+from saefeat.model.modules import find, width_at
+from saefeat.model.sites import HOOKS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "guide" / "support.md"
 WAYS = ["trace", "generate", "edit", "run", "hooked"]
@@ -180,7 +181,7 @@ def case(family: str, kind: str) -> list[str]:
     model, site = build(family), sf.Site(kind, 1)
     try:
         width = width_at(model, site)
-    except sf.SiteError:
+    except sf.errors.SiteError:
         return ["–"] * (len(WAYS) + 1)
     torch.manual_seed(0)
     v = torch.nn.functional.normalize(torch.randn(width), dim=0)
@@ -220,7 +221,7 @@ def dictionary(architecture: str):
         return sf.Neurons("resid_post.1", D)
     if architecture == "generic":
         sae = make_sae()
-        return sf.Generic(sae.encode, sae.directions(), site="resid_post.1", width=D)
+        return sf.dictionaries.Function(sae.encode, sae.directions(), site="resid_post.1", width=D)
     if architecture == "error term":
         return make_sae().error()
     return make_sae(architecture)
@@ -239,7 +240,7 @@ def dictionary_row(name: str) -> list[str]:
             forward(model, batch_of())
         return [reading.values[real] for reading in chain.readings(log)]
 
-    x, out = values(sf.Chain(()))
+    x, out = values(sf.verbs.base.Chain(()))
     f = basis.encode(x, index)  # [n, k]
     rows = basis.directions(index).expand(len(x), -1, -1)  # [n, k, d]
     if name == "error term":

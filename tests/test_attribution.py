@@ -27,12 +27,12 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.sites import find
+from saefeat.model.modules import find
 
-MODULE = importlib.import_module("saefeat.attribution.moves")
+MODULE = importlib.import_module("saefeat.attribution.pairs")
 METRIC = sf.logit_diff([5, 9], 7)
 F64 = torch.float64
-ATP, LEFT, MIDPOINT, GAUSS = sf.AtP(), sf.IG(4), sf.IG(3, "midpoint"), sf.IG(3, "gauss")
+ATP, LEFT, MIDPOINT, GAUSS = sf.attribution.AtP(), sf.IG(4), sf.IG(3, "midpoint"), sf.IG(3, "gauss")
 METHODS = [ATP, LEFT, MIDPOINT, GAUSS]
 PATHS = {  # the nodes, written out
     repr(ATP): [(0.0, 1.0)],
@@ -161,7 +161,7 @@ def naive(model, batch, dictionaries, method, baseline=None) -> list[torch.Tenso
     return [(c * t * real).detach() for c, t in zip(changes, totals, strict=True)]
 
 
-def dense(scores: sf.Attribution, batch, field="score") -> list[torch.Tensor]:
+def dense(scores: sf.attribution.Attribution, batch, field="score") -> list[torch.Tensor]:
     """The sparse result laid out as [b, t, d_sae] a dictionary."""
     width = batch["input_ids"].shape[1]
     pads = width - batch["attention_mask"].sum(1)
@@ -190,7 +190,7 @@ def close(found, wanted, tolerance=1e-5):
 
 
 def baselines():
-    v = sf.direction(unit(9), sites=["resid_pre.0", "resid_post.1", "resid_post.2"])
+    v = sf.Direction.at_sites(unit(9), sites=["resid_pre.0", "resid_post.1", "resid_post.2"])
     return {"zero": None, "direction": sf.Ablate(v)}
 
 
@@ -199,7 +199,7 @@ def baselines():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_three_sites_against_the_naive_form(family, method, baseline):
     model, batch = build(family, F64), batch_of()
-    saes = sf.Dictionaries(
+    saes = sf.dictionaries.Dictionaries(
         make_sae(a, layer=layer, seed=layer, dtype=F64)
         for layer, a in enumerate(["standard", "jumprelu", "gated"])
     )
@@ -215,7 +215,7 @@ def test_every_architecture_against_the_naive_form(architecture, method, baselin
     model, batch = build("gemma3_text", F64), batch_of()
     saes = [make_sae(architecture, layer=layer, seed=layer, dtype=F64) for layer in (0, 2)]
     saes.append(make_sae("standard", "resid_post.1", 5, dtype=F64))
-    saes = sf.Dictionaries(saes)
+    saes = sf.dictionaries.Dictionaries(saes)
     start = baselines()[baseline]
     scores = sf.Attribute(saes, METRIC, baseline=start, method=method)(wrapped(model), batch)
     close(dense(scores, batch), naive(model, batch, list(saes.values()), method, start))
@@ -225,7 +225,7 @@ def test_every_architecture_against_the_naive_form(architecture, method, baselin
 @pytest.mark.parametrize("method", [ATP, LEFT], ids=repr)
 def test_input_norms_against_the_naive_form(norm, method):
     model, batch = build("llama", F64), batch_of()
-    saes = sf.Dictionaries([make_sae("jumprelu", layer=1, norm=norm, dtype=F64)])
+    saes = sf.dictionaries.Dictionaries([make_sae("jumprelu", layer=1, norm=norm, dtype=F64)])
     scores = sf.Attribute(saes, METRIC, method=method)(wrapped(model), batch)
     close(dense(scores, batch), naive(model, batch, list(saes.values()), method))
 
@@ -234,7 +234,7 @@ def test_input_norms_against_the_naive_form(norm, method):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
 def test_every_kind_of_site_against_the_naive_form(family, site):
     model, batch = build(family, F64), batch_of()
-    saes = sf.Dictionaries([make_sae("standard", site, dtype=F64)])
+    saes = sf.dictionaries.Dictionaries([make_sae("standard", site, dtype=F64)])
     scores = sf.Attribute(saes, METRIC, method=LEFT)(wrapped(model), batch)
     close(dense(scores, batch), naive(model, batch, list(saes.values()), LEFT))
 
@@ -360,7 +360,7 @@ def test_nodes_are_the_rules():
 @pytest.mark.parametrize("method", [ATP, LEFT], ids=repr)
 def test_batched_equals_single(family, method):
     model = build(family)
-    saes = sf.Dictionaries([make_sae(layer=0), make_sae("jumprelu", layer=2)])
+    saes = sf.dictionaries.Dictionaries([make_sae(layer=0), make_sae("jumprelu", layer=2)])
     job = sf.Attribute(saes, METRIC, baseline=baselines()["direction"], method=method)
     nn = wrapped(model)
     whole, cut = job(nn, RAGGED), job(nn, RAGGED, batch_size=2)
@@ -411,7 +411,7 @@ def test_excluded_tokens_are_neither_scored_nor_counted():
 )
 def test_latents_score_as_in_the_full_run(method, baseline):
     nn = wrapped(build("llama"))
-    saes = sf.Dictionaries([make_sae(layer=0), make_sae("topk", layer=2, seed=3)])
+    saes = sf.dictionaries.Dictionaries([make_sae(layer=0), make_sae("topk", layer=2, seed=3)])
     start = baselines()[baseline]
     chosen = saes.latents({2: [40, 3, 17, 8], 0: list(range(47, 20, -1))})
     full = sf.Attribute(saes, METRIC, baseline=start, method=method)(nn, RAGGED)
@@ -479,7 +479,9 @@ def test_a_dictionary_that_computes_all_latents_is_encoded_in_one_block(monkeypa
 
 def test_a_frozen_model_gives_the_same():
     model = build("llama")
-    job = sf.Attribute(sf.Dictionaries([make_sae(layer=0), make_sae(layer=2)]), METRIC, method=LEFT)
+    job = sf.Attribute(
+        sf.dictionaries.Dictionaries([make_sae(layer=0), make_sae(layer=2)]), METRIC, method=LEFT
+    )
     free = dense(job(wrapped(model), RAGGED), batch_of())
     assert free[0].abs().max() > 1e-3
     model.requires_grad_(False)
@@ -531,7 +533,7 @@ def test_gradients_switched_off():
     nn = wrapped(build("llama"))
     job = sf.Attribute(make_sae(), METRIC)
     for off in (torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)):
-        with off(), pytest.raises(sf.GradientError, match="enable_grad"):
+        with off(), pytest.raises(sf.errors.GradientError, match="enable_grad"):
             job(nn, RAGGED)
 
 
@@ -547,19 +549,21 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_metric_without_one_differentiable_number_a_prompt(name):
     nn = wrapped(build("llama"))
-    with pytest.raises(sf.GradientError) as caught:
-        sf.Attribute(make_sae(), sf.metric(BAD[name], name))(nn, RAGGED)
+    with pytest.raises(sf.errors.GradientError) as caught:
+        sf.Attribute(make_sae(), sf.metrics.custom(BAD[name], name))(nn, RAGGED)
     assert "[batch]" in str(caught.value) and "shape" in str(caught.value)
 
 
 def test_a_metric_of_another_batch():
     nn = wrapped(build("llama"))
-    with pytest.raises(sf.GradientError):
-        sf.Attribute(make_sae(), sf.metric(lambda logits: logits[:, 5].sum()[None]))(nn, RAGGED)
+    with pytest.raises(sf.errors.GradientError):
+        sf.Attribute(make_sae(), sf.metrics.custom(lambda logits: logits[:, 5].sum()[None]))(
+            nn, RAGGED
+        )
 
 
 def test_an_empty_target():
-    with pytest.raises(sf.LatentError, match="at least one latent"):
+    with pytest.raises(sf.errors.LatentError, match="at least one latent"):
         sf.Attribute(make_sae().latents([]), METRIC)(wrapped(build("llama")), RAGGED)
 
 
@@ -569,15 +573,15 @@ def test_tokens_of_a_metric():
     b = sf.Attribute(make_sae(), sf.logit_diff(5, [7, 9]))(nn, RAGGED)
     assert torch.equal(a.score, b.score)
     for word in ("w1 w2", "unknown", ""):
-        with pytest.raises(sf.PromptError, match="token"):
-            sf.Attribute(make_sae(), sf.logit(word))(nn, RAGGED)
+        with pytest.raises(sf.errors.PromptError, match="token"):
+            sf.Attribute(make_sae(), sf.metrics.logit(word))(nn, RAGGED)
 
 
 @pytest.mark.parametrize("token", [-1, 100, 10**6])
 def test_token_ids_outside_the_vocabulary(token):
     nn = wrapped(build("llama"))
-    with pytest.raises(sf.PromptError):
-        sf.Attribute(make_sae(), sf.logit(token))(nn, RAGGED)
+    with pytest.raises(sf.errors.PromptError):
+        sf.Attribute(make_sae(), sf.metrics.logit(token))(nn, RAGGED)
 
 
 def test_the_baselines_own_token():
@@ -587,13 +591,13 @@ def test_the_baselines_own_token():
         base = forward(model, batch)[:, -1]
     clean, top = forward(model, batch)[:, -1], base.argmax(-1)
     assert (top != clean.argmax(-1)).any()
-    metric = sf.logit_diff(sf.BASELINE_TOP, 7)
+    metric = sf.logit_diff(sf.metrics.BASELINE_TOP, 7)
     scores = sf.Attribute(make_sae(), metric, baseline=start)(wrapped(model), batch)
     rows = torch.arange(3)
     torch.testing.assert_close(scores.clean, clean[rows, top] - clean[:, 7], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores.baseline, base[rows, top] - base[:, 7], atol=1e-5, rtol=1e-5)
     # compared with itself, there is nothing to attribute, and it says so
-    same = sf.logit_diff(sf.BASELINE_TOP, int(top[1]))
+    same = sf.logit_diff(sf.metrics.BASELINE_TOP, int(top[1]))
     scores = sf.Attribute(make_sae(), same, baseline=start)(wrapped(model), batch)
     assert scores.degenerate.tolist() == (top == top[1]).tolist() and scores.degenerate[1]
 
@@ -603,7 +607,7 @@ def test_the_baselines_own_token():
 
 @pytest.fixture(scope="module")
 def result():
-    saes = sf.Dictionaries([make_sae(layer=2, seed=1), make_sae("jumprelu", layer=0)])
+    saes = sf.dictionaries.Dictionaries([make_sae(layer=2, seed=1), make_sae("jumprelu", layer=0)])
     return sf.Attribute(saes, METRIC, baseline=baselines()["direction"])(
         wrapped(build("llama")), RAGGED
     )
@@ -688,7 +692,7 @@ def test_totals_of_a_misspelt_kind(result):
 
 @pytest.mark.parametrize("k", [0, -1])
 def test_top_of_nothing(result, k):
-    with pytest.raises(sf.LatentError, match="at least 1"):
+    with pytest.raises(sf.errors.LatentError, match="at least 1"):
         result.top(k)
 
 
@@ -710,7 +714,7 @@ def test_attribute_then_ablate_then_probe_is_a_loop():
 def test_a_baseline_that_never_acts():
     """A baseline that selects no token gives all-zero scores, which read as 'no effect'."""
     start = sf.Ablate(make_sae(), where=sf.Tokens.ids(99))
-    with pytest.raises(sf.FiringError):
+    with pytest.raises(sf.errors.FiringError):
         sf.Attribute(make_sae(), METRIC, baseline=start)(wrapped(build("llama")), RAGGED)
 
 
@@ -740,7 +744,7 @@ def test_the_error_term_is_attributed_against_a_run():
 
 def test_a_baseline_fires_over_the_data_set_not_in_every_batch():
     nn, v = wrapped(build("llama")), sf.Direction(unit(3), site="resid_post.0")
-    token = sf.encode_prompts(nn.tokenizer, RAGGED)["input_ids"][0, -1].item()
+    token = sf.text.prompts.encode_prompts(nn.tokenizer, RAGGED)["input_ids"][0, -1].item()
     start = sf.Ablate(v, where=sf.Tokens.ids(int(token)))
     whole = sf.Attribute(make_sae(), METRIC, baseline=start)(nn, RAGGED)
     single = sf.Attribute(make_sae(), METRIC, baseline=start)(nn, RAGGED, batch_size=1)

@@ -28,7 +28,7 @@ def split(mode: TwoDevices) -> torch.nn.Module:
     return model
 
 
-def same(found: sf.Attribution, wanted: sf.Attribution) -> None:
+def same(found: sf.attribution.Attribution, wanted: sf.attribution.Attribution) -> None:
     for name in ("prompt", "dictionary", "position", "latent"):
         assert torch.equal(getattr(found, name), getattr(wanted, name))
     for name in ("score", "change", "clean", "ends", "dropped"):
@@ -56,11 +56,13 @@ def test_every_way(way):
 @pytest.mark.parametrize("how", [{}, {"semantics": "through_sae"}, {"method": sf.IG(2)}], ids=str)
 def test_a_transcoder_that_writes_on_another_device(how):
     across = make_sae("transcoder", "mlp_norm.0", write_site="mlp_out.1")
-    require_split(sf.Attribute(sf.Dictionaries([make_sae(layer=2), across]), METRIC, **how))
+    require_split(
+        sf.Attribute(sf.dictionaries.Dictionaries([make_sae(layer=2), across]), METRIC, **how)
+    )
 
 
 def test_a_metric_of_a_site_on_another_device():
-    metric = sf.site_metric("resid_post.2", lambda x, mask: (x[..., 3] * mask).sum(1))
+    metric = sf.metrics.at_site("resid_post.2", lambda x, mask: (x[..., 3] * mask).sum(1))
     require_split(sf.Attribute(make_sae(layer=0), metric))
 
 

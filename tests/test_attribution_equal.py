@@ -18,7 +18,9 @@ LONGER = ["w1 w20 w3 w4 w5", "w21 w5 w22 w7 w8 w9 w10", "w10 w31 w12 w13"]
 
 
 def steering() -> sf.Ablate:
-    return sf.Ablate(sf.direction(unit(9), sites=["resid_pre.0", "resid_post.1", "resid_post.2"]))
+    return sf.Ablate(
+        sf.Direction.at_sites(unit(9), sites=["resid_pre.0", "resid_post.1", "resid_post.2"])
+    )
 
 
 # ---------------------------------------------------------------- 1e-5 in float32, naively
@@ -39,18 +41,18 @@ DICTIONARIES = {
         torch.stack([unit(seed), unit(seed + 5)]), site=f"resid_post.{layer}"
     ),
     "neurons": lambda layer, seed: sf.Neurons(f"resid_post.{layer}", D),
-    "generic": lambda layer, seed: sf.Generic(
+    "generic": lambda layer, seed: sf.dictionaries.Function(
         squares, torch.eye(D), site=f"resid_post.{layer}", width=D
     ),
     "matching pursuit": lambda layer, seed: pursuit(layer),
 }
 
 
-def pursuit(layer: int) -> sf.Dictionary:
+def pursuit(layer: int) -> sf.dictionaries.Dictionary:
     pytest.importorskip("sae_lens")
     from test_mixing import lens
 
-    found = sf.from_sae_lens(lens("matching_pursuit"))
+    found = sf.load_sae(lens("matching_pursuit"))
     found.site = found.write_site = sf.Site("resid_post", layer)
     return found
 
@@ -69,7 +71,9 @@ CASES = [
 def test_in_float32_to_a_hundred_thousandth(name, method, start):
     """Two dictionaries in a row, each a leaf in its own splice, on a float32 model."""
     model, batch = build("gpt2"), batch_of()
-    saes = sf.Dictionaries(DICTIONARIES[name](layer=layer, seed=layer) for layer in (0, 2))
+    saes = sf.dictionaries.Dictionaries(
+        DICTIONARIES[name](layer=layer, seed=layer) for layer in (0, 2)
+    )
     baseline = None if start == "zero" else steering()
     scores = sf.Attribute(saes, METRIC, baseline, method)(wrapped(model), batch)
     found = dense(scores, batch)
@@ -98,26 +102,34 @@ def test_directions_that_move_with_the_input(name):
 # ---------------------------------------------------------------- batched equal to single
 
 
-def two_saes(dtype) -> sf.Dictionaries:
-    return sf.Dictionaries([make_sae(layer=0, dtype=dtype), make_sae("topk", layer=2, dtype=dtype)])
+def two_saes(dtype) -> sf.dictionaries.Dictionaries:
+    return sf.dictionaries.Dictionaries(
+        [make_sae(layer=0, dtype=dtype), make_sae("topk", layer=2, dtype=dtype)]
+    )
 
 
 def few(dtype) -> sf.Latents:
     return two_saes(dtype).latents({0: range(0, 48, 5), 2: range(0, 48, 5)})
 
 
-BACKWARD = {"RelP": sf.RelP(), "GradDrop": sf.GradDrop(), "signed": sf.GradDrop(signed=True)}
+BACKWARD = {
+    "RelP": sf.attribution.RelP(),
+    "GradDrop": sf.attribution.GradDrop(),
+    "signed": sf.attribution.GradDrop(signed=True),
+}
 METRICS = {
-    "by prompt": lambda rows: sf.logit_diff(sf.PerPrompt([[5, 9, 11][row] for row in rows]), 7),
-    "continuation": lambda rows: sf.log_prob(
-        sf.PerPrompt([[[5, 9, 4], [7], [30, 31]][row] for row in rows])
+    "by prompt": lambda rows: sf.logit_diff(
+        sf.metrics.PerPrompt([[5, 9, 11][row] for row in rows]), 7
     ),
-    "steered argmax": lambda rows: sf.logit_diff(sf.BASELINE_TOP, 7),
-    "divergence": lambda rows: sf.kl("baseline"),
-    "all logits": lambda rows: sf.metric(
+    "continuation": lambda rows: sf.metrics.log_prob(
+        sf.metrics.PerPrompt([[[5, 9, 4], [7], [30, 31]][row] for row in rows])
+    ),
+    "steered argmax": lambda rows: sf.logit_diff(sf.metrics.BASELINE_TOP, 7),
+    "divergence": lambda rows: sf.metrics.kl("baseline"),
+    "all logits": lambda rows: sf.metrics.custom(
         lambda logits, mask: (logits[..., 5] * mask).sum(1), tokens="all"
     ),
-    "latents": lambda rows: sf.activation(sf.Neurons("resid_post.2", D).latents([3, 4])),
+    "latents": lambda rows: sf.metrics.activation(sf.Neurons("resid_post.2", D).latents([3, 4])),
 }
 WAYS = {
     "AtP": {},
@@ -134,13 +146,17 @@ WAYS = {
     "keep": {"keep": 4},
     "where": {"where": sf.Tokens.last(2) | sf.Tokens.first(1)},
     **{name: {"backward": rule} for name, rule in BACKWARD.items()},
-    "GradDrop over a path": {"backward": sf.GradDrop(), "method": sf.IG(2)},
-    "Exact": {"method": sf.Exact(), "target": "few"},
-    "Exact by token": {"method": sf.Exact(per="token"), "target": "few"},
-    "Exact, steered": {"method": sf.Exact(), "target": "few", "baseline": "steering"},
-    "finite differences": {"method": sf.FiniteDifference(1e-2), "target": "few"},
+    "GradDrop over a path": {"backward": sf.attribution.GradDrop(), "method": sf.IG(2)},
+    "Exact": {"method": sf.attribution.Exact(), "target": "few"},
+    "Exact by token": {"method": sf.attribution.Exact(per="token"), "target": "few"},
+    "Exact, steered": {"method": sf.attribution.Exact(), "target": "few", "baseline": "steering"},
+    "finite differences": {"method": sf.attribution.FiniteDifference(1e-2), "target": "few"},
     **{name: {"metric": name, "baseline": "steering"} for name in METRICS},
-    "exact continuation": {"metric": "continuation", "method": sf.Exact(), "target": "few"},
+    "exact continuation": {
+        "metric": "continuation",
+        "method": sf.attribution.Exact(),
+        "target": "few",
+    },
 }
 
 
@@ -154,14 +170,14 @@ def job_for(way: dict, rows: list[int], dtype) -> sf.Attribute:
     starts = {
         None: lambda: None,
         "steering": steering,
-        "fixed": lambda: sf.Fixed(saes, values),
-        "pairs": lambda: sf.Paired([PAIRS[row] for row in rows]),
-        "aligned": lambda: sf.Paired([LONGER[row] for row in rows], align="end"),
+        "fixed": lambda: sf.attribution.Fixed(saes, values),
+        "pairs": lambda: sf.attribution.Paired([PAIRS[row] for row in rows]),
+        "aligned": lambda: sf.attribution.Paired([LONGER[row] for row in rows], align="end"),
     }
     return sf.Attribute(target, metric, starts[how.pop("baseline", None)](), **how)
 
 
-def table(scores: sf.Attribution, prompt: int) -> dict[tuple, float]:
+def table(scores: sf.attribution.Attribution, prompt: int) -> dict[tuple, float]:
     """(dictionary, position, latent) → score of one prompt."""
     rows = scores.prompt == prompt
     columns = (scores.dictionary, scores.position, scores.latent)
@@ -226,25 +242,31 @@ def of_inference(nn) -> None:
 
 ERRORS = {
     "metric without gradient": (
-        lambda nn: plainly(nn, metric=sf.metric(lambda logits: logits.argmax(-1))),
-        sf.GradientError,
+        lambda nn: plainly(nn, metric=sf.metrics.custom(lambda logits: logits.argmax(-1))),
+        sf.errors.GradientError,
         "metric(lambda logits: logits[:, 5])",
     ),
-    "no_grad context": (under_no_grad, sf.GradientError, "with torch.enable_grad(): attribute("),
-    "inference-mode tensors": (of_inference, sf.GradientError, "load the model outside"),
+    "no_grad context": (
+        under_no_grad,
+        sf.errors.GradientError,
+        "with torch.enable_grad(): attribute(",
+    ),
+    "inference-mode tensors": (of_inference, sf.errors.GradientError, "load the model outside"),
     "missing baseline tokens": (
-        lambda nn: plainly(nn, baseline=sf.Paired([p[:5] for p in RAGGED], align="end")),
-        sf.PromptError,
+        lambda nn: plainly(
+            nn, baseline=sf.attribution.Paired([p[:5] for p in RAGGED], align="end")
+        ),
+        sf.errors.PromptError,
         "where=Tokens.last(n)",
     ),
     "unequal lengths without alignment": (
-        lambda nn: plainly(nn, baseline=sf.Paired(LONGER)),
-        sf.PromptError,
+        lambda nn: plainly(nn, baseline=sf.attribution.Paired(LONGER)),
+        sf.errors.PromptError,
         'Paired(prompts, align="end")',
     ),
     "one value missing": (
-        lambda nn: plainly(nn, baseline=sf.Fixed(make_sae().latents([1]), 0.5)),
-        sf.LatentError,
+        lambda nn: plainly(nn, baseline=sf.attribution.Fixed(make_sae().latents([1]), 0.5)),
+        sf.errors.LatentError,
         "from the same saes",
     ),
 }  # a remote without gradients: tests/test_remote_attribution.py

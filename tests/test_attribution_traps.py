@@ -11,7 +11,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, unit, wrapped
-from saefeat.identity import digest
+from saefeat.files.identity import digest
 from saefeat.kernel.program import keep, new_log
 
 F64 = torch.float64
@@ -19,7 +19,7 @@ METRIC = sf.logit_diff([5, 9], 7)
 LENGTHS = [3, 6, 4]
 
 
-def attribute(**options) -> sf.Attribution:
+def attribute(**options) -> sf.attribution.Attribution:
     return sf.Attribute(make_sae(), METRIC, **options)(wrapped(build("llama")), RAGGED)
 
 
@@ -67,28 +67,34 @@ def root(logits):
 @pytest.mark.parametrize("keep", [None, 3])
 def test_a_gradient_that_is_not_finite(keep):
     """NaN sorts above every number: it was the top latent."""
-    with pytest.raises(sf.GradientError, match=r"finite gradient.*first in prompt 0"):
-        sf.Attribute(make_sae(), sf.metric(root), keep=keep)(wrapped(build("llama")), RAGGED)
-    with pytest.raises(sf.GradientError, match="finite"):
+    with pytest.raises(sf.errors.GradientError, match=r"finite gradient.*first in prompt 0"):
+        sf.Attribute(make_sae(), sf.metrics.custom(root), keep=keep)(
+            wrapped(build("llama")), RAGGED
+        )
+    with pytest.raises(sf.errors.GradientError, match="finite"):
         nn, job = wrapped(build("llama")), sf.Attribute(make_sae(), METRIC)
         with nn.trace(RAGGED):
             job.watch(nn).scores(root(nn.output.logits[:, -1]))
 
 
-@pytest.mark.parametrize("method", [sf.AtP(), sf.IG(2), sf.Exact()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [sf.attribution.AtP(), sf.IG(2), sf.attribution.Exact()], ids=repr
+)
 def test_a_metric_that_mixes_prompts_in_the_right_shape(method):
     """One number a prompt, and a batch's gradient was no prompt's own."""
     nn, few = wrapped(build("llama")), make_sae().latents(range(0, 48, 6))
     mixing = {
-        "centered": sf.metric(lambda logits: logits[:, 5] - logits[:, 5].mean(), "centered"),
-        "one way": sf.metric(lambda logits: logits[:, 5].cumsum(0), "one way"),
-        "softmax over prompts": sf.metric(
+        "centered": sf.metrics.custom(
+            lambda logits: logits[:, 5] - logits[:, 5].mean(), "centered"
+        ),
+        "one way": sf.metrics.custom(lambda logits: logits[:, 5].cumsum(0), "one way"),
+        "softmax over prompts": sf.metrics.custom(
             lambda logits, mask: (logits[..., 5] * mask).sum(1).softmax(0), "rows", tokens="all"
         ),
-        "at a site": sf.site_metric("resid_post.2", lambda x, mask: x[:, -1, 3].flip(0) * 2),
+        "at a site": sf.metrics.at_site("resid_post.2", lambda x, mask: x[:, -1, 3].flip(0) * 2),
     }
     for metric in mixing.values():
-        with pytest.raises(sf.GradientError, match="depends on another prompt"):
+        with pytest.raises(sf.errors.GradientError, match="depends on another prompt"):
             sf.Attribute(few, metric, method=method)(nn, RAGGED)
     alone = sf.Attribute(few, mixing["centered"], method=method)
     assert alone(nn, RAGGED, batch_size=1).tokens.tolist() == LENGTHS
@@ -96,24 +102,27 @@ def test_a_metric_that_mixes_prompts_in_the_right_shape(method):
 
 def test_an_effect_that_is_not_finite():
     nn, few = wrapped(build("llama")), make_sae().latents(range(12))
-    clean = sf.measure(nn, RAGGED, sf.logit(5))
-    below = sf.metric(lambda logits: (clean.max() + 1e-4 - logits[:, 5]).sqrt())
-    with pytest.raises(sf.GradientError, match="effect"):
-        sf.Attribute(few, below, method=sf.Exact())(nn, RAGGED)
+    clean = sf.metrics.measure(nn, RAGGED, sf.metrics.logit(5))
+    below = sf.metrics.custom(lambda logits: (clean.max() + 1e-4 - logits[:, 5]).sqrt())
+    with pytest.raises(sf.errors.GradientError, match="effect"):
+        sf.Attribute(few, below, method=sf.attribution.Exact())(nn, RAGGED)
 
 
 def test_a_site_alone_at_its_baseline_that_is_not_finite():
     """One site alone goes where neither the clean nor the baseline run does."""
-    nn, saes = wrapped(build("llama")), sf.Dictionaries([make_sae(layer=0), make_sae(layer=1)])
+    nn, saes = (
+        wrapped(build("llama")),
+        sf.dictionaries.Dictionaries([make_sae(layer=0), make_sae(layer=1)]),
+    )
     for token in range(20):
-        job = sf.Attribute(saes, sf.logit(token), one_site=True)
+        job = sf.Attribute(saes, sf.metrics.logit(token), one_site=True)
         found = job(nn, RAGGED)
         least, known = float(found.ends.min()), torch.cat([found.clean, found.baseline])
         if least < float(known.min()) - 0.01:
             break
-    metric = sf.metric(lambda logits: (logits[:, token] - least - 0.005).sqrt())
+    metric = sf.metrics.custom(lambda logits: (logits[:, token] - least - 0.005).sqrt())
     assert sf.Attribute(saes, metric)(nn, RAGGED).score.isfinite().all()
-    with pytest.raises(sf.GradientError, match="baseline run"):
+    with pytest.raises(sf.errors.GradientError, match="baseline run"):
         sf.Attribute(saes, metric, one_site=True)(nn, RAGGED)
 
 
@@ -123,10 +132,10 @@ def test_a_site_alone_at_its_baseline_that_is_not_finite():
 def test_a_rule_that_scores_no_token():
     """Zero scores everywhere would read as 'no effect'."""
     nowhere = sf.Tokens.ids(99)
-    with pytest.raises(sf.FiringError, match="no token in any of 3 prompts"):
+    with pytest.raises(sf.errors.FiringError, match="no token in any of 3 prompts"):
         attribute(where=nowhere)
     nn, job = wrapped(build("llama")), sf.Attribute(make_sae(), METRIC, where=nowhere)
-    with pytest.raises(sf.FiringError, match="no token"), nn.trace(RAGGED):
+    with pytest.raises(sf.errors.FiringError, match="no token"), nn.trace(RAGGED):
         job.watch(nn).scores(nn.output.logits)
     some = attribute(where=sf.Tokens.ids(5))  # w1, in the first prompt alone
     assert some.tokens.tolist() == [1, 0, 0]
@@ -135,31 +144,33 @@ def test_a_rule_that_scores_no_token():
 @pytest.mark.parametrize("size", [0, -1, 2.0, "all", True])
 def test_batch_sizes(size):
     nn = wrapped(build("llama"))
-    with pytest.raises(sf.PromptError, match=r"`batch_size`.*whole number"):
+    with pytest.raises(sf.errors.PromptError, match=r"`batch_size`.*whole number"):
         sf.Attribute(make_sae(), METRIC)(nn, RAGGED, batch_size=size)
-    with pytest.raises(sf.PromptError, match=r"`batch_size`.*whole number"):
-        sf.measure(nn, RAGGED, METRIC, batch_size=size)
+    with pytest.raises(sf.errors.PromptError, match=r"`batch_size`.*whole number"):
+        sf.metrics.measure(nn, RAGGED, METRIC, batch_size=size)
 
 
 @pytest.mark.parametrize("k", [2.5, "3", None, True])
 def test_a_share_is_no_number_of_latents(k):
     """top(2.5) gave every latent with a positive score."""
-    with pytest.raises(sf.LatentError, match="whole number"):
+    with pytest.raises(sf.errors.LatentError, match="whole number"):
         attribute().top(k)
 
 
 def test_fixed_values_differ_by_prompt_and_latent_at_most():
     sae = make_sae()
-    for values in (sf.Schedule([1.0, 2.0]), None):
-        with pytest.raises(sf.LatentError, match=r"Fixed: `values`"):
-            sf.Fixed(sae, values)
+    for values in (sf.values.Schedule([1.0, 2.0]), None):
+        with pytest.raises(sf.errors.LatentError, match=r"Fixed: `values`"):
+            sf.attribution.Fixed(sae, values)
 
 
 def test_a_metric_of_latents_that_look_back():
     """Padding would be part of what they look back on."""
-    looks_back = sf.Generic(torch.cumsum, torch.eye(D), site="resid_post.2", width=D, prefix=True)
-    with pytest.raises(sf.LatentError, match="look back"):
-        sf.activation(looks_back)
+    looks_back = sf.dictionaries.Function(
+        torch.cumsum, torch.eye(D), site="resid_post.2", width=D, prefix=True
+    )
+    with pytest.raises(sf.errors.LatentError, match="look back"):
+        sf.metrics.activation(looks_back)
 
 
 def test_functions_that_differ_inside_are_two_jobs(tmp_path):
@@ -170,7 +181,7 @@ def test_functions_that_differ_inside_are_two_jobs(tmp_path):
             5: lambda logits: sum(map(lambda n: logits[:, n + 5], range(2))),
             6: lambda logits: sum(map(lambda n: logits[:, n + 6], range(2))),
         }
-        return sf.metric(inner[shift])
+        return sf.metrics.custom(inner[shift])
 
     assert digest(of(5)) == digest(of(5)) != digest(of(6))
 
@@ -183,18 +194,18 @@ def test_functions_that_differ_inside_are_two_jobs(tmp_path):
     assert digest(first) != digest(second)
     nn, sae = wrapped(build("llama")), make_sae()
     sf.Attribute(sae, of(5))(nn, RAGGED, checkpoint=tmp_path)
-    with pytest.raises(sf.CheckpointError, match="metric"):
+    with pytest.raises(sf.errors.CheckpointError, match="metric"):
         sf.Attribute(sae, of(6))(nn, RAGGED, checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize(
     "metric",
     [
-        sf.logit_diff(sf.BASELINE_TOP, 7),
-        sf.metric(lambda logits, mask: (logits[..., 5] * mask).sum(1), tokens="all"),
-        sf.log_prob(sf.PerPrompt([[5, 9], [7], [30, 31]])),
-        sf.kl("baseline"),
-        sf.activation(sf.Neurons("resid_post.2", D).latents([3])),
+        sf.logit_diff(sf.metrics.BASELINE_TOP, 7),
+        sf.metrics.custom(lambda logits, mask: (logits[..., 5] * mask).sum(1), tokens="all"),
+        sf.metrics.log_prob(sf.metrics.PerPrompt([[5, 9], [7], [30, 31]])),
+        sf.metrics.kl("baseline"),
+        sf.metrics.activation(sf.Neurons("resid_post.2", D).latents([3])),
     ],
     ids=repr,
 )
@@ -212,7 +223,7 @@ def test_dictionaries_that_share_a_site_share_its_gap():
     nn, eye = wrapped(build("llama", F64)), torch.eye(D, dtype=F64)
     halves = [sf.Direction(rows, site="resid_post.1") for rows in (eye[:16], eye[16:])]
     late = sf.Neurons("resid_post.2", D)
-    start = sf.Ablate(sf.direction(unit(9), sites=["resid_post.0"]))
+    start = sf.Ablate(sf.Direction.at_sites(unit(9), sites=["resid_post.0"]))
     target = halves[0].latents() | late.latents() | halves[1].latents()
     found = sf.Attribute(target, METRIC, start, sf.IG(24, "gauss"), one_site=True)(nn, RAGGED)
     assert found.gap_by_site.abs().max() < 1e-4
@@ -233,12 +244,12 @@ def test_a_score_takes_as_many_bytes_as_the_page_says():
 def test_rules_mean_the_prompt_when_a_continuation_follows(tmp_path):
     """totals(where=last(2)) counted from the continuation's end, and found nothing."""
     nn, sae = wrapped(build("llama")), make_sae()
-    metric = sf.log_prob(sf.PerPrompt([[5, 9, 4], [7], [30, 31]]))
+    metric = sf.metrics.log_prob(sf.metrics.PerPrompt([[5, 9, 4], [7], [30, 31]]))
     every = sf.Attribute(sae, metric)(nn, RAGGED)
     assert [len(row) for row in every.texts.ids] == [5, 6, 5]
     assert every.texts.prompts == every.texts.lengths == tuple(LENGTHS)
     last = sf.Attribute(sae, metric, where=sf.Tokens.last(2))(nn, RAGGED)
-    loaded = sf.Attribution.load(every.save(tmp_path / "x.safetensors"), saes=[sae])
+    loaded = sf.attribution.Attribution.load(every.save(tmp_path / "x.safetensors"), saes=[sae])
     assert loaded.texts == every.texts
     for found in (every, loaded):
         keys, values, _ = found.totals(where=sf.Tokens.last(2))
@@ -274,16 +285,18 @@ def test_special_tokens_are_known_without_a_tokenizer():
 # ---------------------------------------------------------------- scores of whole prompts
 
 
-@pytest.mark.parametrize("method", [sf.Exact(), sf.FiniteDifference(1e-3)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [sf.attribution.Exact(), sf.attribution.FiniteDifference(1e-3)], ids=repr
+)
 def test_the_slope_of_a_score_of_all_tokens(method):
     """Its change is a mean over tokens, its score a sum: the slope was their number too steep."""
     nn = wrapped(build("gpt2", F64))
     few = make_sae(dtype=F64).latents(range(0, 48, 4))
     whole = sf.Attribute(few, METRIC, method=method, where=sf.Tokens.last(3))(nn, RAGGED)
     assert (whole.position == -1).all()
-    by_token = sf.Attribute(few, METRIC, method=sf.Exact(per="token"), where=sf.Tokens.last(3))(
-        nn, RAGGED
-    )
+    by_token = sf.Attribute(
+        few, METRIC, method=sf.attribution.Exact(per="token"), where=sf.Tokens.last(3)
+    )(nn, RAGGED)
     change = torch.zeros(3, 48).index_put_(
         (by_token.prompt, by_token.latent), by_token.change, accumulate=True
     )
@@ -294,8 +307,10 @@ def test_the_slope_of_a_score_of_all_tokens(method):
 def test_scores_of_whole_prompts_through_every_view(tmp_path):
     nn, sae = wrapped(build("llama")), make_sae()
     few = sae.latents(range(0, 48, 4))
-    whole = sf.Attribute(few, METRIC, method=sf.Exact())(nn, RAGGED, batch_size=2)  # joined
-    loaded = sf.Attribution.load(whole.save(tmp_path / "x.safetensors"), saes=[sae])
+    whole = sf.Attribute(few, METRIC, method=sf.attribution.Exact())(
+        nn, RAGGED, batch_size=2
+    )  # joined
+    loaded = sf.attribution.Attribution.load(whole.save(tmp_path / "x.safetensors"), saes=[sae])
     for found in (whole, loaded):
         assert (found.position == -1).all() and found.prompt.unique().tolist() == [0, 1, 2]
         assert found.top(3) == whole.top(3) and len(found.top(3)) == 3
@@ -304,7 +319,7 @@ def test_scores_of_whole_prompts_through_every_view(tmp_path):
         effects = torch.zeros(3, 48).index_put_((prompts, keys[:, 1]), values)
         for one in few.singles():
             (_, index) = next(iter(one))
-            moved = sf.measure(nn, RAGGED, METRIC, sf.Ablate(one)) - found.clean
+            moved = sf.metrics.measure(nn, RAGGED, METRIC, sf.Ablate(one)) - found.clean
             torch.testing.assert_close(
                 effects[:, index] * found.tokens, moved, atol=2e-5, rtol=1e-3
             )
@@ -337,7 +352,7 @@ def test_scores_of_a_trace_through_every_view(tmp_path):
     outside = job(nn, prompts)
     assert scores.texts == outside.texts and torch.equal(scores.scored, outside.scored)
     assert scores.metric == repr(METRIC) and other.metric == "values of the trace"
-    loaded = sf.Attribution.load(scores.save(tmp_path / "x.safetensors"), saes=[sae])
+    loaded = sf.attribution.Attribution.load(scores.save(tmp_path / "x.safetensors"), saes=[sae])
     rule = sf.Tokens.last(2)
     for found in (scores, loaded):
         assert found.by_position() == pytest.approx(outside.by_position(), abs=1e-5)
@@ -365,7 +380,7 @@ def test_scores_of_one_invoke_know_its_own_tokens():
 
 
 def test_a_name_of_ones_own_cannot_break_the_page():
-    named = sf.metric(lambda logits: logits[:, 5], "a\n<script>")
+    named = sf.metrics.custom(lambda logits: logits[:, 5], "a\n<script>")
     found = sf.Attribute(make_sae(), named)(wrapped(build("llama")), RAGGED)
     assert "metric: a <script>" in repr(found).splitlines()[1]
     assert "<script>" not in found.to_html() and "&lt;script&gt;" in found.to_html()

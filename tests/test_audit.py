@@ -26,8 +26,8 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.belief.audit import draw
-from saefeat.belief.stats import (
+from saefeat.validation.audit import draw
+from saefeat.validation.stats import (
     agreement,
     resample,
     spearman,
@@ -161,7 +161,7 @@ def test_effects_with_a_baseline_move_each_token_to_its_own_value():
     model, batch = build("llama", F64), batch_of()
     sae, v = make_sae("standard"), unit(3).double()
     attribute = sf.Attribute(
-        sae, METRIC, baseline=sf.Ablate(sf.direction(v.float(), sites=["resid_post.0"]))
+        sae, METRIC, baseline=sf.Ablate(sf.Direction.at_sites(v.float(), sites=["resid_post.0"]))
     )
     scores = attribute(wrapped(model), RAGGED)
     found = sf.audit(attribute, wrapped(model), RAGGED, scores, k=3, budget=6)
@@ -176,7 +176,7 @@ def test_effects_with_a_baseline_move_each_token_to_its_own_value():
 def test_effects_at_several_sites_and_of_transcoders_and_the_error_term():
     model, nn = build("gemma3_text", F64), wrapped(build("gemma3_text", F64))
     sae, transcoder = make_sae("standard", layer=2), make_sae("transcoder", layer=1)
-    error = sf.ErrorTerm(make_sae("standard", layer=0))
+    error = sf.dictionaries.ErrorTerm(make_sae("standard", layer=0))
     latents = error.latents() | transcoder.latents() | sae.latents()
     attribute = sf.Attribute(latents, METRIC)
     scores = attribute(nn, RAGGED)
@@ -260,7 +260,7 @@ def test_strata_weigh_as_much_as_they_hold():
     keys = torch.stack([torch.zeros(6).long(), torch.arange(6)], 1)
     nothing = torch.zeros(1)
     sizes = torch.tensor([2, 2, 8])
-    found = sf.Audit((), keys, stratum, sizes, exact, exact, nothing, nothing, 0)
+    found = sf.validation.Audit((), keys, stratum, sizes, exact, exact, nothing, nothing, 0)
     assert found.outranked.value == pytest.approx(2 / 10)
     assert found.missed.value == pytest.approx((6 + 8 * 0.5) / (6 + 8 * 0.5 + 2))
     # Kish: (Σ w)² / Σ w² draws are worth as much as the four
@@ -310,14 +310,14 @@ def test_one_screen_and_a_table():
 def test_the_baselines_own_token(monkeypatch):
     """BASELINE_TOP stands for the same token as in the attribution, at either baseline."""
     nn, sae = wrapped(build("llama")), make_sae("standard")
-    metric = sf.logit_diff(sf.BASELINE_TOP, 7)
+    metric = sf.logit_diff(sf.metrics.BASELINE_TOP, 7)
     for baseline in (None, sf.Clamp(sf.Direction(unit(2), site="resid_post.0"), add=30.0)):
         attribute = sf.Attribute(sae, metric, baseline=baseline)
         scores = attribute(nn, RAGGED)
         own = sf.run(nn, RAGGED).logits.argmax(-1)
         assert not torch.allclose(
             scores.clean,
-            sf.logit_diff(sf.BASELINE_TOP, 7).bind(None)(sf.run(nn, RAGGED).logits, own),
+            sf.logit_diff(sf.metrics.BASELINE_TOP, 7).bind(None)(sf.run(nn, RAGGED).logits, own),
         ), "the baseline must change what is said"
         sf.audit(attribute, nn, RAGGED, scores, budget=4)
 
@@ -327,12 +327,12 @@ def test_the_baselines_own_token(monkeypatch):
 
 def test_scores_of_something_else_are_refused():
     nn, attribute, scores = linear()
-    with pytest.raises(sf.PromptError, match="other prompts"):
+    with pytest.raises(sf.errors.PromptError, match="other prompts"):
         sf.audit(attribute, nn, RAGGED[:2], scores)
-    with pytest.raises(sf.PromptError, match="another order"):
+    with pytest.raises(sf.errors.PromptError, match="another order"):
         sf.audit(attribute, nn, RAGGED[::-1], scores)
-    other = replace(attribute, metric=sf.logit(1))
-    with pytest.raises(sf.PromptError, match="another metric"):
+    other = replace(attribute, metric=sf.metrics.logit(1))
+    with pytest.raises(sf.errors.PromptError, match="another metric"):
         sf.audit(other, nn, RAGGED, scores)
 
 
@@ -370,7 +370,10 @@ def test_nothing_to_audit():
 
 def test_directions_that_move_need_the_zero_baseline():
     nn, base = wrapped(build("llama")), sf.Ablate(sf.Direction(unit(2), site="resid_post.0"))
-    for dictionary in (make_sae("standard", norm="layer_norm"), sf.ErrorTerm(make_sae("standard"))):
+    for dictionary in (
+        make_sae("standard", norm="layer_norm"),
+        sf.dictionaries.ErrorTerm(make_sae("standard")),
+    ):
         attribute = sf.Attribute(dictionary, METRIC, baseline=base)
         with pytest.raises(sf.SaefeatError, match="directions move"):
             sf.audit(attribute, nn, RAGGED, attribute(nn, RAGGED))
@@ -380,7 +383,9 @@ def test_directions_that_move_need_the_zero_baseline():
 
 def test_a_metric_that_is_not_finite_is_refused():
     nn, attribute, scores = linear()
-    bad = replace(attribute, metric=sf.metric(lambda logits: logits[:, 0].abs().neg().log()))
+    bad = replace(
+        attribute, metric=sf.metrics.custom(lambda logits: logits[:, 0].abs().neg().log())
+    )
     with pytest.raises(sf.SaefeatError, match="not finite"):
         sf.audit(bad, nn, RAGGED, scores)
 
@@ -449,14 +454,14 @@ def test_the_share_missed_is_honest_for_skewed_effects(noise, budget, least):
     assert held / 120 >= least
 
 
-def hand_made(estimates, effects, **options) -> sf.Audit:
+def hand_made(estimates, effects, **options) -> sf.validation.Audit:
     """An audit of the top alone, one prompt."""
     n = len(estimates)
     keys = torch.stack([torch.zeros(n).long(), torch.arange(n)], 1)
     columns = (torch.tensor(column, dtype=F64)[:, None] for column in (estimates, effects))
     nothing = torch.zeros(1)
     v = (sf.Neurons("resid_post.0", 4),)
-    return sf.Audit(
+    return sf.validation.Audit(
         v, keys, torch.zeros(n).long(), torch.tensor([n]), *columns, nothing + 1, nothing, 0,
         **options,
     )  # fmt: skip
@@ -476,7 +481,7 @@ def test_single_prompts_are_told_from_their_mean():
     keys = torch.stack([torch.zeros(3).long(), torch.arange(3)], 1)
     v, nothing = sf.Neurons("resid_post.0", 4), torch.ones(2)
     stratum, sizes = torch.zeros(3).long(), torch.tensor([3])
-    found = sf.Audit((v,), keys, stratum, sizes, estimates, effects, nothing, nothing, 0)
+    found = sf.validation.Audit((v,), keys, stratum, sizes, estimates, effects, nothing, nothing, 0)
     assert found.top.rank == pytest.approx(1.0)
     assert [round(a.rank, 2) for a in found.by_prompt] == [0.5, 0.5]
     assert found.by_prompt[0] == agreement(estimates[:, 0], effects[:, 0])
@@ -494,11 +499,11 @@ def test_where_all_are_moved_nothing_is_in_doubt():
 def test_scores_for_all_tokens_together_cannot_be_moved_token_by_token():
     """Position −1 is no token: the last column of the batch would be moved instead."""
     nn, chosen = wrapped(build("llama")), make_sae("standard").latents([3, 5, 17])
-    for method in (sf.Exact(), sf.FiniteDifference()):
+    for method in (sf.attribution.Exact(), sf.attribution.FiniteDifference()):
         attribute = sf.Attribute(chosen, METRIC, method=method)
         with pytest.raises(sf.SaefeatError, match="of whole prompts"):
             sf.audit(attribute, nn, RAGGED, attribute(nn, RAGGED), budget=3)
-    by_token = sf.Attribute(chosen, METRIC, method=sf.Exact(per="token"))
+    by_token = sf.Attribute(chosen, METRIC, method=sf.attribution.Exact(per="token"))
     found = sf.audit(by_token, nn, RAGGED, by_token(nn, RAGGED), budget=3)
     assert found.effects.abs().max() > 1e-3
 
@@ -514,16 +519,16 @@ def test_a_baseline_that_only_the_scores_remember():
 def test_other_texts_are_refused_where_the_metric_cannot_tell():
     """A divergence from the clean run is zero for any prompts."""
     nn, sae = wrapped(build("llama")), make_sae("standard")
-    attribute = sf.Attribute(sae, sf.kl(), method=sf.IG(2, "midpoint"))
+    attribute = sf.Attribute(sae, sf.metrics.kl(), method=sf.IG(2, "midpoint"))
     scores = attribute(nn, RAGGED)
-    with pytest.raises(sf.PromptError, match="another order"):
+    with pytest.raises(sf.errors.PromptError, match="another order"):
         sf.audit(attribute, nn, RAGGED[::-1], scores, budget=2)
 
 
 def test_a_metric_that_is_nearly_the_same_is_another():
     nn, attribute, scores = linear()
-    near = replace(attribute, metric=sf.metric(lambda x: x[:, 3] - x[:, 8] + 0.05))
-    with pytest.raises(sf.PromptError, match="another metric"):
+    near = replace(attribute, metric=sf.metrics.custom(lambda x: x[:, 3] - x[:, 8] + 0.05))
+    with pytest.raises(sf.errors.PromptError, match="another metric"):
         sf.audit(near, nn, RAGGED, scores, budget=2)
 
 
@@ -534,8 +539,8 @@ def test_scores_that_are_not_finite_are_refused():
     )
     for call in (
         lambda: sf.audit(attribute, nn, RAGGED, bad),
-        lambda: sf.faithfulness(attribute, nn, RAGGED, bad),
-        lambda: sf.stability(bad, 3),
+        lambda: sf.validation.faithfulness(attribute, nn, RAGGED, bad),
+        lambda: sf.validation.stability(bad, 3),
     ):
         with pytest.raises(sf.SaefeatError, match="1 that are not finite, the first of prompt 0"):
             call()
@@ -562,13 +567,15 @@ def test_effects_within_rounding_are_said():
     attribute = sf.Attribute(sae, METRIC)
     scores = attribute(wrapped(model), RAGGED, batch_size=1)
     found = sf.audit(attribute, wrapped(model), RAGGED, scores, budget=20)
-    clean = sf.measure(wrapped(model), RAGGED, METRIC)
+    clean = sf.metrics.measure(wrapped(model), RAGGED, METRIC)
     assert found.noise == pytest.approx(float((clean - scores.clean).abs().max()), abs=1e-6)
 
 
 def test_each_site_has_its_gap_where_it_has_a_path():
     nn = wrapped(build("llama"))
-    saes = sf.Dictionaries([make_sae("standard", layer=0), make_sae("jumprelu", layer=2)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae("standard", layer=0), make_sae("jumprelu", layer=2)]
+    )
     attribute = sf.Attribute(saes, METRIC, method=sf.IG(3, "midpoint"), one_site=True)
     scores = attribute(nn, RAGGED)
     found = sf.audit(attribute, nn, RAGGED, scores, budget=4)
@@ -596,7 +603,7 @@ def test_scores_made_in_a_trace_have_no_gap():
 MANY = [f"w{n} w{n + 1} w{2 * n} w{3 * n}"[: 8 + n % 3 * 3] for n in range(1, 9)]
 
 
-def again(scores: sf.Attribution, drawn: list[int]) -> sf.Attribution:
+def again(scores: sf.attribution.Attribution, drawn: list[int]) -> sf.attribution.Attribution:
     """The attribution that these prompts would have given."""
     pieces = [(scores.prompt == p).nonzero().flatten() for p in drawn]
     rows = torch.cat(pieces)
@@ -610,7 +617,7 @@ def again(scores: sf.Attribution, drawn: list[int]) -> sf.Attribution:
 def test_stability_is_that_of_prompts_drawn_again():
     nn, sae = wrapped(build("llama")), make_sae("jumprelu")
     scores = sf.Attribute(sae, METRIC)(nn, MANY)
-    found = sf.stability(scores, 5, samples=25, seed=4)
+    found = sf.validation.stability(scores, 5, samples=25, seed=4)
     best = scores.top(5)
     assert {i for one in found.latents for _, i in one} == {i for _, i in best}
     means = torch.tensor([score for _, score in scores.ranking(5)])
@@ -639,22 +646,22 @@ def test_stability_is_that_of_prompts_drawn_again():
 def test_stability_smaller_sets_and_its_views():
     nn, sae = wrapped(build("llama")), make_sae("standard")
     scores = sf.Attribute(sae.latents(range(6)), METRIC)(nn, MANY)
-    found = sf.stability(scores, 50, samples=10)
+    found = sf.validation.stability(scores, 50, samples=10)
     assert 0 < len(found.keys) < 7
     assert len(found.core(0.0)) == len(found.keys)
     assert len(found.core(1.01)) == 0
     assert list(found.to_pandas()) == ["site", "latent", "mean", "low", "high", "inclusion"]
     assert len(repr(found).splitlines()) == 2
-    assert torch.equal(found.overlap, sf.stability(scores, 50, samples=10).overlap)
+    assert torch.equal(found.overlap, sf.validation.stability(scores, 50, samples=10).overlap)
 
 
 def test_stability_refusals():
     nn, sae = wrapped(readable()), sf.Neurons("resid_post.2", D)
-    scores = sf.Attribute(sae.latents([3]), sf.metric(lambda x: x[:, 3] ** 2))(nn, RAGGED)
-    with pytest.raises(sf.LatentError, match="wrong sign"):
-        sf.stability(scores, 3)  # removing the one latent can only lower its square
+    scores = sf.Attribute(sae.latents([3]), sf.metrics.custom(lambda x: x[:, 3] ** 2))(nn, RAGGED)
+    with pytest.raises(sf.errors.LatentError, match="wrong sign"):
+        sf.validation.stability(scores, 3)  # removing the one latent can only lower its square
     with pytest.raises(sf.SaefeatError, match="two prompts"):
-        sf.stability(sf.Attribute(sae, METRIC)(nn, RAGGED[:1]), 3)
+        sf.validation.stability(sf.Attribute(sae, METRIC)(nn, RAGGED[:1]), 3)
     for options in ({"k": 0}, {"k": 3, "samples": 0}):
         with pytest.raises(sf.SaefeatError, match="integer from 1"):
-            sf.stability(scores, **options)
+            sf.validation.stability(scores, **options)

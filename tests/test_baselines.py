@@ -15,7 +15,7 @@ SITES = [sf.Site("resid_post", 0), sf.Site("resid_post", 2)]
 
 
 def two_saes(dtype=F64):
-    return sf.Dictionaries(
+    return sf.dictionaries.Dictionaries(
         [make_sae(layer=0, dtype=dtype), make_sae("jumprelu", layer=2, seed=3, dtype=dtype)]
     )
 
@@ -40,11 +40,11 @@ def masked(batch):
 # ---------------------------------------------------------------- fixed values
 
 
-@pytest.mark.parametrize("method", [sf.AtP(), sf.IG(3, "midpoint")], ids=repr)
+@pytest.mark.parametrize("method", [sf.attribution.AtP(), sf.IG(3, "midpoint")], ids=repr)
 def test_latents_at_their_means(method):
     model, batch, saes = build("llama", F64), batch_of(), two_saes()
     means = sf.run(wrapped(model), batch, sf.Probe(saes)).readings[0].mean()
-    start = sf.Fixed(saes.latents(), means)
+    start = sf.attribution.Fixed(saes.latents(), means)
     scores = sf.Attribute(saes, METRIC, baseline=start, method=method)(wrapped(model), batch)
     clean = grab(model, batch, SITES)
     ends, goals = {}, {}
@@ -65,11 +65,11 @@ def test_zero_values_are_the_zero_baseline():
     nn, saes = wrapped(build("llama")), two_saes(torch.float32)
     for layer_norm in (False, True):
         if layer_norm:
-            saes = sf.Dictionaries([make_sae("jumprelu", layer=1, norm="layer_norm")])
+            saes = sf.dictionaries.Dictionaries([make_sae("jumprelu", layer=1, norm="layer_norm")])
         zero = sf.Attribute(saes, METRIC, method=sf.IG(3))(nn, RAGGED)
-        fixed = sf.Attribute(saes, METRIC, baseline=sf.Fixed(saes, 0.0), method=sf.IG(3))(
-            nn, RAGGED
-        )
+        fixed = sf.Attribute(
+            saes, METRIC, baseline=sf.attribution.Fixed(saes, 0.0), method=sf.IG(3)
+        )(nn, RAGGED)
         assert torch.equal(zero.score, fixed.score) and torch.equal(zero.baseline, fixed.baseline)
 
 
@@ -77,13 +77,13 @@ def test_values_that_differ_by_prompt():
     nn, sae = wrapped(build("llama")), make_sae()
     chosen = sae.latents([40, 3, 17])
     values = torch.randn(3, 3)
-    job = sf.Attribute(chosen, METRIC, baseline=sf.Fixed(chosen, values))
+    job = sf.Attribute(chosen, METRIC, baseline=sf.attribution.Fixed(chosen, values))
     scores = job(nn, RAGGED, batch_size=2)
     activations = scores.activation + scores.change
     order = [chosen.parts[0][1].index(i) for i in scores.latent.tolist()]
     torch.testing.assert_close(activations, values[scores.prompt, order], atol=1e-5, rtol=1e-5)
     for number in range(3):
-        one = sf.Attribute(chosen, METRIC, baseline=sf.Fixed(chosen, values[number]))
+        one = sf.Attribute(chosen, METRIC, baseline=sf.attribution.Fixed(chosen, values[number]))
         alone = one(nn, [RAGGED[number]])
         torch.testing.assert_close(
             alone.score, scores.score[scores.prompt == number], atol=1e-6, rtol=1e-4
@@ -92,17 +92,17 @@ def test_values_that_differ_by_prompt():
 
 def test_values_that_are_missing_or_wrong():
     nn, sae = wrapped(build("llama")), make_sae()
-    with pytest.raises(sf.LatentError, match="latent 4 "):
-        sf.Attribute(sae.latents([3, 4]), METRIC, baseline=sf.Fixed(sae.latents([3]), 1.0))(
-            nn, RAGGED
-        )
-    with pytest.raises(sf.LatentError, match="loaded again"):
-        sf.Attribute(sae, METRIC, baseline=sf.Fixed(make_sae(), 1.0))(nn, RAGGED)
+    with pytest.raises(sf.errors.LatentError, match="latent 4 "):
+        sf.Attribute(
+            sae.latents([3, 4]), METRIC, baseline=sf.attribution.Fixed(sae.latents([3]), 1.0)
+        )(nn, RAGGED)
+    with pytest.raises(sf.errors.LatentError, match="loaded again"):
+        sf.Attribute(sae, METRIC, baseline=sf.attribution.Fixed(make_sae(), 1.0))(nn, RAGGED)
     for wrong in (torch.nan, torch.ones(4), torch.ones(2, 2, 2)):
-        with pytest.raises(sf.LatentError, match="values"):
-            sf.Fixed(sae.latents([3, 4]), wrong)
-    two = sf.Fixed(sae.latents([3, 4]), torch.ones(2, 2))
-    with pytest.raises(sf.PromptError, match="made for 2 prompts"):
+        with pytest.raises(sf.errors.LatentError, match="values"):
+            sf.attribution.Fixed(sae.latents([3, 4]), wrong)
+    two = sf.attribution.Fixed(sae.latents([3, 4]), torch.ones(2, 2))
+    with pytest.raises(sf.errors.PromptError, match="made for 2 prompts"):
         sf.Attribute(sae.latents([3, 4]), METRIC, baseline=two)(nn, RAGGED)
 
 
@@ -141,10 +141,10 @@ def agree(scores, row, wanted, length):
         assert table.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("method", [sf.AtP(), sf.IG(3, "midpoint")], ids=repr)
+@pytest.mark.parametrize("method", [sf.attribution.AtP(), sf.IG(3, "midpoint")], ids=repr)
 def test_pairs_of_one_length_meet_position_by_position(method):
     model, saes = build("llama", F64), two_saes()
-    job = sf.Attribute(saes, METRIC, baseline=sf.Paired(SAME), method=method)
+    job = sf.Attribute(saes, METRIC, baseline=sf.attribution.Paired(SAME), method=method)
     scores = job(wrapped(model), CLEAN, batch_size=2)
     for row, (prompt, other) in enumerate(zip(CLEAN, SAME, strict=True)):
         length = len(prompt.split())
@@ -155,7 +155,7 @@ def test_pairs_of_one_length_meet_position_by_position(method):
 
 def test_aligned_at_the_end():
     model, saes = build("llama", F64), two_saes()
-    start = sf.Paired(OTHER, align="end")
+    start = sf.attribution.Paired(OTHER, align="end")
     job = sf.Attribute(saes, METRIC, baseline=start, where=sf.Tokens.last(3), method=sf.IG(2))
     scores = job(wrapped(model), CLEAN, batch_size=2)
     meets = [[2, 3, 4], [None, None, 0, 1, 2, 3], [0, 1, 2, 3]]
@@ -169,7 +169,9 @@ def test_a_map_of_positions():
     """None stays as it is, and is not scored."""
     model, saes = build("llama", F64), two_saes()
     maps = [[0, 4, 3], [1, None, 0, 2, None, 3], [3, 2, 1, 0]]
-    job = sf.Attribute(saes, METRIC, baseline=sf.Paired(OTHER, align=maps), method=sf.IG(2))
+    job = sf.Attribute(
+        saes, METRIC, baseline=sf.attribution.Paired(OTHER, align=maps), method=sf.IG(2)
+    )
     scores = job(wrapped(model), CLEAN, batch_size=2)
     assert scores.tokens.tolist() == [3, 4, 4]
     for row, (prompt, other) in enumerate(zip(CLEAN, OTHER, strict=True)):
@@ -180,10 +182,10 @@ def test_a_map_of_positions():
 def test_pairs_with_a_continuation():
     """What continues a prompt meets what continues the other."""
     model, sae = build("llama", F64), make_sae(layer=0, dtype=F64)
-    metric = sf.log_prob(sf.PerPrompt([[5, 9, 4], [7], [30, 31]]))
-    job = sf.Attribute(sae, metric, baseline=sf.Paired(SAME), where=sf.Tokens.all())
+    metric = sf.metrics.log_prob(sf.metrics.PerPrompt([[5, 9, 4], [7], [30, 31]]))
+    job = sf.Attribute(sae, metric, baseline=sf.attribution.Paired(SAME), where=sf.Tokens.all())
     scores = job(wrapped(model), CLEAN)
-    torch.testing.assert_close(scores.baseline, sf.measure(wrapped(model), SAME, metric))
+    torch.testing.assert_close(scores.baseline, sf.metrics.measure(wrapped(model), SAME, metric))
     ids = [
         [tokenizer()(p)["input_ids"] + more for p, more in zip(ps, ([5, 9], [], [30]), strict=True)]
         for ps in (CLEAN, SAME)
@@ -203,19 +205,19 @@ def test_pairs_that_cannot_be_aligned():
     def attribute(baseline, **options):
         return sf.Attribute(sae, METRIC, baseline=baseline, **options)(nn, CLEAN, batch_size=2)
 
-    with pytest.raises(sf.PromptError, match="pair 0: 3 tokens, and 5"):
-        attribute(sf.Paired(OTHER))
-    with pytest.raises(sf.PromptError, match="pair 2: 4 tokens, and 2"):
-        attribute(sf.Paired([*SAME[:2], "w1 w2"]))
-    with pytest.raises(sf.PromptError, match="2 scored tokens of prompt 1"):
-        attribute(sf.Paired(OTHER, align="end"))
-    with pytest.raises(sf.PromptError, match="2 prompts"):
-        attribute(sf.Paired(SAME[:2]))
-    with pytest.raises(sf.PromptError, match="'start'"):
-        attribute(sf.Paired(OTHER, align="start"))
+    with pytest.raises(sf.errors.PromptError, match="pair 0: 3 tokens, and 5"):
+        attribute(sf.attribution.Paired(OTHER))
+    with pytest.raises(sf.errors.PromptError, match="pair 2: 4 tokens, and 2"):
+        attribute(sf.attribution.Paired([*SAME[:2], "w1 w2"]))
+    with pytest.raises(sf.errors.PromptError, match="2 scored tokens of prompt 1"):
+        attribute(sf.attribution.Paired(OTHER, align="end"))
+    with pytest.raises(sf.errors.PromptError, match="2 prompts"):
+        attribute(sf.attribution.Paired(SAME[:2]))
+    with pytest.raises(sf.errors.PromptError, match="'start'"):
+        attribute(sf.attribution.Paired(OTHER, align="start"))
     for wrong in ([[0, 1, 2]], [[0, 1], [0] * 6, [0] * 4], [[0, 1, 5], [0] * 6, [0] * 4]):
-        with pytest.raises(sf.PromptError, match="align"):
-            attribute(sf.Paired(OTHER, align=wrong))
+        with pytest.raises(sf.errors.PromptError, match="align"):
+            attribute(sf.attribution.Paired(OTHER, align=wrong))
     assert PAD == 0
 
 
@@ -271,11 +273,13 @@ def published(model, batch, saes, v, steps):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_published_endpoint(family):
     model, batch, v = build(family, F64), batch_of(), unit(9).to(F64)
-    saes = sf.Dictionaries(
+    saes = sf.dictionaries.Dictionaries(
         make_sae(a, layer=layer, seed=layer, dtype=F64)
         for layer, a in enumerate(["standard", "jumprelu", "gated"])
     )
-    steering = sf.Ablate(sf.direction(v, sites=[f"resid_post.{layer}" for layer in range(3)]))
+    steering = sf.Ablate(
+        sf.Direction.at_sites(v, sites=[f"resid_post.{layer}" for layer in range(3)])
+    )
 
     def attribute(**how):
         method = sf.IG(steps=5, **how)
@@ -293,7 +297,7 @@ def test_the_published_endpoint(family):
 
 def test_the_published_endpoint_needs_an_intervention():
     sae = make_sae()
-    for start in (None, sf.Fixed(sae, 0.0), sf.Paired(SAME)):
+    for start in (None, sf.attribution.Fixed(sae, 0.0), sf.attribution.Paired(SAME)):
         with pytest.raises(sf.SaefeatError, match="intervention"):
             sf.Attribute(sae, METRIC, start, sf.IG(2, endpoint="as_published"))
     with pytest.raises(sf.SaefeatError, match="as_published"):
@@ -304,13 +308,20 @@ def test_the_published_endpoint_needs_an_intervention():
 
 def test_the_baselines_own_tokens_for_others_to_check_against():
     """``BASELINE_TOP`` resolved outside an attribution, as audits need it."""
-    from saefeat.attribution.one_batch import baseline_top
+    from saefeat.attribution.batch import baseline_top
 
     nn, sae = wrapped(build("llama")), make_sae()
-    starts = (None, sf.Fixed(sae, 2.0), sf.Paired(SAME), sf.Ablate(sae, where=sf.Tokens.last(1)))
+    starts = (
+        None,
+        sf.attribution.Fixed(sae, 2.0),
+        sf.attribution.Paired(SAME),
+        sf.Ablate(sae, where=sf.Tokens.last(1)),
+    )
     for start in starts:
-        job = sf.Attribute(sae, sf.logit(sf.BASELINE_TOP), start)
+        job = sf.Attribute(sae, sf.metrics.logit(sf.metrics.BASELINE_TOP), start)
         top = baseline_top(job, nn, CLEAN, batch_size=2)
         scores = job(nn, CLEAN)
-        again = sf.Attribute(sae, sf.logit(sf.PerPrompt(top.tolist())), start)(nn, CLEAN)
+        again = sf.Attribute(sae, sf.metrics.logit(sf.metrics.PerPrompt(top.tolist())), start)(
+            nn, CLEAN
+        )
         torch.testing.assert_close(scores.score, again.score)

@@ -13,8 +13,8 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, VOCAB, build, make_sae, raw_hooks, tokenizer, unit, wrapped
-from saefeat.belief import room
-from saefeat.belief.bench import bench
+from saefeat.validation import memory as room
+from saefeat.validation.bench import bench
 
 F64 = torch.float64
 MORE = [[5, 9, 4], [7], [30, 31]]
@@ -46,46 +46,50 @@ def log_prob(here: One, *_) -> torch.Tensor:
 
 CASES = {  # metric, by hand from (this run, clean run, steered run), whether the baseline steers
     "per prompt": (
-        sf.logit_diff(sf.PerPrompt([5, [9, 2], 13]), sf.PerPrompt([7, 8, [40, 41]])),
+        sf.logit_diff(
+            sf.metrics.PerPrompt([5, [9, 2], 13]), sf.metrics.PerPrompt([7, 8, [40, 41]])
+        ),
         lambda here, *_: (
             here.logits[-1][[[5], [9, 2], [13]][here.number]].logsumexp(0)
             - here.logits[-1][[[7], [8], [40, 41]][here.number]].logsumexp(0)
         ),
         False,
     ),
-    "continuation": (sf.log_prob(sf.PerPrompt(MORE)), log_prob, False),
+    "continuation": (sf.metrics.log_prob(sf.metrics.PerPrompt(MORE)), log_prob, False),
     "kl from clean": (
-        sf.kl(),
+        sf.metrics.kl(),
         lambda here, clean, _: kl(clean.logits[-1], here.logits[-1]),
         False,
     ),
     "kl from given": (
-        sf.kl(TO),
+        sf.metrics.kl(TO),
         lambda here, *_: kl(TO[here.number].double(), here.logits[-1]),
         False,
     ),
     "kl from baseline": (
-        sf.kl("baseline"),
+        sf.metrics.kl("baseline"),
         lambda here, _, base: kl(base.logits[-1], here.logits[-1]),
         True,
     ),
     "steered argmax": (
-        sf.logit_diff(sf.BASELINE_TOP, 7),
+        sf.logit_diff(sf.metrics.BASELINE_TOP, 7),
         lambda here, _, base: here.logits[-1][base.logits[-1].argmax()] - here.logits[-1][7],
         True,
     ),
     "all logits": (
-        sf.metric(lambda logits, mask: (logits.logsumexp(-1) * mask).sum(1), "mass", tokens="all"),
+        sf.metrics.custom(
+            lambda logits, mask: (logits.logsumexp(-1) * mask).sum(1), "mass", tokens="all"
+        ),
         lambda here, *_: here.logits.logsumexp(-1).sum(),
         False,
     ),
     "site": (
-        sf.site_metric("resid_post.2", lambda x, mask: (x[..., 3] * mask).sum(1) ** 2),
+        sf.metrics.at_site("resid_post.2", lambda x, mask: (x[..., 3] * mask).sum(1) ** 2),
         lambda here, *_: here.hidden[:, 3].sum() ** 2,
         False,
     ),
     "activation": (
-        sf.activation(sf.Direction(unit(5), site="resid_post.2"), sf.Tokens.last(2)),
+        sf.metrics.activation(sf.Direction(unit(5), site="resid_post.2"), sf.Tokens.last(2)),
         lambda here, *_: (here.hidden[-2:] @ READ).sum(),
         False,
     ),
@@ -180,7 +184,7 @@ def test_sets_kept_and_removed_are_those_of_one_prompt_at_a_time(case, to):
     oracle = Oracle(case, "jumprelu")
     attribute = oracle.attribute()
     scores = attribute(oracle.nn, RAGGED)
-    found = sf.faithfulness(
+    found = sf.validation.faithfulness(
         attribute, oracle.nn, RAGGED, scores, sizes=[3], controls=1, batch_size=2, to=to
     )
     means = torch.zeros(oracle.sae.d_sae, dtype=F64)
@@ -208,7 +212,7 @@ def test_pairs_are_those_of_one_prompt_at_a_time(case):
     oracle = Oracle(case)
     look = sf.run(oracle.nn, RAGGED, sf.Probe(oracle.sae)).readings[0].active()
     chosen = oracle.sae.latents(look.topk(3).indices)
-    found = sf.interactions(
+    found = sf.validation.interactions(
         oracle.nn, RAGGED, chosen, oracle.metric, baseline=oracle.baseline, batch_size=7
     )
     index = [i for _, i in chosen]
@@ -249,7 +253,7 @@ def test_minimal_sets_are_those_of_one_prompt_at_a_time(case):
         if best[0] < limit:
             break
         left.pop(-best[1])
-    found = sf.minimal_set(
+    found = sf.validation.minimal_set(
         oracle.nn, RAGGED, start, oracle.metric, holds=limit, baseline=oracle.baseline,
         batch_size=5, **options,
     )  # fmt: skip
@@ -262,7 +266,7 @@ def test_minimal_sets_are_those_of_one_prompt_at_a_time(case):
 
 def test_only_the_logits_that_a_metric_reads_are_kept(monkeypatch):
     nn, seen = wrapped(build("llama")), []
-    from saefeat.attribution.watch import Watch
+    from saefeat.attribution.passes import Watch
 
     trace = Watch.trace
 
@@ -273,8 +277,8 @@ def test_only_the_logits_that_a_metric_reads_are_kept(monkeypatch):
 
     monkeypatch.setattr(Watch, "trace", spy)
     for metric, columns in (
-        (sf.logit(5), 1),
-        (sf.log_prob([5, 9]), 2),
+        (sf.metrics.logit(5), 1),
+        (sf.metrics.log_prob([5, 9]), 2),
         (CASES["all logits"][0], 6),
     ):
         seen.clear()
@@ -288,7 +292,7 @@ def test_rows_are_as_many_as_there_is_room_for(monkeypatch, case):
     attribute = oracle.attribute()
     scores = attribute(oracle.nn, RAGGED)
     wanted = sf.audit(attribute, oracle.nn, RAGGED, scores, k=2, budget=4)
-    from saefeat.attribution.watch import Watch
+    from saefeat.attribution.passes import Watch
 
     sizes, run = [], Watch.run
 
@@ -311,30 +315,38 @@ def test_rows_are_as_many_as_there_is_room_for(monkeypatch, case):
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("metric", [sf.logit(sf.BASELINE_TOP), sf.kl("baseline")], ids=repr)
+@pytest.mark.parametrize(
+    "metric", [sf.metrics.logit(sf.metrics.BASELINE_TOP), sf.metrics.kl("baseline")], ids=repr
+)
 def test_a_metric_of_a_baseline_needs_one(metric):
     nn, chosen = wrapped(build("llama")), make_sae("standard").latents([3, 5])
-    for call in (sf.interactions, sf.minimal_set):
+    for call in (sf.validation.interactions, sf.validation.minimal_set):
         with pytest.raises(sf.SaefeatError, match="there is none here"):
             call(nn, RAGGED, chosen, metric)
-    by_prompt = sf.logit(sf.PerPrompt([5, sf.BASELINE_TOP, 7]))
+    by_prompt = sf.metrics.logit(sf.metrics.PerPrompt([5, sf.metrics.BASELINE_TOP, 7]))
     with pytest.raises(sf.SaefeatError, match="BASELINE_TOP"):
-        sf.interactions(nn, RAGGED, chosen, by_prompt)
-    named = sf.metric(lambda logits: logits[:, 5], "BASELINE_TOP")  # a name is no token
-    assert len(sf.interactions(nn, RAGGED, chosen, named).alone) == 2
+        sf.validation.interactions(nn, RAGGED, chosen, by_prompt)
+    named = sf.metrics.custom(lambda logits: logits[:, 5], "BASELINE_TOP")  # a name is no token
+    assert len(sf.validation.interactions(nn, RAGGED, chosen, named).alone) == 2
 
 
 def test_metrics_of_other_prompts_or_earlier_sites_are_refused_before_any_run(monkeypatch):
     nn, sae = wrapped(build("llama")), make_sae("standard")
-    from saefeat.attribution.watch import Watch
+    from saefeat.attribution.passes import Watch
 
     monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
-    for call in (sf.interactions, sf.minimal_set):
-        with pytest.raises(sf.PromptError, match="made for 2 prompts"):
-            call(nn, RAGGED, sae.latents([3, 5]), sf.logit(sf.PerPrompt([5, 9])))
-        early = sf.site_metric("resid_post.0", lambda x, mask: x[:, -1].norm(dim=-1))
-        with pytest.raises(sf.SiteError, match=f"{call.__name__}.*no later than"):
+    for call in (sf.validation.interactions, sf.validation.minimal_set):
+        with pytest.raises(sf.errors.PromptError, match="made for 2 prompts"):
+            call(nn, RAGGED, sae.latents([3, 5]), sf.metrics.logit(sf.metrics.PerPrompt([5, 9])))
+        early = sf.metrics.at_site("resid_post.0", lambda x, mask: x[:, -1].norm(dim=-1))
+        with pytest.raises(sf.errors.SiteError, match=f"{call.__name__}.*no later than"):
             call(nn, RAGGED, sae.latents([3, 5]), early)
         wrong = sf.Clamp(sae, add=torch.zeros(2, sae.d_sae))
-        with pytest.raises(sf.LatentError, match="2 prompts"):
-            call(nn, RAGGED, sae.latents([3, 5]), sf.logit(sf.BASELINE_TOP), baseline=wrong)
+        with pytest.raises(sf.errors.LatentError, match="2 prompts"):
+            call(
+                nn,
+                RAGGED,
+                sae.latents([3, 5]),
+                sf.metrics.logit(sf.metrics.BASELINE_TOP),
+                baseline=wrong,
+            )

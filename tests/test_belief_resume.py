@@ -7,7 +7,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, build, make_sae, wrapped
-from saefeat.attribution.watch import Watch
+from saefeat.attribution.passes import Watch
 
 METRIC = sf.logit_diff([5, 9], 7)
 FIELDS = {
@@ -26,20 +26,20 @@ def jobs():
     attribute = sf.Attribute(sae, METRIC)
     scores = attribute(nn, RAGGED)
     top = scores.top(4)
-    ends = [sf.measure(nn, RAGGED, METRIC, edit).mean() for edit in (None, sf.Ablate(top))]
+    ends = [sf.metrics.measure(nn, RAGGED, METRIC, edit).mean() for edit in (None, sf.Ablate(top))]
     holds = float(sum(ends) / 2)
     given = (attribute, nn, RAGGED, scores)
 
     def minimal(**options):
-        return sf.minimal_set(nn, RAGGED, top, METRIC, **{"holds": holds, **options})
+        return sf.validation.minimal_set(nn, RAGGED, top, METRIC, **{"holds": holds, **options})
 
     return {
         "audit": lambda **options: sf.audit(*given, **{"budget": 6, "batch_size": 4, **options}),
-        "faithfulness": lambda **options: sf.faithfulness(
+        "faithfulness": lambda **options: sf.validation.faithfulness(
             *given, **{"sizes": [1, 2], "controls": 1, "batch_size": 2, **options}
         ),
         "minimal_set": lambda **options: minimal(**{"batch_size": 6, **options}),
-        "interactions": lambda **options: sf.interactions(
+        "interactions": lambda **options: sf.validation.interactions(
             nn, RAGGED, top, METRIC, **{"batch_size": 6, **options}
         ),
     }
@@ -129,7 +129,7 @@ def test_a_damaged_batch_is_made_again(name, jobs, tmp_path, monkeypatch):
 def test_another_job_is_refused_before_any_run(name, other, differs, jobs, tmp_path, monkeypatch):
     jobs[name](checkpoint=tmp_path)
     monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
-    with pytest.raises(sf.CheckpointError, match=f"{name}.*differs in .*{differs}"):
+    with pytest.raises(sf.errors.CheckpointError, match=f"{name}.*differs in .*{differs}"):
         jobs[name](checkpoint=tmp_path, **other)
 
 
@@ -137,30 +137,30 @@ def test_an_edit_that_never_acted_is_refused_after_a_restart_too(tmp_path):
     nn, top = wrapped(build("llama")), make_sae("standard").latents([3, 5])
     never = {"where": sf.Tokens.ids(2), "batch_size": 6, "checkpoint": tmp_path}
     for _ in range(2):
-        with pytest.raises(sf.FiringError, match="interactions"):
-            sf.interactions(nn, RAGGED, top, METRIC, **never)
+        with pytest.raises(sf.errors.FiringError, match="interactions"):
+            sf.validation.interactions(nn, RAGGED, top, METRIC, **never)
 
 
 def test_one_kind_of_job_is_not_another(jobs, tmp_path):
     jobs["interactions"](checkpoint=tmp_path)
-    with pytest.raises(sf.CheckpointError, match="job was 'interactions', is 'minimal_set'"):
+    with pytest.raises(sf.errors.CheckpointError, match="job was 'interactions', is 'minimal_set'"):
         jobs["minimal_set"](checkpoint=tmp_path)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(jobs, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     for job in jobs.values():
-        with pytest.raises(sf.CheckpointError, match="no checkpoint"):
+        with pytest.raises(sf.errors.CheckpointError, match="no checkpoint"):
             job(checkpoint=tmp_path)
 
 
 def test_scores_of_another_attribution_are_another_job(tmp_path):
     nn, sae = wrapped(build("llama")), make_sae("standard")
-    for n, method in enumerate((sf.AtP(), sf.IG(3))):
+    for n, method in enumerate((sf.attribution.AtP(), sf.IG(3))):
         attribute = sf.Attribute(sae, METRIC, method=method)
         scores = attribute(nn, RAGGED)
         if n:
-            with pytest.raises(sf.CheckpointError, match="differs in scores"):
+            with pytest.raises(sf.errors.CheckpointError, match="differs in scores"):
                 sf.audit(attribute, nn, RAGGED, scores, budget=4, checkpoint=tmp_path)
         else:
             sf.audit(attribute, nn, RAGGED, scores, budget=4, checkpoint=tmp_path)
@@ -196,8 +196,8 @@ def test_scores_of_other_latents_are_refused_before_any_run(monkeypatch):
     scores = sf.Attribute(sae, METRIC)(nn, RAGGED)
     monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
     again = sf.Attribute(make_sae("standard"), METRIC)
-    with pytest.raises(sf.LatentError, match="loaded again"):
-        sf.faithfulness(again, nn, RAGGED, scores)
+    with pytest.raises(sf.errors.LatentError, match="loaded again"):
+        sf.validation.faithfulness(again, nn, RAGGED, scores)
 
 
 @EACH

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import saefeat as sf
 from helpers import RAGGED, build, make_sae, unit, wrapped
-from saefeat.checkpoint import Checkpoint
-from saefeat.identity import digest, model_identity, weights
+from saefeat.files.checkpoint import Checkpoint
+from saefeat.files.identity import digest, model_identity, weights
 
 JOB = {"prompts": "abc", "options": {"temperature": 0.7, "stop": [1, 2]}}
 TENSORS = {
@@ -61,7 +61,7 @@ def test_another_job_is_refused_by_name(tmp_path, name):
     with Checkpoint(tmp_path, JOB) as done:
         done.save(0, {}, {})
     with (
-        pytest.raises(sf.CheckpointError, match=f"differs in {name} "),
+        pytest.raises(sf.errors.CheckpointError, match=f"differs in {name} "),
         Checkpoint(tmp_path, {**JOB, name: "other"}),
     ):
         pass
@@ -72,7 +72,7 @@ def test_folders_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
     for name in ("mine", "file"):
-        with pytest.raises(sf.CheckpointError, match=name), Checkpoint(tmp_path / name, JOB):
+        with pytest.raises(sf.errors.CheckpointError, match=name), Checkpoint(tmp_path / name, JOB):
             pass
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -82,7 +82,10 @@ def test_a_damaged_identity_is_refused(tmp_path, content):
     with Checkpoint(tmp_path, JOB) as done:
         done.save(0, {}, {})
     (tmp_path / "identity.json").write_bytes(content)
-    with pytest.raises(sf.CheckpointError, match="cannot be read"), Checkpoint(tmp_path, JOB):
+    with (
+        pytest.raises(sf.errors.CheckpointError, match="cannot be read"),
+        Checkpoint(tmp_path, JOB),
+    ):
         pass
 
 
@@ -177,7 +180,7 @@ def test_long_tensors_count_in_full():
 
 
 def test_what_cannot_be_hashed_is_refused():
-    with pytest.raises(sf.CheckpointError, match="object"):
+    with pytest.raises(sf.errors.CheckpointError, match="object"):
         digest({"x": object()})
 
 
@@ -225,9 +228,9 @@ def test_a_model_is_known_by_more_than_its_weights():
 def test_edited_copies_and_models_without_weights_are_refused():
     nn = wrapped(build("llama"))
     edited = sf.edit(nn, sf.Ablate(sf.Direction(unit(), site="resid_post.1")))
-    with pytest.raises(sf.ModelError, match="edited copy"):
+    with pytest.raises(sf.errors.ModelError, match="edited copy"):
         model_identity(edited)
-    with pytest.raises(sf.ModelError, match="not loaded"):
+    with pytest.raises(sf.errors.ModelError, match="not loaded"):
         weights(build("llama").to("meta"))
 
 
@@ -237,7 +240,7 @@ def test_edited_copies_and_models_without_weights_are_refused():
 PROMPTS = [*RAGGED, "w20 w21", "w5 w6 w7"]
 
 
-def job() -> sf.Chain:
+def job() -> sf.verbs.base.Chain:
     sae = make_sae(seed=1)
     edit = sf.Clamp(sae.latents([3, 4]) | make_sae(layer=0, seed=2).latents([5]), 3.0)
     means = sf.Probe(sae.latents([6]), reduce="mean")
@@ -254,7 +257,7 @@ def passes(model) -> list:
     return seen
 
 
-def require_equal_runs(a: sf.Run, b: sf.Run) -> None:
+def require_equal_runs(a: sf.results.Run, b: sf.results.Run) -> None:
     for name in ("prompts", "completions", "texts", "receipt"):
         assert getattr(a, name) == getattr(b, name), name
     assert torch.equal(a.logits, b.logits)
@@ -299,10 +302,10 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
 def test_a_stream_goes_on_where_it_stopped(tmp_path):
     model = build("llama")
     nn, count = wrapped(model), passes(model)
-    first = sf.stream(nn, iter(PROMPTS), job(), **OPTIONS, checkpoint=tmp_path)
+    first = sf.running.run.stream(nn, iter(PROMPTS), job(), **OPTIONS, checkpoint=tmp_path)
     one = next(first)
     first.close()
-    rest = list(sf.stream(nn, iter(PROMPTS), job(), **OPTIONS, checkpoint=tmp_path))
+    rest = list(sf.running.run.stream(nn, iter(PROMPTS), job(), **OPTIONS, checkpoint=tmp_path))
     require_equal_runs(rest[0], one)
     assert len(rest) == 3 and len(count) == 3 * 4
     wanted = sf.run(nn, PROMPTS, job(), **OPTIONS, checkpoint=tmp_path)  # run reads it too
@@ -314,10 +317,10 @@ def test_a_bad_prompt_may_be_mended_and_the_job_goes_on(tmp_path):
     model = build("llama")
     nn, count = wrapped(model), passes(model)
     bad = [*PROMPTS[:4], ""]
-    with pytest.raises(sf.PromptError, match=r"prompts 4\.\.4"):
-        list(sf.stream(nn, bad, job(), **OPTIONS, checkpoint=tmp_path))
+    with pytest.raises(sf.errors.PromptError, match=r"prompts 4\.\.4"):
+        list(sf.running.run.stream(nn, bad, job(), **OPTIONS, checkpoint=tmp_path))
     assert len(count) == 2 * 4
-    found = list(sf.stream(nn, PROMPTS, job(), **OPTIONS, checkpoint=tmp_path))
+    found = list(sf.running.run.stream(nn, PROMPTS, job(), **OPTIONS, checkpoint=tmp_path))
     assert len(count) == 3 * 4 and len(found) == 3
 
 
@@ -348,7 +351,7 @@ def test_another_call_is_refused_by_name(tmp_path, name):
     else:
         given |= OTHER[name]()
     seen = passes(model)
-    with pytest.raises(sf.CheckpointError, match=rf"differs in [\w, ]*\b{name}\b"):
+    with pytest.raises(sf.errors.CheckpointError, match=rf"differs in [\w, ]*\b{name}\b"):
         sf.run(wrapped(model), **given)
     assert not seen, "refused before anything is run"
 
@@ -359,7 +362,7 @@ def test_values_by_prompt_count_in_full(tmp_path):
     values = torch.zeros(5, 32)
     sf.run(nn, PROMPTS, sf.Clamp(v, add=values + 1), checkpoint=tmp_path)
     values[3, 17] += 1e-4
-    with pytest.raises(sf.CheckpointError, match="intervention"):
+    with pytest.raises(sf.errors.CheckpointError, match="intervention"):
         sf.run(nn, PROMPTS, sf.Clamp(v, add=values + 1), checkpoint=tmp_path)
 
 
@@ -382,6 +385,6 @@ def test_a_damaged_batch_is_run_again(tmp_path, keep):
 def test_edited_copies_have_no_checkpoint(tmp_path):
     nn = wrapped(build("llama"))
     edited = sf.edit(nn, sf.Ablate(sf.Direction(unit(), site="resid_post.1")))
-    with pytest.raises(sf.ModelError, match="edited copy"):
+    with pytest.raises(sf.errors.ModelError, match="edited copy"):
         sf.run(edited, PROMPTS, checkpoint=tmp_path / "job")
     assert not (tmp_path / "job").exists()

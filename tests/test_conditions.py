@@ -22,7 +22,7 @@ def setup(hold: bool):
     return edits
 
 
-def met(out: sf.Run, hold: bool) -> torch.Tensor:
+def met(out: sf.results.Run, hold: bool) -> torch.Tensor:
     """[b, t]: where the condition holds, from what the probe read."""
     hit = (out.readings[0].values > 0.6).any(-1) & out.readings[0].mask[..., 0]
     return hit.int().cummax(1).values.bool() if hold else hit
@@ -55,7 +55,7 @@ def test_a_batch_equals_its_prompts_alone_and_hooks_equal_tracing(hold):
     together = sf.run(traced, RAGGED, edits, max_new_tokens=NEW)
     alone = [sf.run(traced, [p], edits, max_new_tokens=NEW).completions[0] for p in RAGGED]
     assert list(together.completions) == alone
-    batch = sf.encode_prompts(traced.tokenizer, RAGGED)
+    batch = sf.text.prompts.encode_prompts(traced.tokenizer, RAGGED)
     with sf.hooked(model, edits) as log:
         tokens = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
     assert tuple(map(tuple, tokens[:, -NEW:].tolist())) == together.completions
@@ -79,7 +79,7 @@ def test_any_of_several_dictionaries_meets_the_condition():
 def test_a_condition_that_is_known_too_late_is_refused():
     late = sf.When(make_sae(layer=2).latents([0]))
     edit = sf.Ablate(make_sae(layer=1).latents([0]), when=late)
-    with pytest.raises(sf.SiteError, match=r"resid_post\.2.*no later than resid_post\.1"):
+    with pytest.raises(sf.errors.SiteError, match=r"resid_post\.2.*no later than resid_post\.1"):
         sf.run(wrapped(build()), RAGGED, edit)
 
 
@@ -90,5 +90,7 @@ def test_a_condition_at_the_edits_own_site_reads_what_earlier_edits_left():
     traced = wrapped(build())
     plain = sf.run(traced, RAGGED, sf.Clamp(off, add=1.0, when=sf.When(sae.latents([3, 5, 6]))))
     after = sf.Clamp(off, add=1.0, when=sf.When(sae.latents([3, 5, 6])))
-    chained = sf.run(traced, RAGGED, sf.Chain((*clear.parts(), *after.parts())), allow_unfired=True)
+    chained = sf.run(
+        traced, RAGGED, sf.verbs.base.Chain((*clear.parts(), *after.parts())), allow_unfired=True
+    )
     assert chained.receipt.rows[1].tokens != plain.receipt.rows[0].tokens

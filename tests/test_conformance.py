@@ -7,7 +7,7 @@ import torch
 
 import saefeat as sf
 from helpers import ARCHITECTURES, RAGGED, TRANSCODERS, D, build, make_sae, wrapped
-from saefeat.testing import check_dictionary
+from saefeat.dictionaries.contract import check_dictionary
 
 SITE = "resid_post.1"
 
@@ -24,7 +24,7 @@ def test_every_sae_architecture_keeps_the_contract(architecture):
         sf.Direction(torch.eye(D)[:3], site=SITE),
         sf.Neurons(SITE, D),
         make_sae().error(),
-        sf.Generic(torch.square, torch.eye(D), site=SITE, width=D),
+        sf.dictionaries.Function(torch.square, torch.eye(D), site=SITE, width=D),
     ],
     ids=lambda d: d.name,
 )
@@ -43,7 +43,7 @@ class Counter:
         return x * self.calls
 
 
-class Viewing(sf.Dictionary):
+class Viewing(sf.dictionaries.Dictionary):
     """Hands out views of its whole matrix."""
 
     def __init__(self) -> None:
@@ -78,19 +78,19 @@ class Viewing(sf.Dictionary):
     ],
 )
 def test_broken_encoders_are_named(encode, promise):
-    broken = sf.Generic(encode, torch.eye(D), site=SITE, width=D)
-    with pytest.raises((sf.DictionaryError, IndexError), match=promise):
+    broken = sf.dictionaries.Function(encode, torch.eye(D), site=SITE, width=D)
+    with pytest.raises((sf.errors.DictionaryError, IndexError), match=promise):
         check_dictionary(broken)
 
 
 def test_directions_out_of_order_are_named():
-    with pytest.raises(sf.DictionaryError, match="directions"):
+    with pytest.raises(sf.errors.DictionaryError, match="directions"):
         check_dictionary(Viewing())
 
 
 def test_a_generic_dictionary_edits_like_the_sae_it_wraps():
     sae, traced = make_sae(), wrapped(build())
-    same = sf.Generic(sae.encode, sae.directions(), site=SITE, width=D)
+    same = sf.dictionaries.Function(sae.encode, sae.directions(), site=SITE, width=D)
     a = sf.run(traced, RAGGED, sf.Clamp(sae.latents([2, 9]), 3.0), max_new_tokens=4)
     b = sf.run(traced, RAGGED, sf.Clamp(same.latents([2, 9]), 3.0), max_new_tokens=4)
     torch.testing.assert_close(a.logits, b.logits)
@@ -122,5 +122,5 @@ def test_latents_and_error_together_are_the_whole_value():
 
 
 def test_a_transcoder_has_no_error_term_at_one_site():
-    with pytest.raises(sf.DictionaryError, match="transcoder"):
+    with pytest.raises(sf.errors.DictionaryError, match="transcoder"):
         make_sae("transcoder").error()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, tensors_for, wrapped
+from saefeat.dictionaries.contract import check_dictionary
 from saefeat.dictionaries.weights import InMemory
-from saefeat.testing import check_dictionary
 
 WIDE = 400
 
@@ -29,7 +29,7 @@ def model():
     return wrapped(build("llama"))
 
 
-def read(model, sae) -> sf.Readings:
+def read(model, sae) -> sf.results.Readings:
     texts = [" ".join(f"w{(7 * i + j) % 90}" for j in range(12)) for i in range(6)]
     return sf.run(model, texts, sf.Probe(sae)).readings[0]
 
@@ -44,7 +44,7 @@ def test_controls_are_as_long_and_as_active(model, seed):
     readings = read(model, sae)
     busy = readings.active().topk(60).indices[::6]
     chosen = sae.latents(busy)
-    control = sf.matched(chosen, readings, seed=seed, within=2.0)
+    control = sf.controls.matched(chosen, readings, seed=seed, within=2.0)
     others = torch.tensor(control.parts[0][1])
     assert len(control) == len(chosen) == len(set(others.tolist())) and not len(control & chosen)
     norms = sae.directions().norm(dim=1)
@@ -58,7 +58,7 @@ def test_a_seed_draws_the_same_and_seeds_differ(model):
     sae = uneven()
     readings = read(model, sae)
     chosen = sae.latents(readings.active().topk(60).indices[::6])
-    draws = [sf.matched(chosen, readings, seed=seed).parts for seed in (0, 0, 1, 2)]
+    draws = [sf.controls.matched(chosen, readings, seed=seed).parts for seed in (0, 0, 1, 2)]
     assert draws[0] == draws[1] and draws[0] != draws[2] != draws[3]
 
 
@@ -67,7 +67,7 @@ def test_several_sites_and_statistics_of_ones_own():
     chosen = a.latents([3, 40]) | b.latents([7])
     generator = torch.Generator().manual_seed(0)
     rates = {at: torch.rand(WIDE, generator=generator) + 0.1 for at in ("resid_post.1", b.site)}
-    control = sf.matched(chosen, rates, seed=0, within=3.0)
+    control = sf.controls.matched(chosen, rates, seed=0, within=3.0)
     assert [
         (basis is own, len(ix)) for (basis, ix), own in zip(control.parts, (a, b), strict=True)
     ] == [
@@ -87,7 +87,9 @@ def test_every_candidate_is_drawn():
     tensors = tensors_for("standard", 0, 6)
     tensors["W_dec"] = torch.eye(6, D) * norms[:, None]
     sae = sf.SAE(InMemory(tensors), site="resid_post.1")
-    drawn = [sf.matched(sae.latents([0]), seed=s, within=1.5).parts[0][1][0] for s in range(200)]
+    drawn = [
+        sf.controls.matched(sae.latents([0]), seed=s, within=1.5).parts[0][1][0] for s in range(200)
+    ]
     assert set(drawn) == {1, 2, 4}
     assert min(drawn.count(i) for i in (1, 2, 4)) > 35
 
@@ -96,9 +98,15 @@ def test_dead_latents_match_dead_latents_alone():
     tensors = tensors_for("standard", 0, 6)
     sae = sf.SAE(InMemory(tensors), site="resid_post.1")
     rate = {"resid_post.1": torch.tensor([0.0, 0.5, 0.0, 0.5, 0.5, 0.6])}
-    got = {sf.matched(sae.latents([0]), rate, seed=s, within=9.0).parts[0][1][0] for s in range(9)}
+    got = {
+        sf.controls.matched(sae.latents([0]), rate, seed=s, within=9.0).parts[0][1][0]
+        for s in range(9)
+    }
     assert got == {2}
-    got = {sf.matched(sae.latents([1]), rate, seed=s, within=9.0).parts[0][1][0] for s in range(40)}
+    got = {
+        sf.controls.matched(sae.latents([1]), rate, seed=s, within=9.0).parts[0][1][0]
+        for s in range(40)
+    }
     assert got == {3, 4, 5}
 
 
@@ -107,8 +115,8 @@ def test_dead_latents_match_dead_latents_alone():
 def test_any_selection(picked, seed):
     sae = uneven()
     try:
-        control = sf.matched(sae.latents(sorted(picked)), seed=seed, within=1.5)
-    except sf.LatentError as error:
+        control = sf.controls.matched(sae.latents(sorted(picked)), seed=seed, within=1.5)
+    except sf.errors.LatentError as error:
         assert "no other like it" in str(error)
         return
     others = control.parts[0][1]
@@ -119,16 +127,16 @@ def test_any_selection(picked, seed):
 
 def test_what_has_no_match_is_named(model):
     sae = uneven()
-    with pytest.raises(sf.LatentError, match=r"no other like it.*within=2"):
-        sf.matched(sae.latents([3, 4, 5]), seed=0, within=1.0)
-    with pytest.raises(sf.LatentError, match="no statistic was given"):
-        sf.matched(sae.latents([3]), read(model, uneven("resid_post.0")), seed=0)
-    with pytest.raises(sf.LatentError, match="one number a latent"):
-        sf.matched(sae.latents([3]), {"resid_post.1": torch.ones(3)}, seed=0)
-    with pytest.raises(sf.LatentError, match="at least 1"):
-        sf.matched(sae.latents([3]), seed=0, within=0.5)
-    with pytest.raises(sf.LatentError, match="at least one latent"):
-        sf.matched(sf.Latents(()), seed=0)
+    with pytest.raises(sf.errors.LatentError, match=r"no other like it.*within=2"):
+        sf.controls.matched(sae.latents([3, 4, 5]), seed=0, within=1.0)
+    with pytest.raises(sf.errors.LatentError, match="no statistic was given"):
+        sf.controls.matched(sae.latents([3]), read(model, uneven("resid_post.0")), seed=0)
+    with pytest.raises(sf.errors.LatentError, match="one number a latent"):
+        sf.controls.matched(sae.latents([3]), {"resid_post.1": torch.ones(3)}, seed=0)
+    with pytest.raises(sf.errors.LatentError, match="at least 1"):
+        sf.controls.matched(sae.latents([3]), seed=0, within=0.5)
+    with pytest.raises(sf.errors.LatentError, match="at least one latent"):
+        sf.controls.matched(sf.Latents(()), seed=0)
 
 
 # ---------------------------------------------------------------- random directions
@@ -137,7 +145,7 @@ def test_what_has_no_match_is_named(model):
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "transcoder"])
 def test_random_directions_keep_the_contract_and_the_activations(architecture):
     sae = make_sae(architecture)
-    control = sf.random_directions(sae.latents([3, 7, 40]), seed=5)
+    control = sf.controls.random_directions(sae.latents([3, 7, 40]), seed=5)
     dictionary = control.parts[0][0]
     check_dictionary(dictionary)
     x = torch.randn(2, 5, D)
@@ -146,9 +154,9 @@ def test_random_directions_keep_the_contract_and_the_activations(architecture):
     torch.testing.assert_close(new.norm(dim=1), old.norm(dim=1))
     cosine = torch.nn.functional.cosine_similarity(new, old)
     assert cosine.abs().max() < 0.8 and cosine.abs().mean() < 0.25
-    again = sf.random_directions(sae.latents([7]), seed=5).parts[0][0]
+    again = sf.controls.random_directions(sae.latents([7]), seed=5).parts[0][0]
     assert torch.equal(again.directions([7]), dictionary.directions([7]))
-    other = sf.random_directions(sae.latents([7]), seed=6).parts[0][0]
+    other = sf.controls.random_directions(sae.latents([7]), seed=6).parts[0][0]
     assert not torch.allclose(other.directions([7]), dictionary.directions([7]))
     assert dictionary.fingerprint() != sae.fingerprint() != other.fingerprint()
 
@@ -156,7 +164,7 @@ def test_random_directions_keep_the_contract_and_the_activations(architecture):
 def test_one_latent_moves_the_site_as_far_elsewhere(model):
     sae, look = make_sae("jumprelu"), sf.Probe(sf.Neurons("resid_post.1", D))
     moved = []
-    for chosen in (sae.latents([9]), sf.random_directions(sae.latents([9]), seed=0)):
+    for chosen in (sae.latents([9]), sf.controls.random_directions(sae.latents([9]), seed=0)):
         out = sf.run(model, RAGGED, look | sf.Clamp(chosen, 3.0) | look)
         before, after = (r.values[r.mask[..., 0]] for r in out.readings)
         moved.append(after - before)
@@ -173,7 +181,7 @@ def test_a_random_direction():
     plane = sf.Direction.random(D, site="resid_post.1", seed=3, k=2)
     torch.testing.assert_close(plane.vectors @ plane.vectors.T, torch.eye(2), atol=1e-6, rtol=0)
     for bad in ({"width": 0}, {"width": 4, "k": 5}, {"width": 4, "k": 0}):
-        with pytest.raises(sf.DictionaryError):
+        with pytest.raises(sf.errors.DictionaryError):
             sf.Direction.random(site="resid_post.1", seed=0, **bad)
 
 

@@ -90,8 +90,8 @@ def pair(request, tmp_path):
     theirs.save_model(tmp_path / "one")
     if theirs.cfg.normalize_activations == "expected_average_only_in":
         with pytest.warns(UserWarning, match="does not say by how much"):
-            return theirs, sf.load_sae(tmp_path / "one"), sf.from_sae_lens(theirs)
-    return theirs, sf.load_sae(tmp_path / "one"), sf.from_sae_lens(theirs)
+            return theirs, sf.load_sae(tmp_path / "one"), sf.load_sae(theirs)
+    return theirs, sf.load_sae(tmp_path / "one"), sf.load_sae(theirs)
 
 
 def values() -> torch.Tensor:
@@ -231,7 +231,7 @@ def test_a_saved_batchtopk_is_a_jumprelu(tmp_path):
 @torch.no_grad()
 def test_skip_connection_matters():
     theirs = lens_sae("skip_transcoder")
-    ours = sf.from_sae_lens(theirs)
+    ours = sf.load_sae(theirs)
     x = values()
     bare = ours.encode(x) @ ours.directions() + theirs.b_dec
     assert (ours.reconstruct(x) - bare).abs().max() > 0.1
@@ -276,12 +276,12 @@ def test_loading_twice_gives_one_fingerprint_and_changes_show(tmp_path):
     theirs.save_model(tmp_path / "b")
     a, b = sf.load_sae(tmp_path / "a"), sf.load_sae(tmp_path / "b")
     assert a.fingerprint() == b.fingerprint()
-    assert sf.from_sae_lens(theirs).fingerprint() == sf.from_sae_lens(theirs).fingerprint()
-    before = sf.from_sae_lens(theirs).fingerprint()
+    assert sf.load_sae(theirs).fingerprint() == sf.load_sae(theirs).fingerprint()
+    before = sf.load_sae(theirs).fingerprint()
     theirs.W_dec.data[3, 2] += 1e-3
     theirs.save_model(tmp_path / "b")
     assert sf.load_sae(tmp_path / "b").fingerprint() != a.fingerprint()
-    assert sf.from_sae_lens(theirs).fingerprint() != before
+    assert sf.load_sae(theirs).fingerprint() != before
 
 
 def test_selecting_reads_only_what_is_selected(monkeypatch):
@@ -304,7 +304,7 @@ def folder(tmp_path):
 
 def refused(folder, *, names: str | None = None, **options) -> str:
     """The text of the DictionaryError that loading and reading everything raises."""
-    with pytest.raises(sf.DictionaryError) as caught:
+    with pytest.raises(sf.errors.DictionaryError) as caught:
         sf.load_sae(folder, **options).reconstruct(torch.randn(2, 3, D_IN))
     text = str(caught.value)
     assert "Try: " in text and "Likely cause: " in text
@@ -463,7 +463,7 @@ def test_no_hook_name(folder):
 
 def test_a_hook_without_a_place(folder):
     rewrite(folder, lambda config: config["metadata"].update(hook_name="blocks.0.attn.hook_q"))
-    with pytest.raises(sf.SiteError, match="hook_q"):
+    with pytest.raises(sf.errors.SiteError, match="hook_q"):
         sf.load_sae(folder)
 
 
@@ -496,15 +496,15 @@ def test_load_saes_reads_a_folder_of_folders(tmp_path):
     assert list(sf.load_saes(tmp_path, sites=["blocks.2.hook_resid_post"])) == [
         sf.Site("resid_post", 2)
     ]
-    with pytest.raises(sf.DictionaryError, match="attn_out"):
+    with pytest.raises(sf.errors.DictionaryError, match="attn_out"):
         sf.load_saes(tmp_path, sites="attn_out")
 
 
 def test_load_saes_of_nothing(tmp_path):
     lens_sae("standard").save_model(tmp_path / "one")
-    with pytest.raises(sf.DictionaryError, match="parent"):
+    with pytest.raises(sf.errors.DictionaryError, match="parent"):
         sf.load_saes(tmp_path / "one")  # a single SAE's folder
-    with pytest.raises(sf.DictionaryError, match="typo"):
+    with pytest.raises(sf.errors.DictionaryError, match="typo"):
         sf.load_saes(tmp_path / "typo")
 
 
@@ -514,8 +514,8 @@ def test_two_at_one_site_are_refused(tmp_path):
         lens_sae("standard").save_model(tmp_path / name)
     with pytest.raises(sf.SaefeatError, match=r"resid_post\.1"):
         sf.load_saes(tmp_path)
-    with pytest.raises(sf.SiteError, match=r"two at resid_post\.1"):
-        sf.Dictionaries([make_sae(seed=1), make_sae(seed=2)])
+    with pytest.raises(sf.errors.SiteError, match=r"two at resid_post\.1"):
+        sf.dictionaries.Dictionaries([make_sae(seed=1), make_sae(seed=2)])
 
 
 @pytest.mark.parametrize("index", [-1, D_SAE, [0, D_SAE + 3]])
@@ -523,9 +523,9 @@ def test_bad_indices_of_encode_and_directions(folder, index):
     """Latent index negative, out of range, or from another width."""
     sae = sf.load_sae(folder)
     chosen = index if isinstance(index, list) else [index]
-    with pytest.raises(sf.LatentError):
+    with pytest.raises(sf.errors.LatentError):
         sae.directions(chosen)
-    with pytest.raises(sf.LatentError):
+    with pytest.raises(sf.errors.LatentError):
         sae.encode(torch.randn(2, 3, D_IN), chosen)
 
 
@@ -582,19 +582,21 @@ def test_ablating_a_subspace_removes_exactly_its_span(k):
     ids=["zero", "nan", "inf", "3d", "zero-row", "repeated", "dependent"],
 )
 def test_directions_that_mean_nothing(vector):
-    with pytest.raises(sf.DictionaryError, match="Direction"):
+    with pytest.raises(sf.errors.DictionaryError, match="Direction"):
         sf.Direction(vector, site="resid_post.1")
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (0, 4)])
 def test_more_rows_than_a_space_can_hold(shape):
-    with pytest.raises(sf.DictionaryError):
+    with pytest.raises(sf.errors.DictionaryError):
         sf.Direction(torch.randn(shape), site="resid_post.1")
 
 
 def test_direction_at_many_sites():
     v = torch.randn(D)
-    everywhere = sf.direction(v, sites=["resid_post.2", sf.Site("resid_post", 0), "mlp_out.1"])
+    everywhere = sf.Direction.at_sites(
+        v, sites=["resid_post.2", sf.Site("resid_post", 0), "mlp_out.1"]
+    )
     assert [str(site) for site in everywhere] == ["resid_post.0", "mlp_out.1", "resid_post.2"]
     for dictionary in everywhere.values():
         torch.testing.assert_close(dictionary.vectors[0], v / v.norm())
@@ -622,12 +624,14 @@ def test_neurons_are_coordinates():
 
 
 def test_the_mapping_finds_sites_by_any_name():
-    saes = sf.Dictionaries([make_sae(layer=2), make_sae(layer=0), make_sae("transcoder", layer=2)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae(layer=2), make_sae(layer=0), make_sae("transcoder", layer=2)]
+    )
     assert saes["resid_post.0"] is saes[0] is saes[sf.Site("resid_post", 0)]
     assert saes["blocks.2.hook_resid_post"].site.layer == 2
-    with pytest.raises(sf.SiteError, match="several sites lie in that layer"):
+    with pytest.raises(sf.errors.SiteError, match="several sites lie in that layer"):
         saes[2]
-    with pytest.raises(sf.SiteError, match="no dictionary there"):
+    with pytest.raises(sf.errors.SiteError, match="no dictionary there"):
         saes[1]
     assert [str(s) for s in saes.at("resid_post")] == ["resid_post.0", "resid_post.2"]
     assert len(saes.latents()) == sum(d.d_sae for d in saes.values())
@@ -639,13 +643,13 @@ def test_the_mapping_finds_sites_by_any_name():
 
 
 def test_in_agrees_with_getitem():
-    saes = sf.Dictionaries([make_sae(layer=2)])
+    saes = sf.dictionaries.Dictionaries([make_sae(layer=2)])
     assert saes["resid_post.2"] is saes[2]
     assert "resid_post.2" in saes and 2 in saes
 
 
 def test_get_of_a_missing_site_is_none():
-    assert sf.Dictionaries([make_sae(layer=2)]).get("resid_post.0") is None
+    assert sf.dictionaries.Dictionaries([make_sae(layer=2)]).get("resid_post.0") is None
 
 
 def test_on_disk_rows_and_columns_in_any_order(tmp_path):
@@ -700,7 +704,7 @@ def test_an_sae_of_z_reads_the_heads_side_by_side(tmp_path, architecture):
     theirs.save_model(tmp_path)
     x = torch.randn(2, 5, 4, D_IN // 4)
     wanted = theirs.encode(x)
-    for ours in (sf.load_sae(tmp_path), sf.from_sae_lens(theirs)):
+    for ours in (sf.load_sae(tmp_path), sf.load_sae(theirs)):
         assert str(ours.site) == "z.1" and ours.d_in == D_IN
         torch.testing.assert_close(ours.encode(x.flatten(-2)), wanted, atol=1e-5, rtol=1e-5)
         theirs.encode(x)  # its decode reshapes by what encode saw last
@@ -803,12 +807,12 @@ def test_a_centered_sae_reconstructs_the_raw_value():
 def test_a_centered_sae_is_refused_on_a_model_with_rms_norm(use):
     model = build("llama")
     sae = sf.SAE(InMemory(tensors_for("standard")), site="resid_post.1", centered=True)
-    with pytest.raises(sf.ModelError, match=r"center_writing_weights.*RMSNorm"):
+    with pytest.raises(sf.errors.ModelError, match=r"center_writing_weights.*RMSNorm"):
         if use == "hooked":
             with sf.hooked(model, sf.Ablate(sae)):
                 pass
         elif use == "attribute":
-            sf.Attribute(sae, sf.logit(3))(wrapped(model), RAGGED)
+            sf.Attribute(sae, sf.metrics.logit(3))(wrapped(model), RAGGED)
         elif use == "verify":
             sf.verify(wrapped(model), sae, RAGGED)
         else:
@@ -857,7 +861,7 @@ def test_a_rule_is_narrowed_by_the_dictionarys_own_exclusion(where, selected):
     out = sf.run(nn, prompts, sf.Ablate(sae, where=where) | sf.Probe(sae, where=where))
     assert out.receipt.rows[0].tokens == selected
     assert out.readings[0].mask[..., 0].sum() == selected
-    scored = sf.Attribute(sae, sf.logit(5), where=where)(nn, prompts)
+    scored = sf.Attribute(sae, sf.metrics.logit(5), where=where)(nn, prompts)
     assert int(scored.tokens.sum()) == selected
     free = sf.run(nn, prompts, sf.Probe(make_sae(), where=where)).readings[0]
     assert free.mask[..., 0].sum() >= selected

@@ -16,7 +16,7 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.belief.stats import spearman
+from saefeat.validation.stats import spearman
 
 F64 = torch.float64
 STEP = 1e-4
@@ -63,10 +63,10 @@ def encoded(text: str) -> list[int]:
     return tokenizer()(text)["input_ids"]
 
 
-def check(family, upper, lower, where=None, tolerance=2e-4) -> sf.Edges:
+def check(family, upper, lower, where=None, tolerance=2e-4) -> sf.validation.Edges:
     nn = wrapped(smooth(family))
     up, down = active(nn, upper, 4), active(nn, lower, 3)
-    found = sf.edges(nn, RAGGED, up, down, where=where, check=0, batch_size=2)
+    found = sf.validation.edges(nn, RAGGED, up, down, where=where, check=0, batch_size=2)
     assert found.by_prompt.abs().max() > 1e-3
     for i, one in enumerate(up.singles()):
         wanted = slope(nn, one, down, where)
@@ -125,7 +125,7 @@ def test_several_dictionaries_and_only_edges_forward():
     saes = [make_sae("standard", seed=n, layer=n) for n in range(3)]
     parts = [active(nn, sae, 2) for sae in saes]
     up, down = parts[1] | parts[0], parts[0] | parts[1] | parts[2]
-    found = sf.edges(nn, RAGGED, up, down, check=100)
+    found = sf.validation.edges(nn, RAGGED, up, down, check=100)
     later = torch.tensor([[d.layer > u.layer for d, _ in down] for u, _ in up])
     assert torch.equal(found.ordered, later)
     assert bool((found.by_prompt[~later] == 0).all())
@@ -143,7 +143,7 @@ def test_the_check_is_an_ablation():
     up = active(nn, make_sae("standard", layer=0), 5)
     down = active(nn, make_sae("jumprelu", seed=1, layer=2), 4)
     where = sf.Tokens.last(2)
-    found = sf.edges(nn, RAGGED, up, down, where=where, check=7, batch_size=4)
+    found = sf.validation.edges(nn, RAGGED, up, down, where=where, check=7, batch_size=4)
     checked = ~found.exact.isnan()
     assert int(checked.sum()) == 7
     assert found.estimate.abs()[checked].min() >= found.estimate.abs()[~checked].max()
@@ -161,7 +161,7 @@ def test_where_everything_is_linear_estimates_are_exact():
     nn = wrapped(smooth("llama"))
     up = sf.Direction(torch.stack([unit(1), unit(2)]), site="mlp_out.1").latents()
     down = sf.Direction(torch.stack([unit(3), unit(4)]), site="resid_post.1").latents()
-    found = sf.edges(nn, RAGGED, up, down, check=4)
+    found = sf.validation.edges(nn, RAGGED, up, down, check=4)
     torch.testing.assert_close(found.estimate, found.exact, atol=1e-5, rtol=1e-5)
     assert found.rank == pytest.approx(1.0)
 
@@ -170,9 +170,9 @@ def test_frozen_models_batches_and_no_hook_left():
     model = build("llama")
     up, down = make_sae("standard", layer=0).latents([1, 2, 3, 4]), make_sae("standard", layer=2)
     chosen = down.latents([5, 6, 7])
-    first = sf.edges(wrapped(model), RAGGED, up, chosen, batch_size=1)
+    first = sf.validation.edges(wrapped(model), RAGGED, up, chosen, batch_size=1)
     frozen = build("llama").requires_grad_(False)
-    second = sf.edges(wrapped(frozen), RAGGED, up, chosen, batch_size=3)
+    second = sf.validation.edges(wrapped(frozen), RAGGED, up, chosen, batch_size=3)
     torch.testing.assert_close(first.by_prompt, second.by_prompt, atol=1e-5, rtol=1e-4)
     assert hook_count(frozen) == hook_count(build("llama"))
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -182,7 +182,7 @@ def test_views_of_the_record():
     nn = wrapped(build("llama"))
     up = active(nn, make_sae("standard", layer=0), 3)
     down = active(nn, make_sae("standard", seed=1, layer=2), 2)
-    found = sf.edges(nn, RAGGED, up, down, check=3)
+    found = sf.validation.edges(nn, RAGGED, up, down, check=3)
     table = found.to_pandas()
     assert len(table) == int((found.estimate != 0).sum())
     assert table["estimate"].abs().is_monotonic_decreasing
@@ -207,7 +207,7 @@ def test_what_an_ablation_switches_on_has_no_edge_and_is_seen():
     dormant = int(off[change.abs().sum((0, 1)).argmax()])
     assert change.abs().max() > 0, "the case needs a latent that is switched on"
     down = active(nn, lower, 2) | lower.latents([dormant])
-    found = sf.edges(nn, RAGGED, up, down, where=where, check=4)
+    found = sf.validation.edges(nn, RAGGED, up, down, where=where, check=4)
     column = [i for _, i in down].index(dormant)
     assert bool((found.estimate[:, column] == 0).all())
     assert bool(found.exact[:, column].isnan().all())
@@ -228,22 +228,24 @@ def test_one_that_is_not_seen_is_printed_if_it_is_strong():
     estimate, nan = torch.tensor([[0.5, 0.0], [0.2, 0.1]]), float("nan")
     ablated = torch.tensor([[0.4, 0.9], [nan, nan]])
     exact = torch.tensor([[0.4, nan], [nan, nan]])
-    found = sf.Edges(a, b, estimate < 9, estimate[..., None], exact, ablated)
+    found = sf.validation.Edges(a, b, estimate < 9, estimate[..., None], exact, ablated)
     assert found.unseen(3)[0][2] == pytest.approx(0.9) and len(found.unseen(3)) == 1
     line = "not seen by the gradient: resid_post.0 1 → resid_post.1 2: exact +0.900"
     assert line in repr(found)
-    assert sf.Edges(a, b, estimate < 9, estimate[..., None], exact).unseen(3) == ()
+    assert sf.validation.Edges(a, b, estimate < 9, estimate[..., None], exact).unseen(3) == ()
 
 
 def test_interrupted_edges_go_on_where_they_stopped(tmp_path, monkeypatch):
-    from saefeat.belief import edges as room
+    from saefeat.validation import edges as room
 
     nn = wrapped(build("llama"))
     up = active(nn, make_sae("standard", layer=0), 4)
     down = active(nn, make_sae("standard", seed=1, layer=2), 3)
 
     def job(**options):
-        return sf.edges(nn, RAGGED, up, down, **{"batch_size": 2, "check": 12, **options})
+        return sf.validation.edges(
+            nn, RAGGED, up, down, **{"batch_size": 2, "check": 12, **options}
+        )
 
     whole, done = job(), []
     once = room._once
@@ -270,7 +272,7 @@ def test_interrupted_edges_go_on_where_they_stopped(tmp_path, monkeypatch):
         assert torch.equal(found.by_prompt, whole.by_prompt)
         torch.testing.assert_close(found.exact, whole.exact, equal_nan=True, atol=0, rtol=0)
     for name, other in (("check", {"check": 1}), ("tokens", {"where": sf.Tokens.last(1)})):
-        with pytest.raises(sf.CheckpointError, match=f"edges.*differs in {name}"):
+        with pytest.raises(sf.errors.CheckpointError, match=f"edges.*differs in {name}"):
             job(checkpoint=tmp_path / "1", **other)
 
 
@@ -278,24 +280,24 @@ def test_refusals(capsys):
     nn = wrapped(build("llama"))
     early, late = make_sae("standard", layer=0), make_sae("standard", seed=1, layer=2)
     up, down = active(nn, early, 2), active(nn, late, 2)
-    with pytest.raises(sf.SiteError, match="swapped"):
-        sf.edges(nn, RAGGED, down, up)
-    with pytest.raises(sf.SiteError, match="one site"):
-        sf.edges(nn, RAGGED, up, early.latents([7]))
-    with torch.no_grad(), pytest.raises(sf.GradientError, match="switched off"):
-        sf.edges(nn, RAGGED, up, down)
-    with pytest.raises(sf.LatentError, match="at least one latent"):
-        sf.edges(nn, RAGGED, sf.Latents(()), down)
-    with pytest.raises(sf.FiringError, match="`downstream`"):
-        sf.edges(nn, RAGGED, up, down, where=sf.Tokens.ids(EOS))
+    with pytest.raises(sf.errors.SiteError, match="swapped"):
+        sf.validation.edges(nn, RAGGED, down, up)
+    with pytest.raises(sf.errors.SiteError, match="one site"):
+        sf.validation.edges(nn, RAGGED, up, early.latents([7]))
+    with torch.no_grad(), pytest.raises(sf.errors.GradientError, match="switched off"):
+        sf.validation.edges(nn, RAGGED, up, down)
+    with pytest.raises(sf.errors.LatentError, match="at least one latent"):
+        sf.validation.edges(nn, RAGGED, sf.Latents(()), down)
+    with pytest.raises(sf.errors.FiringError, match="`downstream`"):
+        sf.validation.edges(nn, RAGGED, up, down, where=sf.Tokens.ids(EOS))
     fires = sf.run(nn, RAGGED[:1], sf.Probe(early)).readings[0].active()
     silent = (fires == 0).nonzero().flatten()[:1]
     assert len(silent), "the case needs a silent latent"
-    with pytest.raises(sf.FiringError, match="`upstream`"):
-        sf.edges(nn, RAGGED[:1], early.latents(silent), down)
+    with pytest.raises(sf.errors.FiringError, match="`upstream`"):
+        sf.validation.edges(nn, RAGGED[:1], early.latents(silent), down)
     for options in ({"check": -1}, {"batch_size": 0}):
         with pytest.raises(sf.SaefeatError, match="integer from"):
-            sf.edges(nn, RAGGED, up, down, **options)
+            sf.validation.edges(nn, RAGGED, up, down, **options)
     assert capsys.readouterr().err == ""
-    sf.edges(nn, RAGGED, up, down, progress=True)
+    sf.validation.edges(nn, RAGGED, up, down, progress=True)
     assert "edges" in capsys.readouterr().err

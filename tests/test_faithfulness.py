@@ -19,8 +19,8 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.belief.controls import mass, matched_sets, random_sets
-from saefeat.belief.ranking import by_prompt, ranking
+from saefeat.validation.random_sets import mass, matched_sets, random_sets
+from saefeat.validation.ranking import by_prompt, ranking
 
 F64 = torch.float64
 METRIC = sf.logit_diff([5, 9], 7)
@@ -57,9 +57,9 @@ def test_kept_removed_and_marginal_metrics(family, where, to):
     """Two sites, the later one read after the earlier one's ablation."""
     model, batch = build(family, F64), batch_of()
     saes = {1: make_sae("jumprelu", layer=1), 2: make_sae("standard", seed=1, layer=2)}
-    attribute = sf.Attribute(sf.Dictionaries(saes.values()), METRIC, where=where)
+    attribute = sf.Attribute(sf.dictionaries.Dictionaries(saes.values()), METRIC, where=where)
     scores = attribute(wrapped(model), RAGGED)
-    found = sf.faithfulness(
+    found = sf.validation.faithfulness(
         attribute, wrapped(model), RAGGED, scores, sizes=[1, 3, 6], controls=1, to=to
     )
     real = batch["attention_mask"].bool()
@@ -105,7 +105,7 @@ def test_the_curves_are_the_definitions():
     nn, sae = wrapped(build("llama")), make_sae("standard")
     attribute = sf.Attribute(sae, METRIC)
     scores = attribute(nn, RAGGED)
-    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[2, 5], controls=3)
+    found = sf.validation.faithfulness(attribute, nn, RAGGED, scores, sizes=[2, 5], controls=3)
     whole = found.clean.mean() - found.empty.mean()
     for n in range(2):
         for of in ("top", "random", "matched"):
@@ -134,7 +134,7 @@ def linear():
 
 def test_where_effects_add_up_all_follows_from_the_scores():
     nn, attribute, scores = linear()
-    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[1, 4, 12], controls=2)
+    found = sf.validation.faithfulness(attribute, nn, RAGGED, scores, sizes=[1, 4, 12], controls=2)
     ranked = ranking(scores, "test")
     loss = -by_prompt(scores, ranked.number, scores.score, len(ranked.keys)).mean(1)  # if removed
     whole = float(loss.sum())
@@ -150,7 +150,7 @@ def test_where_effects_add_up_all_follows_from_the_scores():
 
 def test_the_top_beats_its_controls():
     nn, attribute, scores = linear()
-    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[4], controls=4)
+    found = sf.validation.faithfulness(attribute, nn, RAGGED, scores, sizes=[4], controls=4)
     moved = {
         of: (found.removed[of] - found.clean).abs().mean() for of in ("top", "random", "matched")
     }
@@ -162,7 +162,7 @@ def test_all_kept_is_clean():
     few = sf.Attribute(attribute.target.latents([3, 5, 17]), attribute.metric)
     scores = few(nn, RAGGED)
     size = len(scores.latent.unique())
-    found = sf.faithfulness(few, nn, RAGGED, scores, sizes=[size], controls=0)
+    found = sf.validation.faithfulness(few, nn, RAGGED, scores, sizes=[size], controls=0)
     assert set(found.sets) == {"top"}
     assert found.curve("faithfulness")[0].value == pytest.approx(1, abs=1e-6)
     assert found.curve("completeness")[0].value == pytest.approx(0, abs=1e-6)
@@ -173,7 +173,9 @@ def test_all_kept_is_clean():
 
 def test_controls_are_of_equal_size_outside_the_top_and_drawn_anew():
     nn = wrapped(build("llama"))
-    saes = sf.Dictionaries([make_sae("jumprelu", layer=0), make_sae("standard", layer=1)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae("jumprelu", layer=0), make_sae("standard", layer=1)]
+    )
     scores = sf.Attribute(saes, METRIC)(nn, RAGGED)
     ranked = ranking(scores, "test")
     k = 10
@@ -216,7 +218,7 @@ def test_how_nearly_controls_match_is_known():
     nn, sae = wrapped(build("llama")), make_sae("jumprelu")
     attribute = sf.Attribute(sae, METRIC)
     scores = attribute(nn, RAGGED)
-    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[2, 6], controls=3)
+    found = sf.validation.faithfulness(attribute, nn, RAGGED, scores, sizes=[2, 6], controls=3)
     reading = sf.run(nn, RAGGED, sf.Probe(sae)).readings[0]
     written = torch.where(reading.mask, reading.values, 0.0).sum((0, 1))
     written = written * sae.directions().norm(dim=1)
@@ -238,7 +240,7 @@ def test_a_prompt_without_a_scored_token_has_no_part_in_the_mean():
     word = tokenizer()("w5")["input_ids"][0]
     attribute = sf.Attribute(sae, METRIC, where=sf.Tokens.ids(word))
     scores = attribute(wrapped(model), prompts)
-    found = sf.faithfulness(
+    found = sf.validation.faithfulness(
         attribute, wrapped(model), prompts, scores, sizes=[2], controls=0, to="mean"
     )
     held, tokens = [], batch["input_ids"] == word
@@ -256,7 +258,7 @@ def test_a_prompt_without_a_scored_token_has_no_part_in_the_mean():
 
 def test_views_of_the_record():
     nn, attribute, scores = linear()
-    found = sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[1, 2, 4], controls=1)
+    found = sf.validation.faithfulness(attribute, nn, RAGGED, scores, sizes=[1, 2, 4], controls=1)
     table = found.to_pandas()
     assert list(table) == ["size", "measure", "of", "value", "low", "high"]
     assert len(table) == 3 * (2 * 3 + 1)
@@ -281,7 +283,7 @@ def test_views_of_the_record():
 
 def test_one_prompt_has_no_interval():
     nn, attribute, _ = linear()
-    found = sf.faithfulness(
+    found = sf.validation.faithfulness(
         attribute, nn, RAGGED[:1], attribute(nn, RAGGED[:1]), sizes=[2], controls=0
     )
     (point,) = found.curve("faithfulness")
@@ -293,16 +295,16 @@ def test_default_sizes_leave_room_for_controls():
     few = sf.Attribute(attribute.target.latents(range(16)), attribute.metric)
     scores = few(nn, RAGGED)
     moved = len(scores.latent.unique())
-    found = sf.faithfulness(few, nn, RAGGED, scores, controls=1)
+    found = sf.validation.faithfulness(few, nn, RAGGED, scores, controls=1)
     assert found.sizes == tuple(2**n for n in range(6) if 2**n <= moved // 2)
 
 
 def test_the_bar_can_be_shown(capsys):
     nn, attribute, scores = linear()
     options = {"sizes": [1, 3], "controls": 2}
-    sf.faithfulness(attribute, nn, RAGGED, scores, **options)
+    sf.validation.faithfulness(attribute, nn, RAGGED, scores, **options)
     assert capsys.readouterr().err == ""
-    sf.faithfulness(attribute, nn, RAGGED, scores, **options, progress=True)
+    sf.validation.faithfulness(attribute, nn, RAGGED, scores, **options, progress=True)
     assert "24/24" in capsys.readouterr().err  # it counts every set
 
 
@@ -329,25 +331,25 @@ def test_the_bar_can_be_shown(capsys):
 def test_bad_options_are_refused(options):
     nn, attribute, scores = linear()
     with pytest.raises(sf.SaefeatError, match=f"faithfulness.*`{next(iter(options))}`"):
-        sf.faithfulness(attribute, nn, RAGGED, scores, **options)
+        sf.validation.faithfulness(attribute, nn, RAGGED, scores, **options)
 
 
 def test_scores_of_something_else_are_refused():
     nn, attribute, scores = linear()
-    with pytest.raises(sf.PromptError, match="other prompts"):
-        sf.faithfulness(attribute, nn, RAGGED[:2], scores)
+    with pytest.raises(sf.errors.PromptError, match="other prompts"):
+        sf.validation.faithfulness(attribute, nn, RAGGED[:2], scores)
     again = sf.Attribute(make_sae("standard", layer=2), attribute.metric)
-    with pytest.raises(sf.LatentError, match="loaded again"):
-        sf.faithfulness(again, nn, RAGGED, scores)
+    with pytest.raises(sf.errors.LatentError, match="loaded again"):
+        sf.validation.faithfulness(again, nn, RAGGED, scores)
 
 
 def test_a_metric_the_latents_do_not_carry_is_refused():
     nn = wrapped(readable())
     still = sf.Direction(torch.eye(D)[:2], site="resid_post.2")
-    attribute = sf.Attribute(still, sf.logit(9))
+    attribute = sf.Attribute(still, sf.metrics.logit(9))
     scores = attribute(nn, RAGGED)
     with pytest.raises(sf.SaefeatError, match="degenerate"):
-        sf.faithfulness(attribute, nn, RAGGED, scores, sizes=[1], controls=0)
+        sf.validation.faithfulness(attribute, nn, RAGGED, scores, sizes=[1], controls=0)
 
 
 def test_a_baseline_ranks_and_ablation_stays_zero():
@@ -356,7 +358,9 @@ def test_a_baseline_ranks_and_ablation_stays_zero():
     base = sf.Ablate(sf.Direction(unit(3), site="resid_post.0"))
     attribute = sf.Attribute(sae, METRIC, baseline=base)
     scores = attribute(wrapped(model), RAGGED)
-    found = sf.faithfulness(attribute, wrapped(model), RAGGED, scores, sizes=[3], controls=0)
+    found = sf.validation.faithfulness(
+        attribute, wrapped(model), RAGGED, scores, sizes=[3], controls=0
+    )
     edits = {1: ablating(sae, set(range(sae.d_sae)), batch["attention_mask"].bool())}
     torch.testing.assert_close(
         found.empty, under(model, batch, edits), atol=2e-5, rtol=1e-4, check_dtype=False

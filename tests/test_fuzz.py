@@ -220,14 +220,14 @@ def test_tensors_of_an_undeclared_architecture_are_refused(tmp_path, architectur
     """A JumpReLU SAE whose configuration lost its architecture would be read as a plain one."""
     more = {name: torch.ones(size) for name, size in extra.items()}
     native(tmp_path / "sae", flat(architecture=architecture, k=3), **more)
-    with pytest.raises(sf.DictionaryError, match=next(iter(extra))):
+    with pytest.raises(sf.errors.DictionaryError, match=next(iter(extra))):
         sf.load_sae(tmp_path / "sae")
 
 
 @pytest.mark.parametrize("k", [-3, 0, N + 1])
 def test_a_k_that_cannot_be(tmp_path, k):
     native(tmp_path / "sae", flat(activation_fn_str="topk", activation_fn_kwargs={"k": k}))
-    with pytest.raises(sf.DictionaryError, match="k"):
+    with pytest.raises(sf.errors.DictionaryError, match="k"):
         sf.load_sae(tmp_path / "sae")
 
 
@@ -235,7 +235,7 @@ def test_whole_numbers_are_no_weights(tmp_path):
     whole_numbers = {name: (10 * t).to(torch.int32) for name, t in tensors().items()}
     dump(flat(), tmp_path / "cfg.json")
     save(whole_numbers, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(sf.DictionaryError, match="int32"):
+    with pytest.raises(sf.errors.DictionaryError, match="int32"):
         sf.load_sae(tmp_path).encode(torch.zeros(D))
 
 
@@ -246,5 +246,5 @@ def test_another_type_of_number_in_an_npz_header(tmp_path, old, new):
     npz(tmp_path)
     path = tmp_path / "params.npz"
     path.write_bytes(path.read_bytes().replace(old, new))
-    with pytest.raises(sf.DictionaryError):
+    with pytest.raises(sf.errors.DictionaryError):
         sf.load_sae(tmp_path, site=SITE)

@@ -69,5 +69,8 @@ def test_the_harness_sees_the_edit(harness):
 def test_scores_from_a_cache_are_no_scores_of_the_edit(harness):
     """The harness keeps answers; an edit over answers kept before would have no effect."""
     lm, ablate, _ = harness
-    with pytest.raises(sf.FiringError, match="results from a cache"), sf.hooked(lm.model, ablate):
+    with (
+        pytest.raises(sf.errors.FiringError, match="results from a cache"),
+        sf.hooked(lm.model, ablate),
+    ):
         pass

@@ -32,44 +32,47 @@ SRC = ROOT / "src"
 # covers the modules under it as well; the longest name that fits decides.
 LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
-    "saefeat.container": 1,
-    "saefeat.families": 0,
-    "saefeat.sites": 1,
-    "saefeat.route": 1,
-    "saefeat.tokens": 1,
-    "saefeat.requests": 1,
-    "saefeat.prompts": 1,
-    # a selection knows only that a basis has a site and a width; dictionaries hand selections out
-    "saefeat.latents": 2,
-    "saefeat.events": 3,
-    "saefeat.records": 3,
-    "saefeat.dictionaries": 3,
+    "saefeat.model": 1,
+    "saefeat.text": 1,
+    "saefeat.dictionaries": 2,
+    "saefeat.results": 3,
+    "saefeat.files": 4,
+    "saefeat.values": 4,
     "saefeat.controls": 4,
-    # finished batches of a long job, kept by attribution and by the ways of running
-    "saefeat.checkpoint": 4,
-    "saefeat.identity": 4,
-    "saefeat.payload": 4,
-    "saefeat.verbs": 4,
     "saefeat.loading": 4,
-    "saefeat.attribution": 5,
-    "saefeat.spec": 5,  # a remote job's file holds its intervention
-    # execution, on a server too, and what is built on it
-    "saefeat.execution": 6,
-    "saefeat.remote": 6,
-    "saefeat.loopback": 6,
-    "saefeat.belief": 7,
-    "saefeat.declared": 7,
-    "saefeat.verify": 7,
-    "saefeat.evaluate": 7,
-    "saefeat.testing": 7,
-    "saefeat": 8,  # the package's own __init__ and nothing else
-    "saefeat.studies": 9,
+    "saefeat.shipping": 4,
+    "saefeat.verbs": 5,
+    "saefeat.hub": 6,
+    "saefeat.generation": 6,
+    "saefeat.metrics": 7,
+    "saefeat.attribution": 7,
+    "saefeat.running": 8,
+    "saefeat.remote": 8,
+    "saefeat.validation": 9,
+    "saefeat.verify": 9,
+    "saefeat": 10,  # the package's own __init__ and nothing else
+    "saefeat.studies": 11,
 }
 # The kernel travels to servers: torch, nnsight and the standard library are all there is.
 # Names needed only for its annotations belong under `if TYPE_CHECKING:`.
 KERNEL = "saefeat.kernel"
 KERNEL_MAY_IMPORT = {"torch", "nnsight", *sys.stdlib_module_names}
 KERNEL_MAY_NAME_IN_TYPES = {"jaxtyping"}
+
+PUBLIC = [
+    "attribution",
+    "controls",
+    "dictionaries",
+    "errors",
+    "hub",
+    "metrics",
+    "remote",
+    "results",
+    "validation",
+    "values",
+]
+"""The public submodules: each has an ``__all__``, and a page of the API."""
+MOST_NAMES = 25
 
 STUDIES = "saefeat.studies"
 SAE_LENS_IMPORTERS = ("saefeat.loading", STUDIES)
@@ -265,17 +268,6 @@ def test_the_kernel_imports_only_what_a_server_has():
     )
 
 
-def test_the_loopback_s_processes_import_only_what_a_server_has():
-    """They run as a package of another name, where saefeat is not to be found."""
-    far, problems = "saefeat.loopback.far", []
-    may = {*KERNEL_MAY_IMPORT, "transformers", "greenlet", "zstandard"}
-    for module in filter(lambda name: within(name, far), sources()):
-        for item in imported_by(module):
-            if not within(item.module, far) and item.module.split(".")[0] not in may:
-                problems.append(f"{where(module, item.line)}: imports {item.module}")
-    fail_with(problems, "What runs in a server's own processes imports:")
-
-
 def kernel_functions(name: str) -> list[types.FunctionType]:
     """The functions that a kernel module defines; none for other modules."""
     values = vars(import_module(name)).values() if within(name, KERNEL) else ()
@@ -319,9 +311,9 @@ def test_kernel_annotations_are_checked():
 # ------------------------------------------------------------------ (b) studies
 
 
-def public_names() -> list[str]:
-    """``saefeat.__all__`` read from the source, so that this needs no import."""
-    for node in tree("saefeat").body:
+def public_names(module: str = "saefeat") -> list[str]:
+    """A module's ``__all__`` read from the source, so that this needs no import."""
+    for node in tree(module).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
             return list(ast.literal_eval(node.value))
@@ -329,29 +321,27 @@ def public_names() -> list[str]:
 
 
 def test_studies_use_only_the_public_surface():
-    public, problems = set(public_names()), []
+    """``sf.name`` for the names at the top, ``sf.room.name`` for those of public submodules."""
+    top, problems = {*public_names(), "__version__", "studies", *PUBLIC}, []
+    inside = {room: set(public_names(f"saefeat.{room}")) for room in PUBLIC}
     for module in filter(lambda name: within(name, STUDIES), sources()):
-        aliases = set()
         for item in imported_by(module):
-            if within(item.module, STUDIES) or not within(item.module, "saefeat"):
-                continue
-            if item.module != "saefeat":
-                problems.append(f"{where(module, item.line)}: imports {item.module}")
-            problems += [
-                f"{where(module, item.line)}: {name} is not in saefeat.__all__"
-                for name in item.names
-                if name not in public
-            ]
+            if within(item.module, "saefeat") and not within(item.module, STUDIES):
+                bad = item.module != "saefeat" or not set(item.names) <= top
+                problems += [f"{where(module, item.line)}: imports {item.module}"] if bad else []
         for node in ast.walk(tree(module)):
-            if isinstance(node, ast.Import):
-                aliases |= {a.asname or a.name for a in node.names if a.name == "saefeat"}
-        for node in ast.walk(tree(module)):
-            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+            if not isinstance(node, ast.Attribute):
                 continue
-            if node.value.id in aliases and node.attr not in public | {"__version__", "studies"}:
-                problems.append(
-                    f"{where(module, node.lineno)}: {ast.unparse(node)} is not in saefeat.__all__"
-                )
+            text = ast.unparse(node).split(".")
+            if text[0] not in {"sf", "saefeat"} or not isinstance(
+                node.value, ast.Name | ast.Attribute
+            ):
+                continue
+            public = text[1] in top
+            if public and text[1] in inside and len(text) > 2:
+                public = text[2] in inside[text[1]]
+            if not public:
+                problems.append(f"{where(module, node.lineno)}: {'.'.join(text)} is not public")
     fail_with(problems, "A study needs something that the public surface does not offer:")
 
 
@@ -456,46 +446,46 @@ def test_beartype_imported_second_fails_for_nnsights_reason_alone():
 # ------------------------------------------------------------------ (e) the public surface
 
 
-def exported() -> list[str]:
+def test_the_top_has_few_names():
+    assert len(public_names()) <= MOST_NAMES
+
+
+def is_submodule(value: object) -> bool:
+    """Submodules import themselves into the namespace, and so do __future__'s features."""
+    return isinstance(value, types.ModuleType | __future__._Feature)
+
+
+@pytest.mark.parametrize("module", ["saefeat", *(f"saefeat.{room}" for room in PUBLIC)])
+def test_all_is_sorted_and_is_the_namespace(module):
+    listed, space = public_names(module), import_module(module)
+    assert listed == sorted(set(listed)), "write __all__ as one plain list, sorted"
+    assert all(hasattr(space, name) for name in listed)
+    shadowed = [name for name in listed if is_submodule(getattr(space, name))]
+    assert shadowed == [], "a submodule stands where the public name should be"
+    if module == "saefeat.errors":
+        return  # its own file: what is private there begins with an underscore or is `explain`
+    found = {n for n in dir(space) if not n.startswith("_") and not is_submodule(getattr(space, n))}
+    assert set(listed) == found
+
+
+def test_public_submodules_are_reached_from_the_top():
     import saefeat
 
-    return list(getattr(saefeat, "__all__", []))
-
-
-def test_all_is_sorted_and_is_the_namespace():
-    import saefeat
-
-    def belongs_to_python(name: str) -> bool:
-        """Submodules, which import themselves into the namespace, and __future__'s features."""
-        value = getattr(saefeat, name)
-        if isinstance(value, types.ModuleType):
-            return within(value.__name__, "saefeat")
-        return isinstance(value, __future__._Feature)
-
-    names = {name for name in dir(saefeat) if not name.startswith("_")}
-    assert exported() == public_names(), "write __all__ as one plain list"
-    assert exported() == sorted(set(exported()))
-    hidden = [name for name in exported() if belongs_to_python(name)]
-    assert hidden == [], "a submodule stands where the public name should be"
-    public = {name for name in names if not belongs_to_python(name)}
-    assert set(exported()) - {"__version__"} == public
+    assert all(isinstance(getattr(saefeat, room), types.ModuleType) for room in PUBLIC)
 
 
 def test_every_public_name_has_a_docstring_with_an_example():
-    import saefeat
-
     example = re.compile(r"^\s*(>>> |```python)", re.MULTILINE)
     problems = []
-    for name in exported():
-        if name == "__version__":
-            continue
-        value = getattr(saefeat, name)
-        # A class must have its own: inherited text is about something else.
-        text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-        if not text:
-            problems.append(f"{name}: no docstring")
-        elif not example.search(text):
-            problems.append(f"{name}: no example (`>>>` or a ```python block)")
+    for module in ["saefeat", *(f"saefeat.{room}" for room in PUBLIC)]:
+        for name in public_names(module):
+            value = getattr(import_module(module), name)
+            # A class must have its own: inherited text is about something else.
+            text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+            if not text:
+                problems.append(f"{module}.{name}: no docstring")
+            elif not example.search(text):
+                problems.append(f"{module}.{name}: no example (`>>>` or a ```python block)")
     fail_with(problems, "Public names that do not show how they are used:")
 
 

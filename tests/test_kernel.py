@@ -386,7 +386,7 @@ def test_rules_over_ids_need_ids(kind):
     ],
 )
 def test_counts_that_mean_nothing_are_refused(make):
-    with pytest.raises(sf.PromptError, match="negative counts have no meaning"):
+    with pytest.raises(sf.errors.PromptError, match="negative counts have no meaning"):
         make()
 
 

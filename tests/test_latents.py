@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import saefeat as sf
 from helpers import D_SAE, LAYERS, RAGGED, D, build, make_sae, unit, wrapped
 
-SAES = sf.Dictionaries(make_sae(layer=layer, seed=layer) for layer in range(LAYERS))
+SAES = sf.dictionaries.Dictionaries(make_sae(layer=layer, seed=layer) for layer in range(LAYERS))
 choices = st.dictionaries(
     st.integers(0, LAYERS - 1),
     st.lists(st.integers(0, D_SAE - 1), unique=True, max_size=6),
@@ -89,7 +89,7 @@ def test_values_meet_latents_in_iteration_order():
 )
 def test_stack_says_who_holds_what(selections):
     chosen = [SAES.latents(choice) for choice in selections]
-    union, member = sf.stack(chosen)
+    union, member = sf.values.per_prompt(chosen)
     assert set(pairs(union)) == {pair for choice in selections for pair in flat(choice)}
     assert member.shape == (len(chosen), len(union)) and member.dtype == torch.bool
     for row, choice in zip(member.tolist(), selections, strict=True):
@@ -115,7 +115,7 @@ def test_repr_shows_what_is_selected():
     assert repr(SAES[0].latents(range(9))) == (
         "Latents(9: resid_post.0 [0, 1, 2, 3, 4, ... 9 in all])"
     )
-    many = sf.direction(unit(), sites=[f"resid_post.{n}" for n in range(9)]).latents()
+    many = sf.Direction.at_sites(unit(), sites=[f"resid_post.{n}" for n in range(9)]).latents()
     assert repr(many).endswith("resid_post.5 [0], and 3 more sites)")
 
 
@@ -138,7 +138,7 @@ def test_samples_differ_between_seeds_and_reach_every_site():
 
 
 def test_a_sample_larger_than_its_source():
-    with pytest.raises(sf.LatentError, match="at most 2"):
+    with pytest.raises(sf.errors.LatentError, match="at most 2"):
         SAES[0].latents([1, 2]).sample(3, seed=0)
 
 
@@ -164,16 +164,16 @@ def test_a_sample_larger_than_its_source():
 )
 def test_bad_indices(indices):
     """Latent index negative, out of range, or from another width."""
-    with pytest.raises(sf.LatentError) as caught:
+    with pytest.raises(sf.errors.LatentError) as caught:
         SAES[1].latents(indices)
     assert "resid_post.1" in str(caught.value) and f"0..{D_SAE - 1}" in str(caught.value)
-    with pytest.raises(sf.LatentError):
+    with pytest.raises(sf.errors.LatentError):
         SAES.latents({1: indices})
 
 
 @pytest.mark.parametrize("indices", [3, torch.tensor(3), torch.tensor([[1, 2]])], ids=str)
 def test_indices_that_are_no_flat_list(indices):
-    with pytest.raises(sf.LatentError):
+    with pytest.raises(sf.errors.LatentError):
         SAES[1].latents(indices)
 
 
@@ -182,7 +182,7 @@ def test_numpy_indices_are_whole_numbers():
 
 
 def test_an_unknown_site():
-    with pytest.raises(sf.SiteError, match="no dictionary there"):
+    with pytest.raises(sf.errors.SiteError, match="no dictionary there"):
         SAES.latents({7: [1]})
 
 
@@ -202,7 +202,7 @@ VERBS = {
     "subject", [SAES[0].latents([]), [1, 2], None, "resid_post.0", SAES.at("mlp_out")], ids=repr
 )
 def test_verbs_refuse_what_selects_nothing(verb, subject):
-    with pytest.raises(sf.LatentError) as caught:
+    with pytest.raises(sf.errors.LatentError) as caught:
         VERBS[verb](subject)
     text = str(caught.value)
     assert verb in text and "at least one latent" in text and "Try: " in text
@@ -257,8 +257,8 @@ def test_chains_flatten_and_print():
     a, b, c = sf.Ablate(ONE), sf.Probe(ONE), sf.Clamp(ONE, 1.0)
     assert ((a | b) | c).parts() == (a | (b | c)).parts() == (a, b, c)
     assert repr(a | b) == f"{a!r} | {b!r}"
-    assert repr(sf.Chain(())) == "Chain(())" and sf.Chain(()).parts() == ()
-    assert (sf.Chain(()) | a).parts() == (a,)
+    assert repr(sf.verbs.base.Chain(())) == "Chain(())" and sf.verbs.base.Chain(()).parts() == ()
+    assert (sf.verbs.base.Chain(()) | a).parts() == (a,)
 
 
 def test_verbs_are_frozen():
@@ -285,7 +285,7 @@ def test_equality_of_verbs_with_values():
     ],
 )
 def test_clamp_takes_exactly_one_change(make):
-    with pytest.raises(sf.LatentError, match="Clamp"):
+    with pytest.raises(sf.errors.LatentError, match="Clamp"):
         make(SAES[1].latents([2, 3]))
 
 
@@ -295,7 +295,7 @@ def test_values_that_are_not_finite(name, bad):
     chosen = SAES[1].latents([2, 3])
     verb = sf.Ablate if name == "to" else sf.Clamp
     for value in (bad, torch.tensor([1.0, bad])):
-        with pytest.raises(sf.LatentError, match="finite"):
+        with pytest.raises(sf.errors.LatentError, match="finite"):
             verb(chosen, **{name: value})
 
 
@@ -304,18 +304,18 @@ def test_values_that_are_not_finite(name, bad):
 def test_values_of_another_length(name, shape):
     chosen = SAES[1].latents([2, 3])
     verb = sf.Ablate if name == "to" else sf.Clamp
-    with pytest.raises(sf.LatentError) as caught:
+    with pytest.raises(sf.errors.LatentError) as caught:
         verb(chosen, **{name: torch.ones(shape)})
     assert str(shape) in str(caught.value) and "[2]" in str(caught.value)
 
 
 def test_ablate_to_a_word_it_does_not_know():
-    with pytest.raises(sf.LatentError, match="read them with a Probe"):
+    with pytest.raises(sf.errors.LatentError, match="read them with a Probe"):
         sf.Ablate(ONE, to="mean")
 
 
 def test_probe_with_an_unknown_reduction():
-    with pytest.raises(sf.LatentError, match="'median'"):
+    with pytest.raises(sf.errors.LatentError, match="'median'"):
         sf.Probe(ONE, reduce="median")
 
 

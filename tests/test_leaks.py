@@ -14,7 +14,7 @@ TROUBLES = {"none": None, "a module that raises": RuntimeError, "Ctrl-C": Keyboa
 SAMPLE = {"max_new_tokens": 4, "temperature": 1.0, "seed": 0}
 
 
-def chain() -> sf.Chain:
+def chain() -> sf.verbs.base.Chain:
     """Edits and a condition that must be remembered, at three sites."""
     held = sf.When(sf.Direction(unit(3), site="resid_pre.0"), above=-9.0, hold=True)
     return sf.Clamp(make_sae().latents([1, 2]), 30.0, when=held) | sf.Ablate(
@@ -31,7 +31,7 @@ def use(way: str, nn, batch) -> None:
     elif way == "run, beams":
         sf.run(nn, batch, chain(), max_new_tokens=4, num_beams=2)
     elif way == "stream":
-        list(sf.stream(nn, RAGGED, chain(), max_new_tokens=4, batch_size=2))
+        list(sf.running.run.stream(nn, RAGGED, chain(), max_new_tokens=4, batch_size=2))
     elif way == "sweep":
         sf.sweep(nn, batch, {1: chain(), 2: None}, max_new_tokens=4)
     elif way == "hooked":
@@ -105,7 +105,7 @@ def test_nothing_is_left_behind(way, trouble, when):
 def test_a_stream_that_is_dropped_leaves_nothing():
     nn = wrapped(build("llama"))
     before = state(nn)
-    found = sf.stream(nn, RAGGED, chain(), **SAMPLE, batch_size=1)
+    found = sf.running.run.stream(nn, RAGGED, chain(), **SAMPLE, batch_size=1)
     next(found)
     require_same(before, state(nn))
     del found

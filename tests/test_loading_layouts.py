@@ -204,7 +204,7 @@ def test_a_saved_inference_model_is_read_as_sae_lens_reads_it(tmp_path):
     theirs.load_state_dict(tensors() | {"threshold": threshold()})
     theirs.save_model(tmp_path)
     agree(sf.load_sae(tmp_path), theirs)
-    agree(sf.from_sae_lens(theirs), theirs)
+    agree(sf.load_sae(theirs), theirs)
     assert sf.load_sae(tmp_path, site="resid_post.3").site == sf.Site("resid_post", 3)
 
 
@@ -222,7 +222,7 @@ def test_a_fine_tuned_sae_decodes_with_its_factor(tmp_path):
     torch.testing.assert_close(tuned.directions([7]), factor[7] * plain.directions([7]))
     assert plain.fingerprint() != tuned.fingerprint()
     undeclared = native(tmp_path / "b", flat(), scaling_factor=factor)
-    with pytest.raises(sf.DictionaryError, match="finetuning_scaling_factor"):
+    with pytest.raises(sf.errors.DictionaryError, match="finetuning_scaling_factor"):
         sf.load_sae(undeclared)
 
 
@@ -249,7 +249,7 @@ def test_an_activation_factor_beside_the_file_is_folded_in(tmp_path):
     ],
 )
 def test_what_cannot_be_computed_is_refused(tmp_path, config, said):
-    with pytest.raises(sf.DictionaryError, match=said):
+    with pytest.raises(sf.errors.DictionaryError, match=said):
         sf.load_sae(native(tmp_path, config))
 
 
@@ -280,10 +280,10 @@ def test_gemma_scope_sites_come_from_the_path(tmp_path, repo, read, write):
 
 def test_gemma_scope_needs_a_site_away_from_its_repository(tmp_path):
     folder = npz(tmp_path / "layer_12" / "width_16k" / "average_l0_82")
-    with pytest.raises(sf.DictionaryError, match="site="):
+    with pytest.raises(sf.errors.DictionaryError, match="site="):
         sf.load_sae(folder)
     assert sf.load_sae(folder, site="mlp_out.12").site == sf.Site("mlp_out", 12)
-    with pytest.raises(sf.DictionaryError, match="ids="):
+    with pytest.raises(sf.errors.DictionaryError, match="ids="):
         sf.load_saes(tmp_path)
     saes = sf.load_saes(tmp_path, ids={"mlp_out.12": "layer_12/*"})
     assert saes["mlp_out.12"].name == "layer_12/width_16k/average_l0_82"
@@ -327,7 +327,7 @@ def test_a_llama_scope_transcoder_has_two_norms(tmp_path):
 
 
 def test_llama_scope_before_conversion_is_refused(tmp_path):
-    with pytest.raises(sf.DictionaryError, match="topk"):
+    with pytest.raises(sf.errors.DictionaryError, match="topk"):
         sf.load_sae(llama(tmp_path, 1.0, act_fn="topk"))
 
 
@@ -340,7 +340,7 @@ def test_llama_scope_distilled(tmp_path, log):
     state = linear(tensors()) | {"log_jumprelu_threshold": log}
     weights = tmp_path / "sae_weights.safetensors"
     save(state, weights)
-    with pytest.raises(sf.DictionaryError, match="dataset_average_activation_norm"):
+    with pytest.raises(sf.errors.DictionaryError, match="dataset_average_activation_norm"):
         sf.load_sae(tmp_path)
     save(state | {"dataset_average_activation_norm.blocks.4.hook_resid_post": torch.tensor(2.0)},
          weights)  # fmt: skip
@@ -386,7 +386,7 @@ def test_a_pickle_is_refused_with_the_lines_that_convert_it(tmp_path):
     folder = tmp_path / "resid_post_layer_3" / "trainer_0"
     dump(trainer("AutoEncoderTopK", k=7), folder / "config.json")
     torch.save(state_of("AutoEncoderTopK"), folder / "ae.pt")
-    with pytest.raises(sf.DictionaryError, match="pickle") as caught:
+    with pytest.raises(sf.errors.DictionaryError, match="pickle") as caught:
         sf.load_sae(folder)
     lines = str(caught.value).split("Try: ")[1]
     exec(lines.replace("'ae.", f"'{folder}/ae."), {"torch": torch})
@@ -397,11 +397,11 @@ def test_a_pickle_is_refused_with_the_lines_that_convert_it(tmp_path):
 def test_dictionary_learning_elsewhere_than_in_the_stream_needs_a_site(tmp_path):
     dump(trainer("AutoEncoder", submodule_name="mlp_layer_3"), tmp_path / "config.json")
     save(state_of("AutoEncoder"), tmp_path / "ae.safetensors")
-    with pytest.raises(sf.DictionaryError, match="site="):
+    with pytest.raises(sf.errors.DictionaryError, match="site="):
         sf.load_sae(tmp_path)
     assert sf.load_sae(tmp_path, site="mlp_out.3").site == sf.Site("mlp_out", 3)
     dump(trainer("CrossCoder"), tmp_path / "config.json")
-    with pytest.raises(sf.DictionaryError, match="CrossCoder"):
+    with pytest.raises(sf.errors.DictionaryError, match="CrossCoder"):
         sf.load_sae(tmp_path)
 
 
@@ -433,15 +433,15 @@ def test_sparsify(tmp_path, normalized):
 
 
 def test_sparsify_sites_are_named_where_they_depend_on_the_model(tmp_path):
-    with pytest.raises(sf.DictionaryError, match="site="):
+    with pytest.raises(sf.errors.DictionaryError, match="site="):
         sf.load_sae(coder(tmp_path / "layers.6.mlp"))
     transcoder = coder(tmp_path / "h.6.mlp", transcode=True)
-    with pytest.raises(sf.DictionaryError, match="write_site="):
+    with pytest.raises(sf.errors.DictionaryError, match="write_site="):
         sf.load_sae(transcoder, site="resid_mid.6")
     sae = sf.load_sae(transcoder, site="resid_mid.6", write_site="mlp_out.6")
     pre = values() @ tensors()["W_enc"] + tensors()["b_enc"]
     assert torch.equal(sae.encode(values()) > 0, pre >= pre.topk(5, dim=-1).values[..., -1:])
-    with pytest.raises(sf.DictionaryError, match="groupmax"):
+    with pytest.raises(sf.errors.DictionaryError, match="groupmax"):
         sf.load_sae(coder(tmp_path / "layers.7", activation="groupmax"))
 
 
@@ -474,7 +474,7 @@ def test_a_tree_is_chosen_from_as_a_release_is(tree):
     ],
 )
 def test_a_choice_that_does_not_fit_lists_what_is_there(tree, choice, said):
-    error = sf.DictionaryError if choice else sf.SiteError
+    error = sf.errors.DictionaryError if choice else sf.errors.SiteError
     with pytest.raises(error, match=said):
         sf.load_saes(tree, **choice)
 
@@ -490,7 +490,7 @@ def test_a_broken_neighbor_is_named(tmp_path):
     native(tmp_path / "good", flat())
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "cfg.json").write_text("{")
-    with pytest.raises(sf.DictionaryError, match=r"bad.*not JSON"):
+    with pytest.raises(sf.errors.DictionaryError, match=r"bad.*not JSON"):
         sf.load_saes(tmp_path)
     assert len(sf.load_saes(tmp_path, sites="resid_pre")) == 1
 
@@ -512,28 +512,28 @@ def test_truncated_files_are_refused_by_name(tmp_path, make, file):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"version https://git-lfs.github.com/spec/v1\n", b""):
         path.write_bytes(content)
-        with pytest.raises(sf.DictionaryError, match=path.name):
+        with pytest.raises(sf.errors.DictionaryError, match=path.name):
             sf.load_sae(tmp_path, site="resid_post.1")
 
 
 def test_an_archive_of_objects_is_refused(tmp_path):
     np.savez(tmp_path / "params.npz", W_enc=np.array([{"code": 1}], dtype=object))
-    with pytest.raises(sf.DictionaryError, match=r"params\.npz"):
+    with pytest.raises(sf.errors.DictionaryError, match=r"params\.npz"):
         sf.load_sae(tmp_path, site="resid_post.1")
 
 
 def test_missing_files_and_tensors_are_named(tmp_path):
-    with pytest.raises(sf.DictionaryError, match="sae_weights"):
+    with pytest.raises(sf.errors.DictionaryError, match="sae_weights"):
         dump(flat(), tmp_path / "a" / "cfg.json")
         sf.load_sae(tmp_path / "a")
-    with pytest.raises(sf.DictionaryError, match="nowhere"):
+    with pytest.raises(sf.errors.DictionaryError, match="nowhere"):
         sf.load_sae(tmp_path / "nowhere")
     llama(tmp_path / "b", 1.0)
     save({"encoder.weight": torch.ones(N, D)}, tmp_path / "b/checkpoints/final.safetensors")
-    with pytest.raises(sf.DictionaryError, match=r"decoder\.weight"):
+    with pytest.raises(sf.errors.DictionaryError, match=r"decoder\.weight"):
         sf.load_sae(tmp_path / "b")
     dump({"d_in": D, "activation": "topk"}, coder(tmp_path / "layers.3") / "cfg.json")
-    with pytest.raises(sf.DictionaryError, match="'k'"):
+    with pytest.raises(sf.errors.DictionaryError, match="'k'"):
         sf.load_sae(tmp_path / "layers.3")
 
 

@@ -372,7 +372,7 @@ def test_a_pickle_sae_lens_cannot_convert_is_refused(cache):
     release = "sae_bench_pythia70m_sweep_standard_ctx128_0712"
     sae_id = "blocks.3.hook_resid_post__trainer_10"
     cache.fill(release, sae_id, trainer("AutoEncoderNew"), state_of("AutoEncoderNew"))
-    with pytest.raises(sf.DictionaryError, match="sae-lens cannot convert"):
+    with pytest.raises(sf.errors.DictionaryError, match="sae-lens cannot convert"):
         one(release, sae_id).sae  # noqa: B018
 
 
@@ -384,13 +384,15 @@ SCOPE, SCOPE_ID = "gemma-scope-2b-pt-res", "layer_12/width_65k/average_l0_72"
 def test_nothing_is_read_before_latents_are_selected(cache):
     saes = sf.load_saes(SCOPE, sites="resid_post", width="65k", l0=100)
     assert saes[12].site.layer == 12 and "not read yet" in repr(saes[12])
-    with pytest.raises(sf.DictionaryError, match=re.escape(f"{SCOPE_ID}/params.npz")) as caught:
+    with pytest.raises(
+        sf.errors.DictionaryError, match=re.escape(f"{SCOPE_ID}/params.npz")
+    ) as caught:
         saes.latents({12: [3]})
     assert f"hf download google/{SCOPE}" in str(caught.value)
     cache.fill(SCOPE, SCOPE_ID, JUMP)
     assert len(saes.latents({12: [3]})) == 1
     assert "not read yet" not in repr(saes[12]) and saes[12].excluded == ()
-    with pytest.raises(sf.LatentError, match=f"0..{N - 1}"):
+    with pytest.raises(sf.errors.LatentError, match=f"0..{N - 1}"):
         saes.latents({12: [N]})
 
 
@@ -404,7 +406,7 @@ def test_the_fingerprint_is_that_of_the_same_files_in_a_folder(cache):
 def test_a_file_at_another_site_than_its_name_is_refused_unless_named(cache):
     release, sae_id = "gemma-2-2b-res-matryoshka-dc", "blocks.5.hook_resid_post"
     cache.fill(release, sae_id, NEW, JUMP)  # the file says layer 3
-    with pytest.raises(sf.DictionaryError, match=r"resid_post\.5.*resid_post\.3"):
+    with pytest.raises(sf.errors.DictionaryError, match=r"resid_post\.5.*resid_post\.3"):
         one(release, sae_id).d_sae  # noqa: B018
     saes = sf.load_saes(release, ids={"resid_post.5": sae_id})
     assert saes[5].d_sae == N and saes[5].site == saes[5].sae.site

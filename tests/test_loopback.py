@@ -20,10 +20,11 @@ import nnsight
 import pytest
 import torch
 from nnsight.intervention.backends.remote import RemoteError
+from tests.loopback.far.pipe import Gone, Pipe
 
+import loopback
 import saefeat as sf
 from helpers import RAGGED, D, batch_of, build, make_sae, unit, wrapped
-from saefeat.loopback.far.pipe import Gone, Pipe
 
 NEW = 3
 
@@ -38,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def apart(model):
-    with sf.serve(model, copies=True) as server:
+    with loopback.serve(model, copies=True) as server:
         whereabouts(model, remote=server.url)  # the first job starts the worker
         yield server
 
@@ -101,7 +102,7 @@ def test_what_crosses_is_counted(model, apart):
     with model.trace(batch, remote=apart.url):
         nnsight.save(intervention(model))
     crossed = apart.crossings[-1]
-    assert crossed.parks == sf.preflight(model, RAGGED, intervention).parks == 3
+    assert crossed.parks == sf.remote.preflight(model, RAGGED, intervention).parks == 3
     assert crossed.trips == 1 + 3 + 2  # to begin; what is asked for; what was read, sent back
     value = batch["input_ids"].numel() * D * 4
     assert crossed.to_block > value
@@ -141,8 +142,8 @@ def nothing_crosses(model, apart):
 def test_no_gradient_crosses(model, apart):
     with pytest.raises(RemoteError, match="does not require grad"):
         nothing_crosses(model, apart)
-    attribute = sf.Attribute(latents(), sf.logit_diff(3, 5), method=sf.AtP())
-    with pytest.raises(sf.GradientError, match=r"Exact\(\) or FiniteDifference\(\)"):
+    attribute = sf.Attribute(latents(), sf.logit_diff(3, 5), method=sf.attribution.AtP())
+    with pytest.raises(sf.errors.GradientError, match=r"Exact\(\) or FiniteDifference\(\)"):
         attribute(model, RAGGED, remote=apart.url)
 
 
@@ -273,7 +274,7 @@ def site(name: str) -> sf.Intervention:
 @pytest.fixture(scope="module")
 def gpt2():
     nn = wrapped(build("gpt2"))
-    with sf.serve(nn, copies=True) as server:
+    with loopback.serve(nn, copies=True) as server:
         yield nn, server
 
 
@@ -352,15 +353,20 @@ def test_a_client_that_hangs_up_is_no_news(apart, capfd):
 @pytest.mark.parametrize(
     "make, options, error, match",
     [
-        (lambda: build("llama"), {}, sf.ModelError, "was not wrapped"),
-        (lambda: 3, {}, sf.ModelError, "a int"),
-        (lambda: wrapped(build("llama")), {"timeout": 0}, sf.RemoteError, "more than 0"),
-        (lambda: wrapped(build("llama")), {"timeout": float("nan")}, sf.RemoteError, "timeout"),
-        (lambda: wrapped(build("llama")), {"faults": ["explode"]}, sf.RemoteError, "vanish"),
+        (lambda: build("llama"), {}, sf.errors.ModelError, "was not wrapped"),
+        (lambda: 3, {}, sf.errors.ModelError, "a int"),
+        (lambda: wrapped(build("llama")), {"timeout": 0}, sf.errors.RemoteError, "more than 0"),
+        (
+            lambda: wrapped(build("llama")),
+            {"timeout": float("nan")},
+            sf.errors.RemoteError,
+            "timeout",
+        ),
+        (lambda: wrapped(build("llama")), {"faults": ["explode"]}, sf.errors.RemoteError, "vanish"),
     ],
 )
 def test_what_cannot_be_served_is_refused(make, options, error, match):
-    with pytest.raises(error, match=match), sf.serve(make(), **options):
+    with pytest.raises(error, match=match), loopback.serve(make(), **options):
         pass
 
 
@@ -369,19 +375,22 @@ def test_a_skeleton_cannot_be_served(model, tmp_path):
     bare = nnsight.TransformersModel(
         str(tmp_path), tokenizer=model.tokenizer, task="text-generation"
     )
-    with pytest.raises(sf.ModelError, match="without weights"), sf.serve(bare):
+    with pytest.raises(sf.errors.ModelError, match="without weights"), loopback.serve(bare):
         pass
 
 
 def test_blocks_apart_need_forks(model, monkeypatch):
     monkeypatch.delattr("os.fork")
-    with pytest.raises(sf.RemoteError, match=r"os\.fork"), sf.serve(model, copies=True):
+    with (
+        pytest.raises(sf.errors.RemoteError, match=r"os\.fork"),
+        loopback.serve(model, copies=True),
+    ):
         pass
 
 
 @pytest.mark.slow
 def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
-    with sf.serve(tmp_path) as server, pytest.raises(RemoteError, match="exit code 1"):
+    with loopback.serve(tmp_path) as server, pytest.raises(RemoteError, match="exit code 1"):
         sf.run(model, RAGGED, remote=server.url)
 
 
@@ -438,7 +447,7 @@ def test_nothing_is_left_behind(model, tmp_path, monkeypatch):
         except Exception as error:
             failed.append(error)
 
-    with sf.serve(model, copies=True) as server:
+    with loopback.serve(model, copies=True) as server:
         pids = whereabouts(model, remote=server.url)[1:2]
         pids.append(server.worker._process.pid)
         waiting = threading.Thread(target=client)
@@ -461,7 +470,7 @@ from helpers import RAGGED, build, wrapped
 from test_loopback import endless, whereabouts
 nnsight.CONFIG.APP.REMOTE_LOGGING = False
 model = wrapped(build("llama"))
-with sf.serve(model, copies=True) as server:
+with loopback.serve(model, copies=True) as server:
     pids = [server.worker._process, *whereabouts(model, remote=server.url)[1:2]]
     pids[0] = server.worker._process.pid
     threading.Thread(target=endless, args=(model, server.url), daemon=True).start()
@@ -498,7 +507,7 @@ def test_half_a_message_is_the_end():
 
 
 def test_tensors_leave_without_what_is_behind_them():
-    from saefeat.loopback.far.pipe import alone
+    from tests.loopback.far.pipe import alone
 
     whole = torch.zeros(1000, 8, requires_grad=True)
     part = alone((whole * 2)[3:5])
@@ -514,7 +523,7 @@ def test_a_half_precision_block_runs_under_autocast_and_the_kernel_does_not():
     """NDIF's trusted keys: float32 products of a block would be bfloat16's, and latents flip."""
     half = wrapped(build("llama").to(torch.bfloat16))
     probe = sf.Probe(latents())
-    with sf.serve(half) as server, half.trace(batch_of(), remote=server.url):
+    with loopback.serve(half) as server, half.trace(batch_of(), remote=server.url):
         casts = nnsight.save(torch.is_autocast_enabled("cpu"))
         log = nnsight.save(probe(half))
         x = nnsight.save(layer(half, 1).output.clone())

@@ -365,7 +365,7 @@ def test_gradient_checkpointing(reentrant):
         lambda: sf.edit(nn_model, PUSH),
         lambda: attribute(nn_model, RAGGED),
     ):
-        with pytest.raises(sf.ModelError, match="gradient checkpointing at 'model'"):
+        with pytest.raises(sf.errors.ModelError, match="gradient checkpointing at 'model'"):
             act()
     getattr(model, enable.__name__.replace("enable", "disable"))()
     torch.testing.assert_close(gradient(model, PUSH), gradient(build("llama"), PUSH))
@@ -401,7 +401,7 @@ def test_a_site_in_compiled_code_is_refused(how, way):
     if how == "forward" and way != "hooked":
         pytest.skip("nnsight wraps the compiled forward and stays outside of it: exact")
     model = compiled(how)
-    with pytest.raises(sf.ModelError, match=r"torch\.compile"):
+    with pytest.raises(sf.errors.ModelError, match=r"torch\.compile"):
         if way == "hooked":
             with sf.hooked(model, PUSH):
                 pass
@@ -434,7 +434,9 @@ def test_a_site_that_a_pass_leaves_out_is_an_error():
     model.config.num_hidden_layers = 1
     with torch.no_grad(), sf.hooked(model, sf.Ablate(sf.Direction(unit(), site="resid_post.0"))):
         forward(model, batch)
-    with pytest.raises(sf.ModelError, match=r"did not pass through model\.layers\.1\.output"):
+    with pytest.raises(
+        sf.errors.ModelError, match=r"did not pass through model\.layers\.1\.output"
+    ):
         with_edit(model, batch, PUSH)
     assert hook_count(model) == hook_count(build("llama"))
 
@@ -447,7 +449,7 @@ def with_edit(model, batch, step):
 def test_a_hooked_block_without_a_forward_pass_is_an_error():
     """Another copy of the model was called, or results came from a cache."""
     model, other = build("llama"), build("llama")
-    never = pytest.raises(sf.FiringError, match="never called inside the block")
+    never = pytest.raises(sf.errors.FiringError, match="never called inside the block")
     with never, torch.no_grad(), sf.hooked(model, PUSH):
         forward(other, batch_of())
     assert hook_count(model) == hook_count(other)

@@ -24,7 +24,9 @@ METRIC = sf.logit_diff([5, 9], 7)
 
 
 def steering():
-    return sf.Ablate(sf.direction(unit(9), sites=["resid_pre.0", "resid_post.1", "resid_post.2"]))
+    return sf.Ablate(
+        sf.Direction.at_sites(unit(9), sites=["resid_pre.0", "resid_post.1", "resid_post.2"])
+    )
 
 
 def sums(scores, dictionary=0) -> torch.Tensor:
@@ -44,7 +46,7 @@ def test_exact_is_ablating_each_latent(architecture):
     """Against run(Ablate(latent)), one latent and one run at a time."""
     nn, sae = wrapped(build("llama")), make_sae(architecture)
     chosen = sae.latents(range(0, 48, 5))
-    scores = sf.Attribute(chosen, METRIC, method=sf.Exact())(nn, RAGGED, batch_size=2)
+    scores = sf.Attribute(chosen, METRIC, method=sf.attribution.Exact())(nn, RAGGED, batch_size=2)
     assert (scores.position == -1).all() and len(scores) > 10
     found = sums(scores)
     clean = score_metric(sf.run(nn, RAGGED).logits)
@@ -59,7 +61,7 @@ def test_exact_by_token_and_where():
     """One token at a time, against a hook that moves that token alone."""
     model, batch = build("gpt2", F64), batch_of()
     sae, where = make_sae(dtype=F64), sf.Tokens.last(2)
-    job = sf.Attribute(sae, METRIC, method=sf.Exact(per="token"), where=where)
+    job = sf.Attribute(sae, METRIC, method=sf.attribution.Exact(per="token"), where=where)
     scores = job(wrapped(model), batch, batch_size=2)
     site = sae.site
     f = sae.encode(grab(model, batch, [site])[site])
@@ -86,7 +88,9 @@ def test_exact_moves_to_the_baseline(norm):
     sae = make_sae("jumprelu", norm=norm, dtype=F64)
     chosen = sae.latents(range(0, 48, 4))
     start = steering()
-    scores = sf.Attribute(chosen, METRIC, baseline=start, method=sf.Exact())(wrapped(model), batch)
+    scores = sf.Attribute(chosen, METRIC, baseline=start, method=sf.attribution.Exact())(
+        wrapped(model), batch
+    )
     site = sae.site
     clean, base = grab(model, batch, [site])[site], grab(model, batch, [site], start)[site]
     f, g = sae.encode(clean), sae.encode(base)
@@ -104,14 +108,16 @@ def test_exact_moves_to_the_baseline(norm):
 
 def test_finite_differences_are_atp_without_gradients():
     nn = wrapped(build("gpt2", F64))  # llama's norms compute in float32 whatever they are given
-    saes = sf.Dictionaries([make_sae(layer=0, dtype=F64), make_sae("topk", layer=2, dtype=F64)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae(layer=0, dtype=F64), make_sae("topk", layer=2, dtype=F64)]
+    )
     atp = sf.Attribute(saes, METRIC, baseline=steering())(nn, RAGGED)
     with torch.no_grad():  # no gradient is needed
-        tokens = sf.FiniteDifference(1e-3, per="token")
+        tokens = sf.attribution.FiniteDifference(1e-3, per="token")
         by_token = sf.Attribute(saes, METRIC, baseline=steering(), method=tokens)(nn, RAGGED)
-        whole = sf.Attribute(saes, METRIC, baseline=steering(), method=sf.FiniteDifference(1e-3))(
-            nn, RAGGED
-        )
+        whole = sf.Attribute(
+            saes, METRIC, baseline=steering(), method=sf.attribution.FiniteDifference(1e-3)
+        )(nn, RAGGED)
     close(dense(by_token, batch_of()), dense(atp, batch_of()), 1e-5)
     for n in range(2):
         torch.testing.assert_close(sums(whole, n), sums(atp, n), atol=1e-5, rtol=1e-4)
@@ -122,30 +128,34 @@ def test_exact_of_metrics_and_rows():
     nn, sae = wrapped(build("llama")), make_sae()
     chosen = sae.latents(range(0, 48, 6))
     for metric in (
-        sf.logit(sf.PerPrompt([5, 9, 13])),
-        sf.log_prob(sf.PerPrompt([[5, 9, 4], [7], [30, 31]])),
-        sf.kl(),
+        sf.metrics.logit(sf.metrics.PerPrompt([5, 9, 13])),
+        sf.metrics.log_prob(sf.metrics.PerPrompt([[5, 9, 4], [7], [30, 31]])),
+        sf.metrics.kl(),
     ):
-        found = sums(sf.Attribute(chosen, metric, method=sf.Exact())(nn, RAGGED))
-        clean = sf.measure(nn, RAGGED, metric)
+        found = sums(sf.Attribute(chosen, metric, method=sf.attribution.Exact())(nn, RAGGED))
+        clean = sf.metrics.measure(nn, RAGGED, metric)
         for one in chosen.singles():
             (_, index) = next(iter(one))
             edit = sf.Ablate(one, where=sf.Tokens.prompt())
-            moved = sf.measure(nn, RAGGED, metric, edit)
+            moved = sf.metrics.measure(nn, RAGGED, metric, edit)
             torch.testing.assert_close(found[:, index], moved - clean, atol=2e-5, rtol=1e-3)
 
 
 def test_exact_refuses_whole_dictionaries_and_what_needs_gradients():
     nn, sae = wrapped(build("llama")), make_sae()
-    with pytest.raises(sf.LatentError, match="limit=48"):
-        sf.Attribute(sae, METRIC, method=sf.Exact(limit=47))(nn, RAGGED)
-    for how in ({"semantics": "through_sae"}, {"backward": sf.RelP()}, {"one_site": True}):
+    with pytest.raises(sf.errors.LatentError, match="limit=48"):
+        sf.Attribute(sae, METRIC, method=sf.attribution.Exact(limit=47))(nn, RAGGED)
+    for how in (
+        {"semantics": "through_sae"},
+        {"backward": sf.attribution.RelP()},
+        {"one_site": True},
+    ):
         with pytest.raises(sf.SaefeatError, match="takes gradients"):
-            sf.Attribute(sae, METRIC, method=sf.Exact(), **how)
+            sf.Attribute(sae, METRIC, method=sf.attribution.Exact(), **how)
     for wrong in (
-        lambda: sf.Exact(per="prompt"),
-        lambda: sf.Exact(limit=0),
-        lambda: sf.FiniteDifference(0.0),
+        lambda: sf.attribution.Exact(per="prompt"),
+        lambda: sf.attribution.Exact(limit=0),
+        lambda: sf.attribution.FiniteDifference(0.0),
     ):
         with pytest.raises(sf.SaefeatError, match="latent"):
             wrong()
@@ -158,7 +168,9 @@ def test_exact_refuses_whole_dictionaries_and_what_needs_gradients():
 @pytest.mark.parametrize("method", [sf.IG(5), sf.IG(4, "gauss")], ids=repr)
 def test_steps_share_passes_without_a_difference(method, baseline):
     nn, batch = wrapped(build("gemma3_text", F64)), batch_of()
-    saes = sf.Dictionaries([make_sae(layer=0, dtype=F64), make_sae("transcoder", dtype=F64)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae(layer=0, dtype=F64), make_sae("transcoder", dtype=F64)]
+    )
     start = None if baseline == "zero" else steering()
     job = sf.Attribute(saes, METRIC, baseline=start, method=method)
     one = job(nn, batch, steps_at_once=1)
@@ -178,7 +190,7 @@ def test_how_many_steps_share_a_pass():
         job(wrapped(model), RAGGED, steps_at_once=count)
         assert rows == wanted
     rows.clear()  # a metric that asks for the baseline run's tokens must have it first
-    top = sf.Attribute(make_sae(), sf.logit_diff(sf.BASELINE_TOP, 7), method=sf.IG(8))
+    top = sf.Attribute(make_sae(), sf.logit_diff(sf.metrics.BASELINE_TOP, 7), method=sf.IG(8))
     top(wrapped(model), RAGGED, steps_at_once=3)
     assert rows == [3, 3, 9, 9, 3]
     for wrong in (0, "all", 1.5):
@@ -194,8 +206,8 @@ def test_each_site_on_a_path_of_its_own_is_complete(baseline):
     """Neurons explain everything: each site's scores sum to the change it makes alone."""
     model, batch = build("llama", F64), batch_of()
     sites = [f"resid_post.{layer}" for layer in (0, 2)] + ["mlp_out.1"]
-    neurons = sf.Dictionaries(sf.Neurons(site, D) for site in sites)
-    start = steering() if baseline == "steering" else sf.Fixed(neurons, 0.2)
+    neurons = sf.dictionaries.Dictionaries(sf.Neurons(site, D) for site in sites)
+    start = steering() if baseline == "steering" else sf.attribution.Fixed(neurons, 0.2)
     job = sf.Attribute(neurons, METRIC, start, sf.IG(32, "gauss"), one_site=True)
     scores = job(wrapped(model), batch)
     assert scores.gap_by_site.abs().max() < 1e-4
@@ -217,7 +229,9 @@ def test_each_site_on_a_path_of_its_own_is_complete(baseline):
 
 def test_one_site_is_that_site_attributed_alone():
     nn, batch = wrapped(build("llama", F64)), batch_of()
-    saes = sf.Dictionaries([make_sae(layer=0, dtype=F64), make_sae("topk", layer=2, dtype=F64)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae(layer=0, dtype=F64), make_sae("topk", layer=2, dtype=F64)]
+    )
     for method in (sf.IG(4), sf.IG(3, "gauss")):
         both = sf.Attribute(saes, METRIC, method=method, one_site=True)(nn, batch, batch_size=2)
         for n, sae in enumerate(saes.values()):
@@ -231,10 +245,12 @@ def test_one_site_is_that_site_attributed_alone():
 
 @pytest.mark.parametrize("keep", [1, 4, 1000])
 def test_keep_the_largest_of_each_token(keep, monkeypatch):
-    import saefeat.attribution.moves as module
+    import saefeat.attribution.pairs as module
 
     nn, batch = wrapped(build("llama", F64)), batch_of()
-    saes = sf.Dictionaries([make_sae(layer=0, dtype=F64), make_sae("topk", layer=2, dtype=F64)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae(layer=0, dtype=F64), make_sae("topk", layer=2, dtype=F64)]
+    )
     every = sf.Attribute(saes, METRIC, method=sf.IG(2))(nn, batch)
     monkeypatch.setattr(module, "CHUNK", 10)
     monkeypatch.setattr(module, "TOKENS", 4)
@@ -297,16 +313,16 @@ def test_a_checkpoint_belongs_to_one_call(tmp_path):
     sf.Attribute(sae, METRIC)(nn, RAGGED, checkpoint=tmp_path)
     others = {
         "method": (sf.Attribute(sae, METRIC, method=sf.IG(2)), RAGGED),
-        "metric": (sf.Attribute(sae, sf.logit(5)), RAGGED),
-        "baseline": (sf.Attribute(sae, METRIC, sf.Fixed(sae, 0.1)), RAGGED),
+        "metric": (sf.Attribute(sae, sf.metrics.logit(5)), RAGGED),
+        "baseline": (sf.Attribute(sae, METRIC, sf.attribution.Fixed(sae, 0.1)), RAGGED),
         "target": (sf.Attribute(sae.latents([1, 2]), METRIC), RAGGED),
         "keep": (sf.Attribute(sae, METRIC, keep=3), RAGGED),
         "prompts": (sf.Attribute(sae, METRIC), RAGGED[:2]),
     }
     for name, (job, prompts) in others.items():
-        with pytest.raises(sf.CheckpointError, match=name):
+        with pytest.raises(sf.errors.CheckpointError, match=name):
             job(nn, prompts, checkpoint=tmp_path)
-    with pytest.raises(sf.CheckpointError, match="batch_size"):
+    with pytest.raises(sf.errors.CheckpointError, match="batch_size"):
         sf.Attribute(sae, METRIC)(nn, RAGGED, batch_size=2, checkpoint=tmp_path)
 
 
@@ -318,25 +334,27 @@ def test_models_without_gradients():
     job = sf.Attribute(make_sae(), METRIC)
     with torch.inference_mode():
         loaded = wrapped(build("llama"))
-    with pytest.raises(sf.GradientError, match=r"inference_mode\(\)"):
+    with pytest.raises(sf.errors.GradientError, match=r"inference_mode\(\)"):
         job(loaded, RAGGED)
     nn._module.to("meta")
-    with pytest.raises(sf.GradientError, match="FiniteDifference"):
+    with pytest.raises(sf.errors.GradientError, match="FiniteDifference"):
         job(nn, RAGGED)
 
 
 def test_a_metric_that_is_not_finite():
     nn = wrapped(build("llama"))
-    bad = sf.metric(lambda logits: logits[:, 5] / (logits[:, 5] - logits[:, 5]))
-    with pytest.raises(sf.GradientError, match="finite"):
+    bad = sf.metrics.custom(lambda logits: logits[:, 5] / (logits[:, 5] - logits[:, 5]))
+    with pytest.raises(sf.errors.GradientError, match="finite"):
         sf.Attribute(make_sae(), bad)(nn, RAGGED)
 
 
 def test_repr_is_the_call():
     sae = make_sae()
-    job = sf.Attribute(sae.latents([1]), METRIC, method=sf.Exact(limit=5), where=sf.Tokens.last(1))
+    job = sf.Attribute(
+        sae.latents([1]), METRIC, method=sf.attribution.Exact(limit=5), where=sf.Tokens.last(1)
+    )
     assert "method=Exact(per='latent', limit=5)" in repr(job)
-    assert repr(sf.Paired(["w1"], align="end")) == "Paired(['w1'], align='end')"
+    assert repr(sf.attribution.Paired(["w1"], align="end")) == "Paired(['w1'], align='end')"
 
 
 # ---------------------------------------------------------------- captum

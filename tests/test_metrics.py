@@ -73,21 +73,23 @@ def last(function):
 def test_targets_that_differ_by_prompt():
     model = build("llama")
     wanted, wrong = [5, 9, 13], [[7, 8], [2], [40, 41, 42]]
-    metric = sf.logit_diff(sf.PerPrompt(wanted), sf.PerPrompt(wrong))
+    metric = sf.logit_diff(sf.metrics.PerPrompt(wanted), sf.metrics.PerPrompt(wrong))
 
     def by_hand(n, logits):
         return logits[wanted[n]] - logits[wrong[n]].logsumexp(0)
 
     scores = sf.Attribute(NEURONS, metric)(wrapped(model), RAGGED, batch_size=2)
     agree(scores, slopes_by_hand(model, prompt_rows(), last(by_hand)))
-    words = sf.logit_diff(sf.PerPrompt(["w1", "w5", "w9"]), sf.PerPrompt(wrong))
+    words = sf.logit_diff(sf.metrics.PerPrompt(["w1", "w5", "w9"]), sf.metrics.PerPrompt(wrong))
     same = sf.Attribute(NEURONS, words)(wrapped(model), RAGGED)
     torch.testing.assert_close(same.clean, scores.clean)
 
 
 def test_targets_follow_their_prompts_through_copies_of_rows():
     nn = wrapped(build("llama"))
-    job = sf.Attribute(make_sae(), sf.logit(sf.PerPrompt([5, 9, 13])), method=sf.IG(4))
+    job = sf.Attribute(
+        make_sae(), sf.metrics.logit(sf.metrics.PerPrompt([5, 9, 13])), method=sf.IG(4)
+    )
     one = job(nn, RAGGED, steps_at_once=1)
     many = job(nn, RAGGED, steps_at_once=3)
     torch.testing.assert_close(many.score, one.score, atol=1e-6, rtol=1e-4)
@@ -95,16 +97,19 @@ def test_targets_follow_their_prompts_through_copies_of_rows():
 
 def test_values_for_other_prompts():
     nn = wrapped(build("llama"))
-    for metric in (sf.logit(sf.PerPrompt([5, 9])), sf.log_prob(sf.PerPrompt([[5], [9]]))):
-        with pytest.raises(sf.PromptError, match="2 prompts"):
+    for metric in (
+        sf.metrics.logit(sf.metrics.PerPrompt([5, 9])),
+        sf.metrics.log_prob(sf.metrics.PerPrompt([[5], [9]])),
+    ):
+        with pytest.raises(sf.errors.PromptError, match="2 prompts"):
             sf.Attribute(NEURONS, metric)(nn, RAGGED)
-        with pytest.raises(sf.PromptError, match="2 prompts"):
-            sf.measure(nn, RAGGED, metric)
-    with pytest.raises(sf.PromptError, match="2 and 3"):
-        sf.logit_diff(sf.PerPrompt([1, 2]), sf.PerPrompt([1, 2, 3]))
+        with pytest.raises(sf.errors.PromptError, match="2 prompts"):
+            sf.metrics.measure(nn, RAGGED, metric)
+    with pytest.raises(sf.errors.PromptError, match="2 and 3"):
+        sf.logit_diff(sf.metrics.PerPrompt([1, 2]), sf.metrics.PerPrompt([1, 2, 3]))
     for empty in ([], "text"):
-        with pytest.raises(sf.PromptError, match="one value a prompt"):
-            sf.PerPrompt(empty)
+        with pytest.raises(sf.errors.PromptError, match="one value a prompt"):
+            sf.metrics.PerPrompt(empty)
 
 
 # ---------------------------------------------------------------- continuations
@@ -121,12 +126,12 @@ def log_prob_by_hand(model, row, more) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_log_probability_of_a_continuation(family):
     model, rows = build(family), prompt_rows()
-    metric = sf.log_prob(sf.PerPrompt(MORE))
+    metric = sf.metrics.log_prob(sf.metrics.PerPrompt(MORE))
     with torch.no_grad():
         wanted = torch.stack(
             [log_prob_by_hand(model, row, more) for row, more in zip(rows, MORE, strict=True)]
         )
-    found = sf.measure(wrapped(model), RAGGED, metric)
+    found = sf.metrics.measure(wrapped(model), RAGGED, metric)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     fed = [row + more[:-1] for row, more in zip(rows, MORE, strict=True)]
 
@@ -143,7 +148,7 @@ def test_the_log_probability_of_a_continuation(family):
 
 
 def test_token_rules_see_a_continuation_as_generated():
-    nn, metric = wrapped(build("llama")), sf.log_prob(sf.PerPrompt(MORE))
+    nn, metric = wrapped(build("llama")), sf.metrics.log_prob(sf.metrics.PerPrompt(MORE))
     where = sf.Tokens.last(1) | sf.Tokens.generated()
     scores = sf.Attribute(NEURONS, metric, where=where)(nn, RAGGED)
     places = [sorted(set(scores.position[scores.prompt == n].tolist())) for n in range(3)]
@@ -152,20 +157,22 @@ def test_token_rules_see_a_continuation_as_generated():
 
 def test_one_continuation_for_all_and_as_text():
     nn = wrapped(build("llama"))
-    shared = sf.measure(nn, RAGGED, sf.log_prob([5, 9]))
-    text = sf.measure(nn, RAGGED, sf.log_prob("w1 w5"))
-    each = sf.measure(nn, RAGGED, sf.log_prob(sf.PerPrompt([[5, 9]] * 3)), batch_size=1)
+    shared = sf.metrics.measure(nn, RAGGED, sf.metrics.log_prob([5, 9]))
+    text = sf.metrics.measure(nn, RAGGED, sf.metrics.log_prob("w1 w5"))
+    each = sf.metrics.measure(
+        nn, RAGGED, sf.metrics.log_prob(sf.metrics.PerPrompt([[5, 9]] * 3)), batch_size=1
+    )
     torch.testing.assert_close(shared, text)
     torch.testing.assert_close(shared, each, atol=1e-5, rtol=1e-5)
-    single = sf.measure(nn, RAGGED, sf.log_prob([5]))
+    single = sf.metrics.measure(nn, RAGGED, sf.metrics.log_prob([5]))
     wanted = sf.run(nn, RAGGED).logits.log_softmax(-1)[:, 5]
     torch.testing.assert_close(single, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", ["", [], 5, [VOCAB], [-1], ["w1", "w2"]])
 def test_a_continuation_that_is_none(wrong):
-    with pytest.raises(sf.PromptError, match="continuation"):
-        sf.Attribute(NEURONS, sf.log_prob(wrong))(wrapped(build("llama")), RAGGED)
+    with pytest.raises(sf.errors.PromptError, match="continuation"):
+        sf.Attribute(NEURONS, sf.metrics.log_prob(wrong))(wrapped(build("llama")), RAGGED)
 
 
 # ---------------------------------------------------------------- distributions
@@ -178,8 +185,10 @@ def test_kl_to_the_clean_run():
     p, q = clean.log_softmax(-1), edited.log_softmax(-1)
     wanted = (p.exp() * (p - q)).sum(-1)
     assert wanted.min() > 1e-3
-    torch.testing.assert_close(sf.measure(nn, RAGGED, sf.kl(), edit), wanted, atol=1e-5, rtol=1e-4)
-    scores = sf.Attribute(NEURONS, sf.kl(), baseline=edit, method=sf.IG(64, "gauss"))(
+    torch.testing.assert_close(
+        sf.metrics.measure(nn, RAGGED, sf.metrics.kl(), edit), wanted, atol=1e-5, rtol=1e-4
+    )
+    scores = sf.Attribute(NEURONS, sf.metrics.kl(), baseline=edit, method=sf.IG(64, "gauss"))(
         wrapped(model), RAGGED
     )
     torch.testing.assert_close(scores.clean, torch.zeros(3), atol=1e-6, rtol=0)
@@ -191,24 +200,26 @@ def test_kl_to_the_baseline_and_to_given_logits():
     nn = wrapped(build("llama"))
     edit = sf.Clamp(sf.Direction(unit(3), site="resid_post.0"), add=3.0)
     base = sf.run(nn, RAGGED, edit).logits
-    to_base = sf.Attribute(NEURONS, sf.kl("baseline"), baseline=edit)(nn, RAGGED, batch_size=2)
-    given = sf.Attribute(NEURONS, sf.kl(base), baseline=edit)(nn, RAGGED, batch_size=2)
+    to_base = sf.Attribute(NEURONS, sf.metrics.kl("baseline"), baseline=edit)(
+        nn, RAGGED, batch_size=2
+    )
+    given = sf.Attribute(NEURONS, sf.metrics.kl(base), baseline=edit)(nn, RAGGED, batch_size=2)
     torch.testing.assert_close(given.score, to_base.score, atol=1e-6, rtol=1e-4)
     assert to_base.clean.min() > 1e-3 and to_base.baseline.abs().max() < 1e-5
-    probabilities = sf.measure(nn, RAGGED, sf.kl(base[0].log_softmax(-1)))
-    logits = sf.measure(nn, RAGGED, sf.kl(base[0]))
+    probabilities = sf.metrics.measure(nn, RAGGED, sf.metrics.kl(base[0].log_softmax(-1)))
+    logits = sf.metrics.measure(nn, RAGGED, sf.metrics.kl(base[0]))
     torch.testing.assert_close(probabilities, logits)
 
 
 def test_kl_where_it_has_no_slope_or_no_reference():
     """The gradient of a divergence is zero where it is: zeros would read as 'no effect'."""
-    with pytest.raises(sf.GradientError, match="no slope"):
-        sf.Attribute(NEURONS, sf.kl())
+    with pytest.raises(sf.errors.GradientError, match="no slope"):
+        sf.Attribute(NEURONS, sf.metrics.kl())
     with pytest.raises(sf.SaefeatError, match="baseline"):
-        sf.measure(wrapped(build("llama")), RAGGED, sf.kl("baseline"))
+        sf.metrics.measure(wrapped(build("llama")), RAGGED, sf.metrics.kl("baseline"))
     for wrong in ("steered", torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.long)):
         with pytest.raises(sf.SaefeatError, match="clean"):
-            sf.kl(wrong)
+            sf.metrics.kl(wrong)
 
 
 # ---------------------------------------------------------------- all logits, and sites
@@ -227,10 +238,12 @@ def test_a_function_of_all_logits():
         log_probs = logits[:-1].log_softmax(-1)
         return log_probs.gather(-1, torch.tensor(rows[n])[1:, None]).sum()
 
-    scores = sf.Attribute(NEURONS, sf.metric(loss, "text", tokens="all"))(wrapped(model), RAGGED)
+    scores = sf.Attribute(NEURONS, sf.metrics.custom(loss, "text", tokens="all"))(
+        wrapped(model), RAGGED
+    )
     agree(scores, slopes_by_hand(model, rows, by_hand))
     with pytest.raises(sf.SaefeatError, match="all"):
-        sf.metric(loss, tokens="every")
+        sf.metrics.custom(loss, tokens="every")
 
 
 def test_only_the_logits_that_are_read_are_computed():
@@ -238,9 +251,9 @@ def test_only_the_logits_that_are_read_are_computed():
     model, widths = build("llama"), []
     model.lm_head.register_forward_hook(lambda m, a, out: widths.append(out.shape[1]))
     for metric in (
-        sf.logit(5),
-        sf.log_prob([5, 9, 4]),
-        sf.metric(lambda x, m: x[:, -1, 5], tokens="all"),
+        sf.metrics.logit(5),
+        sf.metrics.log_prob([5, 9, 4]),
+        sf.metrics.custom(lambda x, m: x[:, -1, 5], tokens="all"),
     ):
         sf.Attribute(NEURONS, metric)(wrapped(model), RAGGED)
     assert widths == [1, 1, 3, 3, 6, 6]
@@ -255,7 +268,7 @@ def test_a_function_of_a_sites_value():
     def by_hand(n, logits, hidden):
         return hidden.norm(dim=-1).sum()
 
-    scores = sf.Attribute(NEURONS, sf.site_metric("resid_post.2", norm))(wrapped(model), RAGGED)
+    scores = sf.Attribute(NEURONS, sf.metrics.at_site("resid_post.2", norm))(wrapped(model), RAGGED)
     agree(scores, slopes_by_hand(model, prompt_rows(), by_hand))
 
 
@@ -266,17 +279,17 @@ def test_a_downstream_latent_and_a_projection():
     def projected(n, logits, hidden):
         return hidden[-1] @ unit(4)
 
-    scores = sf.Attribute(NEURONS, sf.activation(v))(wrapped(model), RAGGED)
+    scores = sf.Attribute(NEURONS, sf.metrics.activation(v))(wrapped(model), RAGGED)
     agree(scores, slopes_by_hand(model, prompt_rows(), projected))
     chosen = sae.latents([3, 8, 17, 20, 21, 33])
 
     def active(n, logits, hidden):
         return sae.encode(hidden[-2:], [3, 8, 17, 20, 21, 33]).sum()
 
-    metric = sf.activation(chosen, sf.Tokens.last(2))
+    metric = sf.metrics.activation(chosen, sf.Tokens.last(2))
     scores = sf.Attribute(NEURONS, metric)(wrapped(model), RAGGED)
     agree(scores, slopes_by_hand(model, prompt_rows(), active))
-    assert sf.measure(wrapped(model), RAGGED, metric).tolist() == pytest.approx(
+    assert sf.metrics.measure(wrapped(model), RAGGED, metric).tolist() == pytest.approx(
         scores.clean.tolist(), abs=1e-5
     )
 
@@ -285,7 +298,7 @@ def test_a_downstream_latent_and_a_projection():
 def test_sites_that_are_no_modules_output(site):
     """resid_mid is a sum, mlp_norm is computed: the metric sees what a Probe reads."""
     nn, sae = wrapped(build("gemma2")), make_sae(site=site, write_site=site)
-    metric = sf.activation(sae.latents([3, 8, 17]), sf.Tokens.all())
+    metric = sf.metrics.activation(sae.latents([3, 8, 17]), sf.Tokens.all())
     readings = sf.run(nn, RAGGED, sf.Probe(sae.latents([3, 8, 17]))).readings[0]
     wanted = torch.where(readings.mask, readings.values, 0.0).sum((1, 2))
     scores = sf.Attribute(sf.Neurons("resid_post.1", D), metric)(nn, RAGGED)
@@ -295,10 +308,10 @@ def test_sites_that_are_no_modules_output(site):
 
 def test_sites_behind_the_metrics_own_are_refused():
     nn, v = wrapped(build("llama")), sf.Direction(unit(4), site="resid_post.1")
-    with pytest.raises(sf.SiteError, match=r"resid_post\.2"):
-        sf.Attribute(sf.Neurons("resid_post.2", D), sf.activation(v))(nn, RAGGED)
-    with pytest.raises(sf.LatentError, match="2 dictionaries"):
-        sf.activation(make_sae(layer=0).latents([1]) | make_sae(layer=2).latents([1]))
+    with pytest.raises(sf.errors.SiteError, match=r"resid_post\.2"):
+        sf.Attribute(sf.Neurons("resid_post.2", D), sf.metrics.activation(v))(nn, RAGGED)
+    with pytest.raises(sf.errors.LatentError, match="2 dictionaries"):
+        sf.metrics.activation(make_sae(layer=0).latents([1]) | make_sae(layer=2).latents([1]))
 
 
 # ---------------------------------------------------------------- degenerate samples
@@ -307,18 +320,20 @@ def test_sites_behind_the_metrics_own_are_refused():
 def test_degenerate_samples_are_counted():
     nn = wrapped(build("llama"))
     nothing = sf.Clamp(make_sae(), scale=1.0)
-    found = sf.Attribute(make_sae(), sf.logit(5), baseline=nothing)(nn, RAGGED)
+    found = sf.Attribute(make_sae(), sf.metrics.logit(5), baseline=nothing)(nn, RAGGED)
     assert found.degenerate.all() and "3 degenerate" in repr(found)
-    moved = sf.Attribute(make_sae(), sf.logit(5))(nn, RAGGED)
+    moved = sf.Attribute(make_sae(), sf.metrics.logit(5))(nn, RAGGED)
     assert not moved.degenerate.any() and "degenerate" not in repr(moved)
 
 
 def test_bind_is_for_the_last_logits_alone():
-    scorer = sf.logit_diff(sf.PerPrompt([0, 1]), 2).bind(None)
+    scorer = sf.logit_diff(sf.metrics.PerPrompt([0, 1]), 2).bind(None)
     assert scorer(torch.eye(4)[:2], torch.zeros(2, dtype=torch.long)).tolist() == [1.0, 1.0]
-    with pytest.raises(sf.PromptError, match="2 prompts"):  # rows would meet the wrong values
+    with pytest.raises(
+        sf.errors.PromptError, match="2 prompts"
+    ):  # rows would meet the wrong values
         scorer(torch.eye(4), torch.zeros(4, dtype=torch.long))
-    for metric in (sf.log_prob([5]), sf.kl(), sf.activation(NEURONS)):
+    for metric in (sf.metrics.log_prob([5]), sf.metrics.kl(), sf.metrics.activation(NEURONS)):
         with pytest.raises(sf.SaefeatError, match="measure"):
             metric.bind(None)
 
@@ -328,13 +343,13 @@ def test_pads_do_not_matter():
     nn = wrapped(build("gemma2"))
     sae = make_sae(layer=2)
     metrics = [
-        sf.log_prob([5, 9, 4]),
-        sf.kl(torch.zeros(VOCAB)),
-        sf.activation(sae, sf.Tokens.all()),
-        sf.site_metric("resid_post.2", lambda x, mask: (x.norm(dim=-1) * mask).sum(1)),
+        sf.metrics.log_prob([5, 9, 4]),
+        sf.metrics.kl(torch.zeros(VOCAB)),
+        sf.metrics.activation(sae, sf.Tokens.all()),
+        sf.metrics.at_site("resid_post.2", lambda x, mask: (x.norm(dim=-1) * mask).sum(1)),
     ]
     assert PAD == 0
     for metric in metrics:
-        together = sf.measure(nn, RAGGED, metric)
-        alone = torch.cat([sf.measure(nn, [prompt], metric) for prompt in RAGGED])
+        together = sf.metrics.measure(nn, RAGGED, metric)
+        alone = torch.cat([sf.metrics.measure(nn, [prompt], metric) for prompt in RAGGED])
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)

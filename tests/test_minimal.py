@@ -27,9 +27,9 @@ def gone(x: torch.Tensor) -> torch.Tensor:
     return (x.abs() < 1e-9).double()
 
 
-def reads(function, name="planted") -> sf.Metric:
+def reads(function, name="planted") -> sf.metrics.Metric:
     """A metric of which neurons are gone, with no gradient at all."""
-    return sf.metric(lambda logits: function(gone(logits[:, :D])), name)
+    return sf.metrics.custom(lambda logits: function(gone(logits[:, :D])), name)
 
 
 BOTH = reads(lambda g: g[:, 3] * g[:, 8])  # the effect needs both removed
@@ -43,7 +43,7 @@ SUM = reads(lambda g: 2 * g[:, 3] + g[:, 8] + 0.1 * g[:, 11] - 0.5 * g[:, 20])
 def test_the_planted_set_is_found(planted):
     nn, neurons, _ = planted
     start = neurons.latents([1, 3, 5, 8, 11, 20])
-    found = sf.minimal_set(nn, RAGGED, start, BOTH, holds=1.0)
+    found = sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=1.0)
     assert set(found.latents) == set(neurons.latents([3, 8]))
     assert [i for one in found.removed for _, i in one] == [1, 5, 11, 20]  # ties: the earlier
     assert found.metric.shape == (5, 3) and bool((found.metric == 1).all())
@@ -53,18 +53,18 @@ def test_the_planted_set_is_found(planted):
 
 def test_one_of_two_that_do_the_same_is_enough(planted):
     nn, neurons, _ = planted
-    found = sf.minimal_set(nn, RAGGED, neurons.latents([3, 5, 8]), EITHER, holds=0.5)
+    found = sf.validation.minimal_set(nn, RAGGED, neurons.latents([3, 5, 8]), EITHER, holds=0.5)
     assert set(found.latents) == set(neurons.latents([8]))
 
 
 def test_what_hurts_least_goes_first(planted):
     nn, neurons, _ = planted
     start = neurons.latents([3, 8, 11, 20])
-    found = sf.minimal_set(nn, RAGGED, start, SUM, holds=1.9)
+    found = sf.validation.minimal_set(nn, RAGGED, start, SUM, holds=1.9)
     assert [i for one in found.removed for _, i in one] == [20, 11, 8]
     torch.testing.assert_close(found.metric.mean(1), torch.tensor([2.6, 3.1, 3.0, 2.0]))
     assert set(found.latents) == set(neurons.latents([3]))
-    stricter = sf.minimal_set(nn, RAGGED, start, SUM, holds=2.5)
+    stricter = sf.validation.minimal_set(nn, RAGGED, start, SUM, holds=2.5)
     assert set(stricter.latents) == set(neurons.latents([3, 8]))
 
 
@@ -73,10 +73,10 @@ def test_a_circuit_is_kept_within_the_rest(planted):
     nn, neurons, _ = planted
     stands = reads(lambda g: (1 - g[:, 3]) * (1 - g[:, 8]))
     start = neurons.latents([3, 5, 8, 9])
-    found = sf.minimal_set(nn, RAGGED, start, stands, holds=1.0, within=neurons)
+    found = sf.validation.minimal_set(nn, RAGGED, start, stands, holds=1.0, within=neurons)
     assert set(found.latents) == set(neurons.latents([3, 8]))
-    with pytest.raises(sf.LatentError, match="within"):
-        sf.minimal_set(nn, RAGGED, start, stands, within=neurons.latents([3, 5]))
+    with pytest.raises(sf.errors.LatentError, match="within"):
+        sf.validation.minimal_set(nn, RAGGED, start, stands, within=neurons.latents([3, 5]))
 
 
 def test_a_criterion_by_prompt_and_its_share(planted):
@@ -84,15 +84,15 @@ def test_a_criterion_by_prompt_and_its_share(planted):
     order = x[:, 4].argsort()
     middle = float(x[order[1:], 4].mean())  # between the two largest, in any precision
     # on the prompt with the largest neuron 4, only removing 8 helps; elsewhere removing 3 does
-    special = sf.metric(
+    special = sf.metrics.custom(
         lambda logits: (
             torch.where(logits[:, 4] > middle, gone(logits[:, 8]), gone(logits[:, 3])) - 0.5
         )
     )
     start = neurons.latents([3, 5, 8])
-    everywhere = sf.minimal_set(nn, RAGGED, start, special, holds=lambda m: m > 0)
+    everywhere = sf.validation.minimal_set(nn, RAGGED, start, special, holds=lambda m: m > 0)
     assert set(everywhere.latents) == set(neurons.latents([3, 8]))
-    most = sf.minimal_set(nn, RAGGED, start, special, holds=lambda m: m > 0, share=0.6)
+    most = sf.validation.minimal_set(nn, RAGGED, start, special, holds=lambda m: m > 0, share=0.6)
     assert set(most.latents) == set(neurons.latents([3]))
     torch.testing.assert_close(most.held, torch.tensor([1, 1, 2 / 3]))
 
@@ -102,7 +102,9 @@ def test_a_criterion_by_prompt_and_its_share(planted):
 def test_greedy_pruning_written_out(where, kept):
     """Two sites of a random model, one run a candidate."""
     nn = wrapped(build("llama"))
-    saes = sf.Dictionaries([make_sae("jumprelu", layer=0), make_sae("standard", layer=2)])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae("jumprelu", layer=0), make_sae("standard", layer=2)]
+    )
     metric = sf.logit_diff([5, 9], 7)
     top = sf.Attribute(saes, metric)(nn, RAGGED).top(7)
     scorer = metric.bind(None)
@@ -115,7 +117,11 @@ def test_greedy_pruning_written_out(where, kept):
 
     bounds = sorted([float(value(top).mean()), float(value(sf.Latents(())).mean())])
     sign = 1.0 if float(value(top).mean()) == bounds[1] else -1.0
-    signed = metric if sign > 0 else sf.metric(lambda logits: -scorer(logits, logits[:, 0].long()))
+    signed = (
+        metric
+        if sign > 0
+        else sf.metrics.custom(lambda logits: -scorer(logits, logits[:, 0].long()))
+    )
     limit = sign * (0.6 * float(value(top).mean()) + 0.4 * float(value(sf.Latents(())).mean()))
     left, removed = top, []
     while True:
@@ -127,7 +133,7 @@ def test_greedy_pruning_written_out(where, kept):
             break
         removed.append(left.singles()[-best[1]])
         left = left - removed[-1]
-    found = sf.minimal_set(
+    found = sf.validation.minimal_set(
         nn, RAGGED, top, signed, holds=limit, where=where,
         within=whole if kept else None, batch_size=8,
     )  # fmt: skip
@@ -139,7 +145,7 @@ def test_greedy_pruning_written_out(where, kept):
 
 def test_views_of_the_record(planted):
     nn, neurons, _ = planted
-    found = sf.minimal_set(nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0)
+    found = sf.validation.minimal_set(nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0)
     assert len(repr(found).splitlines()) == 2
     table = found.to_pandas()
     assert list(table) == ["site", "latent", "metric", "held"]
@@ -150,21 +156,21 @@ def test_what_cannot_be_pruned_is_refused(planted):
     nn, neurons, _ = planted
     start = neurons.latents([1, 5])
     with pytest.raises(sf.SaefeatError, match="a set that suffices"):
-        sf.minimal_set(nn, RAGGED, start, BOTH, holds=1.0)
+        sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=1.0)
     with pytest.raises(sf.SaefeatError, match="no latents at all"):
-        sf.minimal_set(nn, RAGGED, start, BOTH, holds=0.0)
-    with pytest.raises(sf.LatentError, match="at least one latent"):
-        sf.minimal_set(nn, RAGGED, sf.Latents(()), BOTH)
+        sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=0.0)
+    with pytest.raises(sf.errors.LatentError, match="at least one latent"):
+        sf.validation.minimal_set(nn, RAGGED, sf.Latents(()), BOTH)
     for share in (0.0, 1.5, -1.0):
         with pytest.raises(sf.SaefeatError, match="`share`"):
-            sf.minimal_set(nn, RAGGED, start, BOTH, holds=lambda m: m > 0, share=share)
+            sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=lambda m: m > 0, share=share)
     for bad in (lambda m: bool((m > 0).all()), lambda m: m, lambda m: m[:1] > 0):
         with pytest.raises(sf.SaefeatError, match="one a prompt"):
-            sf.minimal_set(nn, RAGGED, start, BOTH, holds=bad)
+            sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=bad)
     with pytest.raises(sf.SaefeatError, match="BASELINE_TOP"):
-        sf.minimal_set(nn, RAGGED, start, sf.logit_diff(sf.BASELINE_TOP, 3))
-    with pytest.raises(sf.FiringError):
-        sf.minimal_set(nn, RAGGED, start, BOTH, where=sf.Tokens.ids(2))
+        sf.validation.minimal_set(nn, RAGGED, start, sf.logit_diff(sf.metrics.BASELINE_TOP, 3))
+    with pytest.raises(sf.errors.FiringError):
+        sf.validation.minimal_set(nn, RAGGED, start, BOTH, where=sf.Tokens.ids(2))
 
 
 def test_one_latent_is_left_where_rounding_would_take_the_last(planted):
@@ -175,17 +181,19 @@ def test_one_latent_is_left_where_rounding_would_take_the_last(planted):
     def holds(m):
         return torch.full_like(m, next(answers, True), dtype=torch.bool)
 
-    found = sf.minimal_set(nn, RAGGED, neurons.latents([3, 8]), BOTH, holds=holds)
+    found = sf.validation.minimal_set(nn, RAGGED, neurons.latents([3, 8]), BOTH, holds=holds)
     assert len(found.latents) == 1
 
 
 def test_the_bar_can_be_shown(planted, capsys):
     nn, neurons, _ = planted
-    sf.minimal_set(nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0)
-    sf.interactions(nn, RAGGED, neurons.latents([1, 3]), BOTH)
+    sf.validation.minimal_set(nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0)
+    sf.validation.interactions(nn, RAGGED, neurons.latents([1, 3]), BOTH)
     assert capsys.readouterr().err == ""
-    sf.minimal_set(nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0, progress=True)
-    sf.interactions(nn, RAGGED, neurons.latents([1, 3]), BOTH, progress=True)
+    sf.validation.minimal_set(
+        nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0, progress=True
+    )
+    sf.validation.interactions(nn, RAGGED, neurons.latents([1, 3]), BOTH, progress=True)
     shown = capsys.readouterr().err
     assert "minimal_set" in shown and "interactions" in shown
 
@@ -200,7 +208,7 @@ def test_the_bar_can_be_shown(planted, capsys):
 )
 def test_planted_interactions(planted, metric, pair):
     nn, neurons, _ = planted
-    found = sf.interactions(nn, RAGGED, neurons.latents([8, 1, 3]), metric)
+    found = sf.validation.interactions(nn, RAGGED, neurons.latents([8, 1, 3]), metric)
     wanted = torch.zeros(3, 3)
     wanted[0, 2] = wanted[2, 0] = pair
     torch.testing.assert_close(found.values, wanted, atol=1e-6, rtol=0)
@@ -214,11 +222,13 @@ def test_an_and_and_an_or_of_what_supports_a_metric(planted):
     nn, neurons, x = planted
     a, b = x[:, 3].abs(), x[:, 8].abs()
     chosen = neurons.latents([3, 8])
-    product = sf.metric(lambda logits: (logits[:, 3] * logits[:, 8]).abs())
-    found = sf.interactions(nn, RAGGED, chosen, product).by_prompt[0, 1]
+    product = sf.metrics.custom(lambda logits: (logits[:, 3] * logits[:, 8]).abs())
+    found = sf.validation.interactions(nn, RAGGED, chosen, product).by_prompt[0, 1]
     torch.testing.assert_close(found, a * b, atol=1e-5, rtol=1e-4)
-    largest = sf.metric(lambda logits: torch.maximum(logits[:, 3].abs(), logits[:, 8].abs()))
-    found = sf.interactions(nn, RAGGED, chosen, largest).by_prompt[0, 1]
+    largest = sf.metrics.custom(
+        lambda logits: torch.maximum(logits[:, 3].abs(), logits[:, 8].abs())
+    )
+    found = sf.validation.interactions(nn, RAGGED, chosen, largest).by_prompt[0, 1]
     torch.testing.assert_close(found, -torch.minimum(a, b), atol=1e-5, rtol=1e-4)
 
 
@@ -227,7 +237,7 @@ def test_interactions_are_those_of_single_runs(where):
     nn, metric = wrapped(build("llama")), sf.logit_diff(5, 7)
     first, last = make_sae("standard", layer=0), make_sae("jumprelu", layer=2)
     chosen = first.latents([3, 11]) | last.latents([5, 7])
-    found = sf.interactions(nn, RAGGED, chosen, metric, where=where, batch_size=7)
+    found = sf.validation.interactions(nn, RAGGED, chosen, metric, where=where, batch_size=7)
 
     def value(latents) -> torch.Tensor:
         edit = sf.Ablate(latents, where=where) if len(latents) else None
@@ -252,5 +262,5 @@ def test_interactions_are_those_of_single_runs(where):
 
 def test_one_latent_has_no_interactions(planted):
     nn, neurons, _ = planted
-    with pytest.raises(sf.LatentError, match="at least 2"):
-        sf.interactions(nn, RAGGED, neurons.latents([3]), SUM)
+    with pytest.raises(sf.errors.LatentError, match="at least 2"):
+        sf.validation.interactions(nn, RAGGED, neurons.latents([3]), SUM)

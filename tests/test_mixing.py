@@ -28,7 +28,7 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.testing import check_dictionary
+from saefeat.dictionaries.contract import check_dictionary
 from saefeat.verbs.lower import lower
 from test_ways import every_way
 
@@ -87,7 +87,7 @@ def values(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 def test_matching_pursuit_is_sae_lenss(norm, bias):
     theirs = lens("matching_pursuit", normalize_activations=norm, apply_b_dec_to_input=bias)
-    ours, x = sf.from_sae_lens(theirs), values(2, 5)
+    ours, x = sf.load_sae(theirs), values(2, 5)
     wanted = theirs.encode(x)
     assert ((wanted > 0).sum(-1) > 3).all()
     torch.testing.assert_close(ours.encode(x), wanted, atol=1e-5, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_matching_pursuit_is_sae_lenss(norm, bias):
 @pytest.mark.parametrize("options", TEMPORAL, ids=str)
 def test_temporal_is_sae_lenss(options):
     theirs = lens("temporal", **options)
-    ours, x = sf.from_sae_lens(theirs), values(2, 7)
+    ours, x = sf.load_sae(theirs), values(2, 7)
     wanted = theirs.encode(x)
     assert (wanted > 0).any(-1).all() and ours.prefix
     torch.testing.assert_close(ours.encode(x), wanted, atol=1e-6, rtol=1e-5)
@@ -115,7 +115,7 @@ def test_temporal_is_sae_lenss(options):
 @pytest.mark.parametrize("options", TEMPORAL, ids=str)
 def test_a_directions_unit_is_what_decoding_adds(options):
     theirs = lens("temporal", **options)
-    ours, x = sf.from_sae_lens(theirs), values(1, 4)
+    ours, x = sf.load_sae(theirs), values(1, 4)
     f = theirs.encode(x)
     more = f.clone()
     more[..., 5] += 1.0
@@ -146,7 +146,7 @@ def test_a_folder_is_read_by_sae_lens(architecture, tmp_path):
     for ours in (loaded, mapped, moved):
         torch.testing.assert_close(ours.encode(x), wanted, atol=1e-6, rtol=1e-5)
     assert str(loaded.site) == SITE and str(moved.site) == "mlp_out.2"
-    assert loaded.fingerprint() == sf.from_sae_lens(theirs).fingerprint()
+    assert loaded.fingerprint() == sf.load_sae(theirs).fingerprint()
     assert "one" in str(loaded.origin)
 
 
@@ -155,17 +155,17 @@ def test_a_folder_that_is_not_whole(tmp_path):
     path = tmp_path / "sae_weights.safetensors"
     tensors = load_file(path)
     save_file({name: t for name, t in tensors.items() if "k_ctx" not in name}, path)
-    with pytest.raises(sf.DictionaryError, match="sae-lens cannot read"):
+    with pytest.raises(sf.errors.DictionaryError, match="sae-lens cannot read"):
         sf.load_sae(tmp_path)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(sf.DictionaryError):
+    with pytest.raises(sf.errors.DictionaryError):
         sf.load_sae(tmp_path)
 
 
 def test_the_object_is_left_as_it_was():
     theirs = lens("temporal", normalize_activations="layer_norm")
     before = theirs.run_time_activation_norm_fn_in
-    ours = sf.from_sae_lens(theirs)
+    ours = sf.load_sae(theirs)
     ours.encode(values(1, 4))
     assert theirs.run_time_activation_norm_fn_in is before and not hasattr(theirs, "ln_mu")
     assert ours.columns(torch.tensor([1]))["directions"].requires_grad is False
@@ -192,7 +192,7 @@ def test_matching_pursuit_edits_as_a_hand_written_hook(norm):
 
     with raw_hooks(model, {1: edit}):
         wanted = forward(model, batch)[:, -1]
-    chain = sf.Clamp(sf.from_sae_lens(theirs).latents(picked), 2.0)
+    chain = sf.Clamp(sf.load_sae(theirs).latents(picked), 2.0)
     found = every_way(model, batch, chain)
     for way, (logits, tokens) in found.items():
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4, msg=way)
@@ -202,8 +202,8 @@ def test_matching_pursuit_edits_as_a_hand_written_hook(norm):
 def test_matching_pursuit_is_attributed():
     """f · (g · direction), with sae-lens's own f."""
     nn, theirs = wrapped(build("llama")), lens("matching_pursuit")
-    ours = sf.from_sae_lens(theirs)
-    found = sf.Attribute(ours, sf.logit(7))(nn, RAGGED)
+    ours = sf.load_sae(theirs)
+    found = sf.Attribute(ours, sf.metrics.logit(7))(nn, RAGGED)
     look = sf.run(nn, RAGGED, sf.Probe(sf.Neurons(SITE, D))).readings[0]
     rows = look.mask[..., 0].nonzero()
     f = theirs.encode(look.values)[look.mask[..., 0]].detach()
@@ -228,7 +228,7 @@ def expected(theirs, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("way", ["hooked", "trace"])
 def test_a_row_is_read_without_its_padding(way):
     theirs, model, batch = lens("temporal"), build("gemma2"), batch_of()
-    ours, real = sf.from_sae_lens(theirs), batch["attention_mask"].bool()
+    ours, real = sf.load_sae(theirs), batch["attention_mask"].bool()
     chain = sf.Probe(sf.Neurons(SITE, D)) | sf.Probe(ours)
     if way == "hooked":
         with torch.no_grad(), sf.hooked(model, chain) as log:
@@ -248,7 +248,7 @@ def test_a_row_is_read_without_its_padding(way):
 def test_generation_with_a_cache_sees_the_whole_sequence(norm):
     """Read and edited at every step, as the values of all tokens so far give it."""
     theirs = lens("temporal", normalize_activations=norm)
-    ours, nn = sf.from_sae_lens(theirs), wrapped(build("llama"))
+    ours, nn = sf.load_sae(theirs), wrapped(build("llama"))
     look = sf.Probe(sf.Neurons(SITE, D)) | sf.Probe(ours)
     out = sf.run(nn, RAGGED, look | sf.Clamp(ours.latents([3, 9, 40]), 3.0), max_new_tokens=5)
     x, f = out.readings
@@ -262,7 +262,7 @@ def test_generation_with_a_cache_sees_the_whole_sequence(norm):
 
 def test_every_way_of_running_agrees_and_so_does_none_cached():
     model, batch = build("llama"), batch_of()
-    ours = sf.from_sae_lens(lens("temporal"))
+    ours = sf.load_sae(lens("temporal"))
     chain = sf.Clamp(ours.latents(range(0, N, 3)), 3.0) | sf.Ablate(
         sf.Direction(unit(), site="resid_post.2"),
         when=sf.When(ours.latents(range(1, N, 3)), above=0.5),
@@ -280,7 +280,7 @@ def test_every_way_of_running_agrees_and_so_does_none_cached():
 
 def test_one_prompt_alone_is_the_same_prompt_in_a_batch():
     nn = wrapped(build("gpt2"))
-    edit = sf.Clamp(sf.from_sae_lens(lens("temporal")).latents([1, 2, 3]), 4.0)
+    edit = sf.Clamp(sf.load_sae(lens("temporal")).latents([1, 2, 3]), 4.0)
     together = sf.run(nn, RAGGED, edit, max_new_tokens=4)
     for row, prompt in enumerate(RAGGED):
         single = sf.run(nn, [prompt], edit, max_new_tokens=4)
@@ -289,7 +289,7 @@ def test_one_prompt_alone_is_the_same_prompt_in_a_batch():
 
 
 def test_edits_of_earlier_steps_do_not_reach_the_memory_of_a_new_sequence():
-    model, chain = build("llama"), sf.Probe(sf.from_sae_lens(lens("temporal")))
+    model, chain = build("llama"), sf.Probe(sf.load_sae(lens("temporal")))
     with torch.no_grad(), sf.hooked(model, chain) as log:
         forward(model, batch_of(["w5 w6 w7 w8", "w1 w2"]))
         forward(model, batch_of())
@@ -301,7 +301,7 @@ def test_edits_of_earlier_steps_do_not_reach_the_memory_of_a_new_sequence():
 def test_a_cache_filled_before_is_refused():
     model, ids = build("llama"), torch.tensor([[5, 6, 7], [8, 9, 10]])
     past = model(ids, use_cache=True).past_key_values
-    probe = sf.Probe(sf.from_sae_lens(lens("temporal")))
+    probe = sf.Probe(sf.load_sae(lens("temporal")))
     with pytest.raises(ValueError, match="not seen"), sf.hooked(model, probe):
         model(ids[:, :1], past_key_values=past)
 
@@ -310,14 +310,14 @@ def test_a_cache_filled_before_is_refused():
 
 
 def test_attribution_is_refused():
-    ours = sf.from_sae_lens(lens("temporal"))
-    with pytest.raises(sf.GradientError, match="mix positions"):
-        sf.Attribute(ours, sf.logit(3))(wrapped(build("llama")), RAGGED)
+    ours = sf.load_sae(lens("temporal"))
+    with pytest.raises(sf.errors.GradientError, match="mix positions"):
+        sf.Attribute(ours, sf.metrics.logit(3))(wrapped(build("llama")), RAGGED)
 
 
 @pytest.mark.parametrize("place", ["latents", "when"])
 def test_one_step_at_a_time_is_refused(place):
-    nn, ours = wrapped(build("llama")), sf.from_sae_lens(lens("temporal"))
+    nn, ours = wrapped(build("llama")), sf.load_sae(lens("temporal"))
     v = sf.Direction(unit(), site="resid_post.2")
     edit = sf.Ablate(ours) if place == "latents" else sf.Ablate(v, when=sf.When(ours))
     with pytest.raises(Exception, match="looks back"), nn.trace(batch_of()):
@@ -326,7 +326,7 @@ def test_one_step_at_a_time_is_refused(place):
 
 @pytest.mark.parametrize("architecture", ["matching_pursuit", "temporal"])
 def test_a_program_says_that_it_cannot_be_sent(architecture):
-    ours = sf.from_sae_lens(lens(architecture))
+    ours = sf.load_sae(lens(architecture))
     program = lower(sf.Ablate(ours.latents([3])), build("llama"))
     local = [a["tensors"].get("local") for v in program["visits"] for a in v["actions"]]
     assert any(reason and "sae-lens object" in reason for reason in local)
@@ -342,7 +342,7 @@ def running_mean(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_dictionary_of_ones_own_may_look_back():
     """Against the mean of the values so far, by hand, over padding and generated tokens."""
-    own = sf.Generic(running_mean, torch.eye(D), site=SITE, width=D, prefix=True)
+    own = sf.dictionaries.Function(running_mean, torch.eye(D), site=SITE, width=D, prefix=True)
     check_dictionary(own)
     nn = wrapped(build("gpt_neox"))
     out = sf.run(nn, RAGGED, sf.Probe(sf.Neurons(SITE, D)) | sf.Probe(own), max_new_tokens=3)
@@ -355,16 +355,16 @@ def test_a_dictionary_of_ones_own_may_look_back():
 
 
 def test_one_that_looks_ahead_is_named():
-    ahead = sf.Generic(
+    ahead = sf.dictionaries.Function(
         lambda x: x - x.mean(-2, keepdim=True), torch.eye(D), site=SITE, width=D, prefix=True
     )
-    with pytest.raises(sf.DictionaryError, match="look ahead"):
+    with pytest.raises(sf.errors.DictionaryError, match="look ahead"):
         check_dictionary(ahead)
 
 
 def test_blocks_are_untouched():
     model = build("llama")
-    sf.run(wrapped(model), RAGGED, sf.Ablate(sf.from_sae_lens(lens("temporal"))))
+    sf.run(wrapped(model), RAGGED, sf.Ablate(sf.load_sae(lens("temporal"))))
     assert not any(b._forward_hooks for b in blocks_of(model))
 
 
@@ -383,7 +383,9 @@ def test_beams_take_their_memory_along():
     def running(x):  # [1, n, d] → [1, n, 1]
         return (x @ weight).cumsum(1).unsqueeze(-1)
 
-    latent = sf.Generic(running, way[None] * 3, site="resid_post.1", width=D, prefix=True)
+    latent = sf.dictionaries.Function(
+        running, way[None] * 3, site="resid_post.1", width=D, prefix=True
+    )
     edit = sf.Clamp(latent, scale=2.0)
 
     def by_hand(x):  # without a cache every pass shows the whole row

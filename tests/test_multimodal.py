@@ -26,7 +26,7 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.sites import family, find, layer_count
+from saefeat.model.modules import family, find, layer_count
 from test_ways import every_way
 
 SEES = {
@@ -160,9 +160,9 @@ def test_an_edit_is_the_hand_written_hooks(name):
 @pytest.mark.parametrize("name", ["Gemma3", "Qwen2VL"])
 def test_attribution_runs_and_paths_agree(name):
     nn = wrapped(sees(name))
-    by_name = sf.Attribute(make_sae("standard", "resid_post.1"), sf.logit(7))(nn, RAGGED)
+    by_name = sf.Attribute(make_sae("standard", "resid_post.1"), sf.metrics.logit(7))(nn, RAGGED)
     path = "model.language_model.layers.1.output"
-    by_path = sf.Attribute(make_sae("standard", path), sf.logit(7))(nn, RAGGED)
+    by_path = sf.Attribute(make_sae("standard", path), sf.metrics.logit(7))(nn, RAGGED)
     assert len(by_name.score) > 20
     torch.testing.assert_close(by_name.score, by_path.score)
 
@@ -170,5 +170,5 @@ def test_attribution_runs_and_paths_agree(name):
 def test_a_text_model_outside_the_table_is_named():
     model = sees("Llava")
     model.config.text_config.model_type = "strange"
-    with pytest.raises(sf.ModelError, match=r"'llava' around 'strange'"):
+    with pytest.raises(sf.errors.ModelError, match=r"'llava' around 'strange'"):
         family(model)

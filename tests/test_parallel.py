@@ -92,15 +92,3 @@ def test_the_edits_do_something(alone):
     for kind in SITES:
         same = torch.allclose(alone[f"run {kind}"]["logits"], bare, atol=1e-3)
         assert same == (kind in READ_ONLY)
-
-
-def test_libraries_that_do_not_fit_are_named(ranks):
-    """nnsight 0.8.1 looks for a helper of transformers where 5.23 no longer has it."""
-    from transformers.distributed import tensor_parallel
-
-    if hasattr(tensor_parallel, "_get_parameter_plan"):
-        assert all("wrap" not in found for found in ranks)
-        return
-    for found in ranks:
-        assert "tensor-parallel, under transformers" in found["wrap"]
-        assert "_get_parameter_plan" in found["wrap"] and "sf.hooked" in found["wrap"]

@@ -31,7 +31,7 @@ from helpers import (
     wrapped,
 )
 from saefeat.dictionaries.weights import InMemory
-from saefeat.route import route
+from saefeat.model.route import route
 from test_ways import every_way
 
 OTHERS = {
@@ -93,12 +93,12 @@ def test_a_path_prints_and_parses(parts, layer, end):
     "name", ["model.layers.3.mlp", "output", ".output", "model..output", "model.layers.3.outputs"]
 )
 def test_a_path_without_its_end_is_refused(name):
-    with pytest.raises(sf.SiteError, match=r"\.input or \.output"):
+    with pytest.raises(sf.errors.SiteError, match=r"\.input or \.output"):
         sf.Site.parse(name)
 
 
 def test_a_path_has_no_layer():
-    with pytest.raises(sf.SiteError, match="names its layer itself"):
+    with pytest.raises(sf.errors.SiteError, match="names its layer itself"):
         sf.Site("model.layers.3.output", 3)
 
 
@@ -110,7 +110,7 @@ def test_paths_list_after_kinds_and_by_number():
 
 def test_a_mapping_holds_paths_and_kinds():
     sites = ["model.layers.1.mlp.output", "resid_post.1"]
-    both = sf.direction(torch.ones(D), sites=sites)
+    both = sf.Direction.at_sites(torch.ones(D), sites=sites)
     assert both["model.layers.1.mlp.output"].site == sf.Site(sites[0])
     assert both[1].site == sf.Site("resid_post", 1)
     assert str(both.latents().sites[1]) == sites[0]
@@ -142,7 +142,7 @@ def test_every_way_of_running_gives_the_hand_written_edit(name):
         )
         for n, (path, width) in enumerate(paths_of(name).items())
     }
-    chain = sf.Chain(tuple(sf.Clamp(d, add=2.0) for d in reversed(directions.values())))
+    chain = sf.verbs.base.Chain(tuple(sf.Clamp(d, add=2.0) for d in reversed(directions.values())))
     real = batch["attention_mask"].bool().unsqueeze(-1)
     handles = []
     for path, direction in directions.items():
@@ -172,7 +172,7 @@ def test_every_way_of_running_gives_the_hand_written_edit(name):
     assert hook_count(model) == 0
 
 
-def dictionaries_at(path: str) -> dict[str, sf.Dictionary]:
+def dictionaries_at(path: str) -> dict[str, sf.dictionaries.Dictionary]:
     sae = make_sae("jumprelu", path)
     return {
         "SAE": sae,
@@ -180,7 +180,7 @@ def dictionaries_at(path: str) -> dict[str, sf.Dictionary]:
         "error": sae.error(),
         "subspace": sf.Direction(torch.randn(3, D), site=path),
         "neurons": sf.Neurons(path, D),
-        "generic": sf.Generic(torch.square, torch.eye(D), site=path, width=D),
+        "generic": sf.dictionaries.Function(torch.square, torch.eye(D), site=path, width=D),
         "transcoder": make_sae("transcoder", path, write_site="model.layers.1.mlp.output"),
     }
 
@@ -210,7 +210,7 @@ def test_every_dictionary_may_lie_at_a_path(kind):
 
 def test_an_embedding_and_the_last_norm_are_sites_too():
     model = build("llama")
-    ends = sf.direction(unit(), sites=["model.norm.output", "model.embed_tokens.output"])
+    ends = sf.Direction.at_sites(unit(), sites=["model.norm.output", "model.embed_tokens.output"])
     out = sf.run(wrapped(model), RAGGED, sf.Clamp(ends, add=1.0))
     batch = batch_of()
     module = {"n": model.model.norm, "e": model.model.embed_tokens}
@@ -236,7 +236,7 @@ def test_the_order_is_that_of_a_real_pass(family):
         try:
             route(model, [sf.Site(name)])
             sites.append(sf.Site(name))
-        except sf.SiteError:  # dropout that is no module, a mask
+        except sf.errors.SiteError:  # dropout that is no module, a mask
             continue
     assert len(sites) > 10
     reached, handles = [], []
@@ -284,15 +284,17 @@ def test_a_condition_behind_the_edit_is_refused():
     nn = wrapped(stranger("OPT"))
     late = sf.Direction(unit(), site="model.decoder.layers.1.output")
     early = sf.Direction(torch.ones(64), site="model.decoder.layers.1.fc1.output")
-    with pytest.raises(sf.SiteError, match="reaches the condition after"):
+    with pytest.raises(sf.errors.SiteError, match="reaches the condition after"):
         sf.run(nn, RAGGED, sf.Ablate(early, when=sf.When(late)))
     sf.run(nn, RAGGED, sf.Ablate(late, when=sf.When(early, above=-1e9)))
 
 
 def test_written_before_it_is_read_is_refused():
     at = "model.decoder.layers.{}.output"
-    back = sf.Generic(torch.relu, torch.eye(D), site=at.format(1), write_site=at.format(0), width=D)
-    with pytest.raises(sf.SiteError, match="no earlier than the read site"):
+    back = sf.dictionaries.Function(
+        torch.relu, torch.eye(D), site=at.format(1), write_site=at.format(0), width=D
+    )
+    with pytest.raises(sf.errors.SiteError, match="no earlier than the read site"):
         sf.run(wrapped(stranger("OPT")), RAGGED, sf.Ablate(back.latents([0])))
 
 
@@ -312,7 +314,9 @@ def test_attribution_at_a_path_is_gradient_times_activation():
     gradient = torch.autograd.grad(logits.sum(), kept[0])[0]
     handle.remove()
     wanted = (-kept[0] * gradient).detach().reshape(*batch["input_ids"].shape, 64)
-    found = sf.Attribute(sf.Neurons(f"{path}.output", 64), sf.logit(7))(wrapped(model), RAGGED)
+    found = sf.Attribute(sf.Neurons(f"{path}.output", 64), sf.metrics.logit(7))(
+        wrapped(model), RAGGED
+    )
     got = torch.zeros_like(wanted)
     columns = found.position + (batch["attention_mask"] == 0).sum(1)[found.prompt]
     got[found.prompt, columns, found.latent] = found.score
@@ -325,8 +329,8 @@ def test_attribution_over_paths_kinds_and_a_baseline_by_path():
     nn = wrapped(build("llama"))
     sae = partial(make_sae, "jumprelu")
     targets = (
-        sf.Dictionaries([sae("model.layers.1.output"), sae("resid_mid.1")]),
-        sf.Dictionaries([sae("resid_post.1"), sae("resid_mid.1")]),
+        sf.dictionaries.Dictionaries([sae("model.layers.1.output"), sae("resid_mid.1")]),
+        sf.dictionaries.Dictionaries([sae("resid_post.1"), sae("resid_mid.1")]),
     )
     bases = (
         sf.Ablate(sf.Direction(unit(), site="model.layers.0.output")),
@@ -335,7 +339,7 @@ def test_attribution_over_paths_kinds_and_a_baseline_by_path():
     method = sf.IG(steps=3)
     scores = []
     for target, base in ((targets[0], bases[1]), (targets[1], bases[0]), (targets[1], bases[1])):
-        found = sf.Attribute(target, sf.logit(7), baseline=base, method=method)(nn, RAGGED)
+        found = sf.Attribute(target, sf.metrics.logit(7), baseline=base, method=method)(nn, RAGGED)
         order = ["resid_mid.1" if "mid" in str(d.site) else "post" for d in found.dictionaries]
         rows = torch.stack(
             [found.prompt, found.dictionary, found.position, found.latent, found.score], 1
@@ -350,7 +354,7 @@ def test_attribution_over_paths_kinds_and_a_baseline_by_path():
 
 
 def refused(model, *paths: str) -> str:
-    with pytest.raises(sf.SiteError) as caught:
+    with pytest.raises(sf.errors.SiteError) as caught:
         route(model, map(sf.Site, paths))
     return str(caught.value)
 
@@ -380,12 +384,12 @@ def test_values_that_are_not_batch_tokens_width():
 
 def test_another_width():
     wrong = sf.Direction(torch.ones(D), site="model.layers.1.mlp.gate_proj.output")
-    with pytest.raises(sf.SiteError, match=r"32 wide at model\.layers\.1.*wanted 64"):
+    with pytest.raises(sf.errors.SiteError, match=r"32 wide at model\.layers\.1.*wanted 64"):
         sf.run(wrapped(build("llama")), RAGGED, sf.Ablate(wrong))
 
 
 def test_a_kind_of_site_on_a_model_outside_the_table_points_to_paths():
-    with pytest.raises(sf.ModelError) as caught:
+    with pytest.raises(sf.errors.ModelError) as caught:
         sf.run(wrapped(stranger("OPT")), RAGGED, sf.Ablate(make_sae().latents([0])))
     path = str(caught.value).split('such as "')[1].split('"')[0]
     sf.run(wrapped(stranger("OPT")), RAGGED, sf.Ablate(make_sae("standard", path).latents([0])))
@@ -425,7 +429,7 @@ def test_hooks_come_back_when_the_dry_run_fails():
     model = build("llama")
     handle = model.model.layers[1].register_forward_hook(lambda *_: None)
     model.model.embed_tokens.weight.data = torch.zeros(VOCAB, D + 1)
-    with pytest.raises(sf.ModelError, match="cannot be run on 2 rows of 3 tokens"):
+    with pytest.raises(sf.errors.ModelError, match="cannot be run on 2 rows of 3 tokens"):
         route(model, [sf.Site("model.layers.1.output")])
     assert hook_count(model) == 1
     handle.remove()
@@ -452,7 +456,7 @@ def test_a_model_without_weights_is_run_on_shapes(family):
 
 def test_experts_without_weights_cannot_be_run():
     model = stranger("Mixtral").to("meta")
-    with pytest.raises(sf.ModelError, match="dispatch=True"):
+    with pytest.raises(sf.errors.ModelError, match="dispatch=True"):
         route(model, [sf.Site("model.layers.1.output")])
 
 

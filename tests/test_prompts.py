@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import saefeat as sf
-from helpers import BOS, PAD, batch_of, build, tokenizer, wrapped
-from saefeat.prompts import split
+from helpers import BOS, PAD, batch_of, build, tokenizer, transformers_model, wrapped
+from saefeat.text.prompts import split
 
 W1, W2, W3 = 5, 6, 7  # <pad> <eos> <bos> <unk> w0 w1 ...
 TEMPLATE = (
@@ -48,44 +48,49 @@ def chat(*turns):
 
 
 def test_one_string_and_many(words):
-    assert rows(sf.encode_prompts(words, "w1 w2")) == [[BOS, W1, W2]]
-    batch = sf.encode_prompts(words, ["w1", "w1 w2 w3", "w2 w3"])
+    assert rows(sf.text.prompts.encode_prompts(words, "w1 w2")) == [[BOS, W1, W2]]
+    batch = sf.text.prompts.encode_prompts(words, ["w1", "w1 w2 w3", "w2 w3"])
     assert rows(batch) == [[BOS, W1], [BOS, W1, W2, W3], [BOS, W2, W3]]
     assert batch["input_ids"].tolist()[0] == [PAD, PAD, BOS, W1]
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 4)
     assert batch["input_ids"].dtype == torch.long
-    assert rows(sf.encode_prompts(words, ("w1", "w2"))) == [[BOS, W1], [BOS, W2]]
+    assert rows(sf.text.prompts.encode_prompts(words, ("w1", "w2"))) == [[BOS, W1], [BOS, W2]]
 
 
 def test_a_string_is_one_prompt_not_its_letters(words):
-    assert len(sf.encode_prompts(words, "w1 w2 w3")["input_ids"]) == 1
+    assert len(sf.text.prompts.encode_prompts(words, "w1 w2 w3")["input_ids"]) == 1
 
 
 def test_bos_is_never_doubled(words):
     """A rendered chat template holds BOS already, and tokenizing it again adds a second one."""
     text = words.apply_chat_template(chat("w1"), tokenize=False, add_generation_prompt=True)
     assert words(text)["input_ids"][:2] == [BOS, BOS], "the trap is there"
-    ids = rows(sf.encode_prompts(words, [text, chat("w1"), "w1"]))
+    ids = rows(sf.text.prompts.encode_prompts(words, [text, chat("w1"), "w1"]))
     assert ids[0] == ids[1] and ids[0].count(BOS) == 1
     assert ids[2] == [BOS, W1]
 
 
 def test_chats(words):
     """One chat or many; the generation prompt is added."""
-    one = rows(sf.encode_prompts(words, chat("w1 w2")))
+    one = rows(sf.text.prompts.encode_prompts(words, chat("w1 w2")))
     assert len(one) == 1 and one[0][0] == BOS and one[0].count(BOS) == 1
     bare = words.apply_chat_template(chat("w1 w2"), add_generation_prompt=False, return_dict=False)
     assert len(one[0]) == len(bare) + 1
-    two = rows(sf.encode_prompts(words, [chat("w1 w2"), chat("w3", "w1", "w2")]))
+    two = rows(sf.text.prompts.encode_prompts(words, [chat("w1 w2"), chat("w3", "w1", "w2")]))
     assert two[0] == one[0] and len(two[1]) == 8
-    assert rows(sf.encode_prompts(words, tuple(chat("w1 w2")))) == one
+    assert rows(sf.text.prompts.encode_prompts(words, tuple(chat("w1 w2")))) == one
 
 
 def test_ids(words):
-    assert rows(sf.encode_prompts(None, [W1, W2])) == [[W1, W2]]
-    assert rows(sf.encode_prompts(None, [[W1], [W1, W2]])) == [[W1], [W1, W2]]
-    assert rows(sf.encode_prompts(words, [torch.tensor([W1, W2]), (W3,)])) == [[W1, W2], [W3]]
-    assert rows(sf.encode_prompts(words, [[BOS, W1], [W1]])) == [[BOS, W1], [W1]], "as they are"
+    assert rows(sf.text.prompts.encode_prompts(None, [W1, W2])) == [[W1, W2]]
+    assert rows(sf.text.prompts.encode_prompts(None, [[W1], [W1, W2]])) == [[W1], [W1, W2]]
+    assert rows(sf.text.prompts.encode_prompts(words, [torch.tensor([W1, W2]), (W3,)])) == [
+        [W1, W2],
+        [W3],
+    ]
+    assert rows(sf.text.prompts.encode_prompts(words, [[BOS, W1], [W1]])) == [[BOS, W1], [W1]], (
+        "as they are"
+    )
     out = sf.run(wrapped(build("llama")), [[W1, W2], [W3]], max_new_tokens=1)
     again = sf.run(wrapped(build("llama")), out.prompts)
     assert again.prompts == out.prompts == ((W1, W2), (W3,))
@@ -94,15 +99,15 @@ def test_ids(words):
 def test_tensors_and_mappings(words):
     batch = batch_of()
     for prompts in (batch, words.__class__.__mro__ and dict(batch)):
-        found = sf.encode_prompts(None, prompts)
+        found = sf.text.prompts.encode_prompts(None, prompts)
         assert torch.equal(found["input_ids"], batch["input_ids"])
         assert torch.equal(found["attention_mask"], batch["attention_mask"])
     ids = torch.tensor([[W1, W2], [W2, W3]])
-    found = sf.encode_prompts(None, ids)
+    found = sf.text.prompts.encode_prompts(None, ids)
     assert torch.equal(found["input_ids"], ids) and found["attention_mask"].all()
     words.padding_side = "left"
     encoded = words(["w1", "w1 w2"], return_tensors="pt", padding=True)
-    assert rows(sf.encode_prompts(None, encoded)) == [[BOS, W1], [BOS, W1, W2]]
+    assert rows(sf.text.prompts.encode_prompts(None, encoded)) == [[BOS, W1], [BOS, W1, W2]]
 
 
 def test_right_padding_is_refused(words):
@@ -110,10 +115,13 @@ def test_right_padding_is_refused(words):
     words.padding_side = "right"
     encoded = words(["w1", "w1 w2"], return_tensors="pt", padding=True)
     assert encoded["attention_mask"][0, -1] == 0
-    with pytest.raises(sf.PromptError, match="padding_side = 'left'"):
-        sf.encode_prompts(words, encoded)
+    with pytest.raises(sf.errors.PromptError, match="padding_side = 'left'"):
+        sf.text.prompts.encode_prompts(words, encoded)
     # strings are padded by saefeat itself, whatever the tokenizer is set to
-    assert rows(sf.encode_prompts(words, ["w1", "w1 w2"])) == [[BOS, W1], [BOS, W1, W2]]
+    assert rows(sf.text.prompts.encode_prompts(words, ["w1", "w1 w2"])) == [
+        [BOS, W1],
+        [BOS, W1, W2],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,19 +142,19 @@ def test_right_padding_is_refused(words):
     ids=repr,
 )
 def test_prompts_that_mean_nothing(prompts):
-    with pytest.raises(sf.PromptError) as caught:
-        sf.encode_prompts(tokenizer(), prompts)  # adds no BOS, so that "" is empty
+    with pytest.raises(sf.errors.PromptError) as caught:
+        sf.text.prompts.encode_prompts(tokenizer(), prompts)  # adds no BOS, so that "" is empty
     assert "Try: " in str(caught.value)
 
 
 def test_an_empty_string_is_a_prompt_where_bos_is_added(words):
-    assert rows(sf.encode_prompts(words, "")) == [[BOS]]
+    assert rows(sf.text.prompts.encode_prompts(words, "")) == [[BOS]]
 
 
 @pytest.mark.parametrize("prompts", ["w1", ["w1", "w2"], chat("w1")])
 def test_text_needs_a_tokenizer(prompts):
-    with pytest.raises(sf.PromptError, match="no tokenizer"):
-        sf.encode_prompts(None, prompts)
+    with pytest.raises(sf.errors.PromptError, match="no tokenizer"):
+        sf.text.prompts.encode_prompts(None, prompts)
 
 
 @pytest.mark.parametrize(
@@ -164,15 +172,15 @@ def test_text_needs_a_tokenizer(prompts):
 )
 def test_other_things_are_refused_as_prompts(prompts):
     """The docstring promises a PromptError for mixed kinds."""
-    with pytest.raises(sf.PromptError):
-        sf.encode_prompts(tokenizer(), prompts)
+    with pytest.raises(sf.errors.PromptError):
+        sf.text.prompts.encode_prompts(tokenizer(), prompts)
 
 
 @pytest.mark.parametrize("prompts", [["w1 w2", [W1, W2]], ["w1", chat("w1")]], ids=repr)
 def test_mixed_kinds_of_whole_prompts_give_a_row_each(words, prompts):
     """Contrary to the docstring of encode_prompts they are not refused; each is encoded alone."""
-    both = rows(sf.encode_prompts(words, prompts))
-    assert both == [rows(sf.encode_prompts(words, [one]))[0] for one in prompts]
+    both = rows(sf.text.prompts.encode_prompts(words, prompts))
+    assert both == [rows(sf.text.prompts.encode_prompts(words, [one]))[0] for one in prompts]
 
 
 # ---------------------------------------------------------------- split
@@ -184,7 +192,7 @@ def test_mixed_kinds_of_whole_prompts_give_a_row_each(words, prompts):
 )
 def test_split_keeps_rows_and_drops_columns_that_are_all_pad(lengths, size):
     prompts = [[10 + n] * length for n, length in enumerate(lengths)]
-    pieces = split(sf.encode_prompts(None, prompts), size)
+    pieces = split(sf.text.prompts.encode_prompts(None, prompts), size)
     assert [row for piece in pieces for row in rows(piece)] == prompts
     assert all(len(piece["input_ids"]) <= size for piece in pieces)
     for n, piece in enumerate(pieces):
@@ -204,7 +212,12 @@ def test_split_does_not_cut_pads_inside_a_row():
 
 
 def test_run_gives_back_the_prompts_it_was_given(words):
-    out = sf.run(sf.wrap(build("llama"), words), ["w1 w2 w3", "w2"], max_new_tokens=2, batch_size=1)
+    out = sf.run(
+        transformers_model(build("llama"), words),
+        ["w1 w2 w3", "w2"],
+        max_new_tokens=2,
+        batch_size=1,
+    )
     assert out.prompts == ((BOS, W1, W2, W3), (BOS, W2))
     assert len(out.completions) == len(out.texts) == 2
     assert out.texts[0].split() == words.convert_ids_to_tokens(out.completions[0])

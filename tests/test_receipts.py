@@ -22,8 +22,8 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat import events as events_module
 from saefeat.kernel import program as kernel
+from saefeat.results import events as events_module
 
 NEW = 5
 LENGTHS = [3, 6, 4]
@@ -100,7 +100,7 @@ def the_edit(saes, threshold, where) -> sf.Clamp:
     return sf.Clamp(latents, add=ADD, active_only=True, where=rule, when=when)
 
 
-def run_it(way, model, batch, step) -> tuple[torch.Tensor, sf.Receipt]:
+def run_it(way, model, batch, step) -> tuple[torch.Tensor, sf.results.Receipt]:
     nn = wrapped(model)
     if way == "hooked":
         with sf.hooked(model, step) as log:
@@ -157,7 +157,7 @@ def test_norms_are_of_what_the_site_moved_by():
     cases = [
         sf.Ablate(make_sae("transcoder").latents([3, 40, 17])),
         sf.Clamp(make_sae(norm="layer_norm").latents([3, 40, 17]), 2.0),
-        sf.Ablate(sf.ErrorTerm(make_sae("jumprelu"))),
+        sf.Ablate(sf.dictionaries.ErrorTerm(make_sae("jumprelu"))),
         sf.Clamp(make_sae("topk").latents([3, 40, 17]), add=1.0),
     ]
     for step in cases:

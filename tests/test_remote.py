@@ -18,14 +18,15 @@ from nnsight.intervention.backends.remote import AsyncRemoteBackend, RemoteError
 from nnsight.intervention.interleaver import Mediator
 from transformers import Gemma2Config
 
+import loopback
 import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
 from saefeat.kernel.program import new_log
 from saefeat.kernel.trace import whole_run
 from saefeat.remote.batch import embedding
 from saefeat.remote.preflight import Capture, parks, tensors
+from saefeat.shipping.program import narrowed
 from saefeat.verbs.lower import lower
-from saefeat.verbs.travel import narrowed
 
 NEW = 3
 LOCAL = pytest.param("local", marks=pytest.mark.slow)  # the weaker check of the two
@@ -41,7 +42,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def boundary(model):
-    with sf.serve(model, copies=True) as server:
+    with loopback.serve(model, copies=True) as server:
         yield server
 
 
@@ -68,11 +69,13 @@ VERBS = {
     "special": lambda: sf.Clamp(jumprelu(), add=2.0, where=~sf.Tokens.special()),
     "by prompt": lambda: sf.Clamp(jumprelu(), values()),
     "transcoder": lambda: sf.Clamp(make_sae("transcoder").latents([1, 5]), 4.0),
-    "error": lambda: sf.Clamp(sf.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5),
+    "error": lambda: sf.Clamp(
+        sf.dictionaries.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5
+    ),
     "direction": lambda: sf.Ablate(direction()) | sf.Clamp(direction(2), add=3.0),
     "topk": lambda: sf.Ablate(make_sae("topk", "resid_post.1").latents([1, 2, 3])),
-    "schedule": lambda: sf.Clamp(jumprelu(), add=sf.Schedule([4.0, 2.0, 0.0])),
-    "resample": lambda: sf.Ablate(jumprelu(), to=sf.Resample(values(), seed=1)),
+    "schedule": lambda: sf.Clamp(jumprelu(), add=sf.values.Schedule([4.0, 2.0, 0.0])),
+    "resample": lambda: sf.Ablate(jumprelu(), to=sf.values.Resample(values(), seed=1)),
     "orthogonal": lambda: sf.Ablate(jumprelu(), to="orthogonal"),
     "between": lambda: sf.Clamp(sf.Direction(unit(), site="resid_mid.1"), add=3.0),
 }
@@ -86,7 +89,7 @@ def same_events(mine, theirs) -> None:
             torch.testing.assert_close(theirs.columns()[name], column, atol=1e-4, rtol=1e-4)
 
 
-def same_run(here: sf.Run, there: sf.Run) -> None:
+def same_run(here: sf.results.Run, there: sf.results.Run) -> None:
     """Equal in everything a run gives, readings where their mask is true."""
     assert torch.allclose(here.logits, there.logits, atol=1e-4)
     assert here.completions == there.completions
@@ -255,7 +258,7 @@ def test_only_the_kernel_travels(verb, model):
     for name in (b"saefeat.verbs", b"saefeat.latents", b"saefeat.dictionaries", b"jaxtyping"):
         assert name not in raw
     assert b"b_dec" not in raw
-    assert sf.preflight(model, RAGGED, VERBS[verb]()).strangers == ()
+    assert sf.remote.preflight(model, RAGGED, VERBS[verb]()).strangers == ()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -276,10 +279,10 @@ def test_an_intervention_pickles_as_itself_elsewhere():
 def test_dictionaries_named_in_a_block_are_refused(model, server):
     latents = jumprelu()
     sae = latents.parts[0][0]
-    with pytest.raises(sf.RemoteError, match="before the block"):  # noqa: SIM117
+    with pytest.raises(sf.errors.RemoteError, match="before the block"):  # noqa: SIM117
         with model.trace(batch_of(), remote=server.url):
             nnsight.save(len(latents))
-    with pytest.raises(sf.RemoteError, match="before the block"):  # noqa: SIM117
+    with pytest.raises(sf.errors.RemoteError, match="before the block"):  # noqa: SIM117
         with model.trace(batch_of(), remote=server.url):
             nnsight.save(sae.d_sae)
 
@@ -287,7 +290,7 @@ def test_dictionaries_named_in_a_block_are_refused(model, server):
 def test_a_site_the_model_lacks_is_refused_before_anything_is_sent(model, server):
     sent = len(server.payloads)
     deep = sf.Ablate(sf.Direction(unit(), site="resid_post.40"))
-    with pytest.raises(sf.SiteError, match="a layer in 0"):
+    with pytest.raises(sf.errors.SiteError, match="a layer in 0"):
         trace(model, batch_of(), deep, remote=server.url)
     assert len(server.payloads) == sent
 
@@ -306,8 +309,8 @@ def test_results_are_small(model, server):
 
 def test_halves_are_sent_where_nothing_is_lost(model):
     half = make_sae("jumprelu", "resid_post.1", dtype=torch.bfloat16).latents([3, 4])
-    assert "bfloat16" in sf.preflight(model, RAGGED, sf.Ablate(half)).dtypes
-    assert sf.preflight(model, RAGGED, sf.Ablate(direction())).dtypes == ("float32",)
+    assert "bfloat16" in sf.remote.preflight(model, RAGGED, sf.Ablate(half)).dtypes
+    assert sf.remote.preflight(model, RAGGED, sf.Ablate(direction())).dtypes == ("float32",)
 
 
 def test_the_strict_process_alone(model, server):
@@ -361,7 +364,7 @@ def test_async_by_hand(model, server):
 def test_a_submitted_run(model, server):
     intervention = VERBS["chain"]()
     options = {"max_new_tokens": NEW, "batch_size": 1}
-    job = sf.submit(model, RAGGED, intervention, remote=server.url, limit=2, **options)
+    job = sf.remote.submit(model, RAGGED, intervention, remote=server.url, limit=2, **options)
     assert job.flying <= 2
     same_run(sf.run(model, RAGGED, intervention, **options), job.wait())
     assert job.statuses == ("COMPLETED",) * 3
@@ -369,14 +372,14 @@ def test_a_submitted_run(model, server):
 
 def test_a_job_can_be_awaited(model, server):
     async def wait():
-        return await sf.submit(model, RAGGED, remote=server.url)
+        return await sf.remote.submit(model, RAGGED, remote=server.url)
 
     same_run(sf.run(model, RAGGED), asyncio.run(wait()))
 
 
 def test_values_by_prompt_follow_their_batch(model, server):
     intervention = VERBS["by prompt"]()
-    job = sf.submit(model, RAGGED, intervention, remote=server.url, batch_size=2)
+    job = sf.remote.submit(model, RAGGED, intervention, remote=server.url, batch_size=2)
     same_run(sf.run(model, RAGGED, intervention, batch_size=2), job.wait())
 
 
@@ -395,14 +398,14 @@ def test_values_by_prompt_follow_their_batch(model, server):
 def test_a_failed_job_is_named_and_sent_again(fault, said, model, server, faulty, tmp_path):
     """One of two batches fails; the same call keeps the other and sends only that one again."""
     file, probe = tmp_path / "job.json", sf.Probe(jumprelu())
-    call = lambda: sf.submit(  # noqa: E731
+    call = lambda: sf.remote.submit(  # noqa: E731
         model, RAGGED, probe, remote=server.url, batch_size=2, file=file
     )
     faulty += [None, fault]
-    with pytest.raises(sf.RemoteError, match=said):
+    with pytest.raises(sf.errors.RemoteError, match=said):
         call().wait()
     first = call()
-    with contextlib.suppress(sf.RemoteError):
+    with contextlib.suppress(sf.errors.RemoteError):
         first.wait()
     sent = len(server.payloads)
     same_run(sf.run(model, RAGGED, probe, batch_size=2), call().wait())
@@ -413,10 +416,12 @@ def test_a_vanished_job_counts_as_lost(model, server, faulty, tmp_path, monkeypa
     monkeypatch.setattr("saefeat.remote.jobs.MISSED", 3)
     file = tmp_path / "job.json"
     faulty += ["vanish"]
-    job = sf.submit(model, RAGGED, remote=server.url, file=file)
-    with pytest.raises(sf.RemoteError, match="unknown to the server"):
+    job = sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+    with pytest.raises(sf.errors.RemoteError, match="unknown to the server"):
         job.wait()
-    same_run(sf.run(model, RAGGED), sf.submit(model, RAGGED, remote=server.url, file=file).wait())
+    same_run(
+        sf.run(model, RAGGED), sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+    )
 
 
 def test_a_server_that_hangs_up_ends_a_blocking_run(model, server, faulty):
@@ -436,24 +441,24 @@ def test_a_failure_there_is_shown_as_nnsight_shows_it(model, server, faulty):
 
 def test_a_slow_job_outlives_a_wait(model, faulty, server):
     faulty += ["slow"]
-    job = sf.submit(model, RAGGED, remote=server.url)
-    with pytest.raises(sf.RemoteError, match="not done after"):
+    job = sf.remote.submit(model, RAGGED, remote=server.url)
+    with pytest.raises(sf.errors.RemoteError, match="not done after"):
         job.wait(timeout=0.2)
     same_run(sf.run(model, RAGGED), job.wait())
 
 
 def test_a_server_that_is_gone_loses_nothing(model, tmp_path):
     file = tmp_path / "job.json"
-    with sf.serve(model, faults=["slow"], slow=30) as server:
-        job = sf.submit(model, RAGGED, remote=server.url, file=file)
-    with pytest.raises(sf.RemoteError, match="poll again"):
+    with loopback.serve(model, faults=["slow"], slow=30) as server:
+        job = sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+    with pytest.raises(sf.errors.RemoteError, match="poll again"):
         job.wait()
     assert job.statuses != ("ERROR",)
 
 
 def test_another_version_is_refused(model):
-    with sf.serve(model, version="0.9.0") as server:
-        report = sf.preflight(model, RAGGED, remote=server.url)
+    with loopback.serve(model, version="0.9.0") as server:
+        report = sf.remote.preflight(model, RAGGED, remote=server.url)
         assert report.nnsight[1] == "0.9.0"
         with pytest.raises(RemoteError, match=r"this server runs 0\.9\.0"):
             sf.run(model, RAGGED, remote=server.url)
@@ -461,37 +466,42 @@ def test_another_version_is_refused(model):
 
 def test_job_files_hold_no_key(model, server, tmp_path, monkeypatch):
     monkeypatch.setattr(CONFIG.API, "APIKEY", "secret-key")
-    sf.submit(model, RAGGED, remote=server.url, file=tmp_path / "job.json").wait()
+    sf.remote.submit(model, RAGGED, remote=server.url, file=tmp_path / "job.json").wait()
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert not any(b"secret-key" in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_a_job_file_belongs_to_one_run(model, server, tmp_path):
     file = tmp_path / "job.json"
-    sf.submit(model, RAGGED, remote=server.url, file=file).wait()
-    with pytest.raises(sf.RemoteError, match="of another run"):
-        sf.submit(model, RAGGED, VERBS["clamp"](), remote=server.url, file=file)
+    sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+    with pytest.raises(sf.errors.RemoteError, match="of another run"):
+        sf.remote.submit(model, RAGGED, VERBS["clamp"](), remote=server.url, file=file)
     file.write_text("{")
-    with pytest.raises(sf.RemoteError, match="not a job file"):
-        sf.submit(model, RAGGED, remote=server.url, file=file)
+    with pytest.raises(sf.errors.RemoteError, match="not a job file"):
+        sf.remote.submit(model, RAGGED, remote=server.url, file=file)
 
 
 def test_a_damaged_result_is_named(model, server, tmp_path):
     file = tmp_path / "job.json"
-    sf.submit(model, RAGGED, remote=server.url, file=file).wait()
+    sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
     part = next(tmp_path.glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:20])
-    with pytest.raises(sf.RemoteError, match="delete it"):
-        sf.submit(model, RAGGED, remote=server.url, file=file)
+    with pytest.raises(sf.errors.RemoteError, match="delete it"):
+        sf.remote.submit(model, RAGGED, remote=server.url, file=file)
     part.unlink()
-    same_run(sf.run(model, RAGGED), sf.submit(model, RAGGED, remote=server.url, file=file).wait())
+    same_run(
+        sf.run(model, RAGGED), sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+    )
 
 
 def test_unknown_faults_and_counts_are_refused(model):
-    with pytest.raises(sf.RemoteError, match="vanish"), sf.serve(model, faults=["explode"]):
+    with (
+        pytest.raises(sf.errors.RemoteError, match="vanish"),
+        loopback.serve(model, faults=["explode"]),
+    ):
         pass
-    with pytest.raises(sf.PromptError, match="limit"):
-        sf.submit(model, RAGGED, remote="http://127.0.0.1:9", limit=0)
+    with pytest.raises(sf.errors.PromptError, match="limit"):
+        sf.remote.submit(model, RAGGED, remote="http://127.0.0.1:9", limit=0)
 
 
 # ---------------------------------------------------------------- sweeps
@@ -512,7 +522,7 @@ def test_a_sweep_loses_nothing(model, server, faulty, tmp_path):
     """One setting fails: the others arrive, and the same call asks for that one alone."""
     call = {"remote": server.url, "folder": tmp_path, "limit": 1}
     faulty += [None, "fail"]
-    with pytest.raises(sf.RemoteError, match=r"(?s)setting 2\.0.*CUDA out of memory"):
+    with pytest.raises(sf.errors.RemoteError, match=r"(?s)setting 2\.0.*CUDA out of memory"):
         sf.sweep(model, RAGGED, settings(), **call)
     sent = len(server.payloads)
     found = sf.sweep(model, RAGGED, settings(), **call)
@@ -554,7 +564,7 @@ def test_no_cache_crosses(model, monkeypatch):
 
 def test_the_payload_is_what_is_sent(model, server):
     intervention = VERBS["chain"]()
-    report = sf.preflight(model, RAGGED, intervention, max_new_tokens=NEW)
+    report = sf.remote.preflight(model, RAGGED, intervention, max_new_tokens=NEW)
     sf.run(model, RAGGED, intervention, max_new_tokens=NEW, remote=server.url)
     assert abs(report.payload - server.payloads[-1]) < 100  # compression of the same content
     assert report.parts["inputs"] == sum(t.nbytes for t in batch_of().values())
@@ -578,13 +588,13 @@ def test_parks_are_counted(verb, model, monkeypatch):
 def test_expected_tokens_are_those_selected(model):
     intervention = VERBS["tokens"]() | VERBS["clamp"]() | VERBS["special"]()
     batch = batch_of([[BOS, 5, 6], [BOS, 7, 8, 9]])
-    report = sf.preflight(model, batch, intervention)
+    report = sf.remote.preflight(model, batch, intervention)
     rows = sf.run(model, batch, intervention).receipt.rows
     assert [count for _, count in report.tokens] == [row.tokens for row in rows]
 
 
 def test_the_limit_names_the_largest_part(model, server):
-    with pytest.raises(sf.RemoteError, match="alone is"):
+    with pytest.raises(sf.errors.RemoteError, match="alone is"):
         sf.run(model, RAGGED, sf.Ablate(direction()), remote=server.url, payload_limit=1000)
 
 
@@ -594,10 +604,10 @@ def test_what_travels_by_reference_is_named(model, server):
     def with_stranger(x):
         return x[..., :2] * len(safetensors.torch.__name__)
 
-    own = sf.Generic(with_stranger, torch.randn(2, D), site="resid_post.1", width=D)
-    report = sf.preflight(model, RAGGED, sf.Ablate(own))
+    own = sf.dictionaries.Function(with_stranger, torch.randn(2, D), site="resid_post.1", width=D)
+    report = sf.remote.preflight(model, RAGGED, sf.Ablate(own))
     assert report.strangers == ("safetensors",)
-    with pytest.raises(sf.RemoteError, match="in need of safetensors"):
+    with pytest.raises(sf.errors.RemoteError, match="in need of safetensors"):
         sf.run(model, RAGGED, sf.Ablate(own), remote=server.url)
 
 
@@ -605,7 +615,7 @@ def test_functions_of_ones_own_travel(model, server):
     def positive(x):
         return torch.relu(x[..., :2])
 
-    own = sf.Generic(positive, torch.randn(2, D), site="resid_post.1", width=D)
+    own = sf.dictionaries.Function(positive, torch.randn(2, D), site="resid_post.1", width=D)
     rule = sf.Tokens.where(lambda ids, position: position % 2 == 0)
     intervention = sf.Clamp(own, add=2.0, where=rule)
     here = sf.run(model, RAGGED, intervention)
@@ -613,7 +623,7 @@ def test_functions_of_ones_own_travel(model, server):
 
 
 def test_preflight_prints_a_table(model):
-    text = str(sf.preflight(model, RAGGED, VERBS["clamp"]()))
+    text = str(sf.remote.preflight(model, RAGGED, VERBS["clamp"]()))
     for word in ("payload", "model.layers.1.output", "parks", "nnsight", "would fail"):
         assert word in text
 
@@ -624,7 +634,7 @@ def test_a_model_without_weights(server, tmp_path):
     full._module.save_pretrained(tmp_path)
     full.tokenizer.save_pretrained(tmp_path)
     intervention = sf.Clamp(jumprelu(), 3.0) | sf.Probe(jumprelu(2))
-    with sf.serve(tmp_path) as own:
+    with loopback.serve(tmp_path) as own:
         bare = nnsight.TransformersModel(
             str(tmp_path), tokenizer=full.tokenizer, task="text-generation"
         )
@@ -647,7 +657,7 @@ def test_twenty_latents_at_26_sites_are_light(tmp_path):
         held["threshold"] = torch.rand(24).bfloat16()
         own = sf.SAE(InMemory(held), architecture="jumprelu", site=f"resid_post.{layer}")
         latents = latents | own.latents(range(20))
-    report = sf.preflight(model, torch.tensor([[1, 2, 3, 4]]), sf.Ablate(latents))
+    report = sf.remote.preflight(model, torch.tensor([[1, 2, 3, 4]]), sf.Ablate(latents))
     assert report.dtypes[0] == "bfloat16"
     assert report.payload <= 5.2e6 + 64 * 1024
     assert report.parks == 53
@@ -656,5 +666,5 @@ def test_twenty_latents_at_26_sites_are_light(tmp_path):
 def test_vllm_models_are_refused():
     """Positions would be guessed: a pass there holds the tokens of many requests in one row."""
     kind = type("VLLM", (), {"__module__": "nnsight.modeling.vllm.vllm"})
-    with pytest.raises(sf.ModelError, match="vLLM"):
+    with pytest.raises(sf.errors.ModelError, match="vLLM"):
         lower(VERBS["clamp"](), kind())

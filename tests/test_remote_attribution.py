@@ -7,6 +7,7 @@ import torch
 from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
 
+import loopback
 import saefeat as sf
 from helpers import RAGGED, build, make_sae, unit, wrapped
 
@@ -24,12 +25,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def boundary(model):
-    with sf.serve(model, copies=True) as server:
+    with loopback.serve(model, copies=True) as server:
         yield server
 
 
-def saes() -> sf.Dictionaries:
-    return sf.Dictionaries(make_sae("jumprelu", f"resid_post.{n}", n) for n in (0, 1))
+def saes() -> sf.dictionaries.Dictionaries:
+    return sf.dictionaries.Dictionaries(make_sae("jumprelu", f"resid_post.{n}", n) for n in (0, 1))
 
 
 def few() -> sf.Latents:
@@ -37,17 +38,17 @@ def few() -> sf.Latents:
 
 
 CASES = {
-    "atp": (saes, sf.AtP(), None),
+    "atp": (saes, sf.attribution.AtP(), None),
     "ig": (saes, sf.IG(steps=3, rule="midpoint"), None),
     "baseline": (saes, sf.IG(steps=2), PUSH),
-    "transcoder": (lambda: make_sae("transcoder"), sf.AtP(), None),
-    "resid_mid": (lambda: make_sae("standard", "resid_mid.1"), sf.AtP(), None),
-    "exact": (few, sf.Exact(), None),
-    "steps": (few, sf.FiniteDifference(), PUSH),
+    "transcoder": (lambda: make_sae("transcoder"), sf.attribution.AtP(), None),
+    "resid_mid": (lambda: make_sae("standard", "resid_mid.1"), sf.attribution.AtP(), None),
+    "exact": (few, sf.attribution.Exact(), None),
+    "steps": (few, sf.attribution.FiniteDifference(), PUSH),
 }
 
 
-def same(here: sf.Attribution, there: sf.Attribution) -> None:
+def same(here: sf.attribution.Attribution, there: sf.attribution.Attribution) -> None:
     assert len(here.score) > 0
     for name in ("prompt", "position", "latent"):
         assert torch.equal(getattr(here, name), getattr(there, name))
@@ -67,13 +68,13 @@ def test_scores_are_those_of_a_run_here(case, model, server):
 def test_any_metric_will_do(model, server):
     """A metric is differentiated at home, so closures over anything need not travel."""
     weights = torch.randn(100)
-    own = sf.metric(lambda logits: torch.log_softmax(logits, -1) @ weights)
+    own = sf.metrics.custom(lambda logits: torch.log_softmax(logits, -1) @ weights)
     attribute = sf.Attribute(saes(), own)
     same(attribute(model, RAGGED), attribute(model, RAGGED, remote=server.url))
 
 
 def test_a_metric_at_a_site(model, server):
-    own = sf.site_metric("resid_post.2", lambda x, _: x[:, -1].square().sum(-1))
+    own = sf.metrics.at_site("resid_post.2", lambda x, _: x[:, -1].square().sum(-1))
     attribute = sf.Attribute(saes(), own)
     same(attribute(model, RAGGED), attribute(model, RAGGED, remote=server.url))
 
@@ -83,21 +84,23 @@ def test_local_requests(model):
     same(attribute(model, RAGGED), attribute(model, RAGGED, remote="local"))
 
 
-@pytest.mark.parametrize("method", [sf.AtP(), sf.IG(steps=2)], ids=repr)
+@pytest.mark.parametrize("method", [sf.attribution.AtP(), sf.IG(steps=2)], ids=repr)
 def test_gradients_that_do_not_cross_are_an_error(method, model, boundary):
     """Not zeros, and not another method without a word."""
     attribute = sf.Attribute(saes(), METRIC, method=method)
-    with pytest.raises(sf.GradientError, match=r"process of their own.*method=Exact\(\)"):
+    with pytest.raises(sf.errors.GradientError, match=r"process of their own.*method=Exact\(\)"):
         attribute(model, RAGGED, remote=boundary.url)
 
 
-@pytest.mark.parametrize("method", [sf.Exact(), sf.FiniteDifference()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [sf.attribution.Exact(), sf.attribution.FiniteDifference()], ids=repr
+)
 def test_gradient_free_methods_work_there(method, model, boundary):
     attribute = sf.Attribute(few(), METRIC, method=method)
     same(attribute(model, RAGGED), attribute(model, RAGGED, remote=boundary.url))
 
 
-@pytest.mark.parametrize("how", [{"semantics": "through_sae"}, {"backward": sf.RelP()}])
+@pytest.mark.parametrize("how", [{"semantics": "through_sae"}, {"backward": sf.attribution.RelP()}])
 def test_what_needs_modules_is_refused(how, model, server):
     sent = len(server.payloads)
     with pytest.raises(sf.SaefeatError, match="a model here"):
@@ -109,7 +112,7 @@ def test_refusals_say_what_to_use(model):
     with pytest.raises(sf.SaefeatError, match=r"semantics='pass_through'.*Exact\(\)"):
         sf.Attribute(saes(), METRIC, semantics="through_sae")(model, RAGGED, remote="local")
     with pytest.raises(sf.SaefeatError, match=r"backward=None.*Exact\(\)"):
-        sf.Attribute(saes(), METRIC, backward=sf.RelP())(model, RAGGED, remote="local")
+        sf.Attribute(saes(), METRIC, backward=sf.attribution.RelP())(model, RAGGED, remote="local")
 
 
 def test_a_skeleton_is_attributed_on_a_server(tmp_path):
@@ -118,7 +121,7 @@ def test_a_skeleton_is_attributed_on_a_server(tmp_path):
     full.tokenizer.save_pretrained(tmp_path)
     bare = TransformersModel(str(tmp_path), tokenizer=full.tokenizer, task="text-generation")
     attribute = sf.Attribute(saes(), METRIC, baseline=PUSH, method=sf.IG(steps=2))
-    with sf.serve(tmp_path) as own:
+    with loopback.serve(tmp_path) as own:
         there = attribute(bare, RAGGED, remote=own.url)
     assert next(bare._module.parameters()).is_meta
     same(attribute(full, RAGGED), there)
@@ -128,7 +131,7 @@ def test_a_job_is_weighed_before_it_is_sent(model, server):
     """Targets of a path are whole values at whole sites: they weigh more than any edit."""
     sent = len(server.payloads)
     attribute = sf.Attribute(saes(), METRIC, method=sf.IG(steps=2))
-    with pytest.raises(sf.RemoteError, match=r"Attribute: `payload_limit` is 100 bytes"):
+    with pytest.raises(sf.errors.RemoteError, match=r"Attribute: `payload_limit` is 100 bytes"):
         attribute(model, RAGGED, remote=server.url, payload_limit=100)
     assert len(server.payloads) == sent
 
@@ -139,9 +142,9 @@ def test_a_baseline_of_functions_a_server_lacks_is_refused(model, server):
     def with_stranger(x):
         return x[..., :2] * len(safetensors.torch.__name__)
 
-    own = sf.Generic(with_stranger, torch.randn(2, 32), site="resid_post.0", width=32)
+    own = sf.dictionaries.Function(with_stranger, torch.randn(2, 32), site="resid_post.0", width=32)
     attribute = sf.Attribute(saes(), METRIC, baseline=sf.Ablate(own))
-    with pytest.raises(sf.RemoteError, match="in need of safetensors"):
+    with pytest.raises(sf.errors.RemoteError, match="in need of safetensors"):
         attribute(model, RAGGED, remote=server.url)
 
 
@@ -176,7 +179,7 @@ def test_a_pass_that_does_not_fit_is_refused(change, model, server, monkeypatch)
         return found
 
     monkeypatch.setattr(RemoteBackend, "finalize", finalize)
-    with pytest.raises(sf.RemoteError, match="a server whose result has"):
+    with pytest.raises(sf.errors.RemoteError, match="a server whose result has"):
         sf.Attribute(saes(), METRIC)(model, RAGGED, remote=server.url)
 
 
@@ -187,5 +190,5 @@ def test_a_checkpoint_of_a_server_is_not_one_of_a_run_here(model, server, tmp_pa
     sent = len(server.payloads)
     same(there, attribute(model, RAGGED, remote=server.url, **options))
     assert len(server.payloads) == sent
-    with pytest.raises(sf.CheckpointError, match="another job"):
+    with pytest.raises(sf.errors.CheckpointError, match="another job"):
         attribute(model, RAGGED, **options)

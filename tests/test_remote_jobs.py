@@ -17,12 +17,13 @@ from nnsight.intervention.interleaver import Mediator
 from nnsight.schema.request import RequestModel
 from nnsight.tracing import tracer as tracing
 
+import loopback
 import saefeat as sf
 from helpers import RAGGED, batch_of, build, make_sae, unit, wrapped
-from saefeat.execution.decoding import decoding
+from saefeat.generation.decoding import decoding
 from saefeat.remote.batch import remote_batch
-from saefeat.remote.checked import received
 from saefeat.remote.preflight import Capture
+from saefeat.remote.validate import received
 from saefeat.verbs.lower import lower
 
 NEW = 4
@@ -46,7 +47,7 @@ def edits() -> sf.Intervention:
     return sf.Clamp(jumprelu(), 3.0, when=when) | sf.Probe(jumprelu(2), where=sf.Tokens.last(2))
 
 
-def same_run(here: sf.Run, there: sf.Run) -> None:
+def same_run(here: sf.results.Run, there: sf.results.Run) -> None:
     assert torch.allclose(here.logits, there.logits, atol=1e-4)
     assert here.completions == there.completions and here.texts == there.texts
     assert [(r.edit, r.tokens, r.changed) for r in here.receipt.rows] == [
@@ -65,8 +66,8 @@ def same_run(here: sf.Run, there: sf.Run) -> None:
 
 def test_a_finished_job_is_loaded_and_asks_nobody(model, server, tmp_path):
     file, options = tmp_path / "job.json", {"max_new_tokens": NEW, "batch_size": 2}
-    sf.submit(model, RAGGED, edits(), remote=server.url, file=file, **options).wait()
-    again = sf.Job.load(file, model, remote="http://127.0.0.1:9")
+    sf.remote.submit(model, RAGGED, edits(), remote=server.url, file=file, **options).wait()
+    again = sf.remote.Job.load(file, model, remote="http://127.0.0.1:9")
     assert again.statuses == ("COMPLETED",) * 2
     same_run(sf.run(model, RAGGED, edits(), **options), again.poll())
 
@@ -74,9 +75,9 @@ def test_a_finished_job_is_loaded_and_asks_nobody(model, server, tmp_path):
 def test_a_pending_job_is_polled_from_its_file(model, server, faulty, tmp_path):
     faulty += ["slow"]
     file = tmp_path / "job.json"
-    sf.submit(model, RAGGED, edits(), remote=server.url, file=file)
+    sf.remote.submit(model, RAGGED, edits(), remote=server.url, file=file)
     sent = len(server.payloads)
-    again = sf.Job.load(file, model, remote=server.url)
+    again = sf.remote.Job.load(file, model, remote=server.url)
     assert again.flying == 1 and again.poll() is None
     same_run(sf.run(model, RAGGED, edits()), again.wait())
     assert len(server.payloads) == sent
@@ -88,13 +89,13 @@ def test_a_failed_batch_is_sent_again_from_its_file(model, server, faulty, tmp_p
     edit, file = sf.Clamp(jumprelu(), values), tmp_path / "job.json"
     options = {**SAMPLE, "batch_size": 2, "stop": [7, 8, 9]}
     faulty += [None, "fail"]
-    job = sf.submit(model, RAGGED, edit, remote=server.url, file=file, limit=1, **options)
-    with pytest.raises(sf.RemoteError, match="resubmit"):
+    job = sf.remote.submit(model, RAGGED, edit, remote=server.url, file=file, limit=1, **options)
+    with pytest.raises(sf.errors.RemoteError, match="resubmit"):
         job.wait()
     sent = len(server.payloads)
-    again = sf.Job.load(file, model, remote=server.url)
+    again = sf.remote.Job.load(file, model, remote=server.url)
     assert again.statuses == ("COMPLETED", "ERROR") and "CUDA out of memory" in again.errors[1]
-    with pytest.raises(sf.RemoteError, match="CUDA out of memory"):
+    with pytest.raises(sf.errors.RemoteError, match="CUDA out of memory"):
         again.poll()
     assert len(server.payloads) == sent  # loading and polling send nothing that has failed
     same_run(sf.run(model, RAGGED, edit, **options), again.resubmit().wait())
@@ -108,9 +109,9 @@ def test_a_skeleton_takes_a_job_up(server, tmp_path):
     bare = nnsight.TransformersModel(
         str(tmp_path / "model"), tokenizer=full.tokenizer, task="text-generation"
     )
-    with sf.serve(tmp_path / "model") as own:
-        sf.submit(bare, RAGGED, edits(), remote=own.url, file=tmp_path / "job.json")
-        there = sf.Job.load(tmp_path / "job.json", bare, remote=own.url).wait()
+    with loopback.serve(tmp_path / "model") as own:
+        sf.remote.submit(bare, RAGGED, edits(), remote=own.url, file=tmp_path / "job.json")
+        there = sf.remote.Job.load(tmp_path / "job.json", bare, remote=own.url).wait()
     assert next(bare._module.parameters()).is_meta
     same_run(sf.run(full, RAGGED, edits()), there)
 
@@ -125,14 +126,14 @@ def even(ids, position):
 
 def test_what_a_file_cannot_hold_is_said_and_may_be_given(model, server, tmp_path):
     file, edit = tmp_path / "job.json", sf.Clamp(jumprelu(), 3.0, where=sf.Tokens.where(odd))
-    here = sf.submit(model, RAGGED, edit, remote=server.url, file=file).wait()
+    here = sf.remote.submit(model, RAGGED, edit, remote=server.url, file=file).wait()
     assert "Tokens.where(odd)" in json.loads(file.read_text())["intervention"]["not kept"]
-    with pytest.raises(sf.RemoteError, match=r"no file can hold it.*intervention=\.\.\."):
-        sf.Job.load(file, model, remote=server.url)
-    same_run(here, sf.Job.load(file, model, remote=server.url, intervention=edit).wait())
+    with pytest.raises(sf.errors.RemoteError, match=r"no file can hold it.*intervention=\.\.\."):
+        sf.remote.Job.load(file, model, remote=server.url)
+    same_run(here, sf.remote.Job.load(file, model, remote=server.url, intervention=edit).wait())
     other = sf.Clamp(jumprelu(), 3.0, where=sf.Tokens.where(even))
-    with pytest.raises(sf.RemoteError, match="of another run"):
-        sf.Job.load(file, model, remote=server.url, intervention=other)
+    with pytest.raises(sf.errors.RemoteError, match="of another run"):
+        sf.remote.Job.load(file, model, remote=server.url, intervention=other)
 
 
 def test_two_functions_of_one_name_are_two_runs(model, server, tmp_path):
@@ -143,42 +144,44 @@ def test_two_functions_of_one_name_are_two_runs(model, server, tmp_path):
         return sf.Clamp(jumprelu(), 3.0, where=sf.Tokens.where(lambda _, at: at % 2 == n))
 
     first, second = parity(0), parity(1)
-    sf.submit(model, RAGGED, first, remote=server.url, file=file).wait()
-    with pytest.raises(sf.RemoteError, match="of another run"):
-        sf.submit(model, RAGGED, second, remote=server.url, file=file)
+    sf.remote.submit(model, RAGGED, first, remote=server.url, file=file).wait()
+    with pytest.raises(sf.errors.RemoteError, match="of another run"):
+        sf.remote.submit(model, RAGGED, second, remote=server.url, file=file)
 
 
 def test_files_of_two_jobs_are_apart(model, server, tmp_path):
     """A number behind a dot is no suffix; a result of one job is never one of another."""
     jobs = {v: sf.Clamp(jumprelu(), v) for v in (0.5, 0.7)}
     for value, edit in jobs.items():
-        sf.submit(model, RAGGED, edit, remote=server.url, file=tmp_path / f"exp-{value}").wait()
+        sf.remote.submit(
+            model, RAGGED, edit, remote=server.url, file=tmp_path / f"exp-{value}"
+        ).wait()
     for value, edit in jobs.items():
-        again = sf.Job.load(tmp_path / f"exp-{value}", model, remote=server.url)
+        again = sf.remote.Job.load(tmp_path / f"exp-{value}", model, remote=server.url)
         same_run(sf.run(model, RAGGED, edit), again.poll())
     (tmp_path / "exp-0.7.0.safetensors").replace(tmp_path / "exp-0.5.0.safetensors")
-    with pytest.raises(sf.RemoteError, match="of another job"):
-        sf.Job.load(tmp_path / "exp-0.5", model, remote=server.url)
+    with pytest.raises(sf.errors.RemoteError, match="of another job"):
+        sf.remote.Job.load(tmp_path / "exp-0.5", model, remote=server.url)
 
 
 @pytest.mark.parametrize("remote", ["local", False, "127.0.0.1:80"])
 def test_a_job_needs_a_server(remote, model):
-    with pytest.raises(sf.RemoteError, match="http://"):
-        sf.submit(model, RAGGED, remote=remote)
+    with pytest.raises(sf.errors.RemoteError, match="http://"):
+        sf.remote.submit(model, RAGGED, remote=remote)
 
 
 def test_an_edited_copy_has_no_file(model, server, tmp_path):
     copy = sf.edit(model, sf.Ablate(jumprelu()))
-    with pytest.raises(sf.ModelError, match="edited copy"):
-        sf.submit(copy, RAGGED, remote=server.url, file=tmp_path / "job.json")
+    with pytest.raises(sf.errors.ModelError, match="edited copy"):
+        sf.remote.submit(copy, RAGGED, remote=server.url, file=tmp_path / "job.json")
 
 
 def test_a_file_is_there_before_anything_is_sent(model, server, tmp_path):
     """So that a job whose first request fails can be taken up as well."""
     file = tmp_path / "job.json"
-    with pytest.raises(sf.RemoteError, match="not answered"):
-        sf.submit(model, RAGGED, edits(), remote="http://127.0.0.1:9", file=file)
-    again = sf.Job.load(file, model, remote="http://127.0.0.1:9")
+    with pytest.raises(sf.errors.RemoteError, match="not answered"):
+        sf.remote.submit(model, RAGGED, edits(), remote="http://127.0.0.1:9", file=file)
+    again = sf.remote.Job.load(file, model, remote="http://127.0.0.1:9")
     assert again.statuses == ("new",)
 
 
@@ -188,7 +191,7 @@ def test_a_file_is_there_before_anything_is_sent(model, server, tmp_path):
 @pytest.fixture(scope="module")
 def finished(model, server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    sf.submit(model, RAGGED, edits(), remote=server.url, file=folder / "job.json").wait()
+    sf.remote.submit(model, RAGGED, edits(), remote=server.url, file=folder / "job.json").wait()
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -212,17 +215,17 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_changed_file_is_refused(name, finished, model, server, tmp_path):
     file = written(finished, tmp_path, **{name: HOSTILE[name]})
-    with pytest.raises(sf.RemoteError, match=r"job.json|Job\.load"):
-        sf.Job.load(file, model, remote=server.url)
+    with pytest.raises(sf.errors.RemoteError, match=r"job.json|Job\.load"):
+        sf.remote.Job.load(file, model, remote=server.url)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "saefeat-job"}', "\x00", "null"])
 def test_what_is_no_job_file_is_refused(text, model, tmp_path):
     (tmp_path / "job.json").write_text(text)
-    with pytest.raises(sf.RemoteError, match="not a job file"):
-        sf.Job.load(tmp_path / "job.json", model, remote=True)
-    with pytest.raises(sf.RemoteError, match="not a job file"):
-        sf.Job.load(tmp_path / "missing.json", model, remote=True)
+    with pytest.raises(sf.errors.RemoteError, match="not a job file"):
+        sf.remote.Job.load(tmp_path / "job.json", model, remote=True)
+    with pytest.raises(sf.errors.RemoteError, match="not a job file"):
+        sf.remote.Job.load(tmp_path / "missing.json", model, remote=True)
 
 
 @pytest.mark.parametrize("name", ["job.prompts.json", "job.edits.safetensors"])
@@ -230,20 +233,22 @@ def test_files_beside_it_belong_to_it(name, finished, model, server, tmp_path):
     file = written(finished, tmp_path)
     with (tmp_path / name).open("ab") as beside:
         beside.write(b" ")
-    with pytest.raises(sf.RemoteError, match=f"{name} is changed"):
-        sf.Job.load(file, model, remote=server.url)
+    with pytest.raises(sf.errors.RemoteError, match=f"{name} is changed"):
+        sf.remote.Job.load(file, model, remote=server.url)
     (tmp_path / name).unlink()
-    with pytest.raises(sf.RemoteError, match=f"{name} is missing"):
-        sf.Job.load(file, model, remote=server.url)
+    with pytest.raises(sf.errors.RemoteError, match=f"{name} is missing"):
+        sf.remote.Job.load(file, model, remote=server.url)
 
 
 def test_a_file_does_not_say_where_the_key_goes(finished, model, server, tmp_path, monkeypatch):
     """Polling sends the key, and nnsight unpickles what comes back."""
     file = written(finished, tmp_path, host="http://somewhere.else")
-    with pytest.raises(sf.RemoteError, match=r"remote='http://somewhere.else'\), if you trust"):
-        sf.Job.load(file, model)
+    with pytest.raises(
+        sf.errors.RemoteError, match=r"remote='http://somewhere.else'\), if you trust"
+    ):
+        sf.remote.Job.load(file, model)
     monkeypatch.setattr(CONFIG.API, "HOST", "http://somewhere.else")
-    assert sf.Job.load(file, model).statuses == ("COMPLETED",)
+    assert sf.remote.Job.load(file, model).statuses == ("COMPLETED",)
 
 
 # ---------------------------------------------------------------- a server that answers oddly
@@ -316,21 +321,23 @@ def test_a_result_that_does_not_fit_is_no_result(case, saved):
     assert received(saved, edits(), batch_of(), 2)
     bad = copy.deepcopy(saved)
     change(bad)
-    with pytest.raises(sf.RemoteError, match=f"(?s)a server whose result has.*{said}"):
+    with pytest.raises(sf.errors.RemoteError, match=f"(?s)a server whose result has.*{said}"):
         received(bad, edits(), batch_of(), 2)
 
 
 def test_run_holds_results_against_what_it_asked(model, server, monkeypatch):
     spoiled(monkeypatch, later)
-    with pytest.raises(sf.RemoteError, match="do not begin with the prompts"):
+    with pytest.raises(sf.errors.RemoteError, match="do not begin with the prompts"):
         sf.run(model, RAGGED, remote=server.url)
 
 
 def test_a_result_that_does_not_fit_is_asked_for_again(model, server, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         spoiled(patch, later)
-        job = sf.submit(model, RAGGED, edits(), remote=server.url, file=tmp_path / "job.json")
-        with pytest.raises(sf.RemoteError, match="do not begin with the prompts"):
+        job = sf.remote.submit(
+            model, RAGGED, edits(), remote=server.url, file=tmp_path / "job.json"
+        )
+        with pytest.raises(sf.errors.RemoteError, match="do not begin with the prompts"):
             job.wait()
     assert not list(tmp_path.glob("*.0.safetensors"))
     same_run(sf.run(model, RAGGED, edits()), job.resubmit().wait())
@@ -338,23 +345,23 @@ def test_a_result_that_does_not_fit_is_asked_for_again(model, server, monkeypatc
 
 def test_completed_without_a_result_is_an_error(model, server, monkeypatch):
     """It was polled for ever."""
-    job = sf.submit(model, RAGGED, remote=server.url)
+    job = sf.remote.submit(model, RAGGED, remote=server.url)
     monkeypatch.setattr(RemoteBackend, "download_result", lambda *_: None)
-    with pytest.raises(sf.RemoteError, match="completed without a result"):
+    with pytest.raises(sf.errors.RemoteError, match="completed without a result"):
         job.wait(timeout=20)
 
 
 @pytest.mark.parametrize("code", [401, 429, 503])
 def test_a_refusal_to_answer_loses_nothing(code, model, server, monkeypatch):
     """A busy server, a bad gateway or a missing key says nothing of the job."""
-    job = sf.submit(model, RAGGED, remote=server.url)
+    job = sf.remote.submit(model, RAGGED, remote=server.url)
     plain = httpx.Client.get
     monkeypatch.setattr(
         httpx.Client,
         "get",
         lambda self, url, **_: httpx.Response(code, request=httpx.Request("GET", url)),
     )
-    with pytest.raises(sf.RemoteError, match="not answered"):
+    with pytest.raises(sf.errors.RemoteError, match="not answered"):
         job.poll()
     monkeypatch.setattr(httpx.Client, "get", plain)
     same_run(sf.run(model, RAGGED), job.wait())
@@ -376,35 +383,35 @@ def test_a_sweep_outlives_a_server_that_is_busy(model, server, monkeypatch):
 
 
 def test_a_sweep_gives_up_on_a_server_that_is_gone(model, server, monkeypatch):
-    monkeypatch.setattr("saefeat.execution.sweep_jobs.MISSED", 2)
+    monkeypatch.setattr("saefeat.running.sweep_jobs.MISSED", 2)
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
-    with pytest.raises(sf.RemoteError, match="2 of 2 settings failed"):
+    with pytest.raises(sf.errors.RemoteError, match="2 of 2 settings failed"):
         sf.sweep(model, RAGGED, settings, remote="http://127.0.0.1:9")
 
 
 def test_a_setting_that_cannot_be_sent_does_not_stop_the_others(model, server, tmp_path):
     settings = {"well": sf.Clamp(jumprelu(), 2.0)}
     settings["deep"] = sf.Ablate(sf.Direction(unit(), site="resid_post.40"))
-    with pytest.raises(sf.RemoteError, match=r"(?s)1 of 2.*setting 'deep'.*a layer in 0"):
+    with pytest.raises(sf.errors.RemoteError, match=r"(?s)1 of 2.*setting 'deep'.*a layer in 0"):
         sf.sweep(model, RAGGED, settings, remote=server.url, folder=tmp_path)
-    there = sf.Job.load(tmp_path / "00000.json", model, remote=server.url).poll()
+    there = sf.remote.Job.load(tmp_path / "00000.json", model, remote=server.url).poll()
     same_run(sf.run(model, RAGGED, settings["well"]), there)
 
 
 def test_a_sweeps_requests_have_a_limit(model, server):
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
-    with pytest.raises(sf.RemoteError, match=r"payload_limit` is 100 bytes"):
+    with pytest.raises(sf.errors.RemoteError, match=r"payload_limit` is 100 bytes"):
         sf.sweep(model, RAGGED, settings, remote="http://127.0.0.1:9", payload_limit=100)
 
 
 def test_a_sweep_needs_room_for_a_job(model, server):
-    with pytest.raises(sf.PromptError, match="limit"):  # it waited for ever
+    with pytest.raises(sf.errors.PromptError, match="limit"):  # it waited for ever
         sf.sweep(model, RAGGED, {0: None}, remote="http://127.0.0.1:9", limit=0)
 
 
 def test_an_edit_that_never_fired_is_named_by_its_setting(model, server):
     settings = {"never": sf.Clamp(jumprelu(), 2.0, where=sf.Tokens.ids(99)), "bare": None}
-    with pytest.raises(sf.FiringError, match=r"(?s)setting 'never'.*selected no token"):
+    with pytest.raises(sf.errors.FiringError, match=r"(?s)setting 'never'.*selected no token"):
         sf.sweep(model, RAGGED, settings, remote=server.url)
 
 
@@ -416,7 +423,7 @@ def test_samples_are_those_of_a_run_here(model, server):
     here = sf.run(model, RAGGED, edits(), **options)
     assert here.completions != sf.run(model, RAGGED, edits(), max_new_tokens=NEW).completions
     same_run(here, sf.run(model, RAGGED, edits(), remote=server.url, **options))
-    same_run(here, sf.submit(model, RAGGED, edits(), remote=server.url, **options).wait())
+    same_run(here, sf.remote.submit(model, RAGGED, edits(), remote=server.url, **options).wait())
     assert here.provenance.generation["seed"] == 3
 
 
@@ -430,7 +437,7 @@ def test_a_sample_that_the_seed_did_not_make_is_refused(model, monkeypatch):
 def test_a_sample_is_right_or_refused_where_values_are_copied(model):
     """Never a sample that only looks like one from the seed."""
     here = sf.run(model, RAGGED, edits(), **SAMPLE)
-    with sf.serve(model, copies=True) as boundary:
+    with loopback.serve(model, copies=True) as boundary:
         try:
             there = sf.run(model, RAGGED, edits(), remote=boundary.url, **SAMPLE)
         except Refused as error:
@@ -463,12 +470,12 @@ def test_a_checkpoint_keeps_batches_from_a_server(model, server, faulty, tmp_pat
     there = sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", **options)
     assert len(server.payloads) == sent + 1
     same_run(sf.run(model, RAGGED, edits(), max_new_tokens=2, batch_size=2), there)
-    with pytest.raises(sf.CheckpointError, match="differs in"):  # not those of a run here
+    with pytest.raises(sf.errors.CheckpointError, match="differs in"):  # not those of a run here
         sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", max_new_tokens=2, batch_size=2)
 
 
 def test_beams_are_refused_and_say_why(model, server):
-    with pytest.raises(sf.RemoteError, match="key-value cache"):
+    with pytest.raises(sf.errors.RemoteError, match="key-value cache"):
         sf.run(model, RAGGED, remote="http://127.0.0.1:9", max_new_tokens=2, num_beams=2)
 
 

@@ -13,7 +13,7 @@ from nnsight.schema.request import RequestModel
 
 import saefeat as sf
 from helpers import BOS, FAMILIES, RAGGED, VOCAB, D, batch_of, build, make_sae, unit, wrapped
-from saefeat.execution.decoding import decoding
+from saefeat.generation.decoding import decoding
 from saefeat.remote.batch import remote_batch
 from saefeat.remote.preflight import Capture, captured, inspected, require_light
 from saefeat.verbs.lower import lower
@@ -42,8 +42,8 @@ def direction(layer: int = 1) -> sf.Direction:
     return sf.Direction(unit(), site=f"resid_post.{layer}")
 
 
-def generic(function, latents: int = 2) -> sf.Generic:
-    return sf.Generic(function, torch.randn(latents, D), site="resid_post.1", width=D)
+def generic(function, latents: int = 2) -> sf.dictionaries.Function:
+    return sf.dictionaries.Function(function, torch.randn(latents, D), site="resid_post.1", width=D)
 
 
 def request_of(model, intervention, **how) -> bytes:
@@ -72,7 +72,7 @@ def test_what_a_run_does_lies_within_what_was_expected(rule, new, model):
     """Over ragged prompts in several batches; exact where nothing depends on data."""
     edit = sf.Clamp(jumprelu(), add=2.0, where=RULES[rule]())
     options = {"max_new_tokens": new, "batch_size": 2}
-    (expected,) = sf.preflight(model, RAGGED, edit, **options).expected
+    (expected,) = sf.remote.preflight(model, RAGGED, edit, **options).expected
     (row,) = sf.run(model, RAGGED, edit, allow_unfired=True, **options).receipt.rows
     prompts = sf.run(model, RAGGED, edit, allow_unfired=True).receipt.rows[0].tokens
     assert expected.prompt == (prompts, prompts)
@@ -95,7 +95,7 @@ def test_without_stop_tokens_positions_are_exact(model):
 def test_a_condition_is_an_interval(hold, model):
     above = 0.8 if hold else 0.2
     edit = sf.Clamp(jumprelu(2), 5.0, when=sf.When(direction(0), above=above, hold=hold))
-    (expected,) = sf.preflight(model, RAGGED, edit, max_new_tokens=NEW).expected
+    (expected,) = sf.remote.preflight(model, RAGGED, edit, max_new_tokens=NEW).expected
     (row,) = sf.run(model, RAGGED, edit, max_new_tokens=NEW).receipt.rows
     assert expected.prompt == (0, 13) and expected.generated == (0, 3 * (NEW - 1))
     assert 0 < row.tokens < expected.most  # so neither end would have done
@@ -105,8 +105,8 @@ def test_values_given_for_some_tokens_are_an_interval(model):
     latents = jumprelu()
     probe = sf.Probe(latents, where=sf.Tokens.last(1))
     readings = sf.run(model, RAGGED, probe).readings[0]
-    edit = sf.Ablate(latents, to=sf.Pin(readings))
-    (expected,) = sf.preflight(model, RAGGED, edit).expected
+    edit = sf.Ablate(latents, to=sf.values.Patch(readings))
+    (expected,) = sf.remote.preflight(model, RAGGED, edit).expected
     assert expected.prompt == (0, 13)
     assert sf.run(model, RAGGED, edit).receipt.rows[0].tokens == 3
 
@@ -118,7 +118,7 @@ def test_values_given_for_some_tokens_are_an_interval(model):
 def test_a_skeleton_is_tried_without_weights(new, skeleton):
     edits = sf.Clamp(jumprelu(), 3.0, when=sf.When(direction(0), above=0.2, hold=True))
     edits = edits | sf.Probe(jumprelu(2), reduce="max") | sf.Ablate(direction(2), to="orthogonal")
-    report = sf.preflight(skeleton, RAGGED, edits, max_new_tokens=new)
+    report = sf.remote.preflight(skeleton, RAGGED, edits, max_new_tokens=new)
     assert (report.fails, report.untried, report.device) == ("", "", "meta")
     assert next(skeleton._module.parameters()).is_meta  # still
 
@@ -126,18 +126,20 @@ def test_a_skeleton_is_tried_without_weights(new, skeleton):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_tried(family):
     edits = sf.Ablate(direction()) | sf.Probe(direction(2))
-    report = sf.preflight(wrapped(build(family)), RAGGED, edits, max_new_tokens=2)
+    report = sf.remote.preflight(wrapped(build(family)), RAGGED, edits, max_new_tokens=2)
     assert (report.fails, report.untried) == ("", "")
 
 
 KINDS = {
     "topk": lambda: sf.Ablate(topk()),
     "reselect": lambda: sf.Clamp(topk(), 2.0, support="reselect"),
-    "error": lambda: sf.Clamp(sf.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5),
+    "error": lambda: sf.Clamp(
+        sf.dictionaries.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5
+    ),
     "transcoder": lambda: sf.Clamp(make_sae("transcoder").latents([1, 5]), 4.0),
     "between": lambda: sf.Clamp(sf.Direction(unit(), site="resid_mid.1"), add=3.0),
-    "schedule": lambda: sf.Clamp(topk(), add=sf.Schedule([4.0, 2.0])),
-    "resample": lambda: sf.Ablate(topk(), to=sf.Resample(torch.ones(3, 2), seed=1)),
+    "schedule": lambda: sf.Clamp(topk(), add=sf.values.Schedule([4.0, 2.0])),
+    "resample": lambda: sf.Ablate(topk(), to=sf.values.Resample(torch.ones(3, 2), seed=1)),
     "by prompt": lambda: sf.Clamp(topk(), torch.ones(3, 2)),
 }
 
@@ -148,14 +150,14 @@ def topk() -> sf.Latents:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_edit_is_tried(kind, model):
-    report = sf.preflight(model, RAGGED, KINDS[kind](), max_new_tokens=2, batch_size=2)
+    report = sf.remote.preflight(model, RAGGED, KINDS[kind](), max_new_tokens=2, batch_size=2)
     assert (report.fails, report.untried) == ("", "")
 
 
 def test_a_copys_own_edits_are_not_known(model):
     """They look at masks, which are fake there; nothing is refused for it."""
     copy = sf.edit(model, sf.Ablate(direction()))
-    report = sf.preflight(copy, RAGGED, sf.Ablate(direction(2)))
+    report = sf.remote.preflight(copy, RAGGED, sf.Ablate(direction(2)))
     assert report.fails == "" and "data-dependent" in report.untried
 
 
@@ -187,15 +189,15 @@ BAD = {
 def test_what_would_fail_there_is_found_here(case, model, skeleton):
     made, said = BAD[case]
     for own in (model, skeleton):
-        report = sf.preflight(own, RAGGED, made(), max_new_tokens=2)
+        report = sf.remote.preflight(own, RAGGED, made(), max_new_tokens=2)
         assert report.untried == ""
-        with pytest.raises(sf.RemoteError, match=said):
+        with pytest.raises(sf.errors.RemoteError, match=said):
             require_light(report, 1 << 30)
         assert report.fails in str(report)
 
 
 def test_run_refuses_it_before_anything_is_sent(model):
-    with pytest.raises(sf.RemoteError, match="fails on fake tensors"):
+    with pytest.raises(sf.errors.RemoteError, match="fails on fake tensors"):
         sf.run(model, RAGGED, BAD["scorer"][0](), remote="local")
 
 
@@ -209,7 +211,7 @@ def through_numpy(x):
 
 @pytest.mark.parametrize("function", [by_value, through_numpy])
 def test_what_asks_for_numbers_is_not_known_and_not_refused(function, model):
-    report = sf.preflight(model, RAGGED, sf.Clamp(generic(function), 2.0))
+    report = sf.remote.preflight(model, RAGGED, sf.Clamp(generic(function), 2.0))
     assert report.fails == "" and report.untried
     assert "not known" in str(report)
     require_light(report, 1 << 30)
@@ -224,14 +226,14 @@ def test_a_model_that_cannot_be_faked_blames_nobody():
 
     odd = wrapped(build("llama"))
     odd._module.model.norm = Odd()
-    report = sf.preflight(odd, RAGGED, sf.Ablate(direction()))
+    report = sf.remote.preflight(odd, RAGGED, sf.Ablate(direction()))
     assert report.fails == "" and "the model itself" in report.untried
 
 
 def test_a_dry_run_leaves_nothing_behind(model):
     before = sf.run(model, RAGGED).logits
     state = torch.get_rng_state()
-    sf.preflight(model, RAGGED, sf.Clamp(jumprelu(), 3.0), max_new_tokens=2)
+    sf.remote.preflight(model, RAGGED, sf.Clamp(jumprelu(), 3.0), max_new_tokens=2)
     assert torch.equal(sf.run(model, RAGGED).logits, before)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -239,7 +241,7 @@ def test_a_dry_run_leaves_nothing_behind(model):
 def test_looking_into_a_request_keeps_sources_whole(model):
     """nnsight enters a request's block as if it were its whole file; tracebacks would be wrong."""
     file = inspect.getsourcefile(remote_batch)
-    sf.preflight(model, RAGGED, sf.Ablate(direction()))
+    sf.remote.preflight(model, RAGGED, sf.Ablate(direction()))
     assert linecache.getline(file, 1).startswith('"""')
 
 
@@ -249,7 +251,7 @@ def test_looking_into_a_request_keeps_sources_whole(model):
 def test_the_result_is_no_larger_than_said(model):
     """Changes that edits made come back too, and are most of it."""
     edits = sf.Clamp(jumprelu(), 3.0) | sf.Probe(jumprelu(2)) | sf.Probe(jumprelu(), reduce="mean")
-    report = sf.preflight(model, RAGGED, edits, max_new_tokens=NEW)
+    report = sf.remote.preflight(model, RAGGED, edits, max_new_tokens=NEW)
     settings = decoding(model, max_new_tokens=NEW)
     saved, _ = remote_batch(model, lower(edits, model), batch_of(), settings, remote="local")
     got = sum(t.nbytes for t in leaves(saved))
@@ -267,16 +269,16 @@ def leaves(data):
 
 @pytest.mark.parametrize("dtype", [torch.int8, "bfloat16"])
 def test_a_dtype_that_cuts_fractions_is_refused(dtype, model):
-    with pytest.raises(sf.RemoteError, match="a floating dtype"):
-        sf.preflight(model, RAGGED, sf.Ablate(direction()), dtype=dtype)
+    with pytest.raises(sf.errors.RemoteError, match="a floating dtype"):
+        sf.remote.preflight(model, RAGGED, sf.Ablate(direction()), dtype=dtype)
 
 
 def test_a_dtype_that_overflows_is_refused(model):
     rows = torch.full((D, D), 1e6)
-    large = sf.Generic(torch.relu, rows, site="resid_post.1", width=D)
-    with pytest.raises(sf.RemoteError, match="small range"):
-        sf.preflight(model, RAGGED, sf.Ablate(large), dtype=torch.float16)
-    sf.preflight(model, RAGGED, sf.Ablate(large), dtype=torch.bfloat16)
+    large = sf.dictionaries.Function(torch.relu, rows, site="resid_post.1", width=D)
+    with pytest.raises(sf.errors.RemoteError, match="small range"):
+        sf.remote.preflight(model, RAGGED, sf.Ablate(large), dtype=torch.float16)
+    sf.remote.preflight(model, RAGGED, sf.Ablate(large), dtype=torch.bfloat16)
 
 
 def test_what_only_runs_here_says_so(model):
@@ -284,8 +286,8 @@ def test_what_only_runs_here_says_so(model):
     columns |= {"prefix": False, "local": "it is encoded by a sae-lens object"}
     own = generic(torch.relu, D)
     object.__setattr__(own, "columns", lambda indices: columns)
-    with pytest.raises(sf.RemoteError, match="encoded by a sae-lens object"):
-        sf.preflight(model, RAGGED, sf.Ablate(own))
+    with pytest.raises(sf.errors.RemoteError, match="encoded by a sae-lens object"):
+        sf.remote.preflight(model, RAGGED, sf.Ablate(own))
 
 
 # ---------------------------------------------------------------- blocks of one's own
@@ -305,8 +307,8 @@ def test_blocks_and_edited_copies_send_halves_too(model):
 
 
 def test_a_heavy_block_warns(model, monkeypatch):
-    monkeypatch.setattr("saefeat.verbs.travel.PAYLOAD_LIMIT", 100)
-    with pytest.warns(UserWarning, match="sf.preflight shows the others"):
+    monkeypatch.setattr("saefeat.shipping.program.PAYLOAD_LIMIT", 100)
+    with pytest.warns(UserWarning, match="sf.remote.preflight shows the others"):
         request_of(model, sf.Ablate(jumprelu()))
 
 
@@ -316,15 +318,15 @@ def test_strangers_are_refused_in_a_block(model):
     def with_stranger(x):
         return x[..., :2] * len(safetensors.torch.__name__)
 
-    with pytest.raises(sf.RemoteError, match="in need of safetensors"):
+    with pytest.raises(sf.errors.RemoteError, match="in need of safetensors"):
         request_of(model, sf.Ablate(generic(with_stranger)))
 
 
 def test_guesses_and_followed_beams_are_refused_in_a_block(model):
-    with pytest.raises(sf.RemoteError, match="prompt_lookup_num_tokens"):
+    with pytest.raises(sf.errors.RemoteError, match="prompt_lookup_num_tokens"):
         request_of(model, sf.Ablate(jumprelu()), prompt_lookup_num_tokens=2)
     held = sf.Clamp(jumprelu(2), 5.0, when=sf.When(direction(0), above=0.2, hold=True))
-    with pytest.raises(sf.RemoteError, match="held condition or role"):
+    with pytest.raises(sf.errors.RemoteError, match="held condition or role"):
         request_of(model, held, num_beams=2)
     assert request_of(model, sf.Ablate(jumprelu()), num_beams=2)
 
@@ -332,7 +334,7 @@ def test_guesses_and_followed_beams_are_refused_in_a_block(model):
 def test_a_session_over_two_models_is_refused(model):
     """Whose program an intervention becomes must not be a guess."""
     other, probe, backend = wrapped(build("llama")), sf.Probe(jumprelu()), Capture()
-    with pytest.raises(sf.RemoteError, match="one of 2 in the request"):  # noqa: SIM117
+    with pytest.raises(sf.errors.RemoteError, match="one of 2 in the request"):  # noqa: SIM117
         with model.session(backend=backend):
             with model.trace("w1"):
                 nnsight.save(probe(model))
@@ -345,7 +347,7 @@ def test_nnsight_builds_requests_where_we_look(model):
     names = RequestModel.serialize.__code__.co_varnames
     assert {"tracer", "interventions"} <= set(names)
     assert inspect.isfunction(serialization.dump)
-    with pytest.raises(sf.RemoteError, match=r"as nnsight 0\.8\.1 builds it"):
+    with pytest.raises(sf.errors.RemoteError, match=r"as nnsight 0\.8\.1 builds it"):
         serialization.dumps(sf.Ablate(jumprelu()))
 
 

@@ -14,29 +14,31 @@ import pytest
 import torch
 
 import saefeat as sf
-from helpers import BOS, RAGGED, D, build, make_sae, wrapped
-from saefeat import container
+from helpers import BOS, RAGGED, D, build, make_sae, transformers_model, wrapped
 from saefeat.attribution import file as files
 from saefeat.attribution.show import _token
-from saefeat.container import content_hash
+from saefeat.files import container
+from saefeat.files.container import content_hash
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [f"<bos> {prompt}" for prompt in RAGGED]
 LENGTHS = [4, 7, 5]
 
 
-def dictionaries() -> sf.Dictionaries:
-    return sf.Dictionaries([make_sae("jumprelu", layer=0), make_sae("standard", layer=1, seed=3)])
+def dictionaries() -> sf.dictionaries.Dictionaries:
+    return sf.dictionaries.Dictionaries(
+        [make_sae("jumprelu", layer=0), make_sae("standard", layer=1, seed=3)]
+    )
 
 
-def attribute(**options) -> sf.Attribution:
+def attribute(**options) -> sf.attribution.Attribution:
     model = wrapped(build("llama"))
     attribute = sf.Attribute(dictionaries(), sf.logit_diff(5, 6), method=sf.IG(3), **options)
     return attribute(model, PROMPTS, batch_size=2)
 
 
 @pytest.fixture(scope="module")
-def scores() -> sf.Attribution:
+def scores() -> sf.attribution.Attribution:
     return attribute()
 
 
@@ -68,10 +70,10 @@ def test_scored_tokens_follow_where():
 
 def test_rules_mean_the_same_as_in_an_edit():
     """Texts.select against the tokens an edit really fires on."""
-    model = sf.wrap(*_tiny())
+    model = transformers_model(*_tiny())
     chats = [[{"role": "user", "content": text}] for text in ("how do i bake bread", "hello")]
-    encoded = sf.encode_prompts(model.tokenizer, chats)
-    texts = sf.Texts.of(model.tokenizer, encoded)
+    encoded = sf.text.prompts.encode_prompts(model.tokenizer, chats)
+    texts = sf.attribution.Texts.of(model.tokenizer, encoded)
     width = encoded["input_ids"].shape[1]
     for rule in (
         sf.Tokens.role("user"),
@@ -86,7 +88,7 @@ def test_rules_mean_the_same_as_in_an_edit():
         assert mask.shape[1] == width
         for row in range(2):
             assert texts.select(rule)[row].tolist() == mask[row][real[row]].tolist(), rule
-    with pytest.raises(sf.PromptError, match="wanted one of user, assistant"):
+    with pytest.raises(sf.errors.PromptError, match="wanted one of user, assistant"):
         texts.select(sf.Tokens.role("tool"))
 
 
@@ -97,7 +99,7 @@ def _tiny():
 
 
 def test_a_rule_needs_a_template(scores):
-    with pytest.raises(sf.PromptError, match="no template"):
+    with pytest.raises(sf.errors.PromptError, match="no template"):
         scores.totals(where=sf.Tokens.role("user"))
 
 
@@ -229,7 +231,7 @@ def test_a_score_of_all_tokens_together_belongs_to_none(scores):
 # ---------------------------------------------------------------- files
 
 
-def same(a: sf.Attribution, b: sf.Attribution) -> bool:
+def same(a: sf.attribution.Attribution, b: sf.attribution.Attribution) -> bool:
     names = ("prompt", "dictionary", "position", "latent", "score", "activation", "change")
     names += ("clean", "baseline", "tokens", "scored")
     return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and (
@@ -241,43 +243,47 @@ def same(a: sf.Attribution, b: sf.Attribution) -> bool:
 def test_save_and_load(scores, tmp_path):
     path = scores.save(tmp_path / "x.safetensors")
     live = dictionaries()
-    loaded = sf.Attribution.load(path, saes=live)
+    loaded = sf.attribution.Attribution.load(path, saes=live)
     assert same(loaded, scores)
     assert loaded.dictionaries == tuple(live.values())
     assert repr(loaded) == repr(scores)
     assert loaded.save(tmp_path / "y.safetensors").read_bytes() == path.read_bytes()
     out = sf.run(wrapped(build("llama")), RAGGED, sf.Ablate(loaded.top(3)))
     assert out.receipt.rows[0].tokens == 13
-    assert sf.Attribution.load(path, saes=list(live.values())).dictionaries == tuple(live.values())
+    assert sf.attribution.Attribution.load(path, saes=list(live.values())).dictionaries == tuple(
+        live.values()
+    )
 
 
 def test_without_dictionaries_tables_work_and_edits_do_not(scores, tmp_path):
-    loaded = sf.Attribution.load(scores.save(tmp_path / "x.safetensors"))
+    loaded = sf.attribution.Attribution.load(scores.save(tmp_path / "x.safetensors"))
     assert repr(loaded.top(5)) == repr(scores.top(5))
     assert loaded.to_pandas().equals(scores.to_pandas())
     assert loaded.to_html() == scores.to_html()
     assert loaded.dictionaries[0].fingerprint() == scores.dictionaries[0].fingerprint()
-    with pytest.raises(sf.LatentError, match=r"not held.*load_saes"):
+    with pytest.raises(sf.errors.LatentError, match=r"not held.*load_saes"):
         sf.run(wrapped(build("llama")), RAGGED, sf.Ablate(loaded.top(3)))
-    with pytest.raises(sf.LatentError, match="some of the 0"):
+    with pytest.raises(sf.errors.LatentError, match="some of the 0"):
         loaded.dictionaries[0].encode(torch.zeros(1, D))
 
 
 def test_other_dictionaries_are_refused(scores, tmp_path):
     path = scores.save(tmp_path / "x.safetensors")
-    others = sf.Dictionaries([make_sae("jumprelu", layer=0), make_sae("standard", layer=1, seed=4)])
-    with pytest.raises(sf.FileError, match=r"`saes` is without the dictionary 'standard-3'"):
-        sf.Attribution.load(path, saes=others)
+    others = sf.dictionaries.Dictionaries(
+        [make_sae("jumprelu", layer=0), make_sae("standard", layer=1, seed=4)]
+    )
+    with pytest.raises(sf.errors.FileError, match=r"`saes` is without the dictionary 'standard-3'"):
+        sf.attribution.Attribution.load(path, saes=others)
 
 
 def test_a_result_made_by_hand(tmp_path):
     """Without tokens, without rows."""
     none, one = torch.zeros(0), torch.ones(1)
     empty = none.long()
-    found = sf.Attribution(
+    found = sf.attribution.Attribution(
         (make_sae(),), *[empty] * 4, *[none] * 3, one, 2 * one, torch.tensor([4])
     )
-    loaded = sf.Attribution.load(found.save(tmp_path / "x.safetensors"))
+    loaded = sf.attribution.Attribution.load(found.save(tmp_path / "x.safetensors"))
     assert len(loaded) == 0 and loaded.texts is None and "0 scores" in repr(loaded)
     assert "1 degenerate" not in repr(loaded)
     assert loaded.to_html() and len(loaded.to_pandas()) == 0
@@ -290,7 +296,7 @@ def test_old_files_are_read():
     path = GOLDEN / "attribution-v1.safetensors"
     known = json.loads((GOLDEN / "attribution.json").read_text())
     assert hashlib.sha256(path.read_bytes()).hexdigest() == known["sha256"], "pinned: never change"
-    loaded = sf.Attribution.load(path, saes=dictionaries())
+    loaded = sf.attribution.Attribution.load(path, saes=dictionaries())
     assert repr(loaded.top(4)) == known["top"]
     assert loaded.by_site()[sf.Site("resid_post", 1)] == pytest.approx(known["resid_post.1"])
     assert list(loaded.texts.tokens(0)) == known["tokens"]
@@ -350,24 +356,24 @@ def lie(path, change):
 def test_files_that_lie(scores, change, match, tmp_path):
     path = scores.save(tmp_path / "x.safetensors")
     lie(path, change)
-    with pytest.raises(sf.FileError, match=match):
-        sf.Attribution.load(path)
+    with pytest.raises(sf.errors.FileError, match=match):
+        sf.attribution.Attribution.load(path)
 
 
 def test_an_intervention_is_no_attribution(scores, tmp_path):
     path = scores.save(tmp_path / "x.safetensors")
-    with pytest.raises(sf.FileError, match="of format 'saefeat\\.attribution'"):
+    with pytest.raises(sf.errors.FileError, match="of format 'saefeat\\.attribution'"):
         sf.load(path)
     sf.save(sf.Ablate(make_sae().latents([1])), path)
-    with pytest.raises(sf.FileError, match="of format 'saefeat\\.intervention'"):
-        sf.Attribution.load(path)
+    with pytest.raises(sf.errors.FileError, match="of format 'saefeat\\.intervention'"):
+        sf.attribution.Attribution.load(path)
 
 
 def test_every_field_is_written():
     """A field added to Attribution is a tensor, or named in ``files.PLAIN`` and written there."""
     from dataclasses import fields
 
-    kinds = {f.name: str(f.type) for f in fields(sf.Attribution)}
+    kinds = {f.name: str(f.type) for f in fields(sf.attribution.Attribution)}
     plain = {name for name, kind in kinds.items() if "Tensor" not in kind}
     assert plain == set(files.PLAIN)
 

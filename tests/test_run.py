@@ -19,7 +19,7 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.execution.decoding import decoding, seeded
+from saefeat.generation.decoding import decoding, seeded
 from saefeat.kernel import trace as kernel_trace
 
 NEW = 5
@@ -49,9 +49,9 @@ def test_an_edit_on_some_passes_only_is_an_error(monkeypatch):
 
     nn = wrapped(build("llama"))
     monkeypatch.setattr(kernel_trace, "Iterations", Early)
-    with pytest.raises(sf.FiringError, match=r"applied to 1 of the 5 forward passes"):
+    with pytest.raises(sf.errors.FiringError, match=r"applied to 1 of the 5 forward passes"):
         sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW)
-    with pytest.raises(sf.FiringError, match=r"sweep.*applied to 1 of the 5"):
+    with pytest.raises(sf.errors.FiringError, match=r"sweep.*applied to 1 of the 5"):
         sf.sweep(nn, RAGGED, {"push": PUSH}, max_new_tokens=NEW)
     out = sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW, allow_unfired=True)
     assert out.receipt.passes == 1
@@ -72,7 +72,7 @@ def test_a_generate_that_goes_around_the_model_is_noticed():
         return ids
 
     model.generate = around
-    with pytest.raises(sf.FiringError, match="1 of the 5"):
+    with pytest.raises(sf.errors.FiringError, match="1 of the 5"):
         sf.run(wrapped(model), RAGGED, PUSH, max_new_tokens=NEW)
 
 
@@ -171,7 +171,7 @@ def test_no_hidden_top_k():
         ({"batch_size": 0}, "batch_size"),
     ],
 )
-@pytest.mark.parametrize("function", [sf.run, sf.stream])
+@pytest.mark.parametrize("function", [sf.run, sf.running.run.stream])
 def test_settings_that_mean_nothing_are_refused(options, name, function):
     with pytest.raises(sf.SaefeatError, match=f"`{name}`"):
         function(wrapped(build("llama")), RAGGED, **{"max_new_tokens": 2, **options})
@@ -201,7 +201,7 @@ def test_stops_end_rows_for_edits_too():
 
 
 def test_seeding_is_refused_where_it_cannot_be_undone():
-    with pytest.raises(sf.ModelError, match="meta"), seeded(3, build("llama").to("meta")):
+    with pytest.raises(sf.errors.ModelError, match="meta"), seeded(3, build("llama").to("meta")):
         pass
 
 
@@ -338,7 +338,7 @@ def test_values_by_prompt_reach_every_beam_of_their_prompt():
     model = build("llama")
     nn = wrapped(model)
     values = torch.tensor([[0.0, 2.0], [9.0, -4.0], [-6.0, 0.0]])
-    latents = sf.direction(unit(5), sites=["resid_post.0", "resid_post.1"]).latents()
+    latents = sf.Direction.at_sites(unit(5), sites=["resid_post.0", "resid_post.1"]).latents()
     for size in (32, 2):
         out = sf.run(nn, RAGGED, sf.Clamp(latents, add=values), batch_size=size, **BEAMS)
         for row, prompt in enumerate(RAGGED):
@@ -365,7 +365,7 @@ def test_probes_under_beams_are_refused():
 
 
 def test_draws_by_prompt_under_beams_are_refused():
-    step = sf.Ablate(direction(), to=sf.Resample(torch.randn(5, 1), seed=0))
+    step = sf.Ablate(direction(), to=sf.values.Resample(torch.randn(5, 1), seed=0))
     with pytest.raises(sf.SaefeatError, match=r"num_beams.*Resample"):
         sf.run(wrapped(build("llama")), RAGGED, step, **BEAMS)
 
@@ -375,24 +375,26 @@ def test_values_pinned_to_a_clean_run_reach_every_beam():
     clean = sf.run(nn, RAGGED[::-1], sf.Probe(v)).readings[0]
     where = sf.Tokens.prompt()
     for size in (32, 2):
-        step = sf.Clamp(v, sf.Pin(clean), where=where)
+        step = sf.Clamp(v, sf.values.Patch(clean), where=where)
         out = sf.run(nn, RAGGED, step, batch_size=size, **BEAMS)
         for row in range(rows):
             fields = (clean.values[row, None], clean.mask[row, None], clean.starts[row, None])
-            alone = sf.Clamp(v, sf.Pin(sf.Readings(clean.latents, *fields)), where=where)
+            alone = sf.Clamp(
+                v, sf.values.Patch(sf.results.Readings(clean.latents, *fields)), where=where
+            )
             found = sf.run(nn, RAGGED[row], alone, **BEAMS)
             assert found.completions[0] == out.completions[row]
 
 
 def test_what_a_server_cannot_do_is_refused():
     """Samples, stop tokens and checkpoints it can do: see test_remote_jobs.py."""
-    with pytest.raises(sf.RemoteError, match="`num_beams`"):
+    with pytest.raises(sf.errors.RemoteError, match="`num_beams`"):
         sf.run(wrapped(build("llama")), RAGGED, PUSH, max_new_tokens=2, remote="local", num_beams=2)
 
 
-@pytest.mark.parametrize("call", [sf.run, sf.submit])
+@pytest.mark.parametrize("call", [sf.run, sf.remote.submit])
 def test_a_model_in_memory_is_not_on_any_server(call):
-    with pytest.raises(sf.RemoteError, match="a model in memory or in a folder"):
+    with pytest.raises(sf.errors.RemoteError, match="a model in memory or in a folder"):
         call(wrapped(build("llama")), RAGGED, PUSH, remote="http://127.0.0.1:9")
 
 
@@ -420,7 +422,7 @@ def test_sampled_beams_can_be_drawn_again():
 # ---------------------------------------------------------------- stream
 
 
-def both() -> sf.Chain:
+def both() -> sf.verbs.base.Chain:
     return sf.Clamp(make_sae().latents([1, 2]), 3.0) | sf.Probe(make_sae(seed=4).latents([5]))
 
 
@@ -428,7 +430,7 @@ def test_a_stream_is_the_run_batch_by_batch():
     nn = wrapped(build("llama"))
     prompts = [*RAGGED, "w20 w21", "w5"]
     whole = sf.run(nn, prompts, both(), **SAMPLE, batch_size=2)
-    parts = list(sf.stream(nn, iter(prompts), both(), **SAMPLE, batch_size=2))
+    parts = list(sf.running.run.stream(nn, iter(prompts), both(), **SAMPLE, batch_size=2))
     assert [len(part.prompts) for part in parts] == [2, 2, 1]
     assert sum((part.completions for part in parts), ()) == whole.completions
     assert torch.equal(torch.cat([part.logits for part in parts]), whole.logits)
@@ -440,17 +442,22 @@ def test_a_stream_is_the_run_batch_by_batch():
 
 def test_a_stream_takes_what_run_takes():
     nn, batch = wrapped(build("llama")), batch_of()
-    wanted = [out.completions for out in sf.stream(nn, batch, max_new_tokens=2, batch_size=2)]
+    wanted = [
+        out.completions for out in sf.running.run.stream(nn, batch, max_new_tokens=2, batch_size=2)
+    ]
     ids = [tokenizer()(prompt)["input_ids"] for prompt in RAGGED]
     for prompts in (RAGGED, tuple(RAGGED), (prompt for prompt in RAGGED), ids, iter(ids)):
-        found = [out.completions for out in sf.stream(nn, prompts, max_new_tokens=2, batch_size=2)]
+        found = [
+            out.completions
+            for out in sf.running.run.stream(nn, prompts, max_new_tokens=2, batch_size=2)
+        ]
         assert found == wanted
     for prompts in (RAGGED[0], ids[0]):
-        (out,) = sf.stream(nn, prompts, max_new_tokens=2)
+        (out,) = sf.running.run.stream(nn, prompts, max_new_tokens=2)
         assert out.completions[0] == wanted[0][0]
     for prompts in ([], iter([]), iter(ids[0]), 3):
-        with pytest.raises(sf.PromptError):
-            list(sf.stream(nn, prompts, max_new_tokens=2))
+        with pytest.raises(sf.errors.PromptError):
+            list(sf.running.run.stream(nn, prompts, max_new_tokens=2))
 
 
 def test_a_stream_takes_prompts_when_it_needs_them():
@@ -461,7 +468,7 @@ def test_a_stream_takes_prompts_when_it_needs_them():
             taken.append(number)
             yield f"w{number % 50} w1"
 
-    found = sf.stream(wrapped(build("llama")), lines(), both(), batch_size=4)
+    found = sf.running.run.stream(wrapped(build("llama")), lines(), both(), batch_size=4)
     assert taken == []
     next(found)
     next(found)
@@ -471,36 +478,38 @@ def test_a_stream_takes_prompts_when_it_needs_them():
 
 def test_a_bad_prompt_loses_nothing_that_was_yielded():
     prompts = iter([*RAGGED, "w1", "", "w2"])
-    found, seen = sf.stream(wrapped(build("llama")), prompts, both(), batch_size=2), []
-    with pytest.raises(sf.PromptError, match=r"prompts 4\.\.5.*no tokens"):
+    found, seen = sf.running.run.stream(wrapped(build("llama")), prompts, both(), batch_size=2), []
+    with pytest.raises(sf.errors.PromptError, match=r"prompts 4\.\.5.*no tokens"):
         seen.extend(found)
     assert not seen or len(seen) == 2
-    with pytest.raises(sf.PromptError):
+    with pytest.raises(sf.errors.PromptError):
         sf.run(wrapped(build("llama")), [*RAGGED, ""], both())
 
 
 def test_an_edit_that_never_acts_is_known_at_the_end():
     nn = wrapped(build("llama"))
     rare = sf.Ablate(make_sae().latents([1]), where=sf.Tokens.ids(14))  # w10, in the last prompt
-    assert len(list(sf.stream(nn, RAGGED, rare, batch_size=1))) == 3
+    assert len(list(sf.running.run.stream(nn, RAGGED, rare, batch_size=1))) == 3
     never = sf.Ablate(make_sae().latents([1]), where=sf.Tokens.ids(99))
     seen = []
-    with pytest.raises(sf.FiringError, match="stream"):
-        for out in sf.stream(nn, RAGGED, never, batch_size=1):
+    with pytest.raises(sf.errors.FiringError, match="stream"):
+        for out in sf.running.run.stream(nn, RAGGED, never, batch_size=1):
             seen.append(out)
     assert len(seen) == 3
-    assert len(list(sf.stream(nn, RAGGED, never, batch_size=1, allow_unfired=True))) == 3
+    assert (
+        len(list(sf.running.run.stream(nn, RAGGED, never, batch_size=1, allow_unfired=True))) == 3
+    )
 
 
 def test_values_by_prompt_in_a_stream():
     nn = wrapped(build("llama"))
     step = sf.Clamp(direction(), add=torch.tensor([[1.0], [9.0], [-9.0]]))
     whole = sf.run(nn, RAGGED, step, max_new_tokens=3)
-    parts = sf.stream(nn, iter(RAGGED), step, max_new_tokens=3, batch_size=2)
+    parts = sf.running.run.stream(nn, iter(RAGGED), step, max_new_tokens=3, batch_size=2)
     assert sum((part.completions for part in parts), ()) == whole.completions
     for prompts in (RAGGED[:2], [*RAGGED, "w1"]):
         with pytest.raises(sf.SaefeatError, match="3 prompts"):
-            list(sf.stream(nn, iter(prompts), step, batch_size=2))
+            list(sf.running.run.stream(nn, iter(prompts), step, batch_size=2))
 
 
 # ---------------------------------------------------------------- long lists of chats
@@ -509,7 +518,7 @@ def test_values_by_prompt_in_a_stream():
 def test_long_chats_of_many_turns_stay_in_order():
     from saefeat.studies.refusal import tiny
 
-    model = sf.wrap(*tiny.load("chat"))
+    model = tiny.model("chat")
     turns = [("user", "how do i bake bread"), ("assistant", "sure"), ("user", "hello")]
     chats = [
         [{"role": role, "content": text} for role, text in (turns * 4)[: 1 + 2 * (n % 4)]]

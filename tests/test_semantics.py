@@ -76,7 +76,7 @@ def attribute(model, batch, target, **how):
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *TRANSCODERS])
 def test_gradients_through_the_dictionary(architecture, layers):
     model, batch = build("gemma3_text", F64), batch_of()
-    saes = sf.Dictionaries(
+    saes = sf.dictionaries.Dictionaries(
         make_sae(architecture, layer=layer, seed=layer, dtype=F64) for layer in layers
     )
     found = attribute(model, batch, saes, semantics="through_sae")
@@ -85,7 +85,9 @@ def test_gradients_through_the_dictionary(architecture, layers):
 
 def test_the_two_semantics_differ_only_behind_another_site():
     model, batch = build("llama", F64), batch_of()
-    saes = sf.Dictionaries(make_sae(layer=layer, seed=layer, dtype=F64) for layer in (0, 2))
+    saes = sf.dictionaries.Dictionaries(
+        make_sae(layer=layer, seed=layer, dtype=F64) for layer in (0, 2)
+    )
     passed = attribute(model, batch, saes)
     through = attribute(model, batch, saes, semantics="through_sae")
     torch.testing.assert_close(through[1], passed[1])
@@ -99,7 +101,9 @@ def test_input_norms_through_the_dictionary():
     early = make_sae(layer=0, dtype=F64)
     for norm in ("layer_norm", "constant_norm_rescale"):
         late = make_sae("jumprelu", layer=1, norm=norm, dtype=F64)
-        found = attribute(model, batch, sf.Dictionaries([early, late]), semantics="through_sae")
+        found = attribute(
+            model, batch, sf.dictionaries.Dictionaries([early, late]), semantics="through_sae"
+        )
 
         def splice(x, late=late):
             out = late.reconstruct(x)
@@ -117,7 +121,9 @@ def test_resid_mid_through_the_dictionary():
     """Its value is a sum of which one part alone is written: the other must not pass around it."""
     model, batch = build("llama", F64), batch_of()
     early, mid = make_sae(layer=0, dtype=F64), make_sae(site="resid_mid.1", dtype=F64)
-    found = attribute(model, batch, sf.Dictionaries([early, mid]), semantics="through_sae")
+    found = attribute(
+        model, batch, sf.dictionaries.Dictionaries([early, mid]), semantics="through_sae"
+    )
     block, x = model.model.layers[1], grab(model, batch, [early.site])[early.site].requires_grad_()
     held = {}
 
@@ -147,7 +153,7 @@ def test_through_a_direction_and_by_tokens(monkeypatch):
 
     model, batch = build("llama", F64), batch_of()
     v = sf.Direction(torch.stack([unit(1), unit(2)]).to(F64), site="resid_post.1")
-    both = sf.Dictionaries([make_sae(layer=0, dtype=F64), v])
+    both = sf.dictionaries.Dictionaries([make_sae(layer=0, dtype=F64), v])
     whole = attribute(model, batch, both, semantics="through_sae")
     monkeypatch.setattr(module, "_NUMBERS", 7)
     torch.testing.assert_close(attribute(model, batch, both, semantics="through_sae"), whole)
@@ -164,9 +170,9 @@ def test_through_a_direction_and_by_tokens(monkeypatch):
 
 def test_what_has_no_reconstruction_is_refused():
     sae, nn = make_sae(), wrapped(build("llama"))
-    twice = sf.Dictionaries([make_sae("transcoder"), make_sae(site="mlp_out.1")])
+    twice = sf.dictionaries.Dictionaries([make_sae("transcoder"), make_sae(site="mlp_out.1")])
     for target in (sae.error(), twice):
-        with pytest.raises(sf.DictionaryError, match="through_sae"):
+        with pytest.raises(sf.errors.DictionaryError, match="through_sae"):
             sf.Attribute(target, METRIC, semantics="through_sae")(nn, RAGGED)
     with pytest.raises(sf.SaefeatError, match="pass_through or through_sae"):
         sf.Attribute(sae, METRIC, semantics="through")
@@ -334,7 +340,7 @@ def model_for(family) -> torch.nn.Module:
 def test_relp_against_a_forward_pass_written_by_hand(family, start):
     model, batch, by_hand = model_for(family), batch_of(), BY_HAND[family]
     neurons = sf.Neurons(f"resid_post.{start}", D)
-    found = attribute(model, batch, neurons, backward=sf.RelP())[0]
+    found = attribute(model, batch, neurons, backward=sf.attribution.RelP())[0]
     plain = attribute(model, batch, neurons)[0]
     values = grab(model, batch, [neurons.site])[neurons.site]
     for row, length in enumerate([3, 6, 4]):
@@ -353,7 +359,7 @@ def test_relp_against_a_forward_pass_written_by_hand(family, start):
 def test_no_rule_changes_a_value(family, dtype):
     model, saes = build(family, dtype), sf.Neurons("resid_post.0", D)
     plain = sf.Attribute(saes, METRIC)(wrapped(model), RAGGED)
-    for rule in (sf.RelP(), sf.GradDrop()):
+    for rule in (sf.attribution.RelP(), sf.attribution.GradDrop()):
         found = sf.Attribute(saes, METRIC, backward=rule)(wrapped(model), RAGGED)
         assert torch.equal(found.clean, plain.clean) and torch.equal(found.baseline, plain.baseline)
         assert (found.score - plain.score).abs().max() > 1e-4
@@ -365,8 +371,10 @@ def test_a_soft_cap_that_is_full_lets_relevance_pass():
     token = int(forward(model, batch_of(RAGGED[:1]))[0, -1].argmax())
     model.config.final_logit_softcapping = 0.05
     plain, relevance = (
-        sf.Attribute(neurons, sf.logit(token), backward=rule)(wrapped(model), RAGGED[:1]).score
-        for rule in (None, sf.RelP())
+        sf.Attribute(neurons, sf.metrics.logit(token), backward=rule)(
+            wrapped(model), RAGGED[:1]
+        ).score
+        for rule in (None, sf.attribution.RelP())
     )
     assert plain.abs().max() < 1e-2 * relevance.abs().max()
 
@@ -381,7 +389,7 @@ def test_the_soft_cap_comes_back_after_an_error_and_ctrl_c():
 
         handle = model.model.layers[2].register_forward_hook(stop)
         with pytest.raises(BaseException):  # noqa: B017
-            sf.Attribute(make_sae(), METRIC, backward=sf.RelP())(wrapped(model), RAGGED)
+            sf.Attribute(make_sae(), METRIC, backward=sf.attribution.RelP())(wrapped(model), RAGGED)
         handle.remove()
         assert model.config.final_logit_softcapping == cap == 30.0
         assert torch.equal(forward(model, batch_of()), before)
@@ -391,13 +399,15 @@ def test_relp_inside_a_gated_mlp():
     """A site behind the activation function dropped out of the graph: all its scores were 0."""
     model, batch = build("llama", F64), batch_of()
     neurons = sf.Neurons("model.layers.1.mlp.act_fn.output", 64)
-    found = attribute(model, batch, neurons, backward=sf.RelP())[0]
+    found = attribute(model, batch, neurons, backward=sf.attribution.RelP())[0]
     before = sf.Site("resid_post", 0)
     values = grab(model, batch, [before])[before]
-    both = sf.Dictionaries([sf.Neurons(before, D), neurons])
-    through = attribute(model, batch, both, backward=sf.RelP())
+    both = sf.dictionaries.Dictionaries([sf.Neurons(before, D), neurons])
+    through = attribute(model, batch, both, backward=sf.attribution.RelP())
     close(through[1:], [found])  # and the site lets relevance pass to earlier ones
-    close(through[:1], attribute(model, batch, both["resid_post.0"], backward=sf.RelP()))
+    close(
+        through[:1], attribute(model, batch, both["resid_post.0"], backward=sf.attribution.RelP())
+    )
     for row, length in enumerate([3, 6, 4]):
         x, tap = values[row : row + 1, -length:], {}
         logits = llama_by_hand(model, x.clone().requires_grad_(), 0, tap)
@@ -410,8 +420,8 @@ def test_relp_inside_a_gated_mlp():
 @pytest.mark.parametrize("part", ["input_layernorm", "mlp.act_fn"])
 def test_relp_where_a_rule_takes_the_place_of_the_graph(part):
     site = sf.Neurons(f"model.layers.1.{part}.input", 64 if "act" in part else D)
-    with pytest.raises(sf.ModelError, match="not at its input"):
-        sf.Attribute(site, METRIC, backward=sf.RelP())(wrapped(build("llama")), RAGGED)
+    with pytest.raises(sf.errors.ModelError, match="not at its input"):
+        sf.Attribute(site, METRIC, backward=sf.attribution.RelP())(wrapped(build("llama")), RAGGED)
 
 
 def test_a_coordinate_of_zero_still_has_a_slope():
@@ -421,8 +431,8 @@ def test_a_coordinate_of_zero_still_has_a_slope():
         lambda _, __, out: torch.cat([torch.zeros_like(out[..., :1]), out[..., 1:]], -1)
     )
     axis = sf.Direction(torch.eye(D, dtype=F64)[:2], site="resid_pre.1")
-    fixed = sf.Fixed(axis, torch.tensor([1.0, 0.0]))
-    job = sf.Attribute(axis, METRIC, fixed, backward=sf.RelP())
+    fixed = sf.attribution.Fixed(axis, torch.tensor([1.0, 0.0]))
+    job = sf.Attribute(axis, METRIC, fixed, backward=sf.attribution.RelP())
     slopes = job(wrapped(model), RAGGED)
     zero = slopes.slope[slopes.latent == 0]
     assert (slopes.activation[slopes.latent == 0] == 0).all() and zero.abs().max() > 1e-3
@@ -439,14 +449,14 @@ def test_a_coordinate_of_zero_still_has_a_slope():
 def test_relp_changes_no_value_and_is_gone_afterwards(family):
     model = build(family)
     hooks, before = hook_count(model), forward(model, batch_of())
-    job = sf.Attribute(sf.Neurons("resid_post.0", D), METRIC, backward=sf.RelP())
+    job = sf.Attribute(sf.Neurons("resid_post.0", D), METRIC, backward=sf.attribution.RelP())
     scores = job(wrapped(model), RAGGED)
     torch.testing.assert_close(scores.clean, score_metric(before[:, -1]), atol=1e-5, rtol=1e-5)
     assert hook_count(model) == hooks and torch.equal(forward(model, batch_of()), before)
     assert scores.score.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("backward", [sf.RelP(), sf.GradDrop()], ids=repr)
+@pytest.mark.parametrize("backward", [sf.attribution.RelP(), sf.attribution.GradDrop()], ids=repr)
 def test_rules_are_gone_after_an_error_and_ctrl_c(backward):
     model = build("llama")
     hooks, before = hook_count(model), forward(model, batch_of())
@@ -474,10 +484,10 @@ def test_relp_at_sites_that_lie_at_norms():
     """gemma's attn_out is a norm's output: the node must stay in the graph, and see all behind."""
     model, batch = build("gemma3_text", F64), batch_of()
     out = sf.Neurons("attn_out.1", D)
-    found = attribute(model, batch, out, backward=sf.RelP())[0]
+    found = attribute(model, batch, out, backward=sf.attribution.RelP())[0]
     # The stream behind the attention is block input plus attn_out, so slopes agree with
     # those of resid_mid, which is written at the same place.
-    mid = attribute(model, batch, sf.Neurons("resid_mid.1", D), backward=sf.RelP())[0]
+    mid = attribute(model, batch, sf.Neurons("resid_mid.1", D), backward=sf.attribution.RelP())[0]
     values = grab(model, batch, [sf.Site("attn_out", 1), sf.Site("resid_pre", 1)])
     attn, before = values[sf.Site("attn_out", 1)], values[sf.Site("resid_pre", 1)]
     real = batch["attention_mask"].bool()[..., None]
@@ -493,11 +503,11 @@ def test_relp_at_sites_that_lie_at_norms():
 def test_relp_where_it_is_not_defined():
     model = build("llama")
     model.config.model_type = "unheard of"
-    with pytest.raises(sf.ModelError, match=r"RelP.*unheard of.*gpt_neox"):
+    with pytest.raises(sf.errors.ModelError, match=r"RelP.*unheard of.*gpt_neox"):
         neurons = sf.Neurons("model.layers.1.output", D)
-        sf.Attribute(neurons, METRIC, backward=sf.RelP())(wrapped(model), RAGGED)
+        sf.Attribute(neurons, METRIC, backward=sf.attribution.RelP())(wrapped(model), RAGGED)
     with pytest.raises(sf.SaefeatError, match="one of the two"):
-        sf.Attribute(make_sae(), METRIC, backward=sf.RelP(), semantics="through_sae")
+        sf.Attribute(make_sae(), METRIC, backward=sf.attribution.RelP(), semantics="through_sae")
 
 
 # ---------------------------------------------------------------- GradDrop
@@ -534,8 +544,8 @@ def test_graddrop_averages_sizes_over_layers_left_out(family, site):
     """AtP*: 1 / (L − 1) · Σ |score without layer ℓ|; over all L for the stream, in no layer."""
     model, batch = build(family, F64), batch_of()
     place, sae = sf.Site.parse(site), make_sae(site=site, dtype=F64)
-    found = attribute(model, batch, sae, backward=sf.GradDrop())[0]
-    signed = attribute(model, batch, sae, backward=sf.GradDrop(signed=True))[0]
+    found = attribute(model, batch, sae, backward=sf.attribution.GradDrop())[0]
+    signed = attribute(model, batch, sae, backward=sf.attribution.GradDrop(signed=True))[0]
     x = grab(model, batch, [place])[place]
     own = place.layer if place.kind in ("mlp_out", "attn_out") else None
     slopes = without_each_layer(model, batch, place, x, own)
@@ -551,7 +561,7 @@ def test_graddrop_over_a_path_and_through_scales():
     """Each layer's scores are integrated first; their sizes are averaged last."""
     model, batch = build("gpt2", F64), batch_of()
     sae = make_sae("jumprelu", layer=1, norm="layer_norm", dtype=F64)
-    rule = {"backward": sf.GradDrop(), "method": sf.IG(2)}
+    rule = {"backward": sf.attribution.GradDrop(), "method": sf.IG(2)}
     found = attribute(model, batch, sae, **rule)[0]
     x = grab(model, batch, [sae.site])[sae.site]
     real = batch["attention_mask"][..., None]
@@ -577,7 +587,7 @@ def test_graddrop_at_a_path_is_graddrop_at_the_site_it_names():
     }.items():
         width = 64 if "mlp_post" in kind else D
         found = [
-            attribute(model, batch, sf.Neurons(site, width), backward=sf.GradDrop())[0]
+            attribute(model, batch, sf.Neurons(site, width), backward=sf.attribution.GradDrop())[0]
             for site in (kind, path)
         ]
         close(found[:1], found[1:])
@@ -595,8 +605,12 @@ def test_graddrop_uncovers_layers_that_cancel():
         attention.o_proj.weight.data[:, 0] = sign * unit(6).to(F64)
     # the metric reads what the two layers write, and not v itself
     read = unit(6).to(F64) - (unit(6) @ unit(5)) * unit(5).to(F64)
-    metric = sf.site_metric("resid_post.2", lambda x, mask: x[:, -1] @ read.to(x.dtype))
-    rules = {"atp": None, "signed": sf.GradDrop(signed=True), "sizes": sf.GradDrop()}
+    metric = sf.metrics.at_site("resid_post.2", lambda x, mask: x[:, -1] @ read.to(x.dtype))
+    rules = {
+        "atp": None,
+        "signed": sf.attribution.GradDrop(signed=True),
+        "sizes": sf.attribution.GradDrop(),
+    }
     job = {
         name: sf.Attribute(v, metric, backward=rule)(wrapped(model), batch)
         for name, rule in rules.items()
@@ -613,7 +627,7 @@ def test_a_model_of_one_layer():
     model.config.num_hidden_layers = 1
     for site in ("resid_pre.0", "mlp_out.0", "resid_post.0"):
         neurons = sf.Neurons(site, D)
-        found = attribute(model, batch, neurons, backward=sf.GradDrop())[0]
+        found = attribute(model, batch, neurons, backward=sf.attribution.GradDrop())[0]
         x = grab(model, batch, [neurons.site])[neurons.site].requires_grad_()
         closed = [
             getattr(model.model.layers[0], name).register_forward_hook(
@@ -630,11 +644,14 @@ def test_a_model_of_one_layer():
 
 
 def test_sizes_say_so_wherever_they_are_read(tmp_path):
-    nn, saes = wrapped(build("llama")), sf.Dictionaries([make_sae(layer=0), make_sae(layer=1)])
-    job = sf.Attribute(saes, METRIC, backward=sf.GradDrop())
+    nn, saes = (
+        wrapped(build("llama")),
+        sf.dictionaries.Dictionaries([make_sae(layer=0), make_sae(layer=1)]),
+    )
+    job = sf.Attribute(saes, METRIC, backward=sf.attribution.GradDrop())
     found = job(nn, RAGGED, checkpoint=tmp_path / "job", batch_size=2)
     again = job(nn, RAGGED, checkpoint=tmp_path / "job", batch_size=2)
-    loaded = sf.Attribution.load(found.save(tmp_path / "x.safetensors"), saes=saes)
+    loaded = sf.attribution.Attribution.load(found.save(tmp_path / "x.safetensors"), saes=saes)
     for scores in (found, again, loaded):
         assert not scores.signed and (scores.score >= 0).all()
         assert "sizes without sign" in repr(scores) and "gap" not in repr(scores)
@@ -650,25 +667,27 @@ def test_sizes_say_so_wherever_they_are_read(tmp_path):
         # top finds the largest: both those that support and those that oppose
         _, values, _ = scores.totals()
         assert (values >= 0).all() and len(scores.top(len(values))) == int((values > 0).sum())
-    signed = sf.Attribute(saes, METRIC, backward=sf.GradDrop(signed=True))(nn, RAGGED)
+    signed = sf.Attribute(saes, METRIC, backward=sf.attribution.GradDrop(signed=True))(nn, RAGGED)
     assert signed.signed and signed.gap.isfinite().all() and (signed.score < 0).any()
-    assert repr(sf.GradDrop()) == "GradDrop(signed=False)"
+    assert repr(sf.attribution.GradDrop()) == "GradDrop(signed=False)"
     with pytest.raises(sf.SaefeatError, match="`signed`"):
-        sf.GradDrop(signed="no")
+        sf.attribution.GradDrop(signed="no")
 
 
 def test_graddrop_where_it_is_not_defined():
     model = build("llama")
     model.config.model_type = "unheard of"
-    with pytest.raises(sf.ModelError, match=r"GradDrop.*unheard of"):
-        job = sf.Attribute(sf.Neurons("model.layers.1.output", D), METRIC, backward=sf.GradDrop())
+    with pytest.raises(sf.errors.ModelError, match=r"GradDrop.*unheard of"):
+        job = sf.Attribute(
+            sf.Neurons("model.layers.1.output", D), METRIC, backward=sf.attribution.GradDrop()
+        )
         job(wrapped(model), RAGGED)
 
 
 def test_an_audit_of_exact_scores_is_refused():
     """They have no position, and another token was moved: 'the ranking does NOT hold'."""
     nn, few = wrapped(build("llama")), make_sae().latents(range(0, 48, 3))
-    job = sf.Attribute(few, METRIC, method=sf.Exact())
+    job = sf.Attribute(few, METRIC, method=sf.attribution.Exact())
     with pytest.raises(sf.SaefeatError, match=r"audit.*of whole prompts"):
         sf.audit(job, nn, RAGGED, job(nn, RAGGED), budget=8)
 
@@ -693,17 +712,19 @@ def linear_model():
         {},
         {"method": sf.IG(3)},
         {"method": sf.IG(2, "gauss"), "one_site": True},
-        {"backward": sf.RelP()},
-        {"method": sf.FiniteDifference(0.5)},
-        {"method": sf.Exact(per="token")},
+        {"backward": sf.attribution.RelP()},
+        {"method": sf.attribution.FiniteDifference(0.5)},
+        {"method": sf.attribution.Exact(per="token")},
     ],
     ids=str,
 )
 def test_on_a_linear_model_every_method_is_exact_ablation(how):
-    model, metric = linear_model(), sf.metric(lambda logits: logits[:, 5] - logits[:, 7])
-    saes = sf.Dictionaries([make_sae(layer=0, dtype=F64), make_sae("topk", layer=1, dtype=F64)])
+    model, metric = linear_model(), sf.metrics.custom(lambda logits: logits[:, 5] - logits[:, 7])
+    saes = sf.dictionaries.Dictionaries(
+        [make_sae(layer=0, dtype=F64), make_sae("topk", layer=1, dtype=F64)]
+    )
     chosen = saes.latents({0: range(0, 48, 3), 1: range(0, 48, 4)})
-    exact = sf.Attribute(chosen, metric, method=sf.Exact())(wrapped(model), RAGGED)
+    exact = sf.Attribute(chosen, metric, method=sf.attribution.Exact())(wrapped(model), RAGGED)
     other = sf.Attribute(chosen, metric, **how)(wrapped(model), RAGGED)
     torch.testing.assert_close(
         other.scores_of(chosen), exact.scores_of(chosen), atol=1e-6, rtol=1e-5

@@ -101,9 +101,9 @@ def test_gradient_of_the_norms_input_read_as_that_of_its_output():
     """hook_normalized is computed, not passed on: no gradient is taken there."""
     nn = wrapped(build("llama"))
     v = sf.Direction(unit(), site="mlp_norm.1")
-    with pytest.raises(sf.SiteError, match="not passed on"):
+    with pytest.raises(sf.errors.SiteError, match="not passed on"):
         sf.Attribute(v, sf.logit_diff(5, 6))(nn, RAGGED)
-    with pytest.raises(sf.SiteError, match="not passed on"):
+    with pytest.raises(sf.errors.SiteError, match="not passed on"):
         sf.run(nn, RAGGED, sf.Ablate(v))
 
 
@@ -196,7 +196,7 @@ def test_double_bos():
     """A string that begins with BOS already gets no second one."""
     text = tokenizer()
     for prompt in ("<bos> w1 w2", "w1 w2"):
-        ids = sf.encode_prompts(text, [prompt])["input_ids"]
+        ids = sf.text.prompts.encode_prompts(text, [prompt])["input_ids"]
         assert (ids == BOS).sum() == prompt.count("<bos>")
 
 
@@ -249,16 +249,16 @@ def test_sae_of_another_model():
     """Width cannot tell two models of one size apart: verify can."""
     model = build("llama")
     nn = wrapped(model)
-    with pytest.raises(sf.SiteError, match="32, as LlamaForCausalLM"):
+    with pytest.raises(sf.errors.SiteError, match="32, as LlamaForCausalLM"):
         sf.run(nn, RAGGED, sf.Ablate(sf.Direction(torch.ones(48), site="resid_post.1")))
-    with pytest.raises(sf.SiteError, match="another model"):
+    with pytest.raises(sf.errors.SiteError, match="another model"):
         sf.verify(nn, make_sae(), RAGGED)  # random: explains nothing of this model
 
 
 def test_sae_of_another_layer():
     """A layer the model lacks is refused; one it has is a matter for verify."""
     nn = wrapped(build("llama"))
-    with pytest.raises(sf.SiteError, match=r"0\.\.2"):
+    with pytest.raises(sf.errors.SiteError, match=r"0\.\.2"):
         sf.run(nn, RAGGED, sf.Ablate(sf.Direction(torch.ones(D), site="resid_post.3")))
     model = build("llama")
     found = {}
@@ -272,14 +272,14 @@ def test_sae_of_another_layer():
 
 def test_latent_index_of_another_width():
     """Index 40,000 of a 65k dictionary means nothing in one of 16k."""
-    with pytest.raises(sf.LatentError, match=rf"0\.\.{D_SAE - 1}"):
+    with pytest.raises(sf.errors.LatentError, match=rf"0\.\.{D_SAE - 1}"):
         make_sae().latents([D_SAE])
 
 
 @pytest.mark.parametrize("index", [-1, 10**9, 2.5, True])
 def test_latent_index_negative_or_out_of_range(index):
     """tensor[-1] is the last latent, and tensor[True] a mask: no error in torch."""
-    with pytest.raises(sf.LatentError):
+    with pytest.raises(sf.errors.LatentError):
         make_sae().latents([index])
 
 
@@ -425,15 +425,15 @@ def test_two_saes_at_one_site_overwrite_each_other():
     close(found, two, 1e-6)
     last_only = x + (3.0 - b.encode(x, [4])) @ b.directions([4]).to(F64)
     assert (found - last_only).abs().max() > 0.1
-    with pytest.raises(sf.SiteError, match="two at"):
-        sf.Dictionaries([a, b])
+    with pytest.raises(sf.errors.SiteError, match="two at"):
+        sf.dictionaries.Dictionaries([a, b])
 
 
 def test_late_bound_closures():
     """Hooks made in a loop all see its last value: every layer, and every row, has its own."""
     model, batch = build("llama"), batch_of()
-    step = sf.Chain(tuple(sf.Clamp(V(layer), float(layer + 1)) for layer in range(3)))
-    probe = sf.Chain(tuple(sf.Probe(V(layer)) for layer in range(3)))
+    step = sf.verbs.base.Chain(tuple(sf.Clamp(V(layer), float(layer + 1)) for layer in range(3)))
+    probe = sf.verbs.base.Chain(tuple(sf.Probe(V(layer)) for layer in range(3)))
     for layer, reading in enumerate(readings(model, batch, step | probe)):
         close(reading.values[reading.mask], torch.full((13,), layer + 1.0))
     rows = sf.Clamp(V(), torch.tensor([[1.0], [2.0], [3.0]])) | sf.Probe(V())
@@ -449,10 +449,10 @@ def test_gradient_under_no_grad_read_as_no_effect():
     nn = wrapped(build("llama"))
     attribute = sf.Attribute(make_sae(), sf.logit_diff(5, 6))
     for context in (torch.no_grad, torch.inference_mode):
-        with context(), pytest.raises(sf.GradientError, match="switched off"):
+        with context(), pytest.raises(sf.errors.GradientError, match="switched off"):
             attribute(nn, RAGGED)
-    detached = sf.Attribute(make_sae(), sf.metric(lambda logits: logits[:, 5].detach()))
-    with pytest.raises(sf.GradientError, match="requires_grad=False"):
+    detached = sf.Attribute(make_sae(), sf.metrics.custom(lambda logits: logits[:, 5].detach()))
+    with pytest.raises(sf.errors.GradientError, match="requires_grad=False"):
         detached(nn, RAGGED)
     assert attribute(nn, RAGGED).score.abs().max() > 1e-3
 
@@ -480,7 +480,7 @@ def test_train_mode():
         lambda: sf.Attribute(make_sae(), sf.logit_diff(5, 6))(nn, RAGGED),
         lambda: logits(model, batch, sf.Probe(V())),
     ):
-        with pytest.raises(sf.ModelError, match=r"model\.eval\(\)"):
+        with pytest.raises(sf.errors.ModelError, match=r"model\.eval\(\)"):
             act()
 
 
@@ -492,15 +492,15 @@ def never_called():
 def test_a_missing_hook_only_logs():
     """A misspelt site, a module that is not there, an edit that selects nothing: all are errors."""
     nn = wrapped(build("llama"))
-    with pytest.raises(sf.SiteError, match="hook_resid_post"):
+    with pytest.raises(sf.errors.SiteError, match="hook_resid_post"):
         sf.Site.parse("blocks.3.hook_residual_post")
-    with pytest.raises(sf.SiteError, match="no such value"):
+    with pytest.raises(sf.errors.SiteError, match="no such value"):
         sf.run(
             wrapped(build("gpt_neox")), RAGGED, sf.Ablate(sf.Direction(unit(), site="resid_mid.1"))
         )
-    with pytest.raises(sf.FiringError, match="selected no token"):
+    with pytest.raises(sf.errors.FiringError, match="selected no token"):
         sf.run(nn, RAGGED, sf.Ablate(V(), where=sf.Tokens.ids(99)))
-    with pytest.raises(sf.FiringError, match="never called"):
+    with pytest.raises(sf.errors.FiringError, match="never called"):
         never_called()
 
 
@@ -508,7 +508,7 @@ def test_padding_is_not_taken_for_tokens():
     """Without a mask a pad is a token like any other."""
     ids = batch_of()["input_ids"]
     assert (ids == PAD).any()
-    with pytest.raises(sf.PromptError, match="without an attention mask"):
+    with pytest.raises(sf.errors.PromptError, match="without an attention mask"):
         sf.run(wrapped(build("llama")), ids)
 
 
@@ -526,6 +526,6 @@ def test_unmatched_random_controls():
 
     for seed in range(3):
         assert moved(sae.latents().sample(10, seed=seed)) > 5 * moved(chosen), "the trap is real"
-        control = sf.matched(chosen, seed=seed)
+        control = sf.controls.matched(chosen, seed=seed)
         assert not len(control & chosen) and len(control) == len(chosen)
         assert 0.5 <= moved(control) / moved(chosen) <= 2.0

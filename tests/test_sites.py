@@ -23,8 +23,9 @@ from helpers import (
     tokenizer,
     wrapped,
 )
-from saefeat.sites import FAMILIES as TABLE
-from saefeat.sites import HOOKS, check_ready, find, layer_count
+from saefeat.model.families import FAMILIES as TABLE
+from saefeat.model.modules import check_ready, find, layer_count
+from saefeat.model.sites import HOOKS
 
 PARALLEL = ("gpt_neox",)  # attention and MLP read the same stream
 TEXT_ONLY = [family for family in TABLE if family != "gemma3"]  # gemma3: gemma3_text, nested
@@ -99,7 +100,7 @@ def test_mlp_in_is_the_norm_without_its_weight(family):
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in PARALLEL])
 def test_mlp_in_reads_resid_mid(family):
     if "mlp_norm" not in TABLE[family][1]:
-        with pytest.raises(sf.SiteError):
+        with pytest.raises(sf.errors.SiteError):
             find(build(family), sf.Site("mlp_norm", 1))
         return
     model, batch = build(family), batch_of()
@@ -230,7 +231,7 @@ def test_a_layer_the_model_lacks(use):
     with pytest.raises(Exception) as caught:
         use_somehow(use, model, nn, ablate, batch_of())
     error = sf_error(caught.value)
-    assert isinstance(error, sf.SiteError)
+    assert isinstance(error, sf.errors.SiteError)
     text = str(error)
     assert f"resid_post.{LAYERS}" in text and f"0..{LAYERS - 1}" in text and "Try: " in text
 
@@ -239,7 +240,7 @@ def test_a_layer_the_model_lacks(use):
 def test_a_dictionary_of_another_width(use):
     model = build("llama")
     ablate = sf.Ablate(sf.Direction(torch.ones(D + 4), site="resid_post.1"))
-    with pytest.raises(sf.SiteError) as caught:
+    with pytest.raises(sf.errors.SiteError) as caught:
         use_somehow(use, model, wrapped(model), ablate, batch_of())
     text = str(caught.value)
     assert str(D + 4) in text and str(D) in text and "load the release" in text
@@ -250,7 +251,7 @@ def test_train_mode_with_dropout(use):
     """Two identical runs would differ."""
     model = build("gpt2").train()
     ablate = sf.Ablate(make_sae().latents([0]))
-    with pytest.raises(sf.ModelError) as caught:
+    with pytest.raises(sf.errors.ModelError) as caught:
         use_somehow(use, model, wrapped(model).train(), ablate, batch_of())
     assert "train mode" in str(caught.value) and "model.eval()" in str(caught.value)
     assert "drop" in str(caught.value)
@@ -264,7 +265,7 @@ def test_dropout_only_in_the_configuration_counts():
     """Attention dropout is functional: no nn.Dropout module has it."""
     model = build("llama").train()
     model.config.attention_dropout = 0.1
-    with pytest.raises(sf.ModelError, match="attention_dropout"):
+    with pytest.raises(sf.errors.ModelError, match="attention_dropout"):
         check_ready(model, "test")
 
 
@@ -280,7 +281,7 @@ def test_an_unknown_family():
         max_position_embeddings=64,
     )
     model = transformers.OPTForCausalLM(config).eval()
-    with pytest.raises(sf.ModelError) as caught, sf.hooked(model, sf.Ablate(make_sae())):
+    with pytest.raises(sf.errors.ModelError) as caught, sf.hooked(model, sf.Ablate(make_sae())):
         pass
     assert "'opt'" in str(caught.value) and "gemma2" in str(caught.value)
 
@@ -288,14 +289,14 @@ def test_an_unknown_family():
 def test_something_that_is_no_model():
     for thing in (tokenizer(), "gpt2", None):
         with (
-            pytest.raises(sf.ModelError, match="tokenizer, a name or a pipeline"),
+            pytest.raises(sf.errors.ModelError, match="tokenizer, a name or a pipeline"),
             sf.hooked(thing, sf.Ablate(make_sae())),
         ):
             pass
 
 
 def test_a_parallel_block_has_no_resid_mid():
-    with pytest.raises(sf.SiteError, match=r"resid_mid\.1"):
+    with pytest.raises(sf.errors.SiteError, match=r"resid_mid\.1"):
         find(build("gpt_neox"), sf.Site("resid_mid", 1))
 
 
@@ -313,7 +314,7 @@ def use_somehow(use, model, nn, intervention, batch):
     elif use == "run":
         sf.run(nn, batch, intervention)
     elif use == "attribute":
-        sf.Attribute(intervention.latents, sf.logit(5))(nn, batch)
+        sf.Attribute(intervention.latents, sf.metrics.logit(5))(nn, batch)
     else:
         with nn.trace(batch):
             intervention(nn)
@@ -351,13 +352,13 @@ def test_parse_round_trip(kind, layer):
     ],
 )
 def test_names_that_mean_nothing(name):
-    with pytest.raises(sf.SiteError, match="hook_resid_post"):
+    with pytest.raises(sf.errors.SiteError, match="hook_resid_post"):
         sf.Site.parse(name)
 
 
 @pytest.mark.parametrize("layer", [-1, 1.0, "1", None])
 def test_layers_that_mean_nothing(layer):
-    with pytest.raises(sf.SiteError, match="integer from 0"):
+    with pytest.raises(sf.errors.SiteError, match="integer from 0"):
         sf.Site("resid_post", layer)
 
 
@@ -389,5 +390,5 @@ def test_a_part_in_train_mode_counts():
     """Train mode: two identical traces differ."""
     model = build("gpt2")
     model.transformer.h[0].train()
-    with pytest.raises(sf.ModelError, match="eval"):
+    with pytest.raises(sf.errors.ModelError, match="eval"):
         check_ready(model, "test")

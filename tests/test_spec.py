@@ -27,8 +27,8 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat import container
-from saefeat.spec import forms
+from saefeat.files import container
+from saefeat.hub import fields as forms
 
 GOLDEN = Path(__file__).parent / "golden"
 NEW = 3
@@ -69,7 +69,9 @@ CASES = {
     "neurons": lambda: sf.Clamp(sf.Neurons("resid_post.1", D).latents([5, 2]), scale=0.0),
     "subspace": lambda: sf.Ablate(sf.Direction(torch.randn(3, D), site="attn_out.1")),
     "wide direction": lambda: sf.Ablate(sf.Direction(unit(3).double(), site="resid_pre.2")),
-    "several sites": lambda: sf.Ablate(sf.direction(unit(1), sites=["resid_mid.0", "mlp_out.1"])),
+    "several sites": lambda: sf.Ablate(
+        sf.Direction.at_sites(unit(1), sites=["resid_mid.0", "mlp_out.1"])
+    ),
     "error term": lambda: sf.Clamp(make_sae("jumprelu").error(), scale=0.5),
     "error of topk": lambda: sf.Clamp(make_sae("topk").error(), scale=0.5),
     "error, standardized": lambda: sf.Clamp(make_sae("standard", norm="layer_norm").error(), 0.0),
@@ -78,17 +80,17 @@ CASES = {
     "normalized": lambda: sf.Ablate(few(norm="layer_norm")),
     "centered": lambda: sf.Ablate(few(centered=True)) | sf.Clamp(centered().error(), scale=0.5),
     "orthogonal": lambda: sf.Ablate(few(), to="orthogonal"),
-    "schedule": lambda: sf.Clamp(few(), add=sf.Schedule([3.0, 2.0, 0.7], prompt=0.1)),
-    "schedule by latent": lambda: sf.Clamp(few(), scale=sf.Schedule(torch.rand(2, 4))),
+    "schedule": lambda: sf.Clamp(few(), add=sf.values.Schedule([3.0, 2.0, 0.7], prompt=0.1)),
+    "schedule by latent": lambda: sf.Clamp(few(), scale=sf.values.Schedule(torch.rand(2, 4))),
     "pin": lambda: pinned(few()),
-    "resample": lambda: sf.Ablate(few(), to=sf.Resample(torch.rand(5, 4), seed=7)),
+    "resample": lambda: sf.Ablate(few(), to=sf.values.Resample(torch.rand(5, 4), seed=7)),
     "resample readings": lambda: resampled(few()),
     "when between": lambda: sf.Ablate(
         few(), when=sf.When(upstream(), above=-2.0, below=9.0, match="all")
     ),
     "rescaled topk": lambda: sf.Clamp(few("topk", norm="constant_norm_rescale", rescale=True), 2.0),
     "one SAE, many selections": lambda: many_selections(),
-    "empty": lambda: sf.Chain(()),
+    "empty": lambda: sf.verbs.base.Chain(()),
     **{f"{a} SAE": lambda a=a: sf.Clamp(few(a), 3.0) for a in ARCHITECTURES},
     **{
         a: lambda a=a: sf.Ablate(few(a))
@@ -106,7 +108,7 @@ RULES = [
 ]
 
 
-def many_selections() -> sf.Chain:
+def many_selections() -> sf.verbs.base.Chain:
     """Overlapping selections of one SAE, in other orders, as edits, readings and conditions."""
     sae = make_sae("gated", layer=0)
     return (
@@ -125,17 +127,17 @@ def centered() -> sf.SAE:
     return make_sae("standard", layer=2, centered=True)
 
 
-def clean(latents: sf.Latents) -> sf.Readings:
+def clean(latents: sf.Latents) -> sf.results.Readings:
     found = sf.run(wrapped(build("gemma2")), RAGGED, sf.Probe(latents)).readings[0]
     return replace(found, values=found.values + 1)
 
 
 def pinned(latents: sf.Latents) -> sf.Ablate:
-    return sf.Ablate(latents, to=sf.Pin(clean(latents)), where=sf.Tokens.prompt())
+    return sf.Ablate(latents, to=sf.values.Patch(clean(latents)), where=sf.Tokens.prompt())
 
 
 def resampled(latents: sf.Latents) -> sf.Ablate:
-    return sf.Ablate(latents, to=sf.Resample(clean(latents)))
+    return sf.Ablate(latents, to=sf.values.Resample(clean(latents)))
 
 
 def again(intervention, tmp_path, **options):
@@ -239,7 +241,7 @@ def test_every_way_of_running(tmp_path):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-class Rounding(sf.Dictionary):
+class Rounding(sf.dictionaries.Dictionary):
     """A dictionary whose columns depend on which others they are computed with."""
 
     def __init__(self) -> None:
@@ -259,7 +261,7 @@ def test_each_selection_is_kept_as_it_was_computed(tmp_path):
     """A product over other columns may round otherwise: nothing is cut from a union."""
     rounding = Rounding()
     selections = [[3, 40], [40, 17, 3, 5, 8]]
-    saved = sf.Chain(tuple(sf.Ablate(rounding.latents(i)) for i in selections))
+    saved = sf.verbs.base.Chain(tuple(sf.Ablate(rounding.latents(i)) for i in selections))
     loaded = again(saved, tmp_path)
     (excerpt, *_), (other, *_) = (step.latents.parts[0] for step in loaded.parts())
     assert excerpt is other
@@ -275,7 +277,7 @@ def test_each_selection_is_kept_as_it_was_computed(tmp_path):
 def test_an_excerpt_gives_latents_in_any_order(architecture):
     """One by one, from two selections; close, not equal: other products round otherwise."""
     sae = make_sae(architecture)
-    excerpt = sf.Excerpt.of(sae, [(3, 40), (17,)])
+    excerpt = sf.dictionaries.excerpt.Excerpt.of(sae, [(3, 40), (17,)])
     x = torch.randn(2, 5, D)
     assert excerpt.held == (3, 40, 17)
     assert repr(excerpt.latents()) == repr(sae.latents([3, 40, 17]))
@@ -286,31 +288,34 @@ def test_an_excerpt_gives_latents_in_any_order(architecture):
 
 
 def test_an_excerpt_refuses_what_it_does_not_hold():
-    excerpt = sf.Excerpt.of(make_sae(), [(3, 40)])
+    excerpt = sf.dictionaries.excerpt.Excerpt.of(make_sae(), [(3, 40)])
     for asked in (lambda: excerpt.latents([4]), lambda: excerpt.columns(torch.tensor([4]))):
-        with pytest.raises(sf.LatentError, match=r"latent 4, which is not held.*3, 40"):
+        with pytest.raises(sf.errors.LatentError, match=r"latent 4, which is not held.*3, 40"):
             asked()
-    with pytest.raises(sf.LatentError, match=r"0\.\.47"):
+    with pytest.raises(sf.errors.LatentError, match=r"0\.\.47"):
         excerpt.latents([D_SAE])
     by_hand = sf.Latents(((excerpt, (5,)),))
-    with pytest.raises(sf.LatentError, match="not held"):
+    with pytest.raises(sf.errors.LatentError, match="not held"):
         sf.run(wrapped(build()), RAGGED, sf.Ablate(by_hand))
 
 
 def test_an_excerpt_knows_both_hashes():
     sae, other = make_sae(), make_sae(seed=1)
-    one, two = sf.Excerpt.of(sae, [(3,)]), sf.Excerpt.of(sae, [(4,)])
+    one, two = (
+        sf.dictionaries.excerpt.Excerpt.of(sae, [(3,)]),
+        sf.dictionaries.excerpt.Excerpt.of(sae, [(4,)]),
+    )
     assert one.fingerprint() == two.fingerprint() == sae.fingerprint()
     assert one.digest != two.digest
-    assert one.digest == sf.Excerpt.of(make_sae(), [(3,)]).digest
-    assert one.digest != sf.Excerpt.of(other, [(3,)]).digest
+    assert one.digest == sf.dictionaries.excerpt.Excerpt.of(make_sae(), [(3,)]).digest
+    assert one.digest != sf.dictionaries.excerpt.Excerpt.of(other, [(3,)]).digest
 
 
 def test_an_excerpt_checks_its_columns():
     columns = make_sae().columns(torch.tensor([3]))
     options = dict(site="resid_post.1", write_site="resid_post.1", d_in=D, d_out=D, d_sae=D_SAE)
     options |= dict(name="x", excluded=(), origin=None, fingerprint="f")
-    sf.Excerpt({(3,): columns}, **options)
+    sf.dictionaries.excerpt.Excerpt({(3,): columns}, **options)
     for wrong in (
         {**columns, "bias": torch.zeros(2)},
         {**columns, "encoder": columns["encoder"].T},
@@ -319,10 +324,10 @@ def test_an_excerpt_checks_its_columns():
         {**columns, "surplus": torch.zeros(1)},
         {k: v for k, v in columns.items() if k != "directions"},
     ):
-        with pytest.raises(sf.DictionaryError):
-            sf.Excerpt({(3,): wrong}, **options)
-    with pytest.raises(sf.LatentError):
-        sf.Excerpt({(D_SAE,): columns}, **options)
+        with pytest.raises(sf.errors.DictionaryError):
+            sf.dictionaries.excerpt.Excerpt({(3,): wrong}, **options)
+    with pytest.raises(sf.errors.LatentError):
+        sf.dictionaries.excerpt.Excerpt({(D_SAE,): columns}, **options)
 
 
 def test_a_loaded_direction_keeps_its_bits(tmp_path):
@@ -335,7 +340,7 @@ def test_a_loaded_direction_keeps_its_bits(tmp_path):
         assert torch.equal(loaded.vectors, v.vectors)
         assert loaded.fingerprint() == v.fingerprint()
     assert moved
-    with pytest.raises(sf.DictionaryError, match="away from orthonormal"):
+    with pytest.raises(sf.errors.DictionaryError, match="away from orthonormal"):
         sf.Direction.orthonormal(2 * torch.eye(3)[:2], site="z.0")
 
 
@@ -370,7 +375,7 @@ def test_bytes_are_those_of_the_safetensors_library(tmp_path):
 def test_who_wrote_a_file_is_not_part_of_its_hash(tmp_path, monkeypatch):
     path = sf.save(sf.Ablate(few()), tmp_path / "x.safetensors")
     before = container.read(path, "test").document
-    monkeypatch.setattr("saefeat.spec.files.versions", lambda: {"saefeat": "9.9"})
+    monkeypatch.setattr("saefeat.hub.files.versions", lambda: {"saefeat": "9.9"})
     after = container.read(sf.save(sf.load(path), path), "test").document
     assert before["sha256"] == after["sha256"]
     assert after["written"] == {"saefeat": "9.9"}
@@ -387,7 +392,7 @@ def test_folders_of_this_machine_stay_here(tmp_path):
     (entry,) = container.read(path, "test").document["spec"]["dictionaries"]
     assert entry["origin"] == f"{saes[1].origin.id} (sae_lens)"
     assert entry["fingerprint"] == saes[1].fingerprint()
-    out = sf.run(sf.wrap(*tiny.load("chat")), ["hello"], loaded)
+    out = sf.run(tiny.model("chat"), ["hello"], loaded)
     assert saes[1].fingerprint() in out.provenance.dictionaries["resid_post.1"]
 
 
@@ -399,7 +404,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fails)
-    with pytest.raises(sf.FileError, match="No space left"):
+    with pytest.raises(sf.errors.FileError, match="No space left"):
         sf.save(sf.Clamp(few(), 1.0), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
@@ -408,9 +413,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["no/such/folder/x", ".", "x\0y"])
 def test_a_path_that_cannot_be_written(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(sf.FileError):
+    with pytest.raises(sf.errors.FileError):
         sf.save(sf.Ablate(harm()), path)
-    with pytest.raises(sf.FileError):
+    with pytest.raises(sf.errors.FileError):
         sf.load(path)
     assert list(tmp_path.iterdir()) == []
 
@@ -431,8 +436,10 @@ class Custom(sf.Intervention):
     "make, message",
     [
         (
-            lambda: sf.Ablate(sf.Generic(torch.relu, torch.eye(D), site="resid_post.0", width=D)),
-            r"Generic\('generic'.*Python function",
+            lambda: sf.Ablate(
+                sf.dictionaries.Function(torch.relu, torch.eye(D), site="resid_post.0", width=D)
+            ),
+            r"Function\('generic'.*Python function",
         ),
         (lambda: sf.Ablate(harm(), where=sf.Tokens.where(only_threes)), r"where\(only_threes\)"),
         (
@@ -454,7 +461,7 @@ class Custom(sf.Intervention):
     ],
 )
 def test_what_a_file_cannot_hold_is_named(make, message, tmp_path):
-    with pytest.raises(sf.FileError, match=message):
+    with pytest.raises(sf.errors.FileError, match=message):
         sf.save(make(), tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -473,17 +480,17 @@ def test_a_field_the_table_does_not_list_would_be_lost():
 def test_size_is_limited_and_said(tmp_path):
     """A topk SAE needs its whole encoder."""
     wide = sf.Ablate(few("topk", d_sae=4096))
-    with pytest.raises(sf.FileError, match=r"topk.*max_bytes=\d+"):
+    with pytest.raises(sf.errors.FileError, match=r"topk.*max_bytes=\d+"):
         sf.save(wide, tmp_path / "x.safetensors", max_bytes=500_000)
     path = sf.save(wide, tmp_path / "x.safetensors")
     assert path.stat().st_size > 4096 * D * 4
-    with pytest.raises(sf.FileError, match=r"at most 500,000 bytes.*max_bytes"):
+    with pytest.raises(sf.errors.FileError, match=r"at most 500,000 bytes.*max_bytes"):
         sf.load(path, max_bytes=500_000)
     small = sf.save(sf.Ablate(few()), tmp_path / "y.safetensors")
     exact = small.stat().st_size
     sf.load(small, max_bytes=exact)
     sf.save(sf.Ablate(few()), small, max_bytes=exact)
-    with pytest.raises(sf.FileError):
+    with pytest.raises(sf.errors.FileError):
         sf.save(sf.Ablate(few()), small, max_bytes=exact - 1)
 
 
@@ -495,7 +502,7 @@ def test_nesting_is_limited_on_both_sides(tmp_path):
     for i in range(100):
         rule = rule | sf.Tokens.ids(i)
     for _ in range(2):
-        with pytest.raises(sf.FileError, match="nested too deeply"):
+        with pytest.raises(sf.errors.FileError, match="nested too deeply"):
             sf.save(sf.Ablate(harm(), where=rule), tmp_path / "x.safetensors")
         for i in range(3000):  # deeper than Python itself goes
             rule = rule | sf.Tokens.ids(i)
@@ -508,7 +515,7 @@ def test_another_model_is_refused(tmp_path):
     model = build("gemma2")
     path = sf.save(sf.Ablate(few()), tmp_path / "x.safetensors", model=wrapped(model))
     assert repr(sf.load(path, model=model)) == repr(sf.load(path, model=wrapped(model)))
-    with pytest.raises(sf.ModelError, match=r"of family .llama.*wanted .gemma2."):
+    with pytest.raises(sf.errors.ModelError, match=r"of family .llama.*wanted .gemma2."):
         sf.load(path, model=build("llama"))
     for name, value, word in (
         ("vocab_size", 99, "vocab 99"),
@@ -516,25 +523,25 @@ def test_another_model_is_refused(tmp_path):
     ):
         other = build("gemma2")
         setattr(other.config, name, value)
-        with pytest.raises(sf.ModelError, match=word):
+        with pytest.raises(sf.errors.ModelError, match=word):
             sf.load(path, model=other)
     deeper = build("gemma2")
     deeper.model.layers.append(deeper.model.layers[0])
-    with pytest.raises(sf.ModelError, match="layers 4"):
+    with pytest.raises(sf.errors.ModelError, match="layers 4"):
         sf.load(path, model=deeper)
-    with pytest.raises(sf.ModelError):
+    with pytest.raises(sf.errors.ModelError):
         sf.load(path, model="gpt2")
 
 
 def test_without_facts_the_dictionaries_decide(tmp_path):
     wide = sf.Direction(torch.ones(D + 1), site="resid_post.0")
     path = sf.save(sf.Ablate(harm(), when=sf.When(wide)), tmp_path / "x.safetensors")
-    with pytest.raises(sf.SiteError, match=f"{D + 1} wide"):
+    with pytest.raises(sf.errors.SiteError, match=f"{D + 1} wide"):
         sf.load(path, model=build())
-    with pytest.raises(sf.SiteError, match=f"{D + 1} wide"):
+    with pytest.raises(sf.errors.SiteError, match=f"{D + 1} wide"):
         sf.run(wrapped(build()), RAGGED, sf.load(path))
     deep = sf.save(sf.Ablate(sf.Direction(unit(), site="resid_post.30")), path)
-    with pytest.raises(sf.SiteError, match=r"0\.\.2"):
+    with pytest.raises(sf.errors.SiteError, match=r"0\.\.2"):
         sf.load(deep, model=build())
 
 
@@ -581,7 +588,7 @@ def test_a_later_version_is_refused_by_name(tmp_path):
     document, tensors = container.read(path, "test")
     document["version"] = forms.VERSION + 1
     container.write(path, container.pack(document, tensors, "test"), "test")
-    with pytest.raises(sf.FileError, match=r"of version 2.*pip install --upgrade saefeat"):
+    with pytest.raises(sf.errors.FileError, match=r"of version 2.*pip install --upgrade saefeat"):
         sf.load(path)
 
 

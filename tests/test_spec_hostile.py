@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import saefeat as sf
 from helpers import D, build, make_sae, unit
-from saefeat import container
-from saefeat.spec.files import built, packed
+from saefeat.files import container
+from saefeat.hub.files import built, packed
 
 CALM = settings(
     max_examples=150,
@@ -40,11 +40,13 @@ def sample() -> sf.Intervention:
 def values() -> sf.Intervention:
     """Values that depend on where they act."""
     some = make_sae("jumprelu").latents([3, 40])
-    read = sf.Readings(some, torch.rand(2, 5, 2), torch.ones(2, 5, 2) > 0, torch.tensor([0, 2]))
+    read = sf.results.Readings(
+        some, torch.rand(2, 5, 2), torch.ones(2, 5, 2) > 0, torch.tensor([0, 2])
+    )
     return (
-        sf.Ablate(some, to=sf.Pin(read), where=sf.Tokens.prompt())
-        | sf.Clamp(some, add=sf.Schedule([1.0, 2.0], prompt=[0.0, 1.0]))
-        | sf.Ablate(some, to=sf.Resample(torch.rand(4, 2), seed=3))
+        sf.Ablate(some, to=sf.values.Patch(read), where=sf.Tokens.prompt())
+        | sf.Clamp(some, add=sf.values.Schedule([1.0, 2.0], prompt=[0.0, 1.0]))
+        | sf.Ablate(some, to=sf.values.Resample(torch.rand(4, 2), seed=3))
         | sf.Ablate(some, to="orthogonal", when=sf.When(some, above=0.1, below=2.0, match="all"))
     )
 
@@ -81,7 +83,7 @@ def header_lie(change) -> bytes:
 
 
 def refused(data: bytes, match: str) -> None:
-    with pytest.raises(sf.FileError, match=match) as caught:
+    with pytest.raises(sf.errors.FileError, match=match) as caught:
         load_bytes(data)
     assert len(str(caught.value)) < 1500, "a message as long as the file"
 
@@ -166,7 +168,7 @@ def test_a_header_that_lies(change, match):
 def test_booleans_are_zero_or_one():
     data = container.pack({}, {"flags": torch.tensor([True, False])}, "test")
     assert container.unpack(data, "x").tensors["flags"].tolist() == [True, False]
-    with pytest.raises(sf.FileError, match="above 1"):
+    with pytest.raises(sf.errors.FileError, match="above 1"):
         container.unpack(data[:-1] + b"\x02", "x")
 
 
@@ -200,7 +202,7 @@ def test_what_has_no_end_is_not_read(path, tmp_path):
         path = str(tmp_path / "pipe")
         os.mkfifo(path)
         writer = os.open(path, os.O_RDWR)  # or opening it to read would wait
-    with pytest.raises(sf.FileError, match="a regular file"):
+    with pytest.raises(sf.errors.FileError, match="a regular file"):
         sf.load(path)
     if "pipe" in path:
         os.close(writer)
@@ -401,7 +403,7 @@ def test_a_document_that_lies(name):
 PIN = ["steps", 0, "fields", "to", "fields", "readings", "fields"]
 VALUE_LIES = {
     "a value of no kind": (put("steps", 1, "fields", "add", "form", value="Readings"), "Readings"),
-    "readings as a step": (put("steps", 0, "form", value="Pin"), "a 'Pin'"),
+    "readings as a step": (put("steps", 0, "form", value="Patch"), "a 'Patch'"),
     "readings of other latents": (tensor("values.0", torch.rand(2, 5, 3)), "readings of shapes"),
     "readings without tokens": (tensor("values.0", torch.rand(2, 2)), "readings of shapes"),
     "integers read": (tensor("values.0", torch.ones(2, 5, 2).int()), "readings of shapes"),
@@ -459,17 +461,17 @@ def test_values_that_lie(name):
 def test_a_small_file_is_no_long_work():
     """Many steps that name one long selection: a few bytes each, seconds each."""
     big = sf.Neurons("resid_post.0", 2**20).latents(range(2**20))
-    document, _ = container.unpack(packed(sf.Chain((sf.Ablate(big),)), None), "test")
+    document, _ = container.unpack(packed(sf.verbs.base.Chain((sf.Ablate(big),)), None), "test")
     document["spec"]["steps"] *= 2000
     refused(rehashed(document, {}), "at most 4,194,304 in all steps")
-    with pytest.raises(sf.FileError, match="4,194,304 in all steps"):
-        packed(sf.Chain((sf.Ablate(big),) * 5), None)
+    with pytest.raises(sf.errors.FileError, match="4,194,304 in all steps"):
+        packed(sf.verbs.base.Chain((sf.Ablate(big),) * 5), None)
 
 
 def test_the_error_for_another_model_is_short():
     named = {**MADE_ON, "name": "\x1b[2J" * 1000}
     data = lie(put("model", value=named))
-    with pytest.raises(sf.ModelError) as caught:
+    with pytest.raises(sf.errors.ModelError) as caught:
         built(container.unpack(data, "load"), "load", build("gemma2"))
     assert len(str(caught.value)) < 1000 and "\x1b" not in str(caught.value)
 
@@ -487,7 +489,7 @@ def test_nothing_large_is_made():
         refused(header_lie(change), "bytes")
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert after - before < 64 * 1024, "kilobytes"
-    with pytest.raises(sf.SiteError, match="wide at"), sf.hooked(build(), loaded):
+    with pytest.raises(sf.errors.SiteError, match="wide at"), sf.hooked(build(), loaded):
         pass
 
 
@@ -497,7 +499,7 @@ def test_nothing_large_is_made():
 @CALM
 @given(st.binary(max_size=400))
 def test_any_bytes(data):
-    with pytest.raises(sf.FileError):
+    with pytest.raises(sf.errors.FileError):
         load_bytes(data)
 
 
@@ -508,7 +510,7 @@ def test_any_damage_is_noticed(at, patch):
     data = GOOD[:at] + patch + GOOD[at + len(patch) :]
     try:
         loaded = load_bytes(data)
-    except sf.FileError:
+    except sf.errors.FileError:
         return
     assert repr(loaded) == repr(sample())
     new, old = (container.unpack(d, "x") for d in (data, GOOD))
@@ -522,7 +524,7 @@ def test_any_damage_is_noticed(at, patch):
 @given(st.integers(0, len(GOOD)))
 def test_any_truncation(length):
     if length < len(GOOD):
-        with pytest.raises(sf.FileError):
+        with pytest.raises(sf.errors.FileError):
             load_bytes(GOOD[:length])
 
 
@@ -567,7 +569,7 @@ def test_any_document(path, value):
     data = lie(put(*path, value=value))
     try:
         loaded = load_bytes(data)
-    except sf.FileError:
+    except sf.errors.FileError:
         return
     assert isinstance(loaded, sf.Intervention)
     assert repr(load_bytes(packed(loaded, None))) == repr(loaded)
@@ -584,7 +586,7 @@ def test_any_document_with_values(path, value):
     put(*path, value=value)(document["spec"], {})
     try:
         loaded = load_bytes(rehashed(document, dict(MOVING.tensors)))
-    except sf.FileError:
+    except sf.errors.FileError:
         return
     assert repr(load_bytes(packed(loaded, None))) == repr(loaded)
 
@@ -595,6 +597,6 @@ def test_any_gap(path):
     data = lie(drop(*path))
     try:
         loaded = load_bytes(data)
-    except sf.FileError:
+    except sf.errors.FileError:
         return
     assert repr(load_bytes(packed(loaded, None))) == repr(loaded)

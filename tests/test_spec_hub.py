@@ -14,8 +14,8 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, unit, wrapped
-from saefeat.spec.card import FILE
-from saefeat.spec.vectors import steering_vector
+from saefeat.hub.card import FILE
+from saefeat.hub.vectors import steering_vector
 
 TOKEN = "hf_" + "a" * 20
 
@@ -123,41 +123,41 @@ def test_push_and_pull(hub, tmp_path):
     model = build("gemma2")
     model.config.name_or_path = "someone/tiny-gemma"
     options = {"token": TOKEN, "endpoint": hub.endpoint}
-    commit = sf.push(edits(), "me/refusal", model=model, **options)
+    commit = sf.hub.push(edits(), "me/refusal", model=model, **options)
     assert hub.store["me/refusal"]["private"] is True
     local = sf.save(edits(), tmp_path / "x.safetensors", model=model).read_bytes()
     assert hub.store["me/refusal"]["main"][FILE] == local
-    pulled = sf.pull("me/refusal", model=model, **options)
+    pulled = sf.hub.pull("me/refusal", model=model, **options)
     assert repr(pulled) == repr(edits())
     nn = wrapped(model)
     assert torch.equal(sf.run(nn, RAGGED, pulled).logits, sf.run(nn, RAGGED, edits()).logits)
 
-    sf.push(sf.Ablate(make_sae().latents([5])), "me/refusal", **options)
-    assert repr(sf.pull("me/refusal", revision=commit, **options)) == repr(edits())
-    assert "[5]" in repr(sf.pull("me/refusal", **options))
-    with pytest.raises(sf.ModelError, match="of family"):
-        sf.pull("me/refusal", revision=commit, model=build("llama"), **options)
+    sf.hub.push(sf.Ablate(make_sae().latents([5])), "me/refusal", **options)
+    assert repr(sf.hub.pull("me/refusal", revision=commit, **options)) == repr(edits())
+    assert "[5]" in repr(sf.hub.pull("me/refusal", **options))
+    with pytest.raises(sf.errors.ModelError, match="of family"):
+        sf.hub.pull("me/refusal", revision=commit, model=build("llama"), **options)
 
 
 def test_the_card_says_what_the_file_says(hub):
     model = build("gemma2")
     model.config.name_or_path = "someone/tiny-gemma"
     options = {"token": TOKEN, "endpoint": hub.endpoint, "file": "sub/other.safetensors"}
-    sf.push(edits(), "me/refusal", model=model, **options)
+    sf.hub.push(edits(), "me/refusal", model=model, **options)
     card = hub.store["me/refusal"]["main"]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: saefeat\n")
     assert "base_model: someone/tiny-gemma\n---" in card
     assert "Ablate(Latents(2: resid_post.1 [3, 40]))\n    | Clamp" in card
     assert "`someone/tiny-gemma`: family gemma2, 3 layers, d_model 32, vocabulary 100" in card
     assert f"2 of 48 |  | `{make_sae().fingerprint()}`" in card
-    assert "sf.pull('me/refusal', file='sub/other.safetensors')" in card
+    assert "sf.hub.pull('me/refusal', file='sub/other.safetensors')" in card
     assert "`a¦b'c # d`" in card, "a name cannot break out of its cell"
     assert "{" not in card
-    assert repr(sf.pull("me/refusal", **options)) == repr(edits())
+    assert repr(sf.hub.pull("me/refusal", **options)) == repr(edits())
 
 
 def test_a_card_without_a_model(hub):
-    sf.push(edits(), "me/refusal", token=TOKEN, endpoint=hub.endpoint, private=False)
+    sf.hub.push(edits(), "me/refusal", token=TOKEN, endpoint=hub.endpoint, private=False)
     card = hub.store["me/refusal"]["main"]["README.md"].decode()
     assert "base_model" not in card
     assert "The file does not say" in card
@@ -166,29 +166,29 @@ def test_a_card_without_a_model(hub):
 
 def test_errors_of_the_hub(hub, monkeypatch):
     options = {"token": TOKEN, "endpoint": hub.endpoint}
-    sf.push(edits(), "me/refusal", **options)
+    sf.hub.push(edits(), "me/refusal", **options)
     for message, call in {
-        r"pull: .*'me/nothing'.*no such repository": lambda: sf.pull("me/nothing", **options),
-        r"no such branch": lambda: sf.pull("me/refusal", revision="v9", **options),
-        r"has no such file": lambda: sf.pull("me/refusal", file="x.safetensors", **options),
-        r"no such repository, or a private one": lambda: sf.pull(
+        r"pull: .*'me/nothing'.*no such repository": lambda: sf.hub.pull("me/nothing", **options),
+        r"no such branch": lambda: sf.hub.pull("me/refusal", revision="v9", **options),
+        r"has no such file": lambda: sf.hub.pull("me/refusal", file="x.safetensors", **options),
+        r"no such repository, or a private one": lambda: sf.hub.pull(
             "me/refusal", endpoint=hub.endpoint
         ),
-        r"push: .*no token": lambda: sf.push(edits(), "me/x", endpoint=hub.endpoint),
-        r"one that may not write": lambda: sf.push(
+        r"push: .*no token": lambda: sf.hub.push(edits(), "me/x", endpoint=hub.endpoint),
+        r"one that may not write": lambda: sf.hub.push(
             edits(), "me/x", token="hf_wrong", endpoint=hub.endpoint
         ),
-        r"not the name of a repository": lambda: sf.push(edits(), "a/b/c", **options),
-        r"ends in \.safetensors": lambda: sf.pull("me/refusal", file="../../x.bin", **options),
-        r"a path in the repository": lambda: sf.push(
+        r"not the name of a repository": lambda: sf.hub.push(edits(), "a/b/c", **options),
+        r"ends in \.safetensors": lambda: sf.hub.pull("me/refusal", file="../../x.bin", **options),
+        r"a path in the repository": lambda: sf.hub.push(
             edits(), "me/x", file="../x.safetensors", **options
         ),
-        r"at most 100 bytes": lambda: sf.pull("me/refusal", max_bytes=100, **options),
-        r"`intervention` is of 648 bytes": lambda: sf.push(
+        r"at most 100 bytes": lambda: sf.hub.pull("me/refusal", max_bytes=100, **options),
+        r"`intervention` is of 648 bytes": lambda: sf.hub.push(
             edits(), "me/x", max_bytes=100, **options
         ),
     }.items():
-        with pytest.raises(sf.FileError, match=message):
+        with pytest.raises(sf.errors.FileError, match=message):
             call()
     assert "me/x" not in hub.store, "nothing is made for what is refused"
 
@@ -196,11 +196,11 @@ def test_errors_of_the_hub(hub, monkeypatch):
 def test_a_large_file_is_not_fetched(hub, tmp_path):
     """It would fill the disk before anybody could measure it."""
     options = {"token": TOKEN, "endpoint": hub.endpoint}
-    sf.push(edits(), "me/refusal", **options)
+    sf.hub.push(edits(), "me/refusal", **options)
     hub.store["me/refusal"]["main"][FILE] = b"x" * 10**6
     hub.asked.clear()
-    with pytest.raises(sf.FileError, match=r"of 1,000,000 bytes, wanted at most 500,000"):
-        sf.pull("me/refusal", max_bytes=500_000, **options)
+    with pytest.raises(sf.errors.FileError, match=r"of 1,000,000 bytes, wanted at most 500,000"):
+        sf.hub.pull("me/refusal", max_bytes=500_000, **options)
     assert len(hub.asked) == 1
     assert not any(path.stat().st_size > 10**5 for path in tmp_path.rglob("*") if path.is_file())
 
@@ -212,34 +212,36 @@ def test_a_file_s_name_stays_in_the_repository(hub):
         "/x.safetensors",
         "a/./x.safetensors",
     ):
-        with pytest.raises(sf.FileError, match="a path in the repository"):
-            sf.pull("me/refusal", file=name, token=TOKEN, endpoint=hub.endpoint)
+        with pytest.raises(sf.errors.FileError, match="a path in the repository"):
+            sf.hub.pull("me/refusal", file=name, token=TOKEN, endpoint=hub.endpoint)
 
 
 def test_a_hub_out_of_reach(hub, monkeypatch):
     options = {"token": TOKEN, "endpoint": hub.endpoint}
-    sf.push(edits(), "me/refusal", **options)
-    sf.pull("me/refusal", **options)
+    sf.hub.push(edits(), "me/refusal", **options)
+    sf.hub.pull("me/refusal", **options)
     monkeypatch.setattr("time.sleep", lambda _: None)  # the client waits and tries again
     nowhere = {"token": TOKEN, "endpoint": "http://127.0.0.1:9"}
-    assert repr(sf.pull("me/refusal", **nowhere)) == repr(edits()), "it is in the cache"
-    with pytest.raises(sf.FileError, match=r"out of reach, and the file is not in the cache"):
-        sf.pull("me/other", **nowhere)
-    with pytest.raises(sf.FileError, match="out of reach"):
-        sf.push(edits(), "me/refusal", **nowhere)
+    assert repr(sf.hub.pull("me/refusal", **nowhere)) == repr(edits()), "it is in the cache"
+    with pytest.raises(
+        sf.errors.FileError, match=r"out of reach, and the file is not in the cache"
+    ):
+        sf.hub.pull("me/other", **nowhere)
+    with pytest.raises(sf.errors.FileError, match="out of reach"):
+        sf.hub.push(edits(), "me/refusal", **nowhere)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(sf.FileError, match=r"HF_HUB_OFFLINE|out of reach"):
-        sf.push(edits(), "me/refusal", **options)
+    with pytest.raises(sf.errors.FileError, match=r"HF_HUB_OFFLINE|out of reach"):
+        sf.hub.push(edits(), "me/refusal", **options)
 
 
 def test_a_hostile_file_on_the_hub(hub):
     options = {"token": TOKEN, "endpoint": hub.endpoint}
-    sf.push(edits(), "me/refusal", **options)
+    sf.hub.push(edits(), "me/refusal", **options)
     files = hub.store["me/refusal"]["main"]
     files[FILE] = files[FILE][:-1] + b"\x7f"
     hub.store["me/refusal"]["head"] = "f" * 40
-    with pytest.raises(sf.FileError, match=r"pull\('me/refusal'\).*hash"):
-        sf.pull("me/refusal", **options)
+    with pytest.raises(sf.errors.FileError, match=r"pull\('me/refusal'\).*hash"):
+        sf.hub.pull("me/refusal", **options)
 
 
 # ---------------------------------------------------------------- steering vectors
@@ -274,13 +276,13 @@ def test_a_steering_vector_as_a_file(tmp_path):
     from safetensors.torch import load_file
 
     path = tmp_path / "steer.safetensors"
-    vectors = sf.steering_vector(adds(), path=path)
+    vectors = sf.hub.steering_vector(adds(), path=path)
     found = load_file(path)
     assert {n: t.tolist() for n, t in found.items()} == {
         site.hook: vector.tolist() for site, vector in vectors.items()
     }
-    with pytest.raises(sf.FileError, match=r"\.safetensors"):
-        sf.steering_vector(adds(), path=tmp_path / "steer.pt")
+    with pytest.raises(sf.errors.FileError, match=r"\.safetensors"):
+        sf.hub.steering_vector(adds(), path=tmp_path / "steer.pt")
 
 
 V = sf.Direction(unit(1), site="resid_post.1")
@@ -299,21 +301,23 @@ V = sf.Direction(unit(1), site="resid_post.1")
         (lambda: sf.Clamp(V, add=2.0, where=sf.Tokens.last(1)), r"where=Tokens\.last\(1\)"),
         (lambda: sf.Clamp(V, add=torch.ones(3, 1)), "differ by prompt"),
         (lambda: sf.Clamp(V, add=2.0) | sf.Probe(V), "another verb"),
-        (lambda: sf.Chain(()), "no edit at all"),
+        (lambda: sf.verbs.base.Chain(()), "no edit at all"),
         (lambda: sf.Clamp(make_sae(norm="layer_norm").latents([1]), add=1.0), "scale with"),
         (lambda: sf.Clamp(make_sae().error(), add=1.0), "scale with"),
         (lambda: sf.Clamp(make_sae(excluded=(2,)).latents([1]), add=1.0), "skips tokens"),
     ],
 )
 def test_what_is_no_steering_vector_is_refused(make, why):
-    with pytest.raises(sf.LatentError, match=why):
-        sf.steering_vector(make())
+    with pytest.raises(sf.errors.LatentError, match=why):
+        sf.hub.steering_vector(make())
 
 
 def test_a_loaded_intervention_is_a_steering_vector_too(tmp_path):
     loaded = sf.load(sf.save(adds(), tmp_path / "x.safetensors"))
     for a, b in zip(
-        sf.steering_vector(loaded).values(), sf.steering_vector(adds()).values(), strict=True
+        sf.hub.steering_vector(loaded).values(),
+        sf.hub.steering_vector(adds()).values(),
+        strict=True,
     ):
         assert torch.equal(a, b)
     assert len(a) == D

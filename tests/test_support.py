@@ -7,7 +7,7 @@ import torch
 
 import support
 from helpers import build
-from saefeat.sites import HOOKS
+from saefeat.model.sites import HOOKS
 
 TEXT = support.PAGE.read_text(encoding="utf-8")
 

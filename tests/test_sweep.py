@@ -30,7 +30,7 @@ def settings() -> dict:
     }
 
 
-def same(a: sf.Run, b: sf.Run) -> None:
+def same(a: sf.results.Run, b: sf.results.Run) -> None:
     assert a.completions == b.completions and a.texts == b.texts and a.prompts == b.prompts
     assert torch.allclose(a.logits, b.logits, atol=1e-4)
     assert len(a.readings) == len(b.readings)
@@ -77,10 +77,10 @@ def test_a_setting_that_stops_early_is_not_padded_by_one_that_goes_on():
 def test_errors_name_the_setting():
     model = wrapped(build())
     never = sf.Ablate(make_sae().latents([1]), where=sf.Tokens.ids(99))
-    with pytest.raises(sf.LatentError, match="empty"):
+    with pytest.raises(sf.errors.LatentError, match="empty"):
         sf.sweep(model, RAGGED, {})
-    with pytest.raises(sf.FiringError, match="'never'"):
+    with pytest.raises(sf.errors.FiringError, match="'never'"):
         sf.sweep(model, RAGGED, {"bare": None, "never": never})
     wrong = sf.Clamp(make_sae().latents([1]), torch.ones(2, 1))
-    with pytest.raises(sf.LatentError, match="values for 2 prompts"):
+    with pytest.raises(sf.errors.LatentError, match="values for 2 prompts"):
         sf.sweep(model, RAGGED, {"wrong": wrong})

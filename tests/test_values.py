@@ -19,6 +19,7 @@ from helpers import (
     batch_of,
     blocks_of,
     build,
+    continuation_loss,
     forward,
     make_sae,
     raw_hooks,
@@ -44,7 +45,7 @@ def sae_latents(architecture="standard", **options):
     return make_sae(architecture, **options).latents(CHOSEN)
 
 
-def read(nn, prompts, latents, **options) -> sf.Readings:
+def read(nn, prompts, latents, **options) -> sf.results.Readings:
     where = options.pop("where", None)
     return sf.run(nn, prompts, sf.Probe(latents, where=where), **options).readings[0]
 
@@ -62,19 +63,19 @@ def verbs(nn) -> dict[str, sf.Intervention]:
     clean = read(nn, RAGGED, some)
     push = sf.Clamp(V, add=4.0)
     return {
-        "schedule": sf.Clamp(V, add=sf.Schedule([8.0, -8.0, 4.0], prompt=1.0)),
-        "pin": push | sf.Ablate(some, to=sf.Pin(clean)),
-        "resample": sf.Ablate(some, to=sf.Resample(clean, seed=3)),
+        "schedule": sf.Clamp(V, add=sf.values.Schedule([8.0, -8.0, 4.0], prompt=1.0)),
+        "pin": push | sf.Ablate(some, to=sf.values.Patch(clean)),
+        "resample": sf.Ablate(some, to=sf.values.Resample(clean, seed=3)),
         "orthogonal": sf.Ablate(some, to="orthogonal"),
         "scorer": sf.Clamp(V, add=9.0, when=sf.When(norm, site="resid_post.0", above=17.5)),
         "held": sf.Clamp(
             V,
-            add=sf.Schedule([9.0, 3.0]),
+            add=sf.values.Schedule([9.0, 3.0]),
             when=sf.When(norm, site="resid_mid.0", below=15.0, hold=True),
         ),
         "reselect": sf.Ablate(top, support="reselect"),
         "reselect, scheduled": sf.Clamp(
-            top, scale=sf.Schedule([3.0, 0.0, 2.0]), support="reselect"
+            top, scale=sf.values.Schedule([3.0, 0.0, 2.0]), support="reselect"
         ),
     }
 
@@ -132,14 +133,14 @@ def test_a_sweep_gives_each_what_it_gives_alone(traced):
 # ---------------------------------------------------------------- Schedule
 
 
-def steps_of(out: sf.Run, latents) -> torch.Tensor:
+def steps_of(out: sf.results.Run, latents) -> torch.Tensor:
     """[prompts, columns]: what an edit between two probes of a direction did."""
     before, after = (r.values[..., 0] for r in out.readings)
     return after - before
 
 
 def test_a_schedule_counts_each_rows_own_generated_tokens(traced):
-    fade = sf.Schedule([5.0, 3.0, 2.0], prompt=1.0)
+    fade = sf.values.Schedule([5.0, 3.0, 2.0], prompt=1.0)
     step = sf.Probe(V) | sf.Clamp(V, add=fade) | sf.Probe(V)
     for size in (3, 1):
         out = sf.run(traced, RAGGED, step, max_new_tokens=6, batch_size=size)
@@ -150,7 +151,7 @@ def test_a_schedule_counts_each_rows_own_generated_tokens(traced):
 
 
 def test_the_prompt_takes_the_first_value_unless_told(traced):
-    step = sf.Probe(V) | sf.Clamp(V, add=sf.Schedule([5.0, 3.0])) | sf.Probe(V)
+    step = sf.Probe(V) | sf.Clamp(V, add=sf.values.Schedule([5.0, 3.0])) | sf.Probe(V)
     out = sf.run(traced, RAGGED, step)
     torch.testing.assert_close(
         steps_of(out, V)[out.readings[0].mask[..., 0]], torch.full((13,), 5.0)
@@ -159,7 +160,7 @@ def test_the_prompt_takes_the_first_value_unless_told(traced):
 
 def test_a_schedule_has_a_value_a_latent_and_its_columns_follow_them(traced):
     a, b = sf.Neurons("resid_post.0", D).latents([3, 5]), V.latents()
-    fade = sf.Schedule([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]], prompt=[0.0, 0.5, 0.25])
+    fade = sf.values.Schedule([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]], prompt=[0.0, 0.5, 0.25])
     for latents, order in ((a | b, [0, 1, 2]), (b | a, [0, 1, 2])):
         probe = sf.Probe(latents)
         out = sf.run(traced, RAGGED, probe | sf.Clamp(latents, add=fade) | probe, max_new_tokens=3)
@@ -178,7 +179,7 @@ def test_a_schedule_has_a_value_a_latent_and_its_columns_follow_them(traced):
 def test_a_constant_schedule_is_the_plain_number_bit_for_bit(name, dtype):
     nn, latents = wrapped(build("llama", dtype)), sae_latents()
     plain = sf.Clamp(latents, **{name: 0.7})
-    scheduled = sf.Clamp(latents, **{name: sf.Schedule([0.7, 0.7])})
+    scheduled = sf.Clamp(latents, **{name: sf.values.Schedule([0.7, 0.7])})
     a, b = (sf.run(nn, RAGGED, edit, max_new_tokens=NEW) for edit in (plain, scheduled))
     assert torch.equal(a.logits, b.logits)
     assert a.completions == b.completions
@@ -187,7 +188,7 @@ def test_a_constant_schedule_is_the_plain_number_bit_for_bit(name, dtype):
 
 def test_a_schedule_in_a_loop_of_ones_own(traced):
     """Each pass decides on its own: the step is known from the prompt's length."""
-    edit = sf.Clamp(V, add=sf.Schedule([8.0, -8.0, 4.0], prompt=1.0))
+    edit = sf.Clamp(V, add=sf.values.Schedule([8.0, -8.0, 4.0], prompt=1.0))
     with traced.generate(max_new_tokens=NEW, do_sample=False) as tracer:
         with tracer.invoke(batch_of()):
             for number in tracer.iter[0:NEW]:
@@ -197,7 +198,7 @@ def test_a_schedule_in_a_loop_of_ones_own(traced):
     assert torch.equal(tokens[:, -NEW:], generate(traced, batch_of(), edit)[0])
 
 
-# ---------------------------------------------------------------- Pin
+# ---------------------------------------------------------------- Patch
 
 
 def test_pinning_a_whole_site_restores_the_clean_run(traced):
@@ -205,7 +206,7 @@ def test_pinning_a_whole_site_restores_the_clean_run(traced):
     site = sf.Neurons("resid_post.1", D)
     clean = sf.run(traced, RAGGED, sf.Probe(site))
     corrupt = sf.Clamp(sf.Direction(unit(9), site="resid_post.0"), add=20.0)
-    pinned = corrupt | sf.Ablate(site, to=sf.Pin(clean.readings[0]))
+    pinned = corrupt | sf.Ablate(site, to=sf.values.Patch(clean.readings[0]))
     broken = sf.run(traced, RAGGED, corrupt)
     assert (broken.logits - clean.logits).abs().max() > 0.1
     for size in (3, 2, 1):
@@ -218,10 +219,10 @@ def test_a_pin_holds_on_prompt_tokens_alone_and_says_so(traced):
     site = sf.Neurons("resid_post.1", D)
     clean = read(traced, RAGGED, site)
     push = sf.Clamp(V, add=3.0)
-    edit = push | sf.Ablate(site, to=sf.Pin(clean))
+    edit = push | sf.Ablate(site, to=sf.values.Patch(clean))
     out = sf.run(traced, RAGGED, edit, max_new_tokens=NEW)
     assert [row.tokens for row in out.receipt.rows] == [13 + 9, 13]
-    same = push | sf.Ablate(site, to=sf.Pin(clean), where=sf.Tokens.prompt())
+    same = push | sf.Ablate(site, to=sf.values.Patch(clean), where=sf.Tokens.prompt())
     assert sf.run(traced, RAGGED, same, max_new_tokens=NEW).completions == out.completions
 
 
@@ -230,13 +231,13 @@ def test_a_pin_to_a_generation_holds_on_what_it_generated(traced):
     site = sf.Neurons("resid_post.1", D)
     clean = sf.run(traced, RAGGED, sf.Probe(site), max_new_tokens=NEW)
     corrupt = sf.Clamp(sf.Direction(unit(9), site="resid_post.0"), add=20.0)
-    pinned = corrupt | sf.Ablate(site, to=sf.Pin(clean.readings[0]))
+    pinned = corrupt | sf.Ablate(site, to=sf.values.Patch(clean.readings[0]))
     text = clean.prompts, clean.completions
-    bare = sf.continuation_loss(traced, *text)
+    bare = continuation_loss(traced, *text)
     for size in (3, 1):
-        loss = sf.continuation_loss(traced, *text, pinned, batch_size=size)
+        loss = continuation_loss(traced, *text, pinned, batch_size=size)
         torch.testing.assert_close(loss, bare, atol=1e-4, rtol=1e-4)
-    assert (sf.continuation_loss(traced, *text, corrupt) - bare).abs().max() > 0.05
+    assert (continuation_loss(traced, *text, corrupt) - bare).abs().max() > 0.05
     out = sf.run(traced, RAGGED, pinned, max_new_tokens=NEW)
     assert out.completions == clean.completions
     assert out.receipt.rows[1].tokens == 13 + 9
@@ -246,7 +247,7 @@ def test_tokens_that_the_probe_did_not_select_are_not_pinned(traced):
     last = read(traced, RAGGED, V, where=sf.Tokens.last(2))
     shifted = sf.Clamp(V, add=5.0)
     probe = sf.Probe(V)
-    out = sf.run(traced, RAGGED, shifted | sf.Clamp(V, sf.Pin(last)) | probe)
+    out = sf.run(traced, RAGGED, shifted | sf.Clamp(V, sf.values.Patch(last)) | probe)
     bare = read(traced, RAGGED, V)
     moved = (out.readings[0].values - bare.values)[..., 0]
     expected = torch.full_like(moved, 5.0)
@@ -259,7 +260,7 @@ def test_tokens_that_the_probe_did_not_select_are_not_pinned(traced):
 def test_columns_are_found_by_latent_in_any_order_among_others(traced):
     sae = make_sae()
     clean = read(traced, RAGGED, sae.latents([30, 3, 9, 40]) | V.latents())
-    edit = sf.Ablate(V.latents() | sae.latents([40, 30]), to=sf.Pin(clean))
+    edit = sf.Ablate(V.latents() | sae.latents([40, 30]), to=sf.values.Patch(clean))
     out = sf.run(traced, RAGGED, edit)
     assert out.receipt.rows[0].largest < 1e-5  # the model's own values
 
@@ -272,7 +273,7 @@ def test_a_pin_leaves_a_latent_alone_where_it_alone_was_not_read(traced):
     mask[:, :-1, 1] = False  # of the second latent only the last token is known
     mask[:, -1, 0] = False
     values = torch.full_like(read_once.values, 7.0)
-    pin = sf.Pin(sf.Readings(two, values, mask, read_once.starts))
+    pin = sf.values.Patch(sf.results.Readings(two, values, mask, read_once.starts))
     out = sf.run(traced, RAGGED, sf.Probe(two) | sf.Ablate(two, to=pin) | sf.Probe(two))
     before, after = (r.values for r in out.readings)
     real = read_once.mask
@@ -297,7 +298,7 @@ def test_a_pin_of_a_runs_own_readings_is_a_no_op(lengths, size, new, rule, by_ho
     prompts = [[4 + (7 * n + i) % 90 for i in range(m)] for n, m in enumerate(lengths)]
     clean = sf.run(nn, prompts, sf.Probe(sae.latents([3, 40]), where=rule), max_new_tokens=new,
                    batch_size=size)  # fmt: skip
-    edit = sf.Ablate(sae.latents([40, 3]), to=sf.Pin(clean.readings[0]))
+    edit = sf.Ablate(sae.latents([40, 3]), to=sf.values.Patch(clean.readings[0]))
     if by_hooks:
         with torch.no_grad(), sf.hooked(model, edit) as log:
             logits = forward(model, batch_of(prompts))[:, -1]
@@ -341,7 +342,7 @@ def test_each_token_takes_the_joint_row_drawn_for_its_prompt_and_position(size, 
     a, b = sf.Neurons("resid_post.0", D).latents([3, 5]), V.latents()
     rows = torch.arange(30.0).reshape(10, 3)
     probe, seed = sf.Probe(a | b), 2**32 - 5
-    out = sf.run(traced, RAGGED, sf.Ablate(a | b, to=sf.Resample(rows, seed=seed)) | probe,
+    out = sf.run(traced, RAGGED, sf.Ablate(a | b, to=sf.values.Resample(rows, seed=seed)) | probe,
                  max_new_tokens=3, batch_size=size)  # fmt: skip
     values, mask = out.readings[0].values, out.readings[0].mask[..., 0]
     for prompt, length in enumerate(LENGTHS):
@@ -358,7 +359,8 @@ def test_the_draw_is_even_and_another_seed_is_another_draw():
     v = V.latents()
     nn, rows = wrapped(build()), torch.linspace(-5, 5, 50)[:, None]
     logits = [
-        sf.run(nn, RAGGED, sf.Ablate(v, to=sf.Resample(rows, seed=s))).logits for s in (0, 0, 1)
+        sf.run(nn, RAGGED, sf.Ablate(v, to=sf.values.Resample(rows, seed=s))).logits
+        for s in (0, 0, 1)
     ]
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
@@ -367,8 +369,10 @@ def test_only_tokens_at_which_all_latents_were_selected_are_drawn_from(traced):
     latents = V.latents() | sf.Neurons("resid_post.0", D).latents([1])
     values = torch.tensor([[[1.0, 1.0], [2.0, 9.0], [9.0, 2.0]]])
     mask = torch.tensor([[[True, True], [True, False], [False, True]]])
-    given = sf.Readings(latents, values, mask)
-    out = sf.run(traced, RAGGED, sf.Ablate(latents, to=sf.Resample(given)) | sf.Probe(latents))
+    given = sf.results.Readings(latents, values, mask)
+    out = sf.run(
+        traced, RAGGED, sf.Ablate(latents, to=sf.values.Resample(given)) | sf.Probe(latents)
+    )
     seen = out.readings[0]
     torch.testing.assert_close(seen.values[seen.mask], torch.ones(26), atol=1e-5, rtol=1e-5)
 
@@ -380,11 +384,17 @@ def test_values_work_as_a_baseline_in_any_batches(traced):
     latents = make_sae().latents()
     some = make_sae(layer=0, seed=4).latents([1, 4, 9])
     clean = read(traced, RAGGED, some)
-    for value in (sf.Pin(clean), sf.Resample(clean, seed=2), sf.Schedule([2.0, 1.0])):
+    for value in (
+        sf.values.Patch(clean),
+        sf.values.Resample(clean, seed=2),
+        sf.values.Schedule([2.0, 1.0]),
+    ):
         baseline = sf.Clamp(some, add=3.0) | sf.Ablate(some, to=value)
         wanted = sf.run(traced, RAGGED, baseline).logits
         found = [
-            sf.Attribute(latents, sf.logit(7), baseline=baseline)(traced, RAGGED, batch_size=n)
+            sf.Attribute(latents, sf.metrics.logit(7), baseline=baseline)(
+                traced, RAGGED, batch_size=n
+            )
             for n in (3, 1)
         ]
         for attribution in found:
@@ -395,7 +405,9 @@ def test_values_work_as_a_baseline_in_any_batches(traced):
 def test_bounds_and_conditions_meet_values(traced):
     """Where a pin knows nothing its bounds do nothing either."""
     last = read(traced, RAGGED, V, where=sf.Tokens.last(1))
-    out = sf.run(traced, RAGGED, sf.Probe(V) | sf.Clamp(V, sf.Pin(last), low=50.0) | sf.Probe(V))
+    out = sf.run(
+        traced, RAGGED, sf.Probe(V) | sf.Clamp(V, sf.values.Patch(last), low=50.0) | sf.Probe(V)
+    )
     before, after = (r.values[..., 0] for r in out.readings)
     real = out.readings[0].mask[..., 0]
     earlier = real.clone()
@@ -476,7 +488,7 @@ def test_dictionaries_of_one_site_span_one_space(traced):
 
 def test_different_default_rules_cannot_share_a_span(traced):
     chosen = make_sae(seed=1).latents([0]) | make_sae(seed=2, excluded=(5,)).latents([0])
-    with pytest.raises(sf.LatentError, match=r"skip different tokens.*where="):
+    with pytest.raises(sf.errors.LatentError, match=r"skip different tokens.*where="):
         sf.run(traced, RAGGED, sf.Ablate(chosen, to="orthogonal"))
     sf.run(traced, RAGGED, sf.Ablate(chosen, to="orthogonal", where=sf.Tokens.all()))
 
@@ -507,14 +519,14 @@ def test_more_latents_than_dimensions_leave_nothing(traced):
 
 
 def test_orthogonal_to_the_error_term_is_refused(traced):
-    with pytest.raises(sf.LatentError, match="another at every token"):
+    with pytest.raises(sf.errors.LatentError, match="another at every token"):
         sf.run(traced, RAGGED, sf.Ablate(make_sae().error(), to="orthogonal"))
 
 
 # ---------------------------------------------------------------- conditions
 
 
-def moved_where(nn, when, latents=V, new=NEW) -> tuple[torch.Tensor, torch.Tensor, sf.Run]:
+def moved_where(nn, when, latents=V, new=NEW) -> tuple[torch.Tensor, torch.Tensor, sf.results.Run]:
     """Which tokens an edit with this condition moved, which are real, and the run."""
     step = sf.Probe(latents) | sf.Clamp(latents, add=3.0, when=when) | sf.Probe(latents)
     out = sf.run(nn, RAGGED, step, max_new_tokens=new)
@@ -628,16 +640,16 @@ def test_a_probe_module_is_a_scorer(traced):
     ],
 )
 def test_a_condition_that_cannot_be_meant_is_refused(arguments, options, message):
-    with pytest.raises(sf.LatentError, match=message):
+    with pytest.raises(sf.errors.LatentError, match=message):
         sf.When(*arguments, **options)
 
 
 def test_a_scorer_that_is_read_too_late_or_nowhere_is_refused(traced):
     for site, message in (("resid_post.2", "no later than resid_post.1"), ("resid_post.9", "9")):
         edit = sf.Ablate(V, when=sf.When(norm, site=site))
-        with pytest.raises(sf.SiteError, match=message):
+        with pytest.raises(sf.errors.SiteError, match=message):
             sf.run(traced, RAGGED, edit)
-    with pytest.raises(sf.LatentError, match="held condition"):
+    with pytest.raises(sf.errors.LatentError, match="held condition"):
         sf.Ablate(V, when=sf.When(norm, site="resid_post.0", hold=True))(traced, step=0)
 
 
@@ -763,11 +775,11 @@ def test_reselect_with_active_only_moves_none_that_was_not_selected():
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
 def test_reselect_is_refused_where_nothing_is_selected(architecture, traced):
     edit = sf.Ablate(sae_latents(architecture), support="reselect")
-    with pytest.raises(sf.LatentError, match=r"wanted a topk or abstopk dictionary.*frozen"):
+    with pytest.raises(sf.errors.LatentError, match=r"wanted a topk or abstopk dictionary.*frozen"):
         sf.run(traced, RAGGED, edit)
-    generic = sf.Generic(lambda x: x, torch.eye(D), site="resid_post.1", width=D)
+    generic = sf.dictionaries.Function(lambda x: x, torch.eye(D), site="resid_post.1", width=D)
     for other in (generic.latents([0]), V, make_sae("topk").error()):
-        with pytest.raises(sf.LatentError, match="topk or abstopk"):
+        with pytest.raises(sf.errors.LatentError, match="topk or abstopk"):
             sf.run(traced, RAGGED, sf.Clamp(other, 1.0, support="reselect"))
 
 
@@ -775,73 +787,78 @@ def test_reselect_needs_all_directions_and_says_so(traced):
     """An excerpt from a file holds the latents that were saved, and any other might enter."""
     some = Excerpt.of(make_sae("topk"), [tuple(CHOSEN)]).latents()
     sf.run(traced, RAGGED, sf.Ablate(some))
-    with pytest.raises(sf.LatentError, match=r"holds 6 of its directions.*frozen"):
+    with pytest.raises(sf.errors.LatentError, match=r"holds 6 of its directions.*frozen"):
         sf.run(traced, RAGGED, sf.Ablate(some, support="reselect"))
 
 
 # ---------------------------------------------------------------- what is refused
 
 
-def reading(values, mask=None, latents=None, starts=True) -> sf.Readings:
+def reading(values, mask=None, latents=None, starts=True) -> sf.results.Readings:
     values = torch.as_tensor(values)
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     column = torch.zeros(len(values), dtype=torch.long) if starts else None
-    return sf.Readings(V.latents() if latents is None else latents, values, mask, column)
+    return sf.results.Readings(V.latents() if latents is None else latents, values, mask, column)
 
 
 NAN = torch.full((1, 2, 1), torch.nan)
 BAD = {
-    "no steps": (lambda: sf.Schedule([]), "at least one"),
-    "steps not finite": (lambda: sf.Schedule([1.0, float("inf")]), "not finite"),
-    "ragged steps": (lambda: sf.Schedule([[1.0], [1.0, 2.0]]), "1 or 2 dimensions"),
-    "steps of text": (lambda: sf.Schedule("fade"), "`values` is str"),
-    "steps by prompt": (lambda: sf.Schedule(torch.ones(2, 3, 1)), "1 or 2 dimensions"),
-    "prompt not finite": (lambda: sf.Schedule([1.0], prompt=float("nan")), "`prompt`.*not finite"),
+    "no steps": (lambda: sf.values.Schedule([]), "at least one"),
+    "steps not finite": (lambda: sf.values.Schedule([1.0, float("inf")]), "not finite"),
+    "ragged steps": (lambda: sf.values.Schedule([[1.0], [1.0, 2.0]]), "1 or 2 dimensions"),
+    "steps of text": (lambda: sf.values.Schedule("fade"), "`values` is str"),
+    "steps by prompt": (lambda: sf.values.Schedule(torch.ones(2, 3, 1)), "1 or 2 dimensions"),
+    "prompt not finite": (
+        lambda: sf.values.Schedule([1.0], prompt=float("nan")),
+        "`prompt`.*not finite",
+    ),
     "steps for other latents": (
-        lambda: sf.Clamp(V, add=sf.Schedule([[1.0, 2.0]])),
+        lambda: sf.Clamp(V, add=sf.values.Schedule([[1.0, 2.0]])),
         "Clamp: `add` is a Schedule whose values are for 2 latents, wanted for 1",
     ),
     "prompt for other latents": (
-        lambda: sf.Clamp(V, sf.Schedule([1.0], prompt=[1.0, 2.0])),
+        lambda: sf.Clamp(V, sf.values.Schedule([1.0], prompt=[1.0, 2.0])),
         "whose prompt are for 2",
     ),
-    "pin of a tensor": (lambda: sf.Pin(torch.ones(1, 2, 1)), "`readings` is Tensor"),
+    "pin of a tensor": (lambda: sf.values.Patch(torch.ones(1, 2, 1)), "`readings` is Tensor"),
     "pin of a reduced reading": (
-        lambda: sf.Pin(reading(torch.ones(2, 1, 1), starts=False)),
+        lambda: sf.values.Patch(reading(torch.ones(2, 1, 1), starts=False)),
         "without starts.*reduce",
     ),
-    "pin not finite": (lambda: sf.Pin(reading(NAN)), "not finite"),
+    "pin not finite": (lambda: sf.values.Patch(reading(NAN)), "not finite"),
     "pin of other latents": (
-        lambda: sf.Ablate(make_sae().latents([4]), to=sf.Pin(reading(torch.ones(1, 2, 1)))),
-        r"Ablate, to=Pin.*without latent 4 of resid_post.1",
+        lambda: sf.Ablate(
+            make_sae().latents([4]), to=sf.values.Patch(reading(torch.ones(1, 2, 1)))
+        ),
+        r"Ablate, to=Patch.*without latent 4 of resid_post.1",
     ),
-    "draw from nothing": (lambda: sf.Resample(torch.ones(0, 1)), "at least one"),
-    "draw from a line": (lambda: sf.Resample(torch.ones(4)), "2 dimensions"),
-    "draw not finite": (lambda: sf.Resample(NAN[0]), "not finite"),
-    "draw from readings not finite": (lambda: sf.Resample(reading(NAN)), "not finite"),
+    "draw from nothing": (lambda: sf.values.Resample(torch.ones(0, 1)), "at least one"),
+    "draw from a line": (lambda: sf.values.Resample(torch.ones(4)), "2 dimensions"),
+    "draw not finite": (lambda: sf.values.Resample(NAN[0]), "not finite"),
+    "draw from readings not finite": (lambda: sf.values.Resample(reading(NAN)), "not finite"),
     "draw from no token": (
         lambda: sf.Ablate(
-            V, to=sf.Resample(reading(torch.ones(1, 2, 1), torch.zeros(1, 2, 1).bool()))
+            V, to=sf.values.Resample(reading(torch.ones(1, 2, 1), torch.zeros(1, 2, 1).bool()))
         ),
         "at least one row",
     ),
-    "draw from a list": (lambda: sf.Resample([[1.0]]), "`activations` is list"),
-    "draw with a float": (lambda: sf.Resample(torch.ones(2, 1), seed=1.5), "`seed` is 1.5"),
-    "draw with a negative": (lambda: sf.Resample(torch.ones(2, 1), seed=-1), "from 0"),
+    "draw from a list": (lambda: sf.values.Resample([[1.0]]), "`activations` is list"),
+    "draw with a float": (lambda: sf.values.Resample(torch.ones(2, 1), seed=1.5), "`seed` is 1.5"),
+    "draw with a negative": (lambda: sf.values.Resample(torch.ones(2, 1), seed=-1), "from 0"),
     "draw for other latents": (
-        lambda: sf.Clamp(V, add=sf.Resample(torch.ones(5, 2))),
+        lambda: sf.Clamp(V, add=sf.values.Resample(torch.ones(5, 2))),
         r"Clamp: `add` is Resample from \[5, 2\]",
     ),
     "draw from other latents": (
-        lambda: sf.Clamp(make_sae(), sf.Resample(reading(torch.ones(1, 2, 1)))),
+        lambda: sf.Clamp(make_sae(), sf.values.Resample(reading(torch.ones(1, 2, 1)))),
         "without latent 0",
     ),
     "readings alone": (
         lambda: sf.Ablate(V, to=reading(torch.ones(1, 2, 1))),
-        r"to=readings.mean\(\)\), or to=Pin\(readings\), or to=Resample",
+        r"to=readings.mean\(\)\), or to=Patch\(readings\), or to=Resample",
     ),
     "the mean": (lambda: sf.Ablate(V, to="mean"), r"readings.mean\(\)"),
-    "a bound": (lambda: sf.Clamp(V, low=sf.Schedule([1.0])), "bounds do not change"),
+    "a bound": (lambda: sf.Clamp(V, low=sf.values.Schedule([1.0])), "bounds do not change"),
     "support": (lambda: sf.Ablate(V, support="thawed"), '"frozen" or "reselect"'),
     "both": (
         lambda: sf.Ablate(V, to="orthogonal", support="reselect"),
@@ -853,14 +870,14 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_meant_is_refused(name):
     make, message = BAD[name]
-    with pytest.raises(sf.LatentError, match=message):
+    with pytest.raises(sf.errors.LatentError, match=message):
         make()
 
 
 def test_values_for_other_prompts_are_refused(traced):
     clean = read(traced, RAGGED, V)
-    edit = sf.Ablate(V, to=sf.Pin(clean))
-    with pytest.raises(sf.LatentError, match="values for 3 prompts"):
+    edit = sf.Ablate(V, to=sf.values.Patch(clean))
+    with pytest.raises(sf.errors.LatentError, match="values for 3 prompts"):
         sf.run(traced, RAGGED[:2], edit)
     model = build("gemma2")
     refused = pytest.raises(ValueError, match="3 prompts, and the batch has 2")
@@ -874,16 +891,16 @@ def test_values_for_other_prompts_are_refused(traced):
 def values() -> list:
     some, other = reading(torch.ones(1, 2, 1)), reading(torch.full((1, 2, 1), 2.0))
     return [
-        sf.Schedule([1.0, 2.0]),
-        sf.Schedule([1.0, 2.5]),
-        sf.Schedule([1.0, 2.0], prompt=0.0),
-        sf.Schedule([[1.0], [2.0]]),
-        sf.Pin(some),
-        sf.Pin(other),
-        sf.Resample(some),
-        sf.Resample(some, seed=1),
-        sf.Resample(torch.ones(2, 1)),
-        sf.Resample(torch.ones(3, 1)),
+        sf.values.Schedule([1.0, 2.0]),
+        sf.values.Schedule([1.0, 2.5]),
+        sf.values.Schedule([1.0, 2.0], prompt=0.0),
+        sf.values.Schedule([[1.0], [2.0]]),
+        sf.values.Patch(some),
+        sf.values.Patch(other),
+        sf.values.Resample(some),
+        sf.values.Resample(some, seed=1),
+        sf.values.Resample(torch.ones(2, 1)),
+        sf.values.Resample(torch.ones(3, 1)),
     ]
 
 
@@ -905,20 +922,22 @@ def test_equal_values_are_equal_and_others_are_not():
 def test_values_print_as_they_were_made_and_large_ones_by_their_content():
     shown = {repr(value) for value in values()}
     assert len(shown) == len(values())
-    assert repr(sf.Schedule([[1.0, 0.5]], prompt=2)) == "Schedule([[1.0, 0.5]], prompt=2.0)"
-    assert eval(repr(sf.Schedule([1, 0.7])), {"Schedule": sf.Schedule}) == sf.Schedule([1, 0.7])
+    assert repr(sf.values.Schedule([[1.0, 0.5]], prompt=2)) == "Schedule([[1.0, 0.5]], prompt=2.0)"
+    assert eval(
+        repr(sf.values.Schedule([1, 0.7])), {"Schedule": sf.values.Schedule}
+    ) == sf.values.Schedule([1, 0.7])
     assert repr(sf.Ablate(V, to="orthogonal")).endswith(", to='orthogonal')")
     assert repr(sf.Clamp(V, 2.0, support="reselect")).endswith("value=2.0, support='reselect')")
-    assert repr(sf.Pin(reading(torch.ones(1, 2, 1)))).startswith(
-        "Pin(<[1, 2, 1] of Latents(1: resid_post.1 [0]), "
+    assert repr(sf.values.Patch(reading(torch.ones(1, 2, 1)))).startswith(
+        "Patch(<[1, 2, 1] of Latents(1: resid_post.1 [0]), "
     )
 
 
 def test_a_value_keeps_what_it_was_given():
     """The caller's tensor may change afterwards."""
     steps, rows = torch.tensor([1.0, 2.0]), torch.ones(2, 1)
-    schedule, draw = sf.Schedule(steps), sf.Resample(rows)
+    schedule, draw = sf.values.Schedule(steps), sf.values.Resample(rows)
     steps += 1
     rows += 1
-    assert schedule == sf.Schedule([1.0, 2.0])
-    assert draw == sf.Resample(torch.ones(2, 1))
+    assert schedule == sf.values.Schedule([1.0, 2.0])
+    assert draw == sf.values.Resample(torch.ones(2, 1))

@@ -10,7 +10,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, tokenizer, wrapped
-from saefeat.declared import notes
+from saefeat.loading.declared_notes import notes
 from saefeat.loading.facts import Declared
 from saefeat.studies.refusal import tiny
 
@@ -22,7 +22,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def model():
-    return sf.wrap(*tiny.load("chat"))
+    return tiny.model("chat")
 
 
 def folder(name: str):
@@ -55,7 +55,7 @@ def test_an_mlp_sae_and_a_transcoder_are_right_too(model, name):
 )
 def test_a_wrong_site_is_refused_by_the_right_ones_name(model, name, site):
     right = sf.load_sae(folder(name)).site
-    with pytest.raises(sf.SiteError) as caught:
+    with pytest.raises(sf.errors.SiteError) as caught:
         sf.verify(model, sf.load_sae(folder(name), site=site), PROMPTS)
     best = str(caught.value).split('site="')[1].split('"')[0]
     # resid_post of one layer is resid_pre of the next: either name is right
@@ -68,16 +68,16 @@ def test_a_wrong_site_is_refused_by_the_right_ones_name(model, name, site):
 
 
 def test_the_sae_of_another_model_is_refused(model):
-    with pytest.raises(sf.SiteError):
+    with pytest.raises(sf.errors.SiteError):
         sf.verify(model, make_sae("jumprelu"), PROMPTS)  # another width
     stranger = wrapped(build())
-    with pytest.raises(sf.SiteError, match="unexplained"):
+    with pytest.raises(sf.errors.SiteError, match="unexplained"):
         sf.verify(stranger, make_sae("jumprelu"), RAGGED)  # random: explains nothing anywhere
 
 
 def test_what_cannot_reconstruct_is_named(model):
-    v = sf.Dictionaries([sf.Direction(torch.ones(D), site="resid_post.1")])
-    with pytest.raises(sf.DictionaryError, match="Direction"):
+    v = sf.dictionaries.Dictionaries([sf.Direction(torch.ones(D), site="resid_post.1")])
+    with pytest.raises(sf.errors.DictionaryError, match="Direction"):
         sf.verify(model, v, PROMPTS)
 
 
@@ -183,14 +183,14 @@ def test_values_that_overflow_are_said_to():
     """A bfloat16 model in float16: infinities, which compare as nothing."""
     model = build("llama", torch.float16)
     model.model.layers[1].mlp.down_proj.weight.data *= 1e5
-    with pytest.raises(sf.ModelError, match=r"float16.*not finite.*bfloat16"):
+    with pytest.raises(sf.errors.ModelError, match=r"float16.*not finite.*bfloat16"):
         sf.verify(wrapped(model), make_sae(), RAGGED)
 
 
 def test_train_mode_is_refused():
     nn = wrapped(build("gpt2"))
     nn._module.train()
-    with pytest.raises(sf.ModelError, match="train mode"):
+    with pytest.raises(sf.errors.ModelError, match="train mode"):
         sf.verify(nn, make_sae(), RAGGED)
 
 
@@ -206,7 +206,9 @@ def test_an_sae_at_a_path_is_held_against_the_layers_beside(model):
         == sf.verify(model, sf.load_sae(folder("resid_post_2")), PROMPTS).checks[0].fvu
     )
     wrong = sf.load_sae(folder("resid_post_2"), site="model.layers.1.output")
-    with pytest.raises(sf.SiteError, match=r'load_sae\(folder, site="model\.layers\.2\.output"'):
+    with pytest.raises(
+        sf.errors.SiteError, match=r'load_sae\(folder, site="model\.layers\.2\.output"'
+    ):
         sf.verify(model, wrong, PROMPTS)
 
 
@@ -225,7 +227,7 @@ def test_saes_that_are_read_whole_are_verified(architecture):
 
     theirs, nn = lens(architecture), wrapped(build("llama"))
     prompts = [[2, *tokenizer()(text)["input_ids"]] for text in RAGGED]
-    check = sf.verify(nn, sf.from_sae_lens(theirs), prompts, strict=False).checks[0]
+    check = sf.verify(nn, sf.load_sae(theirs), prompts, strict=False).checks[0]
     reading = sf.run(nn, prompts, sf.Probe(sf.Neurons("resid_post.1", D))).readings[0]
     rows = [x[m] for x, m in zip(reading.values, reading.mask[..., 0], strict=True)]
     with torch.no_grad():

@@ -14,7 +14,7 @@ FIELDS = ("prompt", "dictionary", "position", "latent", "score", "activation", "
 
 
 def two_saes():
-    return sf.Dictionaries([make_sae(layer=0), make_sae("transcoder", layer=1)])
+    return sf.dictionaries.Dictionaries([make_sae(layer=0), make_sae("transcoder", layer=1)])
 
 
 def same(found, wanted, rows=None):
@@ -59,8 +59,8 @@ def test_any_metric_of_the_block_and_several():
         entropy = nnsight.save(watching.scores(spread))
         own = nnsight.save(watching.scores(nn.output.logits))
     v = sf.Direction(unit(4), site="resid_post.2")
-    same(projected, sf.Attribute(saes, sf.activation(v))(nn, RAGGED))
-    plain = sf.metric(lambda logits: -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1))
+    same(projected, sf.Attribute(saes, sf.metrics.activation(v))(nn, RAGGED))
+    plain = sf.metrics.custom(lambda logits: -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1))
     same(entropy, sf.Attribute(saes, plain)(nn, RAGGED))
     same(own, job(nn, RAGGED))
 
@@ -68,7 +68,7 @@ def test_any_metric_of_the_block_and_several():
 def test_each_invoke_has_its_own():
     """Reads of an invoke are views outside the graph: what is watched must be inside it."""
     nn, saes = wrapped(build("llama")), two_saes()
-    first, second = sf.Attribute(saes, METRIC), sf.Attribute(saes, sf.logit(30))
+    first, second = sf.Attribute(saes, METRIC), sf.Attribute(saes, sf.metrics.logit(30))
     with nn.trace() as tracer:
         with tracer.invoke(RAGGED[:1]):
             watching = first.watch(nn)
@@ -95,7 +95,7 @@ def test_behind_edits_of_the_same_invoke():
 
 def test_fixed_values_and_where():
     nn, sae = wrapped(build("llama")), make_sae()
-    job = sf.Attribute(sae, METRIC, sf.Fixed(sae, 0.3), where=sf.Tokens.last(2))
+    job = sf.Attribute(sae, METRIC, sf.attribution.Fixed(sae, 0.3), where=sf.Tokens.last(2))
     with nn.trace(RAGGED):
         watching = job.watch(nn)
         scores = nnsight.save(watching.scores(nn.output.logits))
@@ -121,15 +121,15 @@ def test_what_takes_other_passes_is_refused():
     jobs = {
         "method": sf.Attribute(sae, METRIC, method=sf.IG(2)),
         "baseline": sf.Attribute(sae, METRIC, sf.Ablate(sae)),
-        "backward": sf.Attribute(sae, METRIC, backward=sf.RelP()),
+        "backward": sf.Attribute(sae, METRIC, backward=sf.attribution.RelP()),
         "one_site": sf.Attribute(sae, METRIC, one_site=True),
-        "metric": sf.Attribute(sae, sf.log_prob([5, 6])),
+        "metric": sf.Attribute(sae, sf.metrics.log_prob([5, 6])),
     }
     for name, job in jobs.items():
         with pytest.raises(sf.SaefeatError, match=f"`{name}`.*outside the trace"), nn.trace(RAGGED):
             job.watch(nn)
     with pytest.raises(sf.SaefeatError, match="BASELINE_TOP"), nn.trace(RAGGED):
-        watching = sf.Attribute(sae, sf.logit(sf.BASELINE_TOP)).watch(nn)
+        watching = sf.Attribute(sae, sf.metrics.logit(sf.metrics.BASELINE_TOP)).watch(nn)
         watching.scores(nn.output.logits)
 
 
@@ -142,12 +142,16 @@ def test_values_without_a_gradient_at_the_sites():
         "elsewhere": lambda logits: torch.ones(3, requires_grad=True) * 2,
     }
     for function in wrong.values():
-        refused = pytest.raises(sf.GradientError, match="one differentiable number")
+        refused = pytest.raises(sf.errors.GradientError, match="one differentiable number")
         with refused, nn.trace(RAGGED):
             watching = job.watch(nn)
             watching.scores(function(nn.output.logits))
-    with pytest.raises(sf.GradientError, match="enable_grad"), torch.no_grad(), nn.trace(RAGGED):
+    with (
+        pytest.raises(sf.errors.GradientError, match="enable_grad"),
+        torch.no_grad(),
+        nn.trace(RAGGED),
+    ):
         job.watch(nn)
-    refused = pytest.raises(sf.GradientError, match="generation")
+    refused = pytest.raises(sf.errors.GradientError, match="generation")
     with refused, nn.generate(RAGGED, max_new_tokens=2):
         job.watch(nn)

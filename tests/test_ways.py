@@ -119,7 +119,7 @@ def every_way(model, batch, intervention) -> dict[str, tuple[torch.Tensor, torch
 
 
 NOTHING = {
-    "empty": lambda latents: sf.Chain(()),
+    "empty": lambda latents: sf.verbs.base.Chain(()),
     "probe": lambda latents: sf.Probe(latents),
     "scale one": lambda latents: sf.Clamp(latents, scale=1.0),
     "add zero": lambda latents: sf.Clamp(latents, add=0.0),
@@ -308,7 +308,7 @@ SOME = [CASES[0], CASES[6], *CASES[11:26:2], *CASES[-9::4]]
 ANYWHERE, BY_POSITION = "anywhere", "by position"
 
 
-def steps(chosen: sf.Latents, rules: str, new: int) -> sf.Chain:
+def steps(chosen: sf.Latents, rules: str, new: int) -> sf.verbs.base.Chain:
     first, second = apart(chosen)
     probe = sf.Probe(chosen, where=None if rules == ANYWHERE else ~sf.Tokens.first(1))
     if rules == ANYWHERE:
@@ -372,7 +372,7 @@ def test_rules_by_position_hold_where_nothing_is_padded(way):
     model = build("llama")
     nn, batch = wrapped(model), batch_of(["w1 w2 w3", "w4 w5 w6"])
     v = sf.Direction(unit(5), site="resid_post.1")
-    step = sf.Chain(tuple(sf.Clamp(v, add=0.5, where=rule) for rule in POSITIONS))
+    step = sf.verbs.base.Chain(tuple(sf.Clamp(v, add=0.5, where=rule) for rule in POSITIONS))
     if way == "hooked":
         with sf.hooked(model, step) as log:
             bare_generate(model, batch)
@@ -430,7 +430,7 @@ def test_values_that_differ_by_prompt_meet_their_prompt_in_every_batch():
     for size in (3, 2, 1):
         out = sf.run(nn, RAGGED, step, max_new_tokens=3, batch_size=size)
         assert out.completions == tuple(one.completions[0] for one in wanted)
-    with pytest.raises(sf.LatentError, match="values for 3 prompts"):
+    with pytest.raises(sf.errors.LatentError, match="values for 3 prompts"):
         sf.run(nn, RAGGED[:2], step)
 
 
@@ -736,7 +736,7 @@ def test_across_sites_the_listing_order_does_not_matter():
     for order in ([0, 1, 2, 3, 4], [4, 2, 3, 1, 0], [2, 0, 4, 3, 1]):
         # mlp_out.1 is written by two steps: their own order stays
         order = [n for n in order if n not in (1, 3)] + [3, 1]
-        chain = sf.Chain(tuple(steps[n] for n in order))
+        chain = sf.verbs.base.Chain(tuple(steps[n] for n in order))
         results.append(trace(nn, batch_of(), chain)[0])
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -770,7 +770,7 @@ def test_a_transcoders_latent_is_edited_once_in_a_chain():
     t = make_sae("transcoder")
     nn = wrapped(build("llama"))
     for second in (sf.Ablate(t.latents([3])), sf.Probe(t.latents([3]))):
-        with pytest.raises(sf.LatentError, match="edited earlier in the chain"):
+        with pytest.raises(sf.errors.LatentError, match="edited earlier in the chain"):
             sf.run(nn, RAGGED, sf.Ablate(t.latents([3, 4])) | second)
     before = sf.run(nn, RAGGED, sf.Probe(t.latents([3])) | sf.Ablate(t.latents([3])))
     other = sf.run(nn, RAGGED, sf.Ablate(t.latents([4])) | sf.Probe(t.latents([3])))
@@ -783,7 +783,7 @@ def test_a_loop_of_ones_own_refuses_what_looks_back():
     held = sf.Clamp(v, add=1.0, when=sf.When(sae.latents([1]), hold=True))
     role = sf.Clamp(v, add=1.0, where=~sf.Tokens.role("user"))
     for verb in (held, role):
-        with pytest.raises(sf.LatentError, match="without step"):
+        with pytest.raises(sf.errors.LatentError, match="without step"):
             verb(nn, step=0)
 
 
@@ -825,13 +825,13 @@ def test_a_cache_begun_elsewhere_is_another_sequence():
 
 
 def test_padding_without_a_mask_is_refused():
-    with pytest.raises(sf.PromptError, match="without an attention mask"):
+    with pytest.raises(sf.errors.PromptError, match="without an attention mask"):
         sf.run(wrapped(build("llama")), batch_of()["input_ids"])
 
 
 @pytest.mark.parametrize("given", [{"batch_size": 0}, {"max_new_tokens": 2.5}])
 def test_counts_are_whole_numbers(given):
-    with pytest.raises(sf.PromptError, match=next(iter(given))):
+    with pytest.raises(sf.errors.PromptError, match=next(iter(given))):
         sf.run(wrapped(build("llama")), RAGGED, **given)
 
 
@@ -942,7 +942,7 @@ def test_an_edit_that_never_fires_is_an_error():
     nn = wrapped(build("llama"))
     never = sf.Ablate(make_sae().latents([1]), where=sf.Tokens.ids(99))
     fires = sf.Ablate(make_sae().latents([2]))
-    with pytest.raises(sf.FiringError) as caught:
+    with pytest.raises(sf.errors.FiringError) as caught:
         sf.run(nn, RAGGED, fires | never)
     text = str(caught.value)
     assert "Tokens.ids(99)" in text and "allow_unfired=True" in text

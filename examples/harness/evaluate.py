@@ -15,6 +15,7 @@ from pathlib import Path
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from nnsight import TransformersModel
 
 import saefeat as sf
 from saefeat.studies.refusal import tiny
@@ -28,7 +29,8 @@ def refusal_latents(model, tokenizer) -> sf.Latents:
     requests = tiny.splits()["harmful_val"][:8]
     chats = [[{"role": "user", "content": request.instruction}] for request in requests]
     metric = sf.logit_diff(list(tiny.COMPLY_OPENINGS), list(tiny.REFUSAL_OPENINGS))
-    return sf.Attribute(saes, metric)(sf.wrap(model, tokenizer), chats).top(8)
+    wrapped = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+    return sf.Attribute(saes, metric)(wrapped, chats).top(8)
 
 
 def score(lm: HFLM, intervention: sf.Intervention | None = None) -> tuple[float, list[list[float]]]:

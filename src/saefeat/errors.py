@@ -7,12 +7,26 @@ alike; a few classes say what kind of thing is wrong, so that callers can catch 
 
 from __future__ import annotations
 
+__all__ = [
+    "CheckpointError",
+    "DictionaryError",
+    "FileError",
+    "FiringError",
+    "GradientError",
+    "LatentError",
+    "ModelError",
+    "PromptError",
+    "RemoteError",
+    "SaefeatError",
+    "SiteError",
+]
+
 
 class SaefeatError(ValueError):
     """Base of every error raised on purpose by saefeat.
 
     Examples:
-        >>> issubclass(sf.SiteError, sf.SaefeatError)
+        >>> issubclass(sf.errors.SiteError, sf.SaefeatError)
         True
     """
 
@@ -23,7 +37,7 @@ class SiteError(SaefeatError):
     Examples:
         >>> try:
         ...     sf.Site.parse("blocks.3.hook_nothing")
-        ... except sf.SiteError as error:
+        ... except sf.errors.SiteError as error:
         ...     "hook_resid_post" in str(error)
         True
     """
@@ -35,7 +49,7 @@ class DictionaryError(SaefeatError):
     Examples:
         >>> try:
         ...     sf.load_sae("no/such/folder")
-        ... except sf.DictionaryError as error:
+        ... except sf.errors.DictionaryError as error:
         ...     "no/such/folder" in str(error)
         True
     """
@@ -48,7 +62,7 @@ class LatentError(SaefeatError):
         >>> dictionary = sf.Direction(torch.ones(4), site="resid_post.0")
         >>> try:
         ...     dictionary.latents([7])
-        ... except sf.LatentError as error:
+        ... except sf.errors.LatentError as error:
         ...     "0..0" in str(error)
         True
     """
@@ -58,7 +72,7 @@ class PromptError(SaefeatError):
     """The prompts are empty, of mixed kinds, or cannot be tokenized.
 
     Examples:
-        >>> issubclass(sf.PromptError, ValueError)
+        >>> issubclass(sf.errors.PromptError, ValueError)
         True
     """
 
@@ -67,7 +81,7 @@ class ModelError(SaefeatError):
     """The model is in a state in which results would be wrong (train mode, unknown family).
 
     Examples:
-        >>> issubclass(sf.ModelError, ValueError)
+        >>> issubclass(sf.errors.ModelError, ValueError)
         True
     """
 
@@ -76,7 +90,7 @@ class GradientError(SaefeatError):
     """A metric without a gradient, or gradients asked for where there are none.
 
     Examples:
-        >>> issubclass(sf.GradientError, ValueError)
+        >>> issubclass(sf.errors.GradientError, ValueError)
         True
     """
 
@@ -85,7 +99,7 @@ class FiringError(SaefeatError):
     """An edit that was asked for never acted on any token.
 
     Examples:
-        >>> issubclass(sf.FiringError, ValueError)
+        >>> issubclass(sf.errors.FiringError, ValueError)
         True
     """
 
@@ -94,7 +108,7 @@ class CheckpointError(SaefeatError):
     """A checkpoint folder belongs to another job, or cannot be read.
 
     Examples:
-        >>> issubclass(sf.CheckpointError, ValueError)
+        >>> issubclass(sf.errors.CheckpointError, ValueError)
         True
     """
 
@@ -103,7 +117,7 @@ class RemoteError(SaefeatError):
     """A request that must not or cannot travel, or a remote job that failed, expired or was lost.
 
     Examples:
-        >>> issubclass(sf.RemoteError, ValueError)
+        >>> issubclass(sf.errors.RemoteError, ValueError)
         True
     """
 
@@ -116,7 +130,7 @@ class FileError(SaefeatError):
     Examples:
         >>> try:
         ...     sf.load("no/such/file.safetensors")
-        ... except sf.FileError as error:
+        ... except sf.errors.FileError as error:
         ...     "no/such/file.safetensors" in str(error)
         True
     """

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .declared import notes
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Neurons
 from .errors import DictionaryError, ModelError, SiteError, explain
-from .execution.run import run
-from .prompts import Prompts
-from .route import Route, route
-from .sites import HOOKS, Site, check_ready, family, layer_count, torch_module, width_at
+from .loading.declared_notes import notes
+from .model.modules import check_ready, family, layer_count, torch_module, width_at
+from .model.route import Route, route
+from .model.sites import HOOKS, Site
+from .running.run import run
+from .text.prompts import Prompts
 from .verbs.base import Chain
 from .verbs.probe import Probe
 
@@ -137,7 +138,7 @@ def verify(
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
-        >>> model = sf.wrap(*tiny.load("chat"))
+        >>> model = tiny.model("chat")
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> chats = [[{"role": "user", "content": r.instruction}]
         ...          for r in tiny.splits()["harmless_train"][:16]]

@@ -44,7 +44,7 @@ def vector(lab):
 
 def hidden(lab, prompt, layer):
     """One prompt on its own through the plain model: ids [t] and residual stream [t, d]."""
-    batch = sf.encode_prompts(lab.model.tokenizer, chats([prompt]))
+    batch = sf.text.prompts.encode_prompts(lab.model.tokenizer, chats([prompt]))
     with torch.no_grad():
         states = lab.model._module(**batch, output_hidden_states=True).hidden_states
     return batch["input_ids"][0], states[layer + 1][0]

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from saefeat.studies.refusal.tiny import bars, train
+from tools.tiny import bars, train
 
 
 @pytest.mark.slow

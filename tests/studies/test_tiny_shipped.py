@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
+from tools.tiny import bars
+from tools.tiny.sites import Site, parse, read, sites
 
 from saefeat.studies.refusal import tiny
-from saefeat.studies.refusal.tiny import bars
-from saefeat.studies.refusal.tiny.sites import Site, parse, read, sites
 
 
 @cache

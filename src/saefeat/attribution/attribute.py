@@ -17,28 +17,28 @@ from typing import Any, final
 
 from tqdm import tqdm
 
-from ..checkpoint import Checkpoint
 from ..dictionaries.base import Dictionaries, Dictionary
-from ..latents import Latents, as_latents
-from ..payload import PAYLOAD_LIMIT
-from ..prompts import Prompts
-from ..sites import torch_module
-from ..tokens import Tokens
+from ..dictionaries.latents import Latents, as_latents
+from ..files.checkpoint import Checkpoint
+from ..metrics.base import Metric
+from ..model.modules import torch_module
+from ..shipping.payload import PAYLOAD_LIMIT
+from ..text.prompts import Prompts
+from ..text.texts import texts_of
+from ..text.tokens import Tokens
 from ..verbs.base import Intervention, require_fired
 from .backward import Backward
-from .ends import Baseline
+from .batch import attribute_batch
+from .endpoint import Baseline
 from .exact import require_few
-from .inside import Watching, begin
+from .in_trace import Watching, begin
+from .integrate import AtOnce, require_at_once
 from .join import join_attributions
 from .methods import AtP, Method
-from .metrics import Metric
-from .one_batch import attribute_batch
-from .path import AtOnce, require_at_once
+from .passes import Watch
+from .pieces import identity, plain_piece, restored
 from .prepare import prepare, require_gradients, require_scored, require_sense, require_whole
-from .record import Attribution
-from .resume import identity, plain_piece, restored
-from .texts import texts_of
-from .watch import Watch
+from .scores import Attribution
 
 
 @final
@@ -52,7 +52,7 @@ class Attribute:
     Args:
         target: ``Dictionaries`` (all their latents), a dictionary, or ``Latents`` (only these).
         metric: what to explain; ``logit_diff``, ``logit``, ``log_prob``, ``kl``, ``activation``,
-            ``metric`` or ``site_metric``.
+            ``metric`` or ``at_site``.
         baseline: what latents are moved to. None: zero. ``Fixed``: given values, such as means.
             ``Paired``: what they are on another prompt. An intervention: what they are on the same
             prompt under it (so ``Ablate(direction)`` is the refusal paper's corrupt run); values
@@ -73,7 +73,7 @@ class Attribute:
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
-        >>> model = sf.wrap(*tiny.load("chat"))
+        >>> model = tiny.model("chat")
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> attribute = sf.Attribute(saes, sf.logit_diff(5, 6), method=sf.IG(steps=2))
         >>> isinstance(attribute(model, ["hello"]).top(3), sf.Latents)
@@ -186,7 +186,7 @@ class Attribute:
 
         Examples:
             >>> from saefeat.studies.refusal import tiny
-            >>> model = sf.wrap(*tiny.load("chat"))
+            >>> model = tiny.model("chat")
             >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
             >>> attribute = sf.Attribute(saes, sf.logit_diff(5, 6))
             >>> with model.trace("hello"):

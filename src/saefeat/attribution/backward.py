@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from ..sites import Site
+from ..model.sites import Site
 
 Slopes = Callable[[Tensor, Mapping[int, Tensor], Mapping[int, Site]], dict[int, Tensor]]
 """``slopes(total [], nodes, sites)``: the gradient of the total at each node [b, t, d]; or for a
@@ -33,7 +33,7 @@ class Backward(ABC):
         signed: whether scores are signed, or sizes alone.
 
     Examples:
-        >>> issubclass(sf.RelP, sf.Backward)
+        >>> issubclass(sf.attribution.RelP, sf.attribution.Backward)
         True
     """
 

@@ -13,11 +13,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, PromptError, explain
-from ..latents import Latents, as_latents
-from ..prompts import Prompts
+from ..text.prompts import Prompts
+from ..values.base import Value
 from ..verbs.base import per_latent
-from ..verbs.values import Value
 
 Alignment = str | Sequence[Sequence[int | None]] | None
 
@@ -39,7 +39,7 @@ class Fixed:
         LatentError: for values that do not fit; when attributing, for watched latents without one.
 
     Examples:
-        >>> sf.Fixed(sf.Direction(torch.ones(8), site="resid_post.1"), 2.0)
+        >>> sf.attribution.Fixed(sf.Direction(torch.ones(8), site="resid_post.1"), 2.0)
         Fixed(Latents(1: resid_post.1 [0]), 2.0)
     """
 
@@ -56,7 +56,7 @@ class Fixed:
                     "values",
                     got=repr(values),
                     wanted=f"a number, [{len(chosen)}] or [prompts, {len(chosen)}] values",
-                    cause="a Schedule, Pin or Resample, which differ by step or position",
+                    cause="a Schedule, Patch or Resample, which differ by step or position",
                     call="Fixed(latents, readings.mean())",
                 )
             )
@@ -129,7 +129,7 @@ class Paired:
             that does not fit.
 
     Examples:
-        >>> sf.Paired(["the cat sat"], align="end")
+        >>> sf.attribution.Paired(["the cat sat"], align="end")
         Paired(['the cat sat'], align='end')
     """
 

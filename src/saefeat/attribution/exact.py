@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.base import cast
+from ..dictionaries.latents import Latents, index_tensor
 from ..errors import LatentError, explain
 from ..kernel.encode import encode
 from ..kernel.program import lift
-from ..latents import Latents, index_tensor
+from .integrate import Runs
 from .methods import Method
-from .moves import Goal, at_tokens
-from .path import Runs
-from .score import Rows, moved_rows
-from .watch import Part
+from .pairs import Goal, at_tokens
+from .passes import Part
+from .readout import Rows, moved_rows
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """prompt, position, latent, score, activation, change: [n] each."""

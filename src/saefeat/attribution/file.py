@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
 from ..dictionaries.base import Dictionaries, Dictionary
 from ..dictionaries.excerpt import Excerpt
 from ..errors import SaefeatError
-from ..records import versions
-from .texts import Texts, flat
+from ..files.container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
+from ..results.provenance import versions
+from ..text.texts import Texts, flat
 
 if TYPE_CHECKING:
-    from .record import Attribution
+    from .scores import Attribution
 
 FORMAT = "saefeat.attribution"
 VERSION = 1

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, SaefeatError, explain
-from ..families import FAMILIES, NESTED
-from ..sites import Site, family, layer_count
+from ..model.families import FAMILIES, NESTED
+from ..model.modules import family, layer_count
+from ..model.sites import Site
 from .backward import Backward, Slopes, plain_slopes
 
 _BRANCHES = {"gpt2": ("attn", "mlp"), "gpt_neox": ("attention", "mlp")}
@@ -50,7 +51,7 @@ class GradDrop(Backward):
         SaefeatError: for a ``signed`` that is no truth value.
 
     Examples:
-        >>> sf.GradDrop()
+        >>> sf.attribution.GradDrop()
         GradDrop(signed=False)
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .record import Attribution
+from .scores import Attribution
 
 
 def join_attributions(pieces: Sequence[Attribution]) -> Attribution:

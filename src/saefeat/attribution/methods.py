@@ -24,9 +24,9 @@ class Method(ABC):
     each latent is moved where none are.
 
     Examples:
-        >>> sf.AtP().nodes()
+        >>> sf.attribution.AtP().nodes()
         ((0.0, 1.0),)
-        >>> sf.Exact().moves()
+        >>> sf.attribution.Exact().moves()
         ((1.0, 1.0), (0.0, -1.0))
     """
 
@@ -50,7 +50,7 @@ class AtP(Method):
     misleads where the metric is flat at the clean point, such as behind a saturated softmax.
 
     Examples:
-        >>> sf.AtP()
+        >>> sf.attribution.AtP()
         AtP()
     """
 
@@ -135,7 +135,7 @@ class Exact(Method):
         SaefeatError: for an unknown ``per`` or no limit at all.
 
     Examples:
-        >>> sf.Exact(limit=20)
+        >>> sf.attribution.Exact(limit=20)
         Exact(per='latent', limit=20)
     """
 
@@ -172,7 +172,7 @@ class FiniteDifference(Method):
         SaefeatError: for an unknown ``per``, no limit, or a step that is not above 0.
 
     Examples:
-        >>> sf.FiniteDifference(step=0.5).moves()
+        >>> sf.attribution.FiniteDifference(step=0.5).moves()
         ((0.5, 1.0), (-0.5, -1.0))
     """
 

@@ -10,7 +10,7 @@ from ..errors import SaefeatError, explain
 from .show import heat
 
 if TYPE_CHECKING:
-    from .record import Attribution
+    from .scores import Attribution
 
 
 def axes(given: Any, where: str, size: tuple[float, float]) -> Any:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FiringError, GradientError, PromptError, SaefeatError, explain
-from ..prompts import Prompts, encode_prompts
+from ..metrics.base import require_prompts
+from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_rows
 from .baselines import Fixed, Paired, require_pairs
-from .metrics import require_prompts
+from .passes import Batch, Pass, Watch
 from .semantics import SEMANTICS
-from .watch import Batch, Pass, Watch
 
 if TYPE_CHECKING:
     from .attribute import Attribute

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, explain
-from ..families import FAMILIES
-from ..sites import Site, family
+from ..model.families import FAMILIES
+from ..model.modules import family
+from ..model.sites import Site
 from .backward import Backward, Slopes, plain_slopes
 
 _NORMS = (
@@ -47,7 +48,7 @@ class RelP(Backward):
     what a rule replaces.
 
     Examples:
-        >>> sf.RelP()
+        >>> sf.attribution.RelP()
         RelP()
     """
 

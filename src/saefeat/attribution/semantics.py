@@ -18,7 +18,7 @@ from ..errors import DictionaryError, explain
 from ..kernel.program import lift
 
 if TYPE_CHECKING:
-    from .watch import Part
+    from .passes import Part
 
 SEMANTICS = ("pass_through", "through_sae")
 _NUMBERS = 1 << 22

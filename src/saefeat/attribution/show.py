@@ -12,7 +12,7 @@ from ..errors import SaefeatError, explain
 from .totals import by_token, lengths, token_mask
 
 if TYPE_CHECKING:
-    from .record import Attribution
+    from .scores import Attribution
 
 TOP = 5
 PROMPTS = 20

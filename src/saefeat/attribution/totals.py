@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Latents
 from ..errors import LatentError, SaefeatError, explain
-from ..latents import Latents
-from ..sites import Site
-from ..tokens import Tokens
+from ..model.sites import Site
+from ..text.tokens import Tokens
 
 if TYPE_CHECKING:
-    from .record import Attribution
+    from .scores import Attribution
 
 
 def one_of(where: str, parameter: str, got: object, wanted: tuple[str, ...], call: str) -> None:

@@ -1,7 +1,27 @@
-"""Dictionaries: in what basis a site is read.
+"""Dictionaries of latents: SAEs, transcoders, directions, neurons, functions.
 
-* ``base``: what every dictionary is, and the mapping Site → Dictionary.
-* ``direction``: one vector, or several, as a dictionary with identity activation.
-* ``sae``: sparse autoencoders and transcoders from weights.
-* ``weights``: where an SAE's tensors come from, memory or a file read lazily.
+* ``base``: what a dictionary must offer, and ``Dictionaries``, one a site.
+* ``latents``: ``Latents``, a selection.
+* ``sae``, ``direction``, ``function``, ``excerpt``: the kinds.
+* ``weights``, ``npz``: tensors in memory or on disk, read a slice at a time.
+* ``contract``: ``check_dictionary``, which holds your own dictionary against what is promised.
 """
+
+from .base import Dictionaries, Dictionary
+from .contract import check_dictionary
+from .direction import Direction, Neurons
+from .function import Function
+from .latents import Latents
+from .sae import SAE, ErrorTerm
+
+__all__ = [
+    "Dictionaries",
+    "Dictionary",
+    "Direction",
+    "ErrorTerm",
+    "Function",
+    "Latents",
+    "Neurons",
+    "SAE",
+    "check_dictionary",
+]

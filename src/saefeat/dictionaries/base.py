@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import DictionaryError, SiteError, explain
 from ..kernel.encode import encode
-from ..latents import Latents, index_tensor
-from ..requests import stay_here
-from ..sites import Site
+from ..model.requests import stay_here
+from ..model.sites import Site
+from .latents import Latents, index_tensor
 
 
 class Dictionary(ABC):
@@ -39,7 +39,7 @@ class Dictionary(ABC):
             for them together.
 
     Examples:
-        >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.Dictionary)
+        >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.dictionaries.Dictionary)
         True
     """
 
@@ -126,7 +126,8 @@ class Dictionaries(Mapping[Site, Dictionary]):
 
     Examples:
         >>> v = torch.ones(8)
-        >>> at = sf.Dictionaries(sf.Direction(v, site=f"resid_post.{layer}") for layer in range(3))
+        >>> directions = [sf.Direction(v, site=f"resid_post.{layer}") for layer in range(3)]
+        >>> at = sf.dictionaries.Dictionaries(directions)
         >>> at[1].site
         Site(kind='resid_post', layer=1)
         >>> at.latents({0: [0], 2: [0]})

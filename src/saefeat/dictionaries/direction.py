@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError, explain
-from ..sites import Site
+from ..model.sites import Site
 from .base import Dictionaries, Dictionary
 
 
@@ -138,6 +138,27 @@ class Direction(Dictionary):
     def fingerprint(self) -> str:
         return hashlib.sha256(self._rows.to(torch.float32).cpu().numpy().tobytes()).hexdigest()[:16]
 
+    @classmethod
+    def at_sites(
+        cls, vector: Tensor, *, sites: Iterable[Site | str], name: str = "direction"
+    ) -> Dictionaries:
+        """The same direction at several sites, as activation steering uses it.
+
+        Args:
+            vector: [d_model].
+            sites: where to place it.
+            name: a label for reports.
+
+        Returns:
+            One ``Direction`` a site.
+
+        Examples:
+            >>> sites = ["resid_post.0", "resid_post.1"]
+            >>> sf.Ablate(sf.Direction.at_sites(torch.ones(8), sites=sites)).latents
+            Latents(2: resid_post.0 [0], resid_post.1 [0])
+        """
+        return Dictionaries(cls(vector, site=site, name=name) for site in sites)
+
 
 @final
 class Neurons(Dictionary):
@@ -171,27 +192,6 @@ class Neurons(Dictionary):
 
     def fingerprint(self) -> str:
         return f"identity-{self.d_in}"
-
-
-def direction(
-    vector: Tensor, *, sites: Iterable[Site | str], name: str = "direction"
-) -> Dictionaries:
-    """The same direction at several sites, as activation steering uses it.
-
-    Args:
-        vector: [d_model].
-        sites: where to place it.
-        name: a label for reports.
-
-    Returns:
-        One ``Direction`` a site.
-
-    Examples:
-        >>> everywhere = sf.direction(torch.ones(8), sites=["resid_post.0", "resid_post.1"])
-        >>> sf.Ablate(everywhere).latents
-        Latents(2: resid_post.0 [0], resid_post.1 [0])
-    """
-    return Dictionaries(Direction(vector, site=site, name=name) for site in sites)
 
 
 def _basis(rows: Tensor) -> Tensor:

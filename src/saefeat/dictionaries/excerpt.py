@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError, LatentError, explain
-from ..latents import Latents
-from ..sites import Site
+from ..model.sites import Site
 from .base import Dictionary, require_shape
+from .latents import Latents
 from .sae import NORMS
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -83,7 +83,7 @@ class Excerpt(Dictionary):
         >>> tensors = {"W_enc": torch.randn(8, 32), "b_enc": torch.zeros(32),
         ...            "W_dec": torch.randn(32, 8), "b_dec": torch.zeros(8)}
         >>> sae = sf.SAE.from_tensors(tensors, site="resid_post.1")
-        >>> few = sf.Excerpt.of(sae, [(3, 20)])
+        >>> few = sf.dictionaries.excerpt.Excerpt.of(sae, [(3, 20)])
         >>> few.latents(), few.d_sae, few.fingerprint() == sae.fingerprint()
         (Latents(2: resid_post.1 [3, 20]), 32, True)
     """

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..errors import DictionaryError, explain
 from ..kernel.encode import decode, encode
-from ..latents import index_tensor
-from ..sites import Site
+from ..model.sites import Site
 from .base import Dictionary, cast, require_shape
+from .latents import index_tensor
 from .weights import Weights
 
 ACTIVATIONS = {

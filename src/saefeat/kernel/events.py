@@ -24,7 +24,7 @@ def changes(
     """One pass's events, a tensor [m] a column, one row a changed (token, latent) pair.
 
     ``row`` is the row of the batch, ``latent`` the latent's place in the selection; the others
-    are as ``saefeat.events`` documents them.
+    are as ``saefeat.results.events`` documents them.
     """
     change = torch.where(mask, step, 0.0)
     row, column, latent = (change != 0).nonzero(as_tuple=True)

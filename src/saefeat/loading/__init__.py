@@ -8,6 +8,5 @@ release of pickles, and nowhere else.
 
 from .api import load_sae, load_saes
 from .facts import Origin
-from .from_object import from_sae_lens
 
-__all__ = ["Origin", "from_sae_lens", "load_sae", "load_saes"]
+__all__ = ["Origin", "load_sae", "load_saes"]

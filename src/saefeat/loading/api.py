@@ -9,7 +9,7 @@ from pathlib import Path
 from ..dictionaries.base import Dictionaries
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError, explain
-from ..sites import Site
+from ..model.sites import Site
 from . import directory, native
 from .entries import Entry, Ids, Sites, choose
 from .facts import Origin, Source

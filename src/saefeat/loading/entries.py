@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import DictionaryError, SiteError, explain
-from ..sites import Site
+from ..model.sites import Site
 from .facts import width_of
 
 Sites = str | Site | Iterable[Site | str] | None

@@ -12,7 +12,7 @@ from typing import Any
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import Weights
 from ..errors import DictionaryError, explain
-from ..sites import Site
+from ..model.sites import Site
 
 _UNCENTERED = ("z", "mlp_norm", "mlp_in", "mlp_post")
 """Sites that TransformerLens's center_writing_weights leaves alone: nothing there is written to

@@ -6,13 +6,13 @@ from typing import Any
 
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import InMemory
-from ..sites import Site
+from ..model.sites import Site
 from .facts import Origin, assemble
 from .native import declared
 from .whole import ARCHITECTURES, Whole
 
 
-def from_sae_lens(
+def from_object(
     sae: Any, *, site: Site | str | None = None, write_site: Site | str | None = None
 ) -> SAE | Whole:
     """A dictionary from a sae-lens object; its tensors are shared, its state is never used.
@@ -27,7 +27,7 @@ def from_sae_lens(
         SiteError: for a hook name this version has no place for.
 
     Examples:
-        >>> sf.from_sae_lens.__name__
+        >>> sf.load_sae.__name__
         'from_sae_lens'
     """
     name = sae.get_name()

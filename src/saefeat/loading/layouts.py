@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import Weights
 from ..errors import SaefeatError
-from ..sites import Site
+from ..model.sites import Site
 from . import dictionary_learning, gemma_scope, llama_scope, native, sparsify, transcoders
 from .facts import Facts, Origin, Source, assemble, refuse
 from .whole import ARCHITECTURES, Whole, load

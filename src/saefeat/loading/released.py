@@ -10,12 +10,12 @@ from torch import Tensor
 from ..dictionaries.base import Dictionary
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, explain
-from ..sites import Site
+from ..model.sites import Site
 from . import hub
 from .directory import Release
 from .entries import Entry
 from .facts import Declared, Origin, Source
-from .from_object import from_sae_lens
+from .from_object import from_object
 from .layouts import GEMMA_SCOPE, LLAMA_SCOPE, NATIVE, TRANSCODERS, Layout, read, whole
 from .whole import Whole
 
@@ -174,7 +174,7 @@ def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE
                 call="another SAE of the release, or the weights in sae-lens's native layout",
             )
         ) from error
-    sae = from_sae_lens(loaded, site=entry.hook if entry.given else None)
+    sae = from_object(loaded, site=entry.hook if entry.given else None)
     sae.name = name
     sae.origin = origin
     return sae

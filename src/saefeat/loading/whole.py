@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..kernel.encode import normalize
-from ..sites import Site
+from ..model.sites import Site
 from .facts import Facts, Origin, declared_by, no_site
 
 ARCHITECTURES = ("matching_pursuit", "temporal")

@@ -1,8 +1,19 @@
-"""Remote: runs on a server that has nothing but torch and nnsight.
+"""Runs on a server: NDIF, or any that follows its protocol.
 
-* ``batch``: one batch as one request; ``checked``: what came back, held against it.
-* ``preflight``: what a request holds and what would fail, before it is queued: ``dry`` tries it on
-  fake tensors, ``firings`` counts the tokens it will act on.
-* ``submit``: a run as jobs; ``post`` is what they do, ``jobs`` sends and polls them.
-* ``jobfile`` keeps a job and what it was asked, ``arrived`` what has come back.
+* ``batch``: what one batch sends, and saves there.
+* ``request``: a run's batches and the arguments they were sent with.
+* ``validate``: what came back, held against what was asked.
+* ``jobs``, ``jobfile``, ``saved``, ``submit``: jobs that can be polled and taken up from files.
+* ``preflight``, ``dry_run``, ``expected``: what a request weighs and does, before it is sent.
 """
+
+from .jobs import Job
+from .preflight import Preflight, preflight
+from .submit import submit
+
+__all__ = [
+    "Job",
+    "Preflight",
+    "preflight",
+    "submit",
+]

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..errors import RemoteError, explain
-from ..execution.decoding import Decoding
-from ..identity import model_key
+from ..files.identity import model_key
+from ..generation.decoding import Decoding
 from ..kernel.draws import require_drawn, seeded
 from ..kernel.pack import pack
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
-from ..sites import torch_module
-from ..verbs.travel import embedding as embedding
-from ..verbs.travel import narrowed, register
+from ..model.modules import torch_module
+from ..shipping.program import embedding as embedding
+from ..shipping.program import narrowed, register
 
 
 def remote_batch(

@@ -19,11 +19,11 @@ import torch
 from nnsight.schema.response import Status
 from torch import Tensor
 
-from ..container import write
 from ..errors import FileError, RemoteError, explain
-from ..prompts import encode_prompts
-from ..records import now, versions
-from ..spec.files import load, packed
+from ..files.container import write
+from ..hub.files import load, packed
+from ..results.provenance import now, versions
+from ..text.prompts import encode_prompts
 from ..verbs.base import Chain, Intervention
 
 FORMAT, VERSION = "saefeat-job", 2

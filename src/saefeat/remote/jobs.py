@@ -17,9 +17,8 @@ from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..errors import RemoteError, explain
-from ..identity import model_key
+from ..files.identity import model_key
 from ..verbs.base import Intervention
-from .arrived import load_saved, save_saved
 from .jobfile import (
     Held,
     Part,
@@ -30,7 +29,8 @@ from .jobfile import (
     result_of,
     write_job,
 )
-from .post import Call, Plan, Post
+from .request import Call, Plan, Post
+from .saved import load_saved, save_saved
 
 
 class Unreached(RemoteError):
@@ -46,9 +46,9 @@ class Job:
     Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
-        >>> model = sf.wrap(*tiny.load("chat"))
-        >>> with sf.serve(model) as server:
-        ...     job = sf.submit(model, ["hello"], remote=server.url, max_new_tokens=2)
+        >>> model = tiny.model("chat")
+        >>> with loopback.serve(model) as server:
+        ...     job = sf.remote.submit(model, ["hello"], remote=server.url, max_new_tokens=2)
         ...     out = job.wait()
         >>> job.statuses, len(out.texts)
         (('COMPLETED',), 1)
@@ -94,10 +94,10 @@ class Job:
         Examples:
             >>> from saefeat.studies.refusal import tiny
             >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False
-            >>> model = sf.wrap(*tiny.load("chat"))
-            >>> with sf.serve(model) as server:
-            ...     job = sf.submit(model, ["hello"], remote=server.url, file="hello.json")
-            ...     out = sf.Job.load("hello.json", model, remote=server.url).wait()
+            >>> model = tiny.model("chat")
+            >>> with loopback.serve(model) as server:
+            ...     job = sf.remote.submit(model, ["hello"], remote=server.url, file="hello.json")
+            ...     out = sf.remote.Job.load("hello.json", model, remote=server.url).wait()
             >>> out.receipt.passes
             1
         """

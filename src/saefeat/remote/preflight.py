@@ -14,9 +14,10 @@ from nnsight.tracing.backend import Backend
 from torch import Tensor
 
 from ..errors import RemoteError, explain
-from ..execution.decoding import Decoding, decoding
+from ..generation.decoding import Decoding, decoding
 from ..kernel.program import MOST_LATENTS
-from ..payload import (
+from ..model.modules import torch_module
+from ..shipping.payload import (
     compressed,
     parts_of,
     require_fits,
@@ -25,15 +26,14 @@ from ..payload import (
     tensors,
     weight,
 )
-from ..prompts import Prompts, encode_prompts, split
-from ..sites import torch_module
+from ..shipping.program import embedding, narrowed
+from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from ..verbs.steps import numbered
-from ..verbs.travel import embedding, narrowed
 from .batch import backend_of, remote_batch, with_stops
-from .dry import Dry, dry_run
-from .firings import Expected, expected
+from .dry_run import Dry, dry_run
+from .expected import Expected, expected
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Preflight:
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
-        >>> model = sf.wrap(*tiny.load("chat"))
+        >>> model = tiny.model("chat")
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
-        >>> report = sf.preflight(model, ["hello"], sf.Ablate(saes.latents({1: [3, 4]})))
+        >>> report = sf.remote.preflight(model, ["hello"], sf.Ablate(saes.latents({1: [3, 4]})))
         >>> report.parks, report.strangers, report.fails
         (3, (), '')
     """
@@ -139,8 +139,8 @@ def preflight(
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
-        >>> model = sf.wrap(*tiny.load("chat"))
-        >>> sf.preflight(model, ["hello", "hello"], batch_size=1).batches
+        >>> model = tiny.model("chat")
+        >>> sf.remote.preflight(model, ["hello", "hello"], batch_size=1).batches
         2
     """
     chosen = intervention if intervention is not None else Chain(())

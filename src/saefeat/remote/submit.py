@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..identity import require_unedited
-from ..payload import PAYLOAD_LIMIT
-from ..prompts import Prompts, encode_prompts
+from ..files.identity import require_unedited
+from ..shipping.payload import PAYLOAD_LIMIT
+from ..shipping.program import require_floating
+from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Chain, Intervention
-from ..verbs.travel import require_floating
 from .jobfile import Part, keep_call, not_ours, read_job
 from .jobs import Job
-from .post import Call, Post
+from .request import Call, Post
 
 
 def submit(
@@ -69,9 +69,9 @@ def submit(
     Examples:
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
-        >>> model = sf.wrap(*tiny.load("chat"))
-        >>> with sf.serve(model) as server:
-        ...     job = sf.submit(model, ["hello"], remote=server.url)
+        >>> model = tiny.model("chat")
+        >>> with loopback.serve(model) as server:
+        ...     job = sf.remote.submit(model, ["hello"], remote=server.url)
         ...     job.wait().receipt.passes
         1
     """

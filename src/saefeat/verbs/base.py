@@ -9,19 +9,21 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..dictionaries.latents import Latents
 from ..errors import FiringError, LatentError, explain
-from ..events import record_events
 from ..kernel.pack import unpack
 from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
-from ..latents import Latents
-from ..records import Fired, Readings, Receipt, join_time
-from ..requests import request
-from ..tokens import Tokens
+from ..model.requests import request
+from ..results.events import record_events
+from ..results.readings import Readings, join_time
+from ..results.receipt import Fired, Receipt
+from ..shipping.program import as_shipped
+from ..text.tokens import Tokens
+from ..values.base import Value, same
 from .lower import lower
-from .steps import Change, When, numbered
-from .travel import as_shipped
-from .values import Value, same
+from .steps import Change, numbered
+from .when import When
 
 
 class Intervention(ABC):
@@ -150,7 +152,7 @@ class Chain(Intervention):
     """Several steps in order; at one site the second reads what the first left.
 
     Examples:
-        >>> len(sf.Chain(()).parts())
+        >>> len(sf.verbs.base.Chain(()).parts())
         0
     """
 
@@ -202,12 +204,12 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
             parameter,
             got=f"{type(value).__name__}{shape}" + ("" if finite else " and not finite"),
             wanted=f"a finite number, [{len(latents)}] or [prompts, {len(latents)}] values, or a"
-            " Schedule, Pin or Resample",
+            " Schedule, Patch or Resample",
             cause="readings without a word on how to use them"
             if isinstance(value, Readings)
             else "values made for another selection",
-            call=f"{where}(latents, {parameter}=readings.mean()), or {parameter}=Pin(readings), or"
-            f" {parameter}=Resample(readings)",
+            call=f"{where}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings),"
+            f" or {parameter}=Resample(readings)",
         )
     )
 

@@ -7,12 +7,13 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ..dictionaries.latents import as_latents
 from ..errors import LatentError, explain
-from ..latents import as_latents
-from ..tokens import Tokens
+from ..text.tokens import Tokens
+from ..values.base import Value
 from .base import Step, per_latent
-from .steps import Change, When
-from .values import Value
+from .steps import Change
+from .when import When
 
 
 @final
@@ -32,8 +33,8 @@ class Ablate(Step):
 
     Args:
         latents: ``Latents``, or a dictionary (all its latents).
-        to: ``"zero"``, a number, one value a latent [k] or [prompts, k], a ``Schedule``, ``Pin`` or
-            ``Resample``, or ``"orthogonal"``.
+        to: ``"zero"``, a number, one value a latent [k] or [prompts, k], a ``Schedule``, ``Patch``
+            or ``Resample``, or ``"orthogonal"``.
         where: which tokens; every real token by default, prompt and generated.
         when: a condition on latents or on a score of a site, token by token.
         support: what a topk or abstopk dictionary does: ``"frozen"``, its other latents stay as
@@ -114,7 +115,8 @@ class Clamp(Step):
 
     Args:
         latents: ``Latents``, or a dictionary (all its latents).
-        value: f' = value; a number, [k], [prompts, k], or a ``Schedule``, ``Pin`` or ``Resample``.
+        value: f' = value; a number, [k], [prompts, k], or a ``Schedule``, ``Patch`` or
+            ``Resample``.
         scale: f' = scale · f; likewise.
         add: f' = f + add; likewise. With a ``Direction`` and its norm this is activation steering.
         low: the least f' may be.
@@ -231,7 +233,7 @@ def _one_change(given: dict[str, Any]) -> None:
                 got=repr(low if isinstance(low, Value) else high),
                 wanted="a number, [k] or [prompts, k]",
                 cause="bounds do not change from token to token",
-                call="Clamp(latents, Pin(readings)), which sets them",
+                call="Clamp(latents, Patch(readings)), which sets them",
             )
         )
     if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import index_tensor
 from ..dictionaries.sae import ErrorTerm
 from ..errors import LatentError, explain
-from ..latents import index_tensor
-from ..sites import Site
+from ..model.sites import Site
 
 OPEN = {"topk": "relu", "abstopk": "identity"}
 """Topk kind → its activation function without the selection."""

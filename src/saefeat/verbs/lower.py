@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from ..dictionaries.base import Dictionary
 from ..errors import LatentError, ModelError, SiteError, explain
 from ..kernel.encode import scored
-from ..prompts import role_markers
-from ..route import Route, route
-from ..sites import Order, Place, Site, check_ready, torch_module
-from ..tokens import Tokens
+from ..model.modules import check_ready, torch_module
+from ..model.route import Route, route
+from ..model.sites import Order, Place, Site
+from ..text.rules import plain
+from ..text.tokens import Tokens
 from .forms import frozen, orthogonal, reselect
-from .steps import StepLike, When, numbered
+from .rules import acts_at
+from .steps import StepLike, numbered
+from .when import When
 
 
 class HasParts(Protocol):
@@ -277,56 +280,3 @@ def in_order(visits: dict[Place, dict[str, Any]]) -> list[dict[str, Any]]:
     for visit in visits.values():
         visit["actions"].sort(key=lambda action: action["do"] == "stash")
     return sorted(visits.values(), key=lambda visit: visit["order"])
-
-
-def plain(rule: tuple, model: Any) -> tuple:
-    """A rule without what only the tokenizer knows: special tokens and roles become ids."""
-    kind, *rest = rule
-    if kind in ("not", "and", "or"):
-        return (kind, *(plain(part, model) for part in rest))
-    if kind == "special":
-        return ("ids", special_ids(model))
-    if kind == "role":
-        return ("between", *role_markers(getattr(model, "tokenizer", None), rest[0]))
-    return rule
-
-
-def acts_at(where: Tokens | None, dictionary: Dictionary, model: Any) -> Tokens:
-    """The tokens asked for, less those the dictionary was not trained on.
-
-    A rule that says all tokens, or names tokens by their ids, means them.
-    """
-    if where is None:
-        return default_rule(dictionary, model)
-    if not dictionary.excluded or where.rule == ("all",) or _names_tokens(where.rule):
-        return where
-    return where & default_rule(dictionary, model)
-
-
-def _names_tokens(rule: tuple) -> bool:
-    """Whether a rule asks for tokens by their ids, and not only for others than those."""
-    kind, *rest = rule
-    if kind in ("and", "or"):
-        return any(_names_tokens(part) for part in rest)
-    return kind in ("ids", "special")
-
-
-def default_rule(dictionary: Dictionary, model: Any) -> Tokens:
-    """Every real token, less those the dictionary was not trained on."""
-    excluded = dictionary.excluded
-    if excluded == "special":
-        excluded = special_ids(model)
-    return ~Tokens.ids(*excluded) if excluded else Tokens.all()  # type: ignore[misc]
-
-
-def special_ids(model: Any) -> tuple[int, ...]:
-    """Special token ids: the tokenizer's, or those the configuration names."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None:
-        return tuple(tokenizer.all_special_ids)
-    config = torch_module(model).config.get_text_config()  # type: ignore[union-attr, operator]
-    found = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
-    flat = [
-        i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])
-    ]
-    return tuple(flat)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
+from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, explain
-from ..latents import Latents, as_latents
-from ..tokens import Tokens
+from ..text.tokens import Tokens
 from .base import Step
 
 

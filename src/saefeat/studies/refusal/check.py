@@ -81,7 +81,7 @@ def _estimates(lab: Lab, vector: Tensor, latents: sf.Latents) -> dict[str, list[
     prompts = chats(lab.sets.harmful_val)
     size = lab.settings.batch_size
     found = {
-        "gradient x activation": sf.Attribute(latents, lab.odds(), method=sf.AtP()),
+        "gradient x activation": sf.Attribute(latents, lab.odds(), method=sf.attribution.AtP()),
         "integrated gradients": sf.Attribute(
             latents, lab.odds(), method=sf.IG(lab.settings.steps, "midpoint")
         ),
@@ -92,7 +92,7 @@ def _estimates(lab: Lab, vector: Tensor, latents: sf.Latents) -> dict[str, list[
     return {name: summed(one, latents).tolist() for name, one in scores.items()}
 
 
-def summed(scores: sf.Attribution, latents: sf.Latents) -> Tensor:
+def summed(scores: sf.attribution.Attribution, latents: sf.Latents) -> Tensor:
     """[k]: each latent's scores summed over tokens, mean over prompts."""
     table = torch.zeros(len(latents))
     place = {key: n for n, key in enumerate(latents)}
@@ -117,7 +117,7 @@ def check_completeness(lab: Lab, vector: Tensor) -> list[dict[str, Any]]:
     gap has beyond it is what the SAE does not explain.
     """
     last = lab.sites[-1]
-    bases: dict[str, sf.Dictionary] = {"neurons": sf.Neurons(last, lab.width)}
+    bases: dict[str, sf.dictionaries.Dictionary] = {"neurons": sf.Neurons(last, lab.width)}
     if last in lab.saes:
         bases["SAE"] = lab.saes[last]
     jobs = [(name, rule) for name in bases for rule in ("left", "midpoint", "gauss")]
@@ -131,12 +131,14 @@ def check_completeness(lab: Lab, vector: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def _gap(lab: Lab, vector: Tensor, basis: sf.Dictionary, name: str, rule: str) -> dict[str, Any]:
+def _gap(
+    lab: Lab, vector: Tensor, basis: sf.dictionaries.Dictionary, name: str, rule: str
+) -> dict[str, Any]:
     baseline = steering(lab, vector)
     kept, _ = telling(lab, lab.sets.harmful_val, baseline)
     scores = sf.Attribute(
         basis,
-        sf.logit_diff(sf.BASELINE_TOP, list(lab.refusals)),
+        sf.logit_diff(sf.metrics.BASELINE_TOP, list(lab.refusals)),
         baseline=baseline,
         method=sf.IG(lab.settings.steps, rule),
     )(lab.model, chats(kept), batch_size=lab.settings.batch_size)

@@ -16,7 +16,7 @@ def scaled(latents: sf.Latents, factor: float) -> sf.Intervention | None:
 
 def scaled_per_prompt(sets: Sequence[sf.Latents], factor: float) -> sf.Intervention | None:
     """F ← c · f for one set a prompt, all prompts in one run: latents of others are scaled by 1."""
-    latents, member = sf.stack(list(sets))
+    latents, member = sf.values.per_prompt(list(sets))
     if not len(latents):
         return None
     return sf.Clamp(latents, scale=torch.where(member, factor, 1.0))

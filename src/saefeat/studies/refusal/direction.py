@@ -40,7 +40,7 @@ def difference_of_means(
 
 def steering(lab: Lab, vector: Tensor) -> sf.Ablate:
     """AS: the direction removed behind every layer, at every token."""
-    return sf.Ablate(sf.direction(vector, sites=lab.sites, name="refusal direction"))
+    return sf.Ablate(sf.Direction.at_sites(vector, sites=lab.sites, name="refusal direction"))
 
 
 def adding(vector: Tensor, layer: int) -> sf.Clamp:

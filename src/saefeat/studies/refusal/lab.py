@@ -78,7 +78,7 @@ class Lab:
     """
 
     model: Any
-    saes: sf.Dictionaries
+    saes: sf.dictionaries.Dictionaries
     sets: PromptSets
     judge: Judge
     refusals: tuple[str, ...]
@@ -105,12 +105,14 @@ class Lab:
 
     def read(
         self, prompts: Sequence[Prompt], intervention: sf.Intervention | None = None
-    ) -> sf.Run:
+    ) -> sf.results.Run:
         """One forward pass a prompt, no generation."""
         size = self.settings.batch_size
         return sf.run(self.model, chats(prompts), intervention, batch_size=size, allow_unfired=True)
 
-    def ask(self, prompts: Sequence[Prompt], intervention: sf.Intervention | None = None) -> sf.Run:
+    def ask(
+        self, prompts: Sequence[Prompt], intervention: sf.Intervention | None = None
+    ) -> sf.results.Run:
         """Greedy answers."""
         return sf.run(
             self.model,
@@ -137,11 +139,11 @@ class Lab:
             "changed": changed,
         }
 
-    def odds(self) -> sf.Metric:
+    def odds(self) -> sf.metrics.Metric:
         """The log-odds of opening with an answer against opening with a refusal."""
         return sf.logit_diff(list(self.answers), list(self.refusals))
 
-    def measure(self, metric: sf.Metric, logits: Tensor) -> Tensor:
+    def measure(self, metric: sf.metrics.Metric, logits: Tensor) -> Tensor:
         """A metric on logits [n, vocabulary] → [n]; for metrics that need no baseline run."""
         return metric.bind(self.model.tokenizer)(logits, logits.argmax(-1)).float().cpu()
 

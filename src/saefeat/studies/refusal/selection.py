@@ -22,7 +22,7 @@ Scores = dict[sf.Site, Tensor]
 """One number a latent, [d_sae] for each dictionary."""
 
 
-def cosines(saes: sf.Dictionaries, vector: Tensor) -> Scores:
+def cosines(saes: sf.dictionaries.Dictionaries, vector: Tensor) -> Scores:
     """The signed cosine of every latent's direction with a vector [d_model]."""
     unit = vector / vector.norm()
     found = {}
@@ -35,7 +35,7 @@ def cosines(saes: sf.Dictionaries, vector: Tensor) -> Scores:
     return found
 
 
-def top_overall(saes: sf.Dictionaries, scores: Scores, k: int) -> sf.Latents:
+def top_overall(saes: sf.dictionaries.Dictionaries, scores: Scores, k: int) -> sf.Latents:
     """The k latents with the highest score among all dictionaries."""
     sites = list(scores)
     widths = torch.tensor([len(scores[site]) for site in sites])
@@ -49,14 +49,14 @@ def top_overall(saes: sf.Dictionaries, scores: Scores, k: int) -> sf.Latents:
     return restored(saes, {str(s): chosen[s] for s in sites if s in chosen})
 
 
-def top_per_layer(saes: sf.Dictionaries, scores: Scores, k: int) -> sf.Latents:
+def top_per_layer(saes: sf.dictionaries.Dictionaries, scores: Scores, k: int) -> sf.Latents:
     """The k latents with the highest score of each dictionary."""
     return restored(
         saes, {str(s): v.topk(min(k, len(v))).indices.tolist() for s, v in scores.items()}
     )
 
 
-def restored(saes: sf.Dictionaries, stored: dict[str, list[int]]) -> sf.Latents:
+def restored(saes: sf.dictionaries.Dictionaries, stored: dict[str, list[int]]) -> sf.Latents:
     """Latents from what ``Latents.to_dict`` wrote."""
     return saes.latents(stored)  # type: ignore[arg-type]
 
@@ -70,7 +70,7 @@ def peaks(lab: Lab, prompts: Sequence[Prompt]) -> Scores:
     return found
 
 
-def active(saes: sf.Dictionaries, scores: Scores) -> sf.Latents:
+def active(saes: sf.dictionaries.Dictionaries, scores: Scores) -> sf.Latents:
     """The latents that fire at all, given their peaks."""
     return restored(
         saes, {str(s): (v > 0).nonzero().squeeze(1).tolist() for s, v in scores.items()}
@@ -79,7 +79,7 @@ def active(saes: sf.Dictionaries, scores: Scores) -> sf.Latents:
 
 def attribution(
     lab: Lab, prompts: Sequence[Prompt], baseline: sf.Intervention, *, rule: str | None = None
-) -> sf.Attribution:
+) -> sf.attribution.Attribution:
     """AP: integrated gradients from each harmful prompt to the same prompt under steering.
 
     The metric is the logit of the token that steering makes most likely, against the openings of
@@ -88,7 +88,7 @@ def attribution(
     settings = lab.settings
     return sf.Attribute(
         lab.saes,
-        sf.logit_diff(sf.BASELINE_TOP, list(lab.refusals)),
+        sf.logit_diff(sf.metrics.BASELINE_TOP, list(lab.refusals)),
         baseline=baseline,
         method=sf.IG(settings.steps, rule or settings.rule),
         where=~sf.Tokens.first(1),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nnsight import TransformersModel
 from torch import nn
 
 import saefeat as sf
@@ -54,7 +55,7 @@ def tiny_lab(output: Path, settings: Settings, say: Say, quiet: bool = False) ->
     """The embedded chat model, its SAEs on the residual stream, its prompts and its judge."""
     from . import tiny
 
-    model = sf.wrap(*tiny.load("chat"))
+    model = tiny.model("chat")
     saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
     sets = tiny_sets(settings.seed).limited(settings.limit)
     stages = _stages(output, settings, model, saes, sets, "tiny", say)
@@ -75,7 +76,8 @@ def real_lab(output: Path, options: Namespace, settings: Settings, say: Say) -> 
         raise UsageError(f"--model {options.model} also needs --{' and --'.join(missing)}")
     sets = load_folder(options.data).limited(settings.limit)
     saes = _load_saes(options.saes, options.sae_ids)
-    model = sf.wrap(*_load(options.model, options.dtype, options.device))
+    module, tokenizer = _load(options.model, options.dtype, options.device)
+    model = TransformersModel(module, tokenizer=tokenizer, task="text-generation")
     stages = _stages(output, settings, model, saes, sets, "substring", say)
     openings = tuple(options.refusal_tokens), tuple(options.answer_tokens)
     named = stages, options.model, options.quiet
@@ -104,7 +106,7 @@ def _load(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
         raise UsageError(f"--device {device} cannot be used: {error}") from error
 
 
-def _load_saes(source: str, ids: list[str] | None) -> sf.Dictionaries:
+def _load_saes(source: str, ids: list[str] | None) -> sf.dictionaries.Dictionaries:
     """The SAEs on the residual stream, of a folder or a release.
 
     Raises:
@@ -120,7 +122,7 @@ def _stages(
     output: Path,
     settings: Settings,
     model: Any,
-    saes: sf.Dictionaries,
+    saes: sf.dictionaries.Dictionaries,
     sets: PromptSets,
     judge: str,
     say: Say,
@@ -132,7 +134,7 @@ def _stages(
         "dictionaries": {str(site): one.fingerprint() for site, one in saes.items()},
         "prompts": sets.to_dict(),
         "judge": judge,
-        "versions": sf.versions(),
+        "versions": sf.results.versions(),
     }
     return Stages(output / "stages", fingerprint(base), say)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import saefeat as sf
@@ -44,15 +45,12 @@ def _own_answers(lab: Lab) -> list[list[int]]:
 
 
 def _row(lab: Lab, own: list[list[int]], edit: sf.Intervention | None) -> dict[str, Any]:
-    loss = sf.continuation_loss(
-        lab.model,
-        chats(lab.sets.harmless_test),
-        [tuple(tokens) for tokens in own],
-        edit,
-        batch_size=lab.settings.batch_size,
-    )
-    asked = {name: getattr(lab.sets, name) for name in POPULATIONS if getattr(lab.sets, name)}
-    outcomes = {name: lab.outcomes(prompts, edit) for name, prompts in asked.items()}
+    kept = sf.metrics.log_prob(sf.metrics.PerPrompt(own))
+    asked = chats(lab.sets.harmless_test)
+    total = sf.metrics.measure(lab.model, asked, kept, edit, batch_size=lab.settings.batch_size)
+    loss = -total / torch.tensor([len(tokens) for tokens in own])
+    populations = {name: getattr(lab.sets, name) for name in POPULATIONS if getattr(lab.sets, name)}
+    outcomes = {name: lab.outcomes(prompts, edit) for name, prompts in populations.items()}
     return {"loss": loss.tolist(), "outcomes": outcomes}
 
 

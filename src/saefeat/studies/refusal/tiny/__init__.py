@@ -1,12 +1,13 @@
 """The embedded default: two tiny Gemma-2 chat models, their SAEs and their language.
 
 ``chat`` refuses harmful requests of a synthetic language, ``base`` is the same model before its
-safety fine-tuning and complies with everything. Both were trained by ``tiny.train``; what they
-reach is measured by ``tiny.bars`` and recorded in ``data/bars.json``. No network is needed.
+safety fine-tuning and complies with everything. Both were trained by ``tools.tiny.train``; what
+they reach is measured by ``tools.tiny.bars`` and recorded in ``data/bars.json``. No network
+is needed.
 
 The refusal direction of ``chat`` is *planted*: training exercised complying with one direction
-projected out (see ``train.DeclineAxis``), since a model this small does not form one by itself.
-So a method that finds it is shown to work, and nothing is shown about large models.
+projected out (see ``tools.tiny.train.DeclineAxis``), since a model this small does not form one by
+itself. So a method that finds it is shown to work, and nothing is shown about large models.
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ from .language import (
 )
 
 if TYPE_CHECKING:
+    from nnsight import TransformersModel
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "answer",
     "judge",
     "load",
+    "model",
     "refuses",
     "saes_folder",
     "splits",
@@ -54,7 +57,7 @@ def load(
 
     Args:
         which: ``chat`` or ``base``.
-        data: a folder written by ``tiny.train``, instead of the shipped one.
+        data: a folder written by ``tools.tiny.train``, instead of the shipped one.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,6 +69,19 @@ def load(
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def model(which: Which = "chat", data: Path | None = None) -> "TransformersModel":
+    """A tiny model as an nnsight model, with its tokenizer.
+
+    Args:
+        which: ``chat`` or ``base``.
+        data: a folder written by ``tools.tiny.train``, instead of the shipped one.
+    """
+    from nnsight import TransformersModel
+
+    module, tokenizer = load(which, data)
+    return TransformersModel(module, tokenizer=tokenizer, task="text-generation")
 
 
 def saes_folder(which: Which = "chat", data: Path | None = None) -> Path:

@@ -1,0 +1,205 @@
+"""Attribution inside a trace of the user's own: watch the sites, then read scores of any metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from nnsight.intervention.interleaver import OutOfOrderError
+from torch import Tensor
+
+from ..dictionaries.latents import as_latents
+from ..errors import GradientError, SaefeatError, explain
+from ..kernel.program import new_log
+from ..kernel.trace import generating, inline
+from ..metrics.base import Seen
+from ..model.modules import torch_module
+from ..text.texts import Texts, texts_of
+from ..verbs.base import Intervention
+from ..verbs.lower import lower
+from .backward import plain_slopes
+from .baselines import Fixed
+from .batch import read_out, scored
+from .pairs import Goal
+from .passes import NOTHING, Moved, Watch
+from .prepare import (
+    require_count,
+    require_finite,
+    require_finite_scores,
+    require_gradients,
+    require_scored,
+)
+from .scores import Attribution
+
+if TYPE_CHECKING:
+    from .attribute import Attribute
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Watching:
+    """Sites being watched in a trace; made by ``Attribute.watch``.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> with model.trace("hello"):
+        ...     watching = sf.Attribute(saes, sf.metrics.logit(5)).watch(model)
+        ...     last = model.output.logits[:, -1].log_softmax(-1)
+        ...     scores = nnsight.save(watching.scores(-(last.exp() * last).sum(-1)))
+        >>> scores.clean.shape
+        torch.Size([1])
+    """
+
+    job: Attribute
+    places: Watch
+    log: dict[str, Any]
+
+    def scores(self, values: Tensor) -> Attribution:
+        """The scores of a metric computed from this trace.
+
+        Args:
+            values: one number a prompt of this invoke [b], computed from anything behind the
+                watched sites; or logits [b, t, vocabulary], to which the ``Attribute``'s own
+                metric is applied.
+
+        Returns:
+            An ``Attribution`` on the CPU, to be kept with ``nnsight.save``. Its ``baseline`` is
+            NaN, since no baseline run is made, and it has no gap. It knows the invoke's tokens;
+            ``metric`` is the ``Attribute``'s own for logits, and "values of the trace" otherwise.
+
+        Raises:
+            GradientError: for values without a gradient at the watched sites.
+        """
+        view, job = self.log["view"], self.job
+        rows = torch.arange(len(view["real"]))
+        require_count(job, len(rows))
+        name = "values of the trace"
+        if values.ndim == 3:
+            values, name = self.places.reader(Seen(values, None, rows, view)), repr(job.metric)
+        slopes = self._slopes(values)
+        with torch.no_grad():
+            masks = scored(job.where, self.places, view, False)
+            goals = [Goal(fixed=self._fixed(n, mask)) for n, mask in enumerate(masks)]
+            parts, kept = self.places.parts, self.log["kept"]
+            columns, dropped = read_out(parts, masks, goals, kept, slopes, view, job.keep)
+            clean = require_finite(values.detach(), "clean", rows).float().cpu()
+            require_finite_scores(columns, rows)
+            chosen = torch.stack(masks).any(0)
+            require_scored(chosen.sum(1), "Watching.scores")
+            texts = self._texts()
+            return Attribution(
+                tuple(part.dictionary for part in parts),
+                *columns,
+                clean=clean,
+                baseline=torch.full_like(clean, torch.nan),
+                tokens=chosen.sum(1).cpu(),
+                dropped=dropped,
+                scored=None if texts is None else chosen[view["real"]].cpu(),
+                texts=texts,
+                metric=name,
+            )
+
+    def _texts(self) -> Texts | None:
+        """The prompts' tokens; None where the model was given embeddings."""
+        view = self.log["view"]
+        if view["ids"] is None:
+            return None
+        batch = {"input_ids": view["ids"].cpu(), "attention_mask": view["real"].cpu()}
+        return texts_of(self.places.model, batch)
+
+    def _slopes(self, values: Tensor) -> dict[int, Tensor]:
+        rows = len(self.log["view"]["real"])
+        found = None
+        if values.shape == (rows,) and values.requires_grad:
+            found = torch.autograd.grad(
+                values.sum(),
+                list(self.log["nodes"].values()),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        if found is not None and any(slope is not None for slope in found):
+            return plain_slopes(values.sum(), self.log["nodes"], {}, keep=True)
+        raise GradientError(
+            explain(
+                "Watching.scores",
+                "values",
+                got=f"of shape {tuple(values.shape)}, "
+                + ("which no watched site reaches" if found else "without a gradient"),
+                wanted=f"one differentiable number a prompt, [{rows}], from behind the sites",
+                cause="an argmax or a mean over prompts, values of another invoke, or of a site"
+                " read before the watched ones",
+                call="watching.scores(model.output.logits[:, -1, token])",
+            )
+        )
+
+    def _fixed(self, number: int, mask: Tensor) -> Tensor | None:
+        if not isinstance(self.job.baseline, Fixed):
+            return None
+        part, prompt = self.places.parts[number], mask.nonzero()[:, 0]
+        return self.job.baseline.of(part.dictionary, part.indices, prompt)
+
+    def __repr__(self) -> str:
+        return f"Watching({self.job!r})"
+
+
+def begin(job: Attribute, model: Any, intervention: Intervention | None) -> Watching:
+    """Put the watched sites into the user's trace, behind an intervention's edits."""
+    _require_one_pass(job)
+    require_gradients(torch_module(model))
+    _require_a_trace(model)
+    latents = as_latents(job.target, "Attribute")
+    places = Watch(latents, model, job.metric, semantics=job.semantics)
+    way = places.way(intervention or NOTHING)
+    program, log = lower(intervention or NOTHING, model, way=way), new_log()
+    # What came before the first site stays in the user's graph.
+    places.add(program, places.written, Moved(), way, detach=False)
+    inline(model, program, log, None)
+    return Watching(job, places, log)
+
+
+def _require_a_trace(model: Any) -> None:
+    """Refuse a generation, which runs without gradients and passes the sites many times."""
+    try:
+        inputs = model.inputs  # from here on the model's own gradient mode holds
+    except OutOfOrderError:
+        return  # ``inline`` says what to do
+    if generating(inputs[1]):
+        raise GradientError(
+            explain(
+                "Attribute.watch",
+                "model",
+                got="in a generation",
+                wanted="a trace",
+                cause="generate runs without gradients",
+                call="with model.trace(prompt + completion), or log_prob(completion) outside",
+            )
+        )
+
+
+def _require_one_pass(job: Attribute) -> None:
+    single = [alpha for alpha, _ in job.method.nodes()] == [0.0]
+    metric = job.metric
+    wrong = (
+        (not single, "method", job.method, "AtP()"),
+        (job.baseline is not None and not isinstance(job.baseline, Fixed), "baseline", job.baseline,
+         "None or Fixed(...)"),
+        (job.backward is not None, "backward", job.backward, "None"),
+        (job.one_site, "one_site", job.one_site, "False"),
+        (metric.site is not None or metric.continuation is not None or metric.reference, "metric",
+         metric, "a metric of this trace's logits, or values of your own"),
+    )  # fmt: skip
+    for bad, parameter, got, wanted in wrong:
+        if bad:
+            raise SaefeatError(
+                explain(
+                    "Attribute.watch",
+                    parameter,
+                    got=f"{got!r}",
+                    wanted=f"{wanted} inside a trace",
+                    cause="a trace is one pass, and this takes others",
+                    call="attribute(model, prompts), outside the trace",
+                )
+            )

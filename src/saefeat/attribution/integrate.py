@@ -1,0 +1,138 @@
+"""Gradients along the path from clean to baseline, averaged; many nodes at once where they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import GradientError, SaefeatError, explain
+from .endpoint import End
+from .methods import Method
+from .passes import Batch, Pass, Watch
+
+ON_CPU, ELSEWHERE = 128, 8192
+"""Tokens a pass, when nobody says: a CPU gains nothing from more, a GPU would stand idle."""
+
+AtOnce = str | int
+
+
+def require_at_once(wanted: AtOnce) -> None:
+    """Refuse anything but ``"auto"`` or a number from 1.
+
+    Raises:
+        SaefeatError: for anything else.
+    """
+    if wanted == "auto" or (type(wanted) is int and wanted > 0):
+        return
+    raise SaefeatError(
+        explain(
+            "Attribute",
+            "steps_at_once",
+            got=repr(wanted),
+            wanted='"auto", or a number from 1',
+            cause="a typing error",
+            call="attribute(model, prompts, steps_at_once=4)",
+        )
+    )
+
+
+class Runs(NamedTuple):
+    """One batch under way: its clean run, the end of its path, and how it is gone about."""
+
+    watch: Watch
+    method: Method
+    batch: Batch
+    clean: Pass
+    end: End
+    at_once: AtOnce
+
+    def metric(self, here: Pass, batch: Batch, rows: Tensor) -> Tensor:
+        """The metric of a pass over some rows of the batch, [rows]."""
+        return self.watch.read(batch, here, self.clean.last[rows], self.base(rows))
+
+    def of_clean(self) -> Tensor:
+        """The metric in the clean run, [b]."""
+        return self.watch.read(self.batch, self.clean, self.clean.last, self.base())
+
+    def of_base(self) -> Tensor:
+        """The metric in the baseline run, [b]."""
+        end = self.end
+        return self.watch.read(end.batch, end.here, self.clean.last, self.base())
+
+    def base(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
+        """The baseline run's last logits [rows, vocabulary], if the metric asks for them."""
+        return self.end.here.last[rows] if self.watch.metric.needs_baseline else None
+
+    def copies(self) -> int:
+        """How many copies of the batch share a pass."""
+        if isinstance(self.at_once, int):
+            return self.at_once
+        budget = ON_CPU if self.clean.logits.device.type == "cpu" else ELSEWHERE
+        return max(1, budget // self.batch.tokens)
+
+
+def mean_gradients(runs: Runs, one_site: bool) -> dict[int, Tensor]:
+    """The metric's gradient at each written place [b, t, d], averaged over the path.
+
+    With ``one_site`` each place has a path of its own, on which nothing else is moved.
+    """
+    total: dict[int, Tensor] = {}
+    watch, clean, nodes = runs.watch, runs.clean, list(runs.method.nodes())
+    if nodes[0][0] == 0.0:  # the clean pass is the node at zero, for every site
+        weight = nodes.pop(0)[1]
+        _add(total, gradients(runs.of_clean(), clean, watch), weight)
+        clean.nodes.clear()  # one graph at a time
+    groups = [[number] for number in watch.written] if one_site else [list(watch.written)]
+    for group in groups:
+        for first in range(0, len(nodes), runs.copies()):
+            some = nodes[first : first + runs.copies()]
+            for n, slope in _slopes(runs, some, group).items():
+                for (_, weight), one in zip(some, slope, strict=True):
+                    _add(total, {n: one}, weight)
+    return total
+
+
+def _slopes(
+    runs: Runs, nodes: Sequence[tuple[float, float]], group: Sequence[int]
+) -> dict[int, Tensor]:
+    """Gradients at several nodes in one pass, as copies of the batch's rows: [nodes, b, t, d]."""
+    rows = torch.arange(len(runs.batch.numbers)).repeat(len(nodes))
+    share = torch.tensor([alpha for alpha, _ in nodes], dtype=torch.float64)
+    share = share.repeat_interleave(len(runs.batch.numbers))
+    targets = {n: runs.end.targets[n].repeat(len(nodes), 1, 1) for n in group}
+    many = runs.batch.take(rows)
+    here = runs.watch.run(
+        many, gradient=group, targets=targets, share=share[:, None, None], copy=False
+    )
+    found = gradients(runs.metric(here, many, rows), here, runs.watch)
+    return {n: slope.unflatten(0, (len(nodes), -1)) for n, slope in found.items()}
+
+
+def _add(total: dict[int, Tensor], slopes: dict[int, Tensor], weight: float) -> None:
+    """Sums in at least float32: in bfloat16 a mean of 200 gradients is wrong by several percent."""
+    for number, slope in slopes.items():
+        part = weight * slope.to(torch.promote_types(slope.dtype, torch.float32))
+        total[number] = part if number not in total else total[number].add_(part)
+
+
+def gradients(values: Tensor, here: Pass, watch: Watch) -> dict[int, Tensor]:
+    """∂(Σ metric)/∂x at each node; prompts do not mix, so rows are the prompts' own.
+
+    Raises:
+        GradientError: for a metric that is not one differentiable number a prompt.
+    """
+    if values.shape != here.logits.shape[:1] or not values.requires_grad:
+        raise GradientError(
+            explain(
+                "Attribute",
+                "metric",
+                got=f"of shape {tuple(values.shape)}, requires_grad={values.requires_grad}",
+                wanted="one differentiable number a prompt, [batch]",
+                cause="an argmax, a detach or a mean over prompts inside the metric",
+                call="metric(lambda logits: logits[:, 5])",
+            )
+        )
+    return here.slopes(values.sum(), here.nodes, watch.written)

@@ -1,0 +1,230 @@
+"""What a path moves: the pairs of token and latent whose activation differs at its two ends.
+
+Nothing of the size [tokens, d_sae] exists: blocks of latents times tokens are encoded, and reduced
+to the pairs that move. What moves a site, and what is scored, is summed over these pairs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from ..dictionaries.base import cast
+from ..dictionaries.latents import index_tensor
+from ..kernel.encode import encode
+from .passes import Part
+
+CHUNK, ELSEWHERE = 1024, 8192
+"""Latents encoded at a time, on a CPU and elsewhere: more costs memory, fewer costs launches."""
+TOKENS = 1024
+"""Tokens encoded at a time: with CHUNK it bounds memory, however long the prompts."""
+REMEMBERED = 512
+"""Pairs a token that are remembered from the path's end to the scores; more are encoded again."""
+DENSE = 64
+"""Of so many pairs one must be wanted for a matrix product of all of them to be the cheaper."""
+
+Span = tuple[int, int]
+
+
+class Goal(NamedTuple):
+    """What one part's latents are moved to, at n scored tokens.
+
+    ``after`` [n, d_in] is what the dictionary reads in the baseline run; ``fixed`` [1 or n, k]
+    are given values; with neither it is zero. ``known`` are the pairs, once they were found.
+    """
+
+    after: Tensor | None = None
+    fixed: Tensor | None = None
+    known: Known | None = None
+
+
+class Block(NamedTuple):
+    """Some latents [k] at some tokens [t]: the m pairs that move, by token.
+
+    ``span`` is where the latents lie among the part's. ``token`` [m] counts from the block's first,
+    ``column`` [m] in its latents, whose ``directions`` are [k, d_out]. ``scale`` and ``then``
+    [t, 1 or d_out] are what directions carry before and after, if anything.
+    """
+
+    tokens: slice
+    span: Span
+    latents: Tensor
+    directions: Tensor
+    token: Tensor
+    column: Tensor
+    was: Tensor
+    will: Tensor
+    scale: Tensor | None
+    then: Tensor | None
+
+    def step(self, tokens: int) -> Tensor:
+        """[t, d_out]: what moving all pairs adds to the written site; ``tokens`` is t."""
+        if self.scale is None or self.then is None:
+            return self._sum(self.will - self.was, tokens)
+        return self._sum(self.will, tokens) * self.then - self._sum(self.was, tokens) * self.scale
+
+    def dot(self, slope: Tensor) -> Tensor:
+        """[m]: each pair's direction times its token's slope [t, d_out]."""
+        if self._many(len(slope)):
+            return (slope @ self.directions.T)[self.token, self.column]
+        step = max(1, (1 << 18) // slope.shape[1])  # 1 MiB of float32 at a time
+        pieces = [
+            (slope[self.token[i : i + step]] * self.directions[self.column[i : i + step]]).sum(-1)
+            for i in range(0, max(len(self.token), 1), step)
+        ]
+        return torch.cat(pieces)
+
+    def _many(self, tokens: int) -> bool:
+        return len(self.token) * DENSE > tokens * len(self.latents)
+
+    def _sum(self, weight: Tensor, tokens: int) -> Tensor:
+        """[t, d_out]: each token's weighted sum of directions."""
+        if self._many(tokens):
+            every = weight.new_zeros(tokens, len(self.latents))
+            return every.index_put_((self.token, self.column), weight) @ self.directions
+        bags = torch.searchsorted(self.token, torch.arange(tokens, device=weight.device))
+        # Neither a gathered [m, d_out] nor, on a GPU, sums whose order changes between runs.
+        return embedding_bag(
+            self.column, self.directions, bags, mode="sum", per_sample_weights=weight
+        )
+
+
+class Known(NamedTuple):
+    """All pairs of one part, block after block: its span of latents → where its pairs end."""
+
+    ends: dict[Span, int]
+    columns: Sequence[Tensor]
+    scale: Tensor | None
+    then: Tensor | None
+
+
+class Pile:
+    """Columns that grow by pieces, in storage that doubles.
+
+    Small tensors kept between large passing ones leave a heap in holes that none of the large ones
+    fits: with a list of pieces 64k latents took 300 MB, nearly all of it such holes.
+    """
+
+    def __init__(self) -> None:
+        self._columns: list[Tensor] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, columns: Sequence[Tensor]) -> None:
+        """Add rows: one tensor [m] a column."""
+        stop = self._size + len(columns[0])
+        room = len(self._columns[0]) if self._columns else -1
+        if stop > room:
+            grown = [column.new_empty(max(stop, 2 * room, 1024)) for column in columns]
+            for new, old in zip(grown, self._columns, strict=bool(self._columns)):
+                new[: self._size] = old[: self._size]
+            self._columns = grown
+        for held, column in zip(self._columns, columns, strict=True):
+            held[self._size : stop] = column
+        self._size = stop
+
+    def columns(self) -> list[Tensor]:
+        """The rows so far."""
+        return [column[: self._size] for column in self._columns]
+
+
+def at_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """[n, d]: a site's values [b, t, d] where the mask [b, t] holds, wherever either lies.
+
+    A model may be split over devices: the mask is where its inputs are, a site where its block is.
+    """
+    return values[mask.to(values.device)]
+
+
+def blocks(part: Part, before: Tensor, goal: Goal) -> Iterator[Block]:
+    """What moves, block by block; ``before`` [n, d_in] is what is read in the clean run."""
+    if goal.known is None:
+        yield from _found(part, before, goal)
+        return
+    known, start = goal.known, 0
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    for span, stop in known.ends.items():
+        latents = index_tensor(part.indices[slice(*span)])
+        token, column, was, will = (rows[start:stop] for rows in known.columns)
+        directions = part.dictionary.directions(latents).to(before.device, dtype)
+        everything = slice(0, len(before))
+        ends = (known.scale, known.then)
+        yield Block(everything, span, latents, directions, token, column, was, will, *ends)
+        start = stop
+
+
+def _found(part: Part, before: Tensor, goal: Goal) -> Iterator[Block]:
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    most = CHUNK if before.device.type == "cpu" else ELSEWHERE
+    # A joint dictionary computes all of its latents for any of them: one block has them all.
+    chunk = len(part.indices) if part.dictionary.joint else most
+    for first in range(0, len(part.indices), chunk):
+        span = (first, first + chunk)
+        latents = index_tensor(part.indices[slice(*span)])
+        columns = cast(part.dictionary.columns(latents), dtype, before.device)
+        width = columns["encoder"].shape[1] if "encoder" in columns else part.dictionary.d_sae
+        tokens = max(1, most * TOKENS // max(width, most))
+        for start in range(0, max(len(before), 1), tokens):
+            yield _pairs(columns, latents, before, goal, slice(start, start + tokens), span)
+
+
+def _pairs(
+    columns: dict[str, Any], latents: Tensor, before: Tensor, goal: Goal, tokens: slice, span: Span
+) -> Block:
+    """One block's pairs that move."""
+    was, scale = encode(columns, before[tokens])
+    will, then = _reached(columns, goal, tokens, span, was, scale)
+    # A scaled direction moves itself, though its latent may not.
+    moved = will != was if scale is None else (will != 0) | (was != 0)
+    token, column = moved.nonzero(as_tuple=True)
+    was, will = was[token, column], will[token, column]
+    return Block(
+        tokens, span, latents, columns["directions"], token, column, was, will, scale, then
+    )
+
+
+def _reached(
+    columns: dict[str, Any],
+    goal: Goal,
+    tokens: slice,
+    span: Span,
+    was: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The latents at the baseline, and the scale of their directions there."""
+    if goal.after is not None:
+        return encode(columns, goal.after[tokens])
+    if goal.fixed is not None:
+        fixed = goal.fixed if len(goal.fixed) == 1 else goal.fixed[tokens]
+        return fixed[:, slice(*span)].to(was).expand_as(was), scale
+    # At the zero baseline the latent is zero, though x − f · directions may encode to more.
+    return was.new_zeros(()).expand_as(was), scale
+
+
+def moved_by(part: Part, before: Tensor, goal: Goal, out: Tensor) -> tuple[Tensor, Goal]:
+    """The written site's value ``out`` [n, d_out] with everything moved, and the goal with pairs.
+
+    The pairs are remembered unless they are many, so that scores need not encode again.
+    """
+    out, pile, limit = out.clone(), Pile(), REMEMBERED * len(before)
+    ends: dict[Span, int] = {}
+    scales: dict[int, tuple[Tensor, Tensor]] = {}
+    for block in blocks(part, before, goal):
+        here = out[block.tokens]
+        out[block.tokens] = here + block.step(len(here)).to(out)
+        if block.scale is not None and block.then is not None:
+            scales[block.tokens.start] = block.scale, block.then
+        if len(pile) <= limit:
+            token = block.token + block.tokens.start
+            pile.add((token, block.column, block.was, block.will))
+            ends[block.span] = len(pile)
+    if len(pile) > limit or not ends:
+        return out, goal
+    scale, then = map(torch.cat, zip(*scales.values(), strict=True)) if scales else (None, None)
+    return out, goal._replace(known=Known(ends, pile.columns(), scale, then))

@@ -1,0 +1,220 @@
+"""Passes on a server, for attribution.
+
+A pass brings back the values at watched sites [b, t, d_model] and the logits that the metric reads.
+Where gradients are wanted, the metric is differentiated here with respect to those logits, and a
+second job runs the same pass again and pulls that slope back to the sites. So the metric never
+travels, and any metric will do; a pass with gradients costs two jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import nnsight
+import torch
+from nnsight.intervention.backends.remote import RemoteError as Refused
+from torch import Tensor
+
+from ..errors import GradientError, RemoteError, SaefeatError, explain
+from ..kernel.program import new_log
+from ..kernel.slopes import NO_GRADIENT, pulled_back, seen
+from ..kernel.trace import whole_run
+from ..shipping.payload import parts_of, require_fits, weight
+from ..shipping.program import narrowed, register, require_known_functions
+
+
+class Errand(NamedTuple):
+    """A pass to be made on a server; ``columns`` is how many last columns of logits, 0 for all."""
+
+    model: Any
+    remote: bool | str
+    program: dict[str, Any]
+    inputs: Mapping[str, Tensor]
+    lengths: Tensor | None
+    columns: int
+    options: dict[str, Any]
+    limit: int
+
+    def packed(self, program: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The program and the inputs as they are sent.
+
+        Raises:
+            RemoteError: for what is too large, or needs what a server does not have.
+        """
+        register()
+        own, batch = narrowed(program), own_storage(self.inputs)
+        require_known_functions("Attribute", own, self.model)
+        parts = {**parts_of(own), "inputs": weight(list(batch.values()))}
+        require_fits("Attribute", parts, sum(parts.values()), self.limit)
+        return own, batch
+
+
+def run_afar(errand: Errand) -> tuple[dict[str, Any], Tensor]:
+    """One pass without gradients: its log, and the logits."""
+    model, remote, program, _, lengths, columns, options, _ = errand
+    own, batch = errand.packed(still(program))
+    log = logits = None
+    with model.trace(remote=remote, **options) as tracer:
+        with tracer.invoke(batch):
+            log = nnsight.save(new_log())
+            whole_run(model, own, log, lengths)
+            seen(log)
+        with tracer.invoke():
+            logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
+    require_pass(errand, log, logits)
+    return log, logits
+
+
+def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
+    """The gradient at each of the program's nodes, from the metric's slope at what it reads.
+
+    Raises:
+        GradientError: where the server lets no gradient cross to the block.
+    """
+    model, remote, program, _, lengths, columns, options, _ = errand
+    own, batch = errand.packed(program)
+    found = None
+    try:
+        with model.trace(remote=remote, **options) as tracer:
+            log = new_log()
+            with tracer.invoke(batch):
+                whole_run(model, own, log, lengths)
+            with tracer.invoke():
+                logits = model.output.logits[:, -columns:]
+                found = nnsight.save(pulled_back(log, logits, slopes))
+    except (Refused, RuntimeError) as error:
+        if NO_GRADIENT in str(error):
+            raise GradientError(no_gradient()) from error
+        raise
+    require_values(errand, "gradients", found, nodes_of(program))
+    return found
+
+
+def pull(errand: Errand, leaves: dict[str, Tensor], total: Tensor, *_: Any) -> dict[int, Tensor]:
+    """What computes gradients of a metric's ``total`` on a server; ``leaves`` is what it read."""
+    grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return slopes_afar(errand, dict(zip(leaves, grads, strict=True)))
+
+
+def leaves_of(log: dict[str, Any], logits: Tensor) -> dict[str, Tensor]:
+    """The logits and the metric's own site, each the beginning of a graph here."""
+    metric = {name: value for name, value in log["shown"].items() if name == "metric"}
+    return {name: value.requires_grad_() for name, value in ({"logits": logits} | metric).items()}
+
+
+def require_pass(errand: Errand, log: Any, logits: Any) -> None:
+    """Refuse a pass that is not the one asked for.
+
+    Raises:
+        RemoteError: naming what does not fit.
+    """
+    rows, tokens = errand.inputs["input_ids"].shape
+    wanted = (rows, errand.columns or tokens)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != wanted:
+        raise unfit(f"logits {_of(logits)}", f"{[*wanted, 'vocabulary']}")
+    if not isinstance(log, dict) or not isinstance(log.get("kept"), dict):
+        raise unfit(f"a log {_of(log)}", "the values at the watched sites")
+    actions = [action for visit in errand.program["visits"] for action in visit["actions"]]
+    require_values(
+        errand, "values", log["kept"], [a["id"] for a in actions if a["do"] == "keep" and a["copy"]]
+    )
+
+
+def require_values(errand: Errand, what: str, found: Any, numbers: list[Any]) -> None:
+    """Refuse other places than those asked for, or other tokens there.
+
+    Raises:
+        RemoteError: naming what does not fit.
+    """
+    if not isinstance(found, dict) or set(found) != set(numbers):
+        got = list(found) if isinstance(found, dict) else _of(found)
+        raise unfit(f"{what} of places {got}", f"of {numbers}")
+    for value in found.values():
+        shape = errand.inputs["input_ids"].shape
+        if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+            raise unfit(f"{what} {_of(value)}", f"{[*shape, 'd']}")
+        if value.shape[:-1].numel() != shape.numel():
+            raise unfit(f"{what} {_of(value)}", f"{[*shape, 'd']}")
+
+
+def _of(value: Any) -> str:
+    return (
+        str(list(value.shape)) if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+    )
+
+
+def unfit(got: str, wanted: str) -> RemoteError:
+    """The error for a pass that does not fit its request."""
+    return RemoteError(
+        explain(
+            "Attribute",
+            "remote",
+            got=f"a server whose result has {got}",
+            wanted=wanted,
+            cause="a server of another version, or one that is none",
+            call="preflight(model, prompts, remote=...), which shows the server's nnsight",
+        )
+    )
+
+
+def still(program: dict[str, Any]) -> dict[str, Any]:
+    """The program without nodes: values are moved as before, no graph is begun."""
+    visits = [
+        {**visit, "actions": [quiet(action) for action in visit["actions"]]}
+        for visit in program["visits"]
+    ]
+    return {**program, "visits": visits}
+
+
+def nodes_of(program: dict[str, Any]) -> list[int]:
+    """The numbers of the places where the program asks for a gradient."""
+    actions = [action for visit in program["visits"] for action in visit["actions"]]
+    return [action["id"] for action in actions if action.get("gradient")]
+
+
+def quiet(action: dict[str, Any]) -> dict[str, Any]:
+    """A keep action without gradient; others as they are."""
+    off = {"gradient": False, "first": False, "through": None, "source": None}
+    return {**action, **off} if action["do"] == "keep" else action
+
+
+def own_storage(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clones: a view would ship what it is a view of."""
+    return {name: tensor.clone() for name, tensor in inputs.items()}
+
+
+def require_plain(semantics: str, backward: object) -> None:
+    """Refuse what needs the model's modules or whole dictionaries beside the pass.
+
+    Raises:
+        SaefeatError: for ``through_sae`` or a backward rule.
+    """
+    if semantics == "pass_through" and backward is None:
+        return
+    got = f"backward={backward!r}" if backward is not None else f"semantics={semantics!r}"
+    cause = "whole dictionaries would have to stand in the server's graph"
+    call = "semantics='pass_through', whose gradients need none"
+    if backward is not None:
+        cause = "a backward rule hooks the model's own modules, and no hook travels"
+        call = "backward=None and IG(8, 'midpoint'), which mends most of what the rule is for"
+    call += ", Exact() on the latents that matter, or a model here"
+    wanted = "pass_through semantics and the plain gradient"
+    raise SaefeatError(
+        explain(
+            "Attribute", "remote", got=f"given with {got}", wanted=wanted, cause=cause, call=call
+        )
+    )
+
+
+def no_gradient() -> str:
+    """What to do where gradients do not exist."""
+    return explain(
+        "Attribute",
+        "remote",
+        got="a server that lets no gradient cross between the model and the block",
+        wanted="a block that runs beside the model",
+        cause="NDIF runs the blocks of ordinary keys in a process of their own, and copies values",
+        call="method=Exact() or FiniteDifference(), which need forward passes alone, on the few"
+        " latents that matter; or a key for which blocks run beside the model",
+    )

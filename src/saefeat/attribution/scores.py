@@ -1,0 +1,423 @@
+"""Attribution: the sparse result of ``Attribute``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionaries, Dictionary
+from ..dictionaries.latents import Latents
+from ..errors import LatentError, SaefeatError, explain
+from ..files.container import MAX_BYTES
+from ..model.sites import Site
+from ..text.texts import Texts
+from ..text.tokens import Tokens
+from . import file, plots, show, totals
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Scores by (prompt, site, position, latent), for latents that moved; all else is zero.
+
+    A score estimates the change of the metric when the latent alone goes from its clean to its
+    baseline value: (f_base − f) · mean gradient · direction. So with the zero baseline, removing a
+    latent that supports the metric scores below zero.
+
+    Attributes:
+        dictionaries: what ``dictionary`` indexes.
+        prompt: [n] long, which prompt.
+        dictionary: [n] long, index into ``dictionaries``.
+        position: [n] long, absolute position among the prompt's real tokens; −1 where one score
+            stands for all scored tokens together (``Exact(per="latent")``). Such scores have
+            totals by latent and site, and none by position or token.
+        latent: [n] long.
+        score: [n] float32.
+        activation: [n] float32, the clean activation.
+        change: [n] float32, baseline minus clean activation.
+        clean: [prompts] float32, the metric in the clean run.
+        baseline: [prompts] float32, the metric in the baseline run; NaN if none was made.
+        tokens: [prompts] long, how many tokens of each prompt were scored, for one of the
+            dictionaries at least; what means over tokens divide by.
+        ends: [prompts, dictionaries] float32, the metric with that dictionary's site alone at the
+            baseline; only with ``one_site=True``.
+        dropped: [prompts, 2] float32, the sum and the sum of sizes of scores that ``keep=`` left
+            out; only with ``keep``.
+        scored: [all real tokens] bool, which of them were scored, prompt after prompt.
+        texts: the prompts' tokens, for masks, tables and pages; None for a result made by hand.
+        metric: the metric, as it prints.
+        signed: False where scores are sizes without a sign (``GradDrop``). ``top`` then finds the
+            largest, whichever way they act, and there is no gap.
+
+    Examples:
+        >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
+        >>> one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        >>> at = (zero, zero, zero, zero)  # prompt, dictionary, position, latent
+        >>> sf.attribution.Attribution((v,), *at, 2 * one, one, -one, one, one, zero + 4).top(1)
+        Latents(1: resid_post.0 [0])
+    """
+
+    dictionaries: tuple[Dictionary, ...]
+    prompt: Tensor
+    dictionary: Tensor
+    position: Tensor
+    latent: Tensor
+    score: Tensor
+    activation: Tensor
+    change: Tensor
+    clean: Tensor
+    baseline: Tensor
+    tokens: Tensor
+    ends: Tensor | None = None
+    dropped: Tensor | None = None
+    scored: Tensor | None = None
+    texts: Texts | None = None
+    metric: str = ""
+    signed: bool = True
+
+    @property
+    def slope(self) -> Tensor:
+        """[n]: score over change, the mean gradient's dot product with the latent's direction.
+
+        The size of that product for scores without a sign. NaN where the activation is the same
+        in both runs and the direction itself moved, as with SAEs that normalize their input.
+        """
+        moved = self.change if self.signed else self.change.abs()
+        # a score of all tokens together stands beside their mean change
+        moved = torch.where(self.position < 0, moved * self.tokens[self.prompt], moved)
+        return torch.where(moved != 0, self.score / moved, torch.nan)
+
+    @property
+    def gap(self) -> Tensor:
+        """[prompts]: Σ scores, dropped ones too, − (baseline − clean) of the metric.
+
+        Zero for exact integrated gradients of a single site whose dictionary explains all of the
+        change. Sites in a row each carry the same effect, so over many sites the sum overcounts.
+        NaN where no baseline run was made.
+
+        Raises:
+            SaefeatError: for scores without a sign, which do not add up to a change.
+        """
+        totals.require_signed(self, "Attribution.gap")
+        total = torch.zeros_like(self.clean).index_add_(0, self.prompt, self.score)
+        left = 0.0 if self.dropped is None else self.dropped[:, 0]
+        return total + left - (self.baseline - self.clean)
+
+    @property
+    def gap_by_site(self) -> Tensor:
+        """[prompts, dictionaries]: Σ scores at each dictionary's site − the change the site makes.
+
+        With ``one_site=True`` every site has a path of its own, so each gap is one of its own too:
+        zero for exact integration and a dictionary that explains all of the change. Dictionaries
+        that write at one site share its path, and its gap.
+
+        Raises:
+            SaefeatError: without ``one_site=True``, where ``keep`` left scores out, or for scores
+                without a sign.
+        """
+        totals.require_signed(self, "Attribution.gap_by_site")
+        if self.ends is None or self.dropped is not None:
+            raise SaefeatError(
+                explain(
+                    "Attribution.gap_by_site",
+                    "scores",
+                    got="made on a path that moves all sites, or without its smaller scores",
+                    wanted="a path for each site, and all scores",
+                    cause="one_site=True was not asked for, or keep= was",
+                    call="Attribute(saes, metric, method=IG(8, 'gauss'), one_site=True)",
+                )
+            )
+        place = self.prompt * self.ends.shape[1] + self.dictionary
+        total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score).view_as(self.ends)
+        sites = [dictionary.write_site for dictionary in self.dictionaries]
+        shared = torch.tensor([[float(one == other) for other in sites] for one in sites])
+        return total @ shared - (self.ends - self.clean[:, None])
+
+    @property
+    def degenerate(self) -> Tensor:
+        """[prompts] bool: the metric is exactly the same in both runs: nothing to attribute.
+
+        It happens when the baseline's own token is the very token it is compared with, which makes
+        the metric zero in both, and where the baseline changes nothing.
+        """
+        return self.clean == self.baseline
+
+    def totals(
+        self, *, per: str = "dataset", where: Tokens | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores by latent: the mean over a prompt's scored tokens, then over prompts.
+
+        Args:
+            per: ``"dataset"``, or ``"prompt"`` to keep prompts apart.
+            where: count only scored tokens that this rule selects, in sums and in means:
+                ``~Tokens.special()`` leaves BOS and the template's markers out,
+                ``Tokens.role("user")`` all of the template. A prompt without any counts as zero.
+
+        Returns:
+            keys [m, 2] (dictionary, latent), values, and the prompt of each row: [m] and [m]
+            for ``"prompt"`` (for ``"dataset"`` the last is all zeros).
+
+        Raises:
+            SaefeatError: for a rule on a result that does not know its tokens, or whose scores
+                belong to none.
+        """
+        call = 'scores.totals(per="prompt")'
+        totals.one_of("Attribution.totals", "per", per, ("dataset", "prompt"), call)
+        kept, tokens = totals.kept(self, where)
+        rows = self.prompt if per == "prompt" else torch.zeros_like(self.prompt)
+        keys = torch.stack([rows, self.dictionary, self.latent], 1)[kept]
+        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+        share = (self.score / tokens.clamp(min=1)[self.prompt])[kept]
+        if per != "prompt":
+            share = share / len(self.tokens)
+        values = torch.zeros(len(unique)).index_add_(0, inverse, share)
+        return unique[:, 1:], values, unique[:, 0]
+
+    def by_site(self, *, where: Tokens | None = None) -> dict[Site, float]:
+        """Σ scores of each site over latents and tokens, mean over prompts.
+
+        Sites in a row carry the same effect: compare them, do not add them.
+
+        Args:
+            where: only scored tokens that this rule selects.
+        """
+        return totals.by_site(self, where)
+
+    def by_position(
+        self, *, origin: str = "start", where: Tokens | None = None
+    ) -> dict[int, float]:
+        """Σ scores of each position over sites and latents, mean over the prompts that have it.
+
+        Args:
+            origin: ``"start"``: 0 is a prompt's first real token; ``"end"``: −1 is its last, and
+                a continuation's tokens count from 0.
+            where: only scored tokens that this rule selects.
+
+        Returns:
+            Position → mean, for positions that are scored in at least one prompt.
+
+        Raises:
+            SaefeatError: for scores of whole prompts, which have no position.
+        """
+        return totals.by_position(self, origin, where)
+
+    @overload
+    def top(
+        self,
+        k: int,
+        *,
+        per: Literal["dataset"] = "dataset",
+        within: Latents | None = None,
+        where: Tokens | None = None,
+    ) -> Latents: ...
+
+    @overload
+    def top(
+        self,
+        k: int,
+        *,
+        per: Literal["prompt"],
+        within: Latents | None = None,
+        where: Tokens | None = None,
+    ) -> tuple[Latents, ...]: ...
+
+    def top(
+        self,
+        k: int,
+        *,
+        per: str = "dataset",
+        within: Latents | None = None,
+        where: Tokens | None = None,
+    ) -> Latents | tuple[Latents, ...]:
+        """The k latents with the highest mean score.
+
+        Args:
+            k: how many; fewer come back if fewer have a positive score.
+            per: ``"dataset"``, or ``"prompt"`` for the best of each prompt on its own.
+            within: only these latents compete.
+            where: only scored tokens that this rule selects, as in ``totals``.
+
+        Returns:
+            Latents, best first within each dictionary; for ``"prompt"`` a tuple, one a prompt.
+
+        Raises:
+            LatentError: for k below 1 or not whole, or ``within`` of other dictionaries.
+            SaefeatError: as in ``totals``.
+        """
+        keys, values, prompts = self.totals(per=per, where=where)
+        if per == "dataset":
+            return self._best(keys, values, k, within)
+        return tuple(
+            self._best(keys[prompts == p], values[prompts == p], k, within)
+            for p in range(len(self.tokens))
+        )
+
+    def top_per_prompt(self, k: int, *, within: Latents | None = None) -> tuple[Latents, ...]:
+        """The k latents with the highest score for each prompt on its own."""
+        return self.top(k, per="prompt", within=within)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one safetensors file, with fingerprints in place of dictionaries.
+
+        Returns:
+            The path.
+
+        Raises:
+            FileError: for a folder that is not there.
+        """
+        return file.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        saes: Dictionaries | Iterable[Dictionary] | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> Attribution:
+        """Read a result that ``save`` wrote.
+
+        Args:
+            path: the file.
+            saes: the dictionaries it was made with, found by site and fingerprint, so that
+                ``top`` gives latents one can edit. Without them it gives stand-ins that have
+                names and widths and nothing else: good for tables, refused by every edit.
+            max_bytes: refuse to read a file larger than this.
+
+        Raises:
+            FileError: for a file that is missing, broken, of another kind or from a later
+                version, and for a dictionary that is not among ``saes``.
+        """
+        return file.load(cls, path, saes, max_bytes)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame, one row a score: prompt, position, token, site, dictionary, latent, score,
+        activation, change, slope. A score of a whole prompt has position −1 and no token.
+
+        Raises:
+            SaefeatError: without pandas.
+        """
+        return show.frame(self)
+
+    def to_html(self, *, prompts: int = show.PROMPTS) -> str:
+        """A self-contained page: the best latents, and prompts with their tokens shaded by score.
+
+        Args:
+            prompts: how many prompts to show.
+        """
+        return show.page(self, prompts)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def plot_latents(self, k: int = 20, *, ax: Any = None) -> Any:
+        """The k latents with the largest mean scores as a heat map, sites by latents.
+
+        Args:
+            k: how many.
+            ax: matplotlib axes to draw on; a new figure's by default.
+
+        Returns:
+            The axes; ``.figure.savefig(...)`` writes them.
+        """
+        return plots.latents(self, k, ax)
+
+    def plot_tokens(self, prompt: int = 0, *, ax: Any = None) -> Any:
+        """One prompt's tokens by their scores, summed over sites and latents.
+
+        Args:
+            prompt: which.
+            ax: as in ``plot_latents``.
+
+        Returns:
+            The axes.
+        """
+        return plots.tokens(self, prompt, ax)
+
+    def plot_cumulative(self, *, ax: Any = None) -> Any:
+        """The share of all mean scores' size that the n largest latents hold.
+
+        Args:
+            ax: as in ``plot_latents``.
+
+        Returns:
+            The axes.
+        """
+        return plots.cumulative(self, ax)
+
+    def scores_of(self, latents: Latents) -> Tensor:
+        """[k]: the mean score over the data set of each latent, zero where it never moved."""
+        keys, values, _ = self.totals()
+        table = {(int(d), int(i)): float(v) for (d, i), v in zip(keys, values, strict=True)}
+        pairs = totals.members(self.dictionaries, latents)
+        return torch.tensor([table.get(pair, 0.0) for pair in pairs])
+
+    def ranking(
+        self, k: int, *, within: Latents | None = None
+    ) -> tuple[tuple[Latents, float], ...]:
+        """The k best latents of the data set one by one, each with its mean score, best first."""
+        keys, values, _ = self.totals()
+        return tuple(
+            (Latents(((self.dictionaries[d], (i,)),)), score)
+            for d, i, score in self._ranked(keys, values, k, within)
+        )
+
+    def _best(self, keys: Tensor, values: Tensor, k: int, within: Latents | None) -> Latents:
+        chosen: dict[Dictionary, list[int]] = {}
+        for number, index, _ in self._ranked(keys, values, k, within):
+            chosen.setdefault(self.dictionaries[number], []).append(index)
+        ordered = sorted(chosen.items(), key=lambda item: item[0].site.order)
+        return Latents(tuple((basis, tuple(indices)) for basis, indices in ordered))
+
+    def _ranked(
+        self, keys: Tensor, values: Tensor, k: int, within: Latents | None
+    ) -> list[tuple[int, int, float]]:
+        """(dictionary, latent, score) of the k highest positive scores, best first."""
+        if type(k) is not int or k < 1:
+            raise LatentError(
+                explain(
+                    "Attribution.top",
+                    "k",
+                    got=repr(k),
+                    wanted="a whole number, at least 1",
+                    cause="a budget of no latents, or a share of them",
+                    call="scores.top(20)",
+                )
+            )
+        allowed = None if within is None else set(totals.members(self.dictionaries, within))
+        found: list[tuple[int, int, float]] = []
+        for row in values.argsort(descending=True, stable=True).tolist():
+            pair = (int(keys[row, 0]), int(keys[row, 1]))
+            if len(found) == k or values[row] <= 0:
+                break
+            if allowed is None or pair in allowed:
+                found.append((*pair, float(values[row])))
+        return found
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(str(d.site) for d in self.dictionaries[:4])
+        more = ", ..." if len(self.dictionaries) > 4 else ""
+        one_run = bool(self.baseline.isnan().all())  # made in a trace: there is nothing to go to
+        end = "" if one_run else f" → {self.baseline.mean():.3f}"
+        head = (
+            f"Attribution({len(self)} scores, {len(self.tokens)} prompts, at {sites}{more}; "
+            f"metric {self.clean.mean():.3f}{end}{self._warnings()})"
+        )
+        return "\n  ".join([head, *show.lines(self)])
+
+    def _warnings(self) -> str:
+        """What a reader must know before trusting the scores."""
+        blind = int(self.degenerate.sum())
+        found = "" if self.signed else "; sizes without sign"
+        found += f"; {blind} degenerate" if blind else ""
+        if self.dropped is not None and bool(self.dropped[:, 1].any()):
+            every = self.dropped[:, 1].sum() + self.score.abs().sum()
+            found += f"; {self.dropped[:, 1].sum() / every:.1%} of the scores' size dropped"
+        return found

@@ -1,0 +1,166 @@
+"""matched: latents drawn to resemble a selection in decoder norm and firing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Latents, as_latents
+from ..errors import LatentError, explain
+from ..model.sites import Site
+from ..results.readings import Readings
+
+Statistic = Readings | Mapping[Site | str, Tensor]
+
+
+def matched(
+    latents: Latents,
+    statistics: Statistic | Iterable[Statistic] = (),
+    *,
+    seed: int,
+    within: float = 2.0,
+) -> Latents:
+    """For each latent another one of its dictionary, as long and as active.
+
+    Each control is drawn uniformly from the latents whose decoder norm and whose every statistic
+    lie within a factor of the latent's own; the selection itself is excluded, and no control
+    is drawn twice. Draw with several seeds, and report the effect beside all of theirs.
+
+    Args:
+        latents: the selection to be controlled for.
+        statistics: what else must agree. ``Readings`` of a ``Probe`` of the whole dictionary give
+            two statistics, how often a latent is active and its mean activation over the tokens
+            read; a mapping gives one, site → [d_sae] numbers. Without any, only the decoder norm
+            is matched, which is not enough where latents fire unequally.
+        seed: of the draw; the same on every machine.
+        within: the factor, at least 1: each statistic of a control lies between the latent's own
+            divided by it and times it.
+
+    Returns:
+        As many latents of each dictionary, the i-th in place of the selection's i-th.
+
+    Raises:
+        LatentError: if a latent has no match left (widen ``within``, or read more tokens), or its
+            dictionary has no statistics among those given.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> sae = sf.load_sae(tiny.saes_folder("chat") / "resid_post_1")
+        >>> texts = ["how do i bake bread", "how do i poison rivals", "tell me a story"]
+        >>> readings = sf.run(model, texts, sf.Probe(sae)).readings[0]
+        >>> active = sae.latents(readings.active().topk(4).indices)
+        >>> controls = sf.controls.matched(active, readings, seed=0, within=4.0)
+        >>> len(controls), len(controls & active)
+        (4, 0)
+    """
+    chosen = as_latents(latents, "matched")
+    _require_factor(within)
+    given = [statistics] if isinstance(statistics, Readings | Mapping) else list(statistics)
+    generator = random.Random(seed)
+    found: list[tuple[Any, tuple[int, ...]]] = []
+    for basis, indices in chosen.parts:
+        rows = _statistics(basis, given)  # type: ignore[arg-type]
+        found.append((basis, _drawn(basis, indices, rows, within, generator)))
+    return Latents(tuple(found))
+
+
+def _statistics(basis: Dictionary, given: Sequence[Statistic]) -> Tensor:
+    """[s, d_sae]: the decoder norm and each statistic; NaN where a latent has none."""
+    rows = [basis.directions().norm(dim=1).double()]
+    for statistic in given:
+        rows += _of_readings(basis, statistic) if isinstance(statistic, Readings) else []
+        if isinstance(statistic, Mapping):
+            rows += [
+                _sized(basis, values)
+                for at, values in statistic.items()
+                if Site.parse(at) == basis.site
+            ]
+    if given and len(rows) == 1:
+        raise _unmatched(
+            f"latents of {basis.site}, of which no statistic was given",
+            "a statistic of every dictionary selected from",
+            "a probe of other sites",
+            "matched(latents, run(model, prompts, Probe(sae)).readings[0], seed=0)",
+        )
+    return torch.stack(rows)
+
+
+def _of_readings(basis: Dictionary, readings: Readings) -> list[Tensor]:
+    """How often and how strongly each latent fires, where the readings have it."""
+    rows, start = [], 0
+    for other, indices in readings.latents.parts:
+        if other is basis:
+            for values in (readings.active(), readings.mean()):
+                row = torch.full((basis.d_sae,), torch.nan, dtype=torch.float64)
+                row[list(indices)] = values[start : start + len(indices)].double()
+                rows.append(row)
+        start += len(indices)
+    return rows
+
+
+def _sized(basis: Dictionary, values: Tensor) -> Tensor:
+    if values.shape == (basis.d_sae,):
+        return values.detach().double().cpu()
+    raise _unmatched(
+        f"with a statistic of shape {tuple(values.shape)} at {basis.site}",
+        f"[{basis.d_sae}], one number a latent",
+        "statistics of a selection, or of another width",
+        "{site: values} with values of all latents",
+    )
+
+
+def _drawn(
+    basis: Any, indices: Sequence[int], rows: Tensor, within: float, generator: random.Random
+) -> tuple[int, ...]:
+    """One control a latent; those with the fewest candidates draw first."""
+    free = torch.ones(basis.d_sae, dtype=torch.bool)
+    free[list(indices)] = False
+    like = {index: _like(rows, index, within) & free for index in indices}
+    found: dict[int, int] = {}
+    for index in sorted(indices, key=lambda i: (int(like[i].sum()), i)):
+        candidates = (like[index] & free).nonzero()[:, 0].tolist()
+        if not candidates:
+            raise _unmatched(
+                f"latent {index} of {basis.site}, with {_numbers(rows[:, index])}"
+                " and no other like it",
+                f"another latent within a factor {within:g} in each of these",
+                "a latent unlike the rest, a dead one, or too few tokens read",
+                f"matched(..., within={2 * within:g}), or statistics of more text",
+            )
+        found[index] = generator.choice(candidates)
+        free[found[index]] = False
+    return tuple(found[index] for index in indices)
+
+
+def _like(rows: Tensor, index: int, within: float) -> Tensor:
+    """[d_sae]: which latents lie within the factor in every statistic; zero is like zero alone."""
+    own = rows[:, index : index + 1]
+    low, high = own.abs() / within, own.abs() * within
+    size = rows.abs() * (rows.sign() == own.sign())
+    return ((size >= low) & (size <= high) & (rows.sign() == own.sign())).all(0)
+
+
+def _numbers(column: Tensor) -> str:
+    return ", ".join(f"{value:.3g}" for value in column.tolist())
+
+
+def _require_factor(within: float) -> None:
+    if not within >= 1:
+        raise _unmatched(
+            f"asked for within a factor {within}",
+            "a factor of at least 1",
+            "a difference in place of a ratio",
+            "matched(..., within=2.0)",
+        )
+
+
+def _unmatched(got: str, wanted: str, cause: str, call: str) -> LatentError:
+    return LatentError(
+        explain("matched", "latents", got=got, wanted=wanted, cause=cause, call=call)
+    )

@@ -1,0 +1,252 @@
+"""Latents: an immutable selection of latents from one or more dictionaries.
+
+Attribution, search and set arithmetic return Latents; edits and probes take them. So
+attribute → ablate → probe is a loop over one kind of value.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import eq
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import LatentError, explain
+from ..model.requests import stay_here
+from ..model.sites import Site
+
+
+class Basis(Protocol):
+    """What a selection needs to know of a dictionary."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def d_sae(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of one or more dictionaries, in a fixed order. Prints what it selects.
+
+    Build it with ``dictionary.latents([...])`` or ``saes.latents({site: [...]})``; combine with
+    ``|`` (union, keeping order), ``&`` and ``-``. Iterating gives ``(site, index)`` pairs in the
+    order in which per-latent values are read.
+
+    Examples:
+        >>> a = sf.Direction(torch.eye(4)[0], site="resid_post.1").latents()
+        >>> b = sf.Direction(torch.eye(4)[1], site="resid_post.2").latents()
+        >>> a | b
+        Latents(2: resid_post.1 [0], resid_post.2 [0])
+        >>> len((a | b) - a)
+        1
+    """
+
+    parts: tuple[tuple[Basis, Sequence[int]], ...]
+
+    def __post_init__(self) -> None:
+        parts = tuple((basis, _compact(basis, indices)) for basis, indices in self.parts)
+        object.__setattr__(self, "parts", parts)
+
+    @classmethod
+    def of(cls, dictionary: Basis, indices: Iterable[int] | Tensor) -> Latents:
+        """Select latents of one dictionary.
+
+        Raises:
+            LatentError: for an index that is negative, out of range, repeated or not whole.
+        """
+        if isinstance(indices, range) and indices == range(dictionary.d_sae):
+            return cls(((dictionary, range(dictionary.d_sae)),))
+        found = _listed(dictionary, indices)
+        _check(dictionary, found)
+        return cls(((dictionary, tuple(found)),) if found else ())
+
+    def __len__(self) -> int:
+        return sum(len(indices) for _, indices in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Site, int]]:
+        return ((basis.site, index) for basis, indices in self.parts for index in indices)
+
+    def __or__(self, other: Latents) -> Latents:
+        table = self._table()
+        for basis, indices in other._table().items():
+            table.setdefault(basis, {}).update(indices)
+        return Latents._from(table)
+
+    def __and__(self, other: Latents) -> Latents:
+        theirs = other._table()
+        return Latents._from(
+            {b: {i: None for i in ix if i in theirs.get(b, {})} for b, ix in self._table().items()}
+        )
+
+    def __sub__(self, other: Latents) -> Latents:
+        theirs = other._table()
+        return Latents._from(
+            {
+                b: {i: None for i in ix if i not in theirs.get(b, {})}
+                for b, ix in self._table().items()
+            }
+        )
+
+    def __repr__(self) -> str:
+        shown = [f"{b.site} [{_brief(ix)}]" for b, ix in self.parts[:6]]
+        more = f", and {len(self.parts) - 6} more sites" if len(self.parts) > 6 else ""
+        return f"Latents({len(self)}: {', '.join(shown)}{more})" if shown else "Latents(0)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stay_here(self, "latents")
+        return super().__reduce_ex__(protocol)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites selected from, in order, once each."""
+        return tuple(dict.fromkeys(basis.site for basis, _ in self.parts))
+
+    def singles(self) -> tuple[Latents, ...]:
+        """Each latent as a selection of its own, in order: to try them one by one."""
+        return tuple(Latents(((basis, (i,)),)) for basis, indices in self.parts for i in indices)
+
+    def at(self, site: Site | str) -> Latents:
+        """Only the latents read at this site; empty if there are none."""
+        wanted = Site.parse(site)
+        return Latents(tuple(part for part in self.parts if part[0].site == wanted))
+
+    def sample(self, n: int, *, seed: int) -> Latents:
+        """N latents drawn without replacement: the raw material of a random control.
+
+        Raises:
+            LatentError: if fewer than n are selected.
+        """
+        pairs = [(basis, index) for basis, indices in self.parts for index in indices]
+        if n > len(pairs):
+            raise LatentError(
+                explain(
+                    "Latents.sample",
+                    "n",
+                    got=n,
+                    wanted=f"at most {len(pairs)}, the latents selected",
+                    cause="the control is drawn from too small a set",
+                    call="draw from dictionary.latents(), all latents",
+                )
+            )
+        table: dict[Basis, dict[int, None]] = {}
+        for basis, index in sorted(
+            random.Random(seed).sample(pairs, n), key=lambda pair: (pair[0].site.order, pair[1])
+        ):
+            table.setdefault(basis, {})[index] = None
+        return Latents._from(table)
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """Plain data, for a report: site → indices."""
+        found: dict[str, list[int]] = {}
+        for site, index in self:
+            found.setdefault(str(site), []).append(index)
+        return found
+
+    def _table(self) -> dict[Basis, dict[int, None]]:
+        table: dict[Basis, dict[int, None]] = {}
+        for basis, indices in self.parts:
+            table.setdefault(basis, {}).update(dict.fromkeys(indices))
+        return table
+
+    @classmethod
+    def _from(cls, table: dict[Basis, dict[int, None]]) -> Latents:
+        return cls(tuple((basis, tuple(indices)) for basis, indices in table.items() if indices))
+
+
+def as_latents(subject: object, where: str) -> Latents:
+    """Latents as they are; a dictionary or a mapping of them as all its latents.
+
+    Raises:
+        LatentError: for anything else, and for an empty selection.
+    """
+    found = subject
+    if not isinstance(subject, Latents) and callable(getattr(subject, "latents", None)):
+        found = subject.latents()  # type: ignore[attr-defined]
+    if isinstance(found, Latents) and len(found):
+        _loaded_once(found, where)
+        return found
+    raise LatentError(
+        explain(
+            where,
+            "latents",
+            got="empty" if isinstance(found, Latents) else type(subject).__name__,
+            wanted="at least one latent",
+            cause="a search that found nothing, or indices passed without their dictionary",
+            call="dictionary.latents([12, 40]) or saes.latents({site: [12]})",
+        )
+    )
+
+
+def _loaded_once(latents: Latents, where: str) -> None:
+    """Refuse one file's dictionary under two names: its latents would be edited twice."""
+    seen: dict[tuple[object, Site], list[Sequence[int]]] = {}
+    for basis, indices in latents.parts:
+        origin = getattr(basis, "origin", None)
+        if origin is None:
+            continue
+        held = seen.setdefault((origin, basis.site), [])
+        if any(not set(indices).isdisjoint(others) for others in held):
+            raise LatentError(
+                explain(
+                    where,
+                    "latents",
+                    got=f"latents of {origin} twice",
+                    wanted="each latent once",
+                    cause="the dictionary was loaded twice, and is two objects",
+                    call="select from one load_saes(...)",
+                )
+            )
+        held.append(indices)
+
+
+def index_tensor(indices: Iterable[int]) -> Tensor:
+    """Indices as a long tensor [k]."""
+    if isinstance(indices, range):
+        return torch.arange(indices.start, indices.stop, indices.step)
+    return torch.tensor(list(indices), dtype=torch.long)
+
+
+def _listed(basis: Basis, indices: object) -> list[Any]:
+    """Indices as plain integers; numpy's and torch's own integers are integers too."""
+    flat = indices.tolist() if hasattr(indices, "tolist") else indices  # type: ignore[union-attr]
+    if not isinstance(flat, Iterable) or isinstance(flat, (str, bytes)):
+        flat = [repr(indices)]  # refused below, by its own name
+    return [i if isinstance(i, bool) else getattr(i, "__index__", lambda i=i: i)() for i in flat]
+
+
+def _check(basis: Basis, indices: list[int]) -> None:
+    bad = [i for i in indices if isinstance(i, bool) or not isinstance(i, int)]
+    bad = bad or [i for i in indices if not 0 <= i < basis.d_sae]
+    repeated = not bad and len(set(indices)) != len(indices)
+    if bad or repeated:
+        raise LatentError(
+            explain(
+                f"latents of {basis.site}",
+                "indices",
+                got=repr(bad[0]) if bad else "a list with repeats",
+                wanted=f"distinct integers in 0..{basis.d_sae - 1}",
+                cause="an index from a dictionary of another width"
+                if bad
+                else "one latent listed twice would be edited twice",
+                call="dictionary.latents([0, 1])",
+            )
+        )
+
+
+def _compact(basis: Basis, indices: Sequence[int]) -> Sequence[int]:
+    """A whole dictionary as a range: its numbers as objects would take 36 bytes each."""
+    every = range(basis.d_sae)
+    if isinstance(indices, range) or len(indices) != len(every):
+        return indices
+    return every if all(map(eq, indices, every)) else indices
+
+
+def _brief(indices: Sequence[int]) -> str:
+    head = ", ".join(str(i) for i in indices[:5])
+    return head + (f", ... {len(indices)} in all" if len(indices) > 5 else "")

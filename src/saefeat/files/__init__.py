@@ -1,0 +1,6 @@
+"""Files of our own: written whole or not at all, read without trusting them.
+
+* ``container``: safetensors with a JSON document and a hash.
+* ``checkpoint``: the finished batches of a long job.
+* ``identity``: hashes of what a result depends on.
+"""

@@ -1,0 +1,191 @@
+"""Checkpoints: a long job's finished batches in a folder, so that it can go on where it stopped.
+
+A folder belongs to one job. ``identity.json`` says which, as hashes, and a call that differs is
+refused by the name of what differs. Each finished batch is one safetensors file, whose header
+holds the batch's plain data as JSON and a hash of both. Files are written beside their place and
+moved there, so a batch is either whole or absent; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import CheckpointError, explain
+from .identity import digest
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """Finished batches of one job, by number; without a folder nothing is kept.
+
+    Use it as a context: entering reads or writes the folder's identity, and refuses another job's.
+
+    Args:
+        folder: where to keep batches; made if it is not there. None keeps nothing.
+        identity: what the job is: name → anything JSON can hold, shown in the error where it
+            differs. ``saefeat.files.identity`` hashes what is long.
+        where: the public function, for errors.
+
+    Raises:
+        CheckpointError: for another job's folder, one that is no checkpoint, or a damaged
+            ``identity.json``.
+
+    Examples:
+        >>> from saefeat.files.checkpoint import Checkpoint
+        >>> with Checkpoint("job", {"prompts": "three"}) as done:
+        ...     done.save(0, {"scores": torch.ones(2)}, {"rows": 2})
+        >>> with Checkpoint("job", {"prompts": "three"}) as done:
+        ...     done.load(0), done.load(1)
+        (({'scores': tensor([1., 1.])}, {'rows': 2}), None)
+    """
+
+    folder: str | os.PathLike[str] | None
+    identity: Mapping[str, Any]
+    where: str = "run"
+
+    def __enter__(self) -> Checkpoint:
+        if self.folder is None:
+            return self
+        folder = Path(self.folder)
+        if folder.exists() and not folder.is_dir():
+            raise _no_folder(self.where, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps(dict(self.identity)))  # as it will be read
+        name = folder / "identity.json"
+        if name.exists():
+            _require_same(self.where, folder, _identity(self.where, name), wanted)
+        elif any(not _partial(entry) for entry in folder.iterdir()):
+            raise _no_folder(self.where, folder)
+        else:
+            _write(name, json.dumps(wanted, indent=1).encode())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held open: what is finished is on the disk already."""
+
+    def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A finished batch's tensors and plain data; None where it has to be done.
+
+        A damaged file counts as not done, with a warning that names it.
+        """
+        if self.folder is None or not self._file(number).exists():
+            return None
+        content = self._file(number).read_bytes()
+        try:
+            tensors, (meta, wanted) = load(content), json.loads(_header(content)["saefeat"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            return _damaged(self._file(number), repr(error))
+        if wanted != digest(tensors, meta):
+            return _damaged(self._file(number), "its content does not match its hash")
+        return tensors, json.loads(meta)
+
+    def save(self, number: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Keep a finished batch: named tensors, and anything JSON can hold."""
+        if self.folder is None:
+            return
+        # copies on the CPU: safetensors refuses tensors that share storage
+        plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        plain = {name: tensor.contiguous() for name, tensor in plain.items()}
+        text = json.dumps(dict(meta))
+        header = json.dumps([text, digest(plain, text)])  # one entry: safetensors shuffles several
+        _write(self._file(number), save(plain, metadata={"saefeat": header}))
+
+    def _file(self, number: int) -> Path:
+        return Path(self.folder or "") / f"batch-{number:06d}.safetensors"
+
+
+def _header(content: bytes) -> dict[str, str]:
+    """The text a safetensors file carries beside its tensors."""
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size])["__metadata__"]
+
+
+def _write(name: Path, content: bytes) -> None:
+    """Write beside the place, then move there: a reader finds all of it or nothing."""
+    with tempfile.NamedTemporaryFile(
+        dir=name.parent, prefix=f".{name.name}.", suffix=".partial", delete=False
+    ) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, name)
+        except BaseException:  # Ctrl-C as well
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _partial(entry: Path) -> bool:
+    """What an interrupted write may have left."""
+    return entry.suffix == ".partial"
+
+
+def _identity(where: str, name: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(name.read_bytes())
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    raise CheckpointError(
+        explain(
+            where,
+            "checkpoint",
+            got=f"{name}, which cannot be read",
+            wanted="the identity of the job whose batches lie beside it",
+            cause="a damaged disk, or a file edited by hand",
+            call="another folder; nothing tells whose batches these are",
+        )
+    )
+
+
+def _require_same(where: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on with another job's batches.
+
+    Raises:
+        CheckpointError: naming everything that differs.
+    """
+    names = sorted({*found, *wanted})
+    other = [name for name in names if found.get(name) != wanted.get(name)]
+    if other:
+        shown = "; ".join(f"{n} was {found.get(n)!r:.80}, is {wanted.get(n)!r:.80}" for n in other)
+        raise CheckpointError(
+            explain(
+                where,
+                "checkpoint",
+                got=f"of another job: {folder} differs in {', '.join(other)} ({shown})",
+                wanted="the same call as the one that began it",
+                cause="an argument, the model or a library changed since",
+                call="the same arguments again, or a folder of its own for this job",
+            )
+        )
+
+
+def _no_folder(where: str, folder: Path) -> CheckpointError:
+    return CheckpointError(
+        explain(
+            where,
+            "checkpoint",
+            got=f"{folder}, which is no checkpoint",
+            wanted="a new or empty folder, or one that an earlier call began",
+            cause="a path to something else",
+            call='checkpoint="runs/job-1"',
+        )
+    )
+
+
+def _damaged(name: Path, why: str) -> None:
+    """Say that a batch is done again."""
+    warnings.warn(f"saefeat: {name} is damaged ({why}) and its batch is done again.", stacklevel=4)

@@ -1,0 +1,195 @@
+"""save and load: an intervention as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, explain
+from ..files.container import (
+    MAX_BYTES,
+    MAX_HEADER,
+    Contents,
+    brief,
+    broken,
+    pack,
+    read,
+    refuse,
+    seal,
+    unseal,
+    write,
+)
+from ..model.modules import layer_count, torch_module
+from ..model.route import route
+from ..results.provenance import versions
+from ..verbs.base import Intervention
+from ..verbs.lower import sites_of
+from .fields import FORMAT, MAX_TEXT, VERSION
+from .read import Reader, record
+from .write import Writer
+
+FACTS = ("family", "d_model", "layers", "vocab")
+
+
+def save(
+    intervention: Intervention,
+    path: str | Path,
+    *,
+    model: Any = None,
+    max_bytes: int = MAX_BYTES,
+) -> Path:
+    """Write an intervention to one safetensors file that needs neither the SAE nor sae-lens.
+
+    The file holds the verbs with all their arguments, the selected latents' columns, and where
+    they came from. It holds no code: a ``Function`` dictionary and ``Tokens.where`` are refused.
+    The latents of a topk SAE, and an SAE's error term, need the whole encoder, and so does the
+    file. The same intervention gives the same bytes, whatever the day.
+
+    Args:
+        intervention: what to save.
+        path: the file; written whole or not at all.
+        model: the model it was made on, so that ``load(..., model=...)`` can refuse another.
+        max_bytes: refuse to write more than this.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileError: for what a file cannot hold, a file too large, or a folder that is not there.
+
+    Examples:
+        >>> v = sf.Direction(torch.ones(8), site="resid_post.1")
+        >>> sf.load(sf.save(sf.Clamp(v, add=4.0), "steer.safetensors"))
+        Clamp(Latents(1: resid_post.1 [0]), add=4.0)
+    """
+    return write(path, packed(intervention, model, max_bytes), "save")
+
+
+def packed(intervention: Intervention, model: Any, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes ``save`` writes.
+
+    Raises:
+        FileError: as ``save``, but for the path.
+    """
+    if not isinstance(intervention, Intervention):
+        got, call = type(intervention).__name__, "save(sf.Ablate(latents), path)"
+        raise refuse("save", got, "one", "a selection or a result", call, "intervention")
+    writer = Writer()
+    spec = writer.intervention(intervention)
+    spec["model"] = None if model is None else facts(model)
+    found = sum(t.numel() * t.element_size() for t in writer.tensors.values())
+    data = b""
+    if found <= max_bytes:
+        document = seal(FORMAT, VERSION, spec, writer.tensors, versions())
+        data = pack(document, writer.tensors, "save")
+    if max(found, len(data)) > max_bytes:
+        got, wanted = f"of {len(data) or found:,} bytes", f"at most {max_bytes:,}"
+        cause = "latents of a topk SAE or an error term, which need the whole encoder"
+        call = f"save(..., max_bytes={len(data) or found + MAX_HEADER})"
+        raise refuse("save", got, wanted, cause, call, "intervention")
+    return data
+
+
+def load(path: str | Path, *, model: Any = None, max_bytes: int = MAX_BYTES) -> Intervention:
+    """Read an intervention that ``save`` wrote; it runs nothing, and gives the very same results.
+
+    Its dictionaries are ``Excerpt``s: the saved latents under their original numbers.
+
+    Args:
+        path: the file.
+        model: the model it is for; refused if the file was made on one of another family, width,
+            depth or vocabulary, or if its dictionaries do not fit.
+        max_bytes: refuse to read a file larger than this.
+
+    Returns:
+        The intervention, equal to the saved one in every argument.
+
+    Raises:
+        FileError: for a file that is missing, broken, of another kind, or from a later version.
+        ModelError, SiteError: for a model it does not fit.
+
+    Examples:
+        >>> v = sf.Direction(torch.ones(8), site="resid_post.1")
+        >>> path = sf.save(sf.Ablate(v, where=sf.Tokens.last(5)), "last.safetensors")
+        >>> sf.load(path)
+        Ablate(Latents(1: resid_post.1 [0]), where=Tokens.last(5))
+    """
+    contents = read(path, "load", max_bytes)
+    return built(contents, f"load({str(path)!r})", model)
+
+
+def built(contents: Contents, where: str, model: Any) -> Intervention:
+    """The intervention in a file's contents, checked against a model if there is one."""
+    spec = unseal(contents, FORMAT, VERSION, where)
+    intervention = Reader(spec, contents.tensors, where).intervention()
+    made_on = model_facts(spec, where)
+    if model is not None:
+        require_model(intervention, made_on, model, where)
+    return intervention
+
+
+def model_facts(spec: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """What a file says of the model it was made on.
+
+    Raises:
+        FileError: for facts of another form.
+    """
+    if spec.get("model") is None:
+        return None
+    found = record(spec["model"], where, "model")
+    texts = (found.get("family"), found.get("name"), found.get("revision") or "")
+    short = all(isinstance(value, str) and len(value) <= MAX_TEXT for value in texts)
+    whole = all(type(found.get(name)) is int for name in FACTS[1:])
+    if set(found) != {*FACTS, "name", "revision"} or not whole or not short:
+        raise broken(where, f"a model {brief(found)}", "family, shape, name and revision")
+    return found
+
+
+def facts(model: Any) -> dict[str, Any]:
+    """What tells one model from another without reading its weights.
+
+    Raises:
+        ModelError: for something that is no model, or of an unknown family.
+    """
+    module = torch_module(model)
+    config: Any = module.config
+    shape = config.get_text_config()
+    return {
+        "family": config.model_type,
+        "d_model": int(shape.hidden_size),
+        "layers": layer_count(module),
+        "vocab": int(shape.vocab_size),
+        "name": public_name(getattr(config, "name_or_path", "") or ""),
+        "revision": getattr(config, "_commit_hash", None),
+    }
+
+
+def public_name(name: str) -> str:
+    """A repository's name as it is; of a local folder only its last part."""
+    local = Path(name).is_absolute() or name.count("/") > 1 or name.startswith(".")
+    return Path(name).name if local else name
+
+
+def require_model(
+    intervention: Intervention, made_on: dict[str, Any] | None, model: Any, where: str
+) -> None:
+    """Refuse a model of another shape than the one the file was made on."""
+    here = facts(model)
+    for name in FACTS:
+        if made_on is not None and made_on[name] != here[name]:
+            raise ModelError(
+                explain(
+                    where,
+                    "model",
+                    got=f"of {name} {here[name]!r}",
+                    wanted=f"{brief(made_on[name])}, as the model it was made on"
+                    + (f", {brief(made_on['name'])}" if made_on["name"] else ""),
+                    cause="an intervention for another model or another size of it",
+                    call="load(path) without model= if another vocabulary is meant",
+                )
+            )
+    way = route(model, sites_of(intervention))
+    for step in intervention.parts():
+        conditions = () if step.condition is None else step.condition.latents.parts
+        for basis, _ in (*step.latents.parts, *conditions):
+            way.check(basis, "dictionary")  # type: ignore[arg-type]

@@ -1,0 +1,321 @@
+"""A document with tensors as an intervention; nothing is built that ``forms`` does not list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary
+from ..dictionaries.direction import Direction, Neurons
+from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
+from ..dictionaries.latents import Latents
+from ..errors import FileError, SaefeatError
+from ..files.container import brief, broken, only, refuse
+from ..model.sites import Site
+from ..results.readings import Readings
+from ..text.tokens import Tokens
+from ..verbs.base import Chain, Intervention
+from . import fields as forms
+from .fields import FORMS, RULES, STEPS
+from .write import kind_of
+
+EVERY = ("kind", "site", "name", "selections")
+ENTRIES = {
+    "neurons": ("width",),
+    "direction": ("fingerprint",),
+    "excerpt": (
+        *("write_site", "d_in", "d_out", "d_sae", "excluded", "origin", "fingerprint"),
+        *PLAIN,
+    ),
+}
+"""What an entry of ``dictionaries`` has: of any kind, and of each."""
+
+
+class Reader:
+    """Builds dictionaries first, then the steps that select from them."""
+
+    def __init__(self, spec: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+        self.spec, self.where = spec, where
+        self._tensors, self._used = tensors, set[str]()
+        self._named = 0
+        only(spec, ("chain", "steps", "dictionaries", "model"), where, "a spec")
+        entries = listed(spec.get("dictionaries"), where, "dictionaries", forms.MAX_DICTIONARIES)
+        self._selections: list[list[tuple[int, ...]]] = []
+        self._dictionaries = [self._dictionary(n, e) for n, e in enumerate(entries)]
+
+    def intervention(self) -> Intervention:
+        """The intervention itself.
+
+        Raises:
+            FileError: for anything the format does not allow, and what a constructor refuses.
+        """
+        entries = listed(self.spec.get("steps"), self.where, "steps", forms.MAX_STEPS)
+        steps: list[Any] = [self.form(entry, STEPS) for entry in entries]
+        unused = sorted(set(self._tensors) - self._used)
+        if unused:
+            raise broken(
+                self.where, f"a tensor {brief(unused[0])} nothing names", "only those used"
+            )
+        if not isinstance(self.spec.get("chain"), bool) or not (
+            self.spec["chain"] or len(steps) == 1
+        ):
+            raise broken(self.where, f"{len(steps)} steps without a chain", "one step, or a chain")
+        return Chain(tuple(steps)) if self.spec["chain"] else steps[0]
+
+    def form(self, entry: Any, allowed: tuple[str, ...]) -> Any:
+        """One listed class, built by its constructor."""
+        entry = record(entry, self.where, "a form")
+        only(entry, ("form", "fields"), self.where, "a form")
+        name, given = entry.get("form"), record(entry.get("fields"), self.where, "fields")
+        form = FORMS.get(name) if isinstance(name, str) and name in allowed else None
+        unknown = [] if form is None else sorted(set(given) - set(form.kinds))
+        if form is None or unknown:
+            raise refuse(
+                self.where,
+                f"{brief(name)} with {brief(unknown[0])}" if unknown else f"a {brief(name)}",
+                "one of " + ", ".join(n for n in allowed if n in FORMS) + " and their arguments",
+                "a file from a later saefeat, or one that was edited",
+                "pip install --upgrade saefeat",
+            )
+        values = {
+            form.argument(field): self.value(value, form.kinds[field], f"{name}({field}=...)")
+            for field, value in given.items()
+        }
+        found = self._build(form.cls, values, name)
+        if isinstance(found, Readings):
+            self._sound(found)
+        return found
+
+    def _sound(self, found: Readings) -> None:
+        """Refuse readings whose tensors do not fit each other; ``Readings`` itself checks none."""
+        values, mask, starts, counts = found.values, found.mask, found.starts, found.counts
+        fits = values.ndim == 3 and values.shape[-1] == len(found.latents)
+        fits = fits and mask.shape == values.shape and mask.dtype == torch.bool
+        if starts is not None:
+            fits = fits and starts.shape == values.shape[:1] and starts.dtype == torch.int64
+            fits = fits and bool(((starts >= 0) & (starts <= values.shape[1])).all())
+        if counts is not None:
+            fits = fits and counts.shape == values.shape and values.shape[1] == 1
+            fits = fits and not counts.is_complex() and bool((counts >= 0).all())
+        if not fits or not values.is_floating_point():
+            sizes = [list(t.shape) for t in (values, mask, starts, counts) if t is not None]
+            wanted = (
+                "values and mask [prompts, tokens, latents], starts [prompts] within them,"
+                " counts as values"
+            )
+            raise broken(self.where, f"readings of shapes {sizes}", wanted)
+
+    def value(self, value: Any, kinds: tuple[str, ...], what: str) -> Any:
+        """A field's value, of a kind the field may have."""
+        kind, found = self._value(value, kinds)
+        if kind not in kinds and not (kind == "int" and "number" in kinds):
+            raise broken(
+                self.where, f"{kind} {brief(value)} for {what}", "one of " + ", ".join(kinds)
+            )
+        return found
+
+    def _value(self, value: Any, kinds: tuple[str, ...]) -> tuple[str, Any]:
+        if not isinstance(value, dict):
+            return kind_of(value), value
+        if set(value) == {"form", "fields"}:
+            found = self.form(value, kinds)
+            return type(found).__name__, found
+        kind, inner = next(iter(value.items())) if len(value) == 1 else ("object", None)
+        if kind == "tensor":
+            return kind, self._tensor(inner)
+        if kind == "latents":
+            return kind, self._latents(inner)
+        if kind == "tokens":
+            return kind, Tokens(self._rule(inner))
+        if kind == "infinite" and type(inner) is int and abs(inner) == 1:
+            return "number", inner * math.inf
+        return brief(kind), None
+
+    def _rule(self, found: Any) -> tuple:
+        """A token rule, as the methods of ``Tokens`` would have made it."""
+        kind = found[0] if isinstance(found, list) and found else None
+        wanted = RULES.get(kind) if isinstance(kind, str) else None
+        if wanted is None or len(found) != 1 + len(wanted):
+            known = ", ".join(RULES)
+            raise broken(self.where, f"a token rule {brief(found)}", f"one of {known}")
+        checks = {
+            "count": lambda n: natural(n) and n >= 1,
+            "start": natural,
+            "stop": lambda n: n is None or natural(n),
+            "ids": lambda ids: isinstance(ids, list) and all(map(natural, ids)),
+            "text": lambda text: isinstance(text, str) and len(text) <= forms.MAX_TEXT,
+            "rule": lambda rule: isinstance(rule, list),
+        }
+        for need, part in zip(wanted, found[1:], strict=True):
+            if not checks[need](part):
+                raise broken(self.where, f"{brief(part)} in Tokens.{kind}", need)
+        inner = {"rule": self._rule, "ids": tuple}
+        parts = zip(wanted, found[1:], strict=True)
+        return (kind, *(inner[need](part) if need in inner else part for need, part in parts))
+
+    def _latents(self, found: Any) -> Latents:
+        """The selections that [dictionary, selection] pairs name."""
+        parts, seen = [], set()
+        for pair in listed(found, self.where, "latents", forms.MAX_DICTIONARIES):
+            known = isinstance(pair, list) and len(pair) == 2 and all(map(natural, pair))
+            if not known or pair[0] >= len(self._dictionaries):
+                raise broken(self.where, f"latents of {brief(pair)}", "[dictionary, selection]")
+            dictionary, selections = self._dictionaries[pair[0]], self._selections[pair[0]]
+            if pair[1] >= len(selections):
+                raise broken(self.where, f"selection {pair[1]}", f"fewer than {len(selections)}")
+            indices = selections[pair[1]]
+            self._named += len(indices)
+            if self._named > forms.MAX_NAMED:
+                most = f"at most {forms.MAX_NAMED:,} in all steps together"
+                raise broken(self.where, f"{self._named:,} latents", most)
+            if not seen.isdisjoint((pair[0], i) for i in indices):
+                raise broken(self.where, f"a latent of {dictionary.site} twice", "each once")
+            seen.update((pair[0], i) for i in indices)
+            parts.append((dictionary, indices))
+        return Latents(tuple(parts))
+
+    def _dictionary(self, number: int, entry: Any) -> Dictionary:
+        """One entry of ``dictionaries``, and the selections made from it."""
+        entry = record(entry, self.where, f"dictionary {number}")
+        selections = [
+            self._indices(item)
+            for item in listed(entry.get("selections"), self.where, "selections", 2**16)
+        ]
+        if len(set(selections)) != len(selections):
+            raise broken(self.where, f"a selection of dictionary {number} twice", "each once")
+        self._selections.append(selections)
+        kind, name = entry.get("kind"), text(entry.get("name"), self.where, "name")
+        known = ENTRIES.get(kind, entry) if isinstance(kind, str) else entry
+        only(entry, (*EVERY, *known), self.where, f"dictionary {number}")
+        site = self._site(entry.get("site"))
+        if kind == "neurons":
+            width = size(entry.get("width"), self.where, "width")
+            found: Dictionary = self._build(Neurons, {"site": site, "width": width}, "neurons")
+        elif kind == "direction":
+            rows = self._tensor(f"dictionaries.{number}.rows", finite=True)
+            if not rows.is_floating_point() or rows.ndim != 2:
+                raise broken(
+                    self.where, f"rows of {rows.dtype} {list(rows.shape)}", "[k, d] floats"
+                )
+            given = {"rows": rows, "site": site, "name": name}
+            found = self._build(Direction.orthonormal, given, "direction")
+        elif kind == "excerpt":
+            return self._excerpt(number, entry, selections, site, name)
+        else:
+            wanted = "excerpt, direction or neurons"
+            raise broken(self.where, f"a dictionary of kind {brief(kind)}", wanted)
+        for indices in selections:
+            self._build(found.latents, {"indices": indices}, f"dictionary {number}")
+        return found
+
+    def _excerpt(
+        self, number: int, entry: dict, selections: list[tuple[int, ...]], site: Site, name: str
+    ) -> Dictionary:
+        """A dictionary of which only some columns are here."""
+        plain = {k: entry[k] for k in PLAIN if k in entry}
+        centered = plain.get("centered", False)
+        if plain.get("activation") != "error":  # there the encoder has it folded in
+            plain.pop("centered", None)
+        named = self._build(shapes, {"columns": plain}, f"dictionary {number}")
+        columns = {}
+        for n, indices in enumerate(selections):
+            columns[indices] = dict(plain)
+            for key, shape in named.items():
+                shared = plain["activation"] in WHOLE and "k" not in shape
+                path = f"dictionaries.{number}" + (f".{key}" if shared else f".{n}.{key}")
+                tensor = self._tensor(path, finite=key != "threshold")
+                if tensor.dtype not in (torch.float32, torch.float64):
+                    raise broken(self.where, f"{path} of {tensor.dtype}", "float32 or float64")
+                columns[indices][key] = tensor
+        origin, excluded = entry.get("origin"), entry.get("excluded")
+        if isinstance(excluded, list) and all(map(natural, excluded)):
+            excluded = tuple(excluded)
+        elif excluded != "special":
+            raise broken(self.where, f"excluded {brief(excluded)}", '"special" or token ids')
+        given = {
+            "selections": columns,
+            "site": site,
+            "write_site": self._site(entry.get("write_site")),
+            "name": name,
+            "excluded": excluded,
+            "origin": None if origin is None else text(origin, self.where, "origin"),
+            "fingerprint": text(entry.get("fingerprint"), self.where, "fingerprint"),
+        }
+        if type(centered) is not bool:
+            raise broken(self.where, f"centered {brief(centered)}", "true or false")
+        given["centered"] = centered
+        sizes = {k: size(entry.get(k), self.where, k) for k in ("d_in", "d_out", "d_sae")}
+        return self._build(Excerpt, given | sizes, f"dictionary {number}")
+
+    def _site(self, name: Any) -> Site:
+        return self._build(
+            Site.parse, {"name": text(name, self.where, "site", forms.MAX_SITE)}, "site"
+        )
+
+    def _indices(self, found: Any) -> tuple[int, ...]:
+        found = record(found, self.where, "a selection")
+        only(found, ("latents",), self.where, "a selection")
+        indices = listed(found.get("latents"), self.where, "a selection", forms.MAX_LATENTS)
+        if not indices or not all(natural(i) and i < forms.MAX_WIDTH for i in indices):
+            raise broken(self.where, f"latents {brief(indices)}", "whole numbers, at least one")
+        return tuple(indices)
+
+    def _tensor(self, name: Any, finite: bool = False) -> Tensor:
+        """A tensor of the file by name, without NaN."""
+        if not isinstance(name, str) or name not in self._tensors:
+            raise broken(self.where, f"no tensor {brief(name)}", "every tensor that is named")
+        self._used.add(name)
+        tensor = self._tensors[name]
+        bad = ~tensor.isfinite() if finite else tensor.isnan()
+        if bool(bad.any()):
+            raise broken(self.where, f"NaN or infinity in {brief(name)}", "finite values")
+        return tensor
+
+    def _build(self, make: Any, given: dict[str, Any], what: str) -> Any:
+        """A constructor's call; what it refuses is this file's fault."""
+        try:
+            return make(**given)
+        except (SaefeatError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            if isinstance(error, FileError):
+                raise
+            raise broken(
+                self.where, f"{what} that cannot be ({str(error)[:400]})", "what code could make"
+            ) from error
+
+
+def record(value: Any, where: str, what: str) -> dict[str, Any]:
+    """A JSON object."""
+    if isinstance(value, dict):
+        return value
+    raise broken(where, f"{what} that is {brief(value)}", "a JSON object")
+
+
+def listed(value: Any, where: str, what: str, most: int) -> list[Any]:
+    """A JSON list of bounded length."""
+    if isinstance(value, list) and len(value) <= most:
+        return value
+    got = f"{len(value):,} of them" if isinstance(value, list) else brief(value)
+    raise broken(where, f"{what}: {got}", f"a list of at most {most:,}")
+
+
+def text(value: Any, where: str, what: str, most: int = forms.MAX_TEXT) -> str:
+    """A JSON string of bounded length."""
+    if isinstance(value, str) and len(value) <= most:
+        return value
+    raise broken(where, f"{what} {brief(value)}", f"at most {most} characters")
+
+
+def size(value: Any, where: str, what: str) -> int:
+    """A width."""
+    if natural(value) and 1 <= value <= forms.MAX_WIDTH:
+        return value
+    raise broken(where, f"{what} {brief(value)}", f"a whole number in 1..{forms.MAX_WIDTH}")
+
+
+def natural(value: Any) -> bool:
+    """A whole number from 0, and no bool."""
+    return type(value) is int and 0 <= value < 2**53

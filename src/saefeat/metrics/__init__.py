@@ -1,0 +1,29 @@
+"""Metrics: one differentiable number a prompt, to attribute or to measure.
+
+* ``base``: what a metric is, and what it may look at.
+* ``logits``: ``logit``, ``logit_diff``, and any function of the logits.
+* ``continuation``: the log-probability of what follows a prompt.
+* ``divergence``: KL from another run.
+* ``sites``: any function of a site's value, and activations of latents.
+"""
+
+from .base import BASELINE_TOP, Metric, PerPrompt
+from .continuation import log_prob
+from .divergence import kl
+from .logits import custom, logit, logit_diff
+from .measure import measure  # last: it stands on the passes of attribution
+from .sites import activation, at_site
+
+__all__ = [
+    "BASELINE_TOP",
+    "Metric",
+    "PerPrompt",
+    "activation",
+    "at_site",
+    "custom",
+    "kl",
+    "log_prob",
+    "logit",
+    "logit_diff",
+    "measure",
+]

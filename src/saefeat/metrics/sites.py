@@ -1,0 +1,120 @@
+"""Metrics of a site's value: any function of it, or the activations of latents there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary, cast
+from ..dictionaries.latents import Latents, as_latents, index_tensor
+from ..errors import LatentError, explain
+from ..kernel.encode import encode
+from ..kernel.tokens import select
+from ..model.sites import Site
+from ..text.rules import plain
+from ..text.tokens import Tokens
+from .base import Metric, Reader, Seen, real
+
+
+def at_site(
+    site: Site | str, function: Callable[[Tensor, Tensor], Tensor], name: str | None = None
+) -> Metric:
+    """Any differentiable function of a site's value, one number a prompt.
+
+    Gradients reach what lies before the site, so every watched site must: others are refused.
+
+    Args:
+        site: where to look.
+        function: value [b, t, d] in at least float32, and the mask of real tokens [b, t], padding
+            on the left → [b].
+        name: how it prints.
+
+    Examples:
+        >>> sf.metrics.at_site("resid_post.3", lambda x, mask: x[:, -1].norm(dim=-1))
+        at_site('resid_post.3', <lambda>)
+    """
+    place = Site.parse(site)
+    label = getattr(function, "__name__", "function") if name is None else name
+    shown = f"at_site('{place}', {label})" if name is None else name
+
+    def read(seen: Seen) -> Tensor:
+        assert seen.value is not None
+        return function(seen.value, real(seen))
+
+    return Metric(shown, lambda _: read, site=place)
+
+
+def activation(latents: Any, where: Tokens | None = None) -> Metric:
+    """The activations of downstream latents, summed over them and over tokens.
+
+    So attribution runs from latents to a latent, or to a direction's projection. A latent that is
+    off has no gradient: such prompts score nothing.
+
+    Args:
+        latents: ``Latents`` of one dictionary, or a dictionary (all its latents).
+        where: which tokens; the prompt's last by default.
+
+    Returns:
+        A metric.
+
+    Raises:
+        LatentError: for latents of several dictionaries, or that depend on earlier tokens.
+
+    Examples:
+        >>> sf.metrics.activation(sf.Direction(torch.ones(8), site="resid_post.1"))
+        activation(Latents(1: resid_post.1 [0]), Tokens.last(1))
+    """
+    chosen, rule = as_latents(latents, "activation"), where or Tokens.last(1)
+    if len(chosen.parts) != 1:
+        raise LatentError(
+            explain(
+                "activation",
+                "latents",
+                got=f"of {len(chosen.parts)} dictionaries",
+                wanted="latents of one dictionary",
+                cause="a selection over several sites",
+                call="one attribution a site: activation(latents.at(site))",
+            )
+        )
+    dictionary: Dictionary = chosen.parts[0][0]  # type: ignore[assignment]
+    _require_tokenwise(dictionary)
+
+    def reader(tokenizer: Any) -> Reader:
+        bound = plain(rule.rule, _Known(tokenizer))
+        return lambda seen: _summed_latents(seen, chosen, bound)
+
+    return Metric(f"activation({chosen!r}, {rule!r})", reader, site=dictionary.site)
+
+
+def _require_tokenwise(dictionary: Dictionary) -> None:
+    """Refuse latents that depend on earlier tokens: padding would be among them."""
+    if dictionary.prefix:
+        raise LatentError(
+            explain(
+                "activation",
+                "latents",
+                got=f"of {dictionary!r}, which look back over the text",
+                wanted="latents that depend on their own token's value alone",
+                cause="a temporal SAE, or a function with prefix=True",
+                call="run(model, prompts, Probe(latents)), which reads each row without padding",
+            )
+        )
+
+
+class _Known:
+    """What lowering a token rule asks of a model: its tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+
+def _summed_latents(seen: Seen, chosen: Latents, rule: tuple) -> Tensor:
+    """[b]: activations summed over latents and selected tokens."""
+    assert seen.value is not None
+    x, (dictionary, indices) = seen.value, chosen.parts[0]
+    columns = cast(dictionary.columns(index_tensor(indices)), x.dtype, x.device)  # type: ignore[attr-defined]
+    f = encode(columns, x)[0].sum(-1)
+    return torch.where(select(rule, seen.view).to(f.device), f, 0.0).sum(1)

@@ -1,0 +1,9 @@
+"""Models and the places in them.
+
+* ``families``: how each model family names its modules, one entry a family.
+* ``sites``: a ``Site`` by name, and the ``Place`` in a module tree that it stands for.
+* ``modules``: a model's own modules: its family, and where a site lies in it.
+* ``route``: the order in which a forward pass reaches sites.
+* ``sharded``: tensor-parallel models.
+* ``requests``: whether an object is being pickled for a remote request.
+"""

@@ -1,0 +1,225 @@
+"""A model's own modules: which family it is of, and where a site lies in it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError, SiteError, explain
+from .families import FAMILIES, NESTED, SKIP, TEXT
+from .sites import Place, Site
+
+
+def torch_module(model: object) -> nn.Module:
+    """The torch module behind an nnsight model, or the module itself."""
+    module = getattr(model, "_module", model)
+    if isinstance(module, nn.Module):
+        return module
+    raise ModelError(
+        explain(
+            "saefeat",
+            "model",
+            got=type(model).__name__,
+            wanted="an nnsight TransformersModel or a Hugging Face module",
+            cause="a tokenizer, a name or a pipeline was passed instead of the model",
+            call='nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")',
+        )
+    )
+
+
+def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
+    """The blocks' path and the site table of a model's family.
+
+    Raises:
+        ModelError: for a family that is not in the table.
+    """
+    kind: Any = getattr(getattr(module, "config", None), "model_type", None)
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    text = str(module.config.get_text_config().model_type) if kind in NESTED else ""  # type: ignore[union-attr, operator]
+    if kind in NESTED and TEXT.get(text, text) in FAMILIES:
+        return NESTED[kind], FAMILIES[TEXT.get(text, text)][1]
+    raise ModelError(
+        explain(
+            "saefeat",
+            "model",
+            got=f"of family {kind!r}" + (f" around {text!r}" if text else ""),
+            wanted="one of " + ", ".join([*FAMILIES, *NESTED]),
+            cause="sites have not been checked on this family's tensors yet",
+            call=f'a site by its module\'s path, such as "{_example(module)}"',
+        )
+    )
+
+
+def _example(module: nn.Module) -> str:
+    """A path site of this model: what its second block returns, if it has blocks."""
+    lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList)]
+    return f"{lists[0]}.1.output" if lists else "model.layers.1.output"
+
+
+def layer_count(module: nn.Module) -> int:
+    """How many blocks the model has."""
+    return len(module.get_submodule(family(module)[0]))  # type: ignore[arg-type]
+
+
+def find(module: nn.Module, site: Site) -> Place:
+    """Where the site lies in this model.
+
+    Raises:
+        SiteError: for a layer or a module the model lacks.
+        ModelError: for a kind of site in a family that is not in the table.
+    """
+    if site.layer is None:
+        return _module_at(module, site)
+    blocks, places = family(module)
+    layers = layer_count(module)
+    if site.layer >= layers:
+        raise SiteError(
+            explain(
+                "saefeat",
+                "site",
+                got=str(site),
+                wanted=f"a layer in 0..{layers - 1}",
+                cause="the dictionary belongs to a deeper model",
+                call=f"a dictionary trained on {type(module).__name__} with {layers} layers",
+            )
+        )
+    if site.kind not in places:
+        raise SiteError(
+            explain(
+                "saefeat",
+                "site",
+                got=str(site),
+                wanted="one of " + ", ".join(places),
+                cause=f"{type(module).__name__} has no such value: its blocks are built otherwise",
+                call="a dictionary trained on one of these sites, or a site by its module's path",
+            )
+        )
+    block = f"{blocks}.{site.layer}"
+    name, end, *how = places[site.kind]
+    path = f"{block}.{name}" if name else block
+    _check_eager(module, path)
+    if SKIP in how:
+        return Place(path, end, plus=block)
+    return (
+        Place(path, end, how[0], _epsilon(module.get_submodule(path))) if how else Place(path, end)
+    )
+
+
+def _module_at(module: nn.Module, site: Site) -> Place:
+    """The place of a path.
+
+    Raises:
+        SiteError: naming modules of like names.
+    """
+    path, _, end = site.kind.rpartition(".")
+    names = [name for name, _ in module.named_modules() if name]
+    if path in names:
+        _check_eager(module, path)
+        return Place(path, end)
+    near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
+    raise SiteError(
+        explain(
+            "saefeat",
+            "site",
+            got=f"{site}, and {type(module).__name__} has no module {path}",
+            wanted="a module of the model, such as " + ", ".join(near or names[:3]),
+            cause="a typing error, a layer the model lacks, or a path of another model",
+            call="a name from model.named_modules() and .input or .output",
+        )
+    )
+
+
+def _check_eager(module: nn.Module, path: str) -> None:
+    """Refuse a site within compiled code: what was compiled before a hook runs without it.
+
+    torch 2.13 does not look for new hooks (``skip_nnmodule_hook_guards``): tried, a model that
+    had generated once went on without the edit.
+    """
+    names = path.split(".")
+    for depth in range(len(names) + 1):
+        part = module.get_submodule(".".join(names[:depth]))
+        compiled = getattr(part, "_compiled_call_impl", None) is not None
+        wrapped = hasattr(part, "_orig_mod") or hasattr(part.forward, "_torchdynamo_orig_callable")
+        if compiled or wrapped:
+            raise ModelError(
+                explain(
+                    "saefeat",
+                    "model",
+                    got=f"compiled at {'.'.join(names[:depth]) or 'its root'!r}",
+                    wanted=f"{path} outside of compiled code",
+                    cause="torch.compile: hooks that come later are not run",
+                    call="the model as it was before torch.compile",
+                )
+            )
+
+
+def _epsilon(norm: nn.Module) -> float:
+    """The norm's own epsilon: modules call it by three names."""
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        if hasattr(norm, name):
+            return float(getattr(norm, name))
+    raise ModelError(
+        explain(
+            "saefeat",
+            "model",
+            got=f"a {type(norm).__name__} without an epsilon",
+            wanted="a norm with `eps` or `variance_epsilon`",
+            cause="a custom norm",
+            call="a site that is a module's input or output",
+        )
+    )
+
+
+def width_at(module: nn.Module, site: Site) -> int:
+    """How wide a table's site is: d_model, or the projection's input for z and mlp_post."""
+    place = find(module, site)
+    if site.kind in ("z", "mlp_post"):
+        projection = module.get_submodule(place.path)
+        # nn.Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out] and has no in_features
+        return int(getattr(projection, "in_features", 0) or projection.weight.shape[0])  # type: ignore[union-attr, arg-type]
+    return int(module.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+
+
+def check_ready(module: nn.Module, where: str) -> None:
+    """Refuse train mode with dropout, in which two identical runs differ, and with checkpointing.
+
+    Gradient checkpointing runs blocks anew in the backward pass, when an edit is no longer there
+    or its hooks have gone on to another forward pass: tried, gradients were wrong by 80 percent,
+    without an error with ``use_reentrant=True``. In eval mode it does nothing.
+
+    Raises:
+        ModelError: naming the first active dropout, or the module that checkpoints. A submodule
+            alone in train mode counts.
+    """
+    training = [(name, part) for name, part in module.named_modules() if part.training]
+    active = [name for name, part in training if isinstance(part, nn.Dropout) and part.p > 0]
+    if training:  # attention drops out by configuration, without a module of its own
+        config = module.config.get_text_config() if hasattr(module, "config") else None  # type: ignore[union-attr, operator]
+        names = ("attention_dropout", "attn_pdrop")
+        active += [name for name in names if getattr(config, name, 0)]
+    if active:
+        raise ModelError(
+            explain(
+                where,
+                "model",
+                got=f"in train mode with dropout at {active[0]!r}",
+                wanted="eval mode",
+                cause="the model was built or fine-tuned in this process",
+                call="model.eval()",
+            )
+        )
+    redone = [name for name, part in training if getattr(part, "gradient_checkpointing", False)]
+    if redone:
+        raise ModelError(
+            explain(
+                where,
+                "model",
+                got=f"in train mode with gradient checkpointing at {redone[0]!r}",
+                wanted="blocks that run once in a forward and backward pass",
+                cause="the backward pass would run blocks again, without the intervention",
+                call="model.eval(), or model.gradient_checkpointing_disable()",
+            )
+        )

@@ -1,0 +1,181 @@
+"""Sites: the places in a transformer at which a dictionary reads or writes.
+
+A site is a kind and a layer, written as TransformerLens writes hook names, because that is what
+SAE releases declare. Where it lies in a Hugging Face model depends on the family; the table below
+was checked on tensors. The trap it removes: on Gemma-2 and Gemma-3 what TransformerLens calls
+``hook_mlp_out`` is not the MLP's output but that of the norm behind it, and no error says so.
+
+Any other place is a site by its module's path, ``model.layers.3.mlp.gate_proj.output``; ``route``
+tries those out, since nothing tells when a model reaches them, nor how wide they are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import SiteError, explain
+
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "resid_mid": "hook_resid_mid",
+    "mlp_norm": "ln2.hook_normalized",
+    "mlp_in": "mlp.hook_in",
+    "mlp_post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
+"""Site kind → TransformerLens hook, in the order a block reaches them."""
+
+
+_ORDER = {kind: order for order, kind in enumerate(HOOKS)}
+
+
+_NAME = re.compile(r"(?:blocks\.(\d+)\.([\w.]+)|([a-z_]+)\.(\d+))")
+
+
+_PATH = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)\.(input|output)")
+
+
+Order = tuple[int, int, int, str]
+"""Sorts sites."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer, or a module.
+
+    Args:
+        kind: one of ``resid_pre``; ``z``, all heads side by side before the output projection;
+            ``attn_out``; ``resid_mid``; ``mlp_norm``, the MLP's input normalized without the
+            norm's weight; ``mlp_in``, what the MLP is given; ``mlp_post``, after its activation;
+            ``mlp_out``; ``resid_post``. Or, without a layer, a module's path as the model names
+            it and ``.input`` or ``.output``: the first thing it is given or returns, which must
+            be [batch, tokens, width] and come once a forward pass.
+        layer: 0-based; None for a module's path.
+
+    Raises:
+        SiteError: for an unknown kind, a negative layer, or a path with a layer.
+
+    Examples:
+        >>> sf.Site("resid_post", 15).hook
+        'blocks.15.hook_resid_post'
+        >>> sf.Site.parse("blocks.15.hook_resid_post") == sf.Site.parse("resid_post.15")
+        True
+        >>> print(sf.Site.parse("model.layers.3.mlp.gate_proj.output"))
+        model.layers.3.mlp.gate_proj.output
+    """
+
+    kind: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        path = isinstance(self.kind, str) and _PATH.fullmatch(self.kind)
+        if not path and self.kind not in HOOKS:
+            raise SiteError(
+                explain(
+                    "Site",
+                    "kind",
+                    got=repr(self.kind),
+                    wanted="one of " + ", ".join(HOOKS) + ", or a module's path and its end",
+                    cause="a misspelt or unsupported site",
+                    call='Site("resid_post", 3) or Site("model.layers.3.mlp.output")',
+                )
+            )
+        if path and self.layer is not None:
+            raise SiteError(
+                explain(
+                    "Site",
+                    "layer",
+                    got=repr(self.layer),
+                    wanted="none beside a module's path",
+                    cause="the path names its layer itself",
+                    call=f"Site({self.kind!r})",
+                )
+            )
+        if not path and (not isinstance(self.layer, int) or self.layer < 0):
+            raise SiteError(
+                explain(
+                    "Site",
+                    "layer",
+                    got=repr(self.layer),
+                    wanted="an integer from 0",
+                    cause="layers are counted from the first, never from the last",
+                    call='Site("resid_post", 3)',
+                )
+            )
+
+    @classmethod
+    def parse(cls, name: str | Site) -> Site:
+        """Read a site from a hook's name, its short form, or a module's path and its end.
+
+        Args:
+            name: ``"blocks.3.hook_resid_post"``, ``"resid_post.3"`` or
+                ``"model.layers.3.mlp.output"``.
+
+        Raises:
+            SiteError: if the name is none of them.
+        """
+        if isinstance(name, Site):
+            return name
+        match = _NAME.fullmatch(name)
+        kinds = {hook: kind for kind, hook in HOOKS.items()}
+        if match and match[1] and match[2] in kinds:
+            return cls(kinds[match[2]], int(match[1]))
+        if match and match[3] in HOOKS:
+            return cls(match[3], int(match[4]))
+        if _PATH.fullmatch(name):
+            return cls(name)
+        raise SiteError(
+            explain(
+                "Site.parse",
+                "name",
+                got=repr(name),
+                wanted="blocks.<layer>.<hook> with hook in "
+                + ", ".join(HOOKS.values())
+                + ", or a module's path that ends in .input or .output",
+                cause="a hook this version has no place for, or a typing error",
+                call='Site.parse("blocks.3.hook_resid_post") or, for any module, '
+                'Site.parse("model.layers.3.mlp.output")',
+            )
+        )
+
+    @property
+    def hook(self) -> str:
+        """The TransformerLens hook name; a module's path as it is."""
+        return self.kind if self.layer is None else f"blocks.{self.layer}.{HOOKS[self.kind]}"
+
+    @property
+    def order(self) -> Order:
+        """Sorts sites for display: the table's as a pass reaches them, then paths by name.
+
+        In which order a model reaches a path is for ``route`` to find out.
+        """
+        if self.layer is None:
+            return (1, 0, 0, re.sub(r"\d+", lambda number: number[0].zfill(6), self.kind))
+        return (0, self.layer, _ORDER[self.kind], "")
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+class Place(NamedTuple):
+    """Where a site lies in one model.
+
+    Attributes:
+        path: the module.
+        end: its ``input`` or ``output``.
+        transform: ``rms`` or ``layer`` where the site is a norm's value without its weight.
+        eps: that norm's epsilon.
+        plus: the path of the block whose input is added to the value found here. resid_mid has no
+            module: it is the block's input plus the attention's output, and is written there.
+    """
+
+    path: str
+    end: str
+    transform: str | None = None
+    eps: float = 0.0
+    plus: str | None = None

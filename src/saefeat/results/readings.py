@@ -1,0 +1,133 @@
+"""Readings: the activations that a probe read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .events import frame
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ..dictionaries.latents import Latents
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Activations that a ``Probe`` read.
+
+    Attributes:
+        latents: what was read; the last dimension follows its order.
+        values: [prompts, tokens, k], float32 or wider. Prompts end in the same column, generated
+            tokens follow; a generated token appears once it has been fed back, so the very last
+            one has no column. Unselected tokens hold values too: see ``kept``.
+        mask: [prompts, tokens, k], true where the token is real and selected.
+        starts: [prompts], the column of each prompt's first token, so that a token's position
+            is its column less this; None for a reduced reading, whose columns are no tokens.
+        counts: [prompts, 1, k], how many tokens each mean is over; None unless the probe reduced
+            to means.
+
+    Examples:
+        >>> latents = sf.Direction(torch.ones(2), site="resid_post.0").latents()
+        >>> values = torch.tensor([[[1.0], [3.0]]])
+        >>> sf.results.Readings(latents, values, torch.tensor([[[True], [True]]])).mean()
+        tensor([2.])
+    """
+
+    latents: Latents
+    values: Tensor
+    mask: Tensor
+    starts: Tensor | None = None
+    counts: Tensor | None = None
+
+    def kept(self) -> Tensor:
+        """[prompts, tokens, k]: the values, NaN where a token is padding or not selected."""
+        return torch.where(self.mask, self.values, torch.nan)
+
+    def mean(self) -> Tensor:
+        """[k]: the mean over every selected token of every prompt; NaN where there is none.
+
+        A reduced mean counts with its tokens, so this is the same with or without
+        ``reduce="mean"``. After ``"max"`` or ``"last"`` it is the mean over prompts.
+        """
+        weights = self.mask if self.counts is None else self.counts
+        kept = torch.where(self.mask, self.values * weights, 0.0).sum((0, 1))
+        return kept / weights.sum((0, 1))
+
+    def max(self) -> Tensor:
+        """[prompts, k]: the largest value over each prompt's selected tokens, NaN without any."""
+        largest = torch.where(self.mask, self.values, -torch.inf).amax(1)
+        return torch.where(self.mask.any(1), largest, torch.nan)
+
+    def last(self) -> Tensor:
+        """[prompts, k]: the value at each prompt's last selected token, NaN without any."""
+        tokens = torch.arange(self.mask.shape[1], device=self.mask.device)[None, :, None]
+        place = torch.where(self.mask, tokens, 0).amax(1, keepdim=True)  # [prompts, 1, k]
+        found = self.values.gather(1, place).squeeze(1)
+        return torch.where(self.mask.any(1), found, torch.nan)
+
+    def active(self) -> Tensor:
+        """[k]: the share of selected tokens at which the latent is above zero.
+
+        Of a reduced reading it is the share of prompts.
+        """
+        hits = (self.mask & (self.values > 0)).sum((0, 1))
+        return hits / self.mask.sum((0, 1)).clamp(min=1)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a kept value: prompt, column (as in ``values``), site, latent and value.
+
+        Raises:
+            SaefeatError: without pandas.
+        """
+        prompt, column, place = self.mask.nonzero(as_tuple=True)
+        names = list(self.latents)
+        table = {
+            "prompt": prompt.numpy(),
+            "column": column.numpy(),
+            "site": [str(names[n][0]) for n in place.tolist()],
+            "latent": [names[n][1] for n in place.tolist()],
+            "value": self.values[self.mask].numpy(),
+        }
+        return frame(table, "Readings.to_pandas")
+
+
+def join_time(pieces: list[Tensor]) -> Tensor:
+    """Forward passes side by side on dimension 1."""
+    return torch.cat(pieces, dim=1)
+
+
+def pad_columns(tensor: Tensor, left: int, right: int) -> Tensor:
+    """[b, t, ...] with columns of zeros (or False) on both sides."""
+    b, _, *rest = tensor.shape
+    return torch.cat(
+        [tensor.new_zeros((b, left, *rest)), tensor, tensor.new_zeros((b, right, *rest))], dim=1
+    )
+
+
+def stack_readings(batches: list[Readings], widths: list[int]) -> Readings:
+    """The same probe's readings over several batches, prompts ending in the same column.
+
+    ``widths`` are the batches' prompt columns: what is missing of a prompt goes to its left, and
+    what a batch generated less than another to its right.
+    """
+    if batches[0].values.shape[1] == 1 and all(b.values.shape[1] == 1 for b in batches):
+        widths = [1] * len(batches)  # one column a prompt, prompt or not
+    width = max(widths)
+    new = max(b.values.shape[1] - w for b, w in zip(batches, widths, strict=True))
+    sides = [
+        (width - w, new - (b.values.shape[1] - w)) for b, w in zip(batches, widths, strict=True)
+    ]
+    values = [pad_columns(b.values, *side) for b, side in zip(batches, sides, strict=True)]
+    masks = [pad_columns(b.mask, *side) for b, side in zip(batches, sides, strict=True)]
+    starts = [
+        b.starts + left for b, (left, _) in zip(batches, sides, strict=True) if b.starts is not None
+    ]
+    joined = torch.cat(starts) if len(starts) == len(batches) else None
+    counts = [b.counts for b in batches if b.counts is not None]
+    totals = torch.cat(counts) if counts else None
+    return Readings(batches[0].latents, torch.cat(values), torch.cat(masks), joined, totals)

@@ -1,0 +1,1 @@
+"""Ways of running an intervention: ``run``, ``sweep``, ``edit`` and ``hooked``."""

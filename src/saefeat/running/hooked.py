@@ -1,0 +1,170 @@
+"""hooked: the same intervention on a plain Hugging Face model, by forward hooks.
+
+Evaluation harnesses and other frameworks call the model themselves; inside the ``with`` they see
+the edit at every token. It is also the oracle that tests hold the nnsight paths against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FiringError, ModelError, explain
+from ..kernel.program import new_log, visit
+from ..kernel.tokens import follow_rows, past_length, remembers, require_sequential, window
+from ..kernel.trace import generating
+from ..model.modules import torch_module
+from ..model.sharded import require_whole
+from ..verbs.base import Intervention
+from ..verbs.lower import lower
+
+
+@contextmanager
+def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, Any]]:
+    """Apply an intervention to every forward pass made inside the ``with`` block.
+
+    Args:
+        model: a Hugging Face module (an nnsight model's module is used if one is passed).
+        intervention: what to apply.
+
+    Yields:
+        The log, for ``intervention.readings(log)``, of the last sequence run, and
+        ``intervention.receipt(log)``, of all. Hooks are gone when the block ends, also after an
+        error or Ctrl-C.
+
+    Raises:
+        SiteError: a layer the model lacks, a dictionary of another width, or a place that a
+            tensor-parallel model has spread over processes.
+        ModelError: an unknown family, or train mode with dropout; a forward pass that does not
+            reach every site.
+        FiringError: if no forward pass was made at all: results came from somewhere else.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model, tokenizer = tiny.load("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> batch = tokenizer(["how do i bake bread"], return_tensors="pt")
+        >>> probe = sf.Probe(saes.latents({1: [0]}))
+        >>> with torch.no_grad(), sf.hooked(model, probe) as log:
+        ...     _ = model(**batch)
+        >>> probe.readings(log)[0].values.shape[0]
+        1
+    """
+    module = torch_module(model)
+    program = lower(intervention, model)
+    for stop in program["visits"]:
+        require_whole(module, stop["path"], stop["end"])
+    log = new_log()
+    state: dict[str, Any] = {"view": None, "held": {}, "program": program, "left": set()}
+    state["called"] = False
+    state["paths"] = {(stop["path"], stop["end"]) for stop in program["visits"]}
+    with ExitStack() as stack:
+        start = module.register_forward_pre_hook(partial(_begin, state, log), with_kwargs=True)
+        stack.callback(start.remove)
+        for stop in program["visits"]:
+            stack.callback(_install(module, stop, state, log).remove)
+        stack.callback(module.register_forward_hook(partial(_end, state)).remove)
+        yield log
+    if not state["called"]:
+        raise FiringError(
+            explain(
+                "hooked",
+                "model",
+                got="never called inside the block",
+                wanted="at least one forward pass",
+                cause="results from a cache, or another copy of the model was called",
+                call="with hooked(model, intervention): model(...)",
+            )
+        )
+
+
+def _begin(
+    state: dict[str, Any], log: dict[str, Any], _: nn.Module, args: Any, kwargs: Any
+) -> None:
+    """At the start of a forward pass: where are we in the sequence?"""
+    state["called"] = True
+    require_sequential(kwargs)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    shown = ids if ids is not None else kwargs["inputs_embeds"]
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    cache, program = kwargs.get("past_key_values"), state["program"]
+    past = past_length(cache)
+    shape = (shown.shape[0], shown.shape[1])
+    before = state["view"] if _continues(state["view"], past, shape, ids, kwargs) else None
+    state["view"] = log["view"] = window(ids, mask, shape, past, before, program["ends"])
+    if remembers(program):
+        follow_rows(cache, state["view"]["memory"])
+    state["held"] = {}
+    state["left"] = set(state["paths"])
+    log["passes"] += 1
+
+
+def _end(state: dict[str, Any], module: nn.Module, _: Any, __: Any) -> None:
+    """At the end of a forward pass: was every site reached?"""
+    if not state["left"]:
+        return
+    path, end = min(state["left"])
+    raise ModelError(
+        explain(
+            "hooked",
+            "model",
+            got=f"a {type(module).__name__} that did not pass through {path}.{end}",
+            wanted="every site of the intervention reached in every forward pass",
+            cause="skipped layers, or code compiled before the hooks were there",
+            call="hooked on the model as it was loaded",
+        )
+    )
+
+
+def _continues(
+    view: dict[str, Any] | None, past: int, shape: tuple[int, int], ids: Tensor | None, kwargs: Any
+) -> bool:
+    """Whether a pass goes on with the sequence of the pass before.
+
+    With a cache, if the cache holds just what has been seen here; without one, if generate feeds
+    the last sequence with one token more. Beams change rows within a prompt's own, so what is
+    compared then is the prompt.
+    """
+    if view is None or len(view["real"]) != shape[0]:
+        return False
+    memory = view["memory"]
+    if past:
+        return memory["seen"] == past
+    last = memory.get("ids")
+    if not generating(kwargs) or last is None or ids is None or memory["seen"] + 1 != shape[1]:
+        return False
+    prompt = memory["prompt"]
+    return torch.equal(ids[:, :prompt], last[:, :prompt])
+
+
+def _install(module: nn.Module, stop: dict[str, Any], state: dict[str, Any], log: Any) -> Any:
+    """One hook on the module of a visit, at its input or its output."""
+    target = module.get_submodule(stop["path"])
+    if stop["end"] == "input":
+        hook = partial(_on_input, stop, state, log)
+        return target.register_forward_pre_hook(hook, with_kwargs=True)
+    return target.register_forward_hook(partial(_on_output, stop, state, log))
+
+
+def _on_input(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, kwargs: Any) -> Any:
+    if args:
+        x = _visit(stop, args[0], state, log)
+        return (x, *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: _visit(stop, kwargs[name], state, log)}
+
+
+def _on_output(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return _visit(stop, output, state, log)
+    return (_visit(stop, output[0], state, log), *output[1:])
+
+
+def _visit(stop: Any, x: Tensor, state: Any, log: Any) -> Tensor:
+    state["left"].discard((stop["path"], stop["end"]))
+    return visit(stop["actions"], x, state["view"], state["held"], log)

@@ -1,0 +1,165 @@
+"""sweep: many interventions on the same prompts, side by side in one batch.
+
+A setting is a few rows of the batch, so that thirty settings of one prompt cost little more than
+one: the model's own passes, which are most of the time, are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import LatentError, explain
+from ..generation.batch import require_passes, run_batch
+from ..generation.decoding import Decoding, decoding, until_stop, whole_number
+from ..generation.result import Piece, join, piece, provenance
+from ..model.route import route
+from ..results.run import Run
+from ..shipping.payload import PAYLOAD_LIMIT
+from ..text.prompts import Prompts, encode_prompts, split
+from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
+from ..verbs.lower import lower, sites_of
+from ..verbs.placement import beside, taken_apart
+from .sweep_jobs import sweep_jobs
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def sweep(
+    model: Any,
+    prompts: Prompts,
+    settings: Mapping[Key, Intervention | None],
+    *,
+    max_new_tokens: int = 0,
+    batch_size: int = 32,
+    allow_unfired: bool = False,
+    progress: bool = False,
+    remote: bool | str = False,
+    limit: int = 4,
+    folder: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    payload_limit: int = PAYLOAD_LIMIT,
+) -> dict[Key, Run]:
+    """Run the same prompts under many interventions, several to a batch.
+
+    Each setting gives what ``run`` gives for it, to rounding; any interventions will do, with
+    probes, conditions and values of their own.
+
+    Args:
+        model: an nnsight ``TransformersModel``.
+        prompts: as in ``run``.
+        settings: name → intervention; None is the bare model.
+        max_new_tokens: how many tokens to generate, greedily; 0 makes one forward pass.
+        batch_size: rows a batch; prompts x settings rows are run in all.
+        allow_unfired: accept edits that selected no token at all.
+        progress: show a progress bar.
+        remote: True or a server's URL makes a job of each setting (``submit``).
+        limit: how many requests may be queued or running at once. Only with ``remote``.
+        folder: a folder for the jobs' files: the same call with it asks again only for what has
+            not arrived. Only with ``remote``.
+        dtype: as in ``run``. Only with ``remote``.
+        payload_limit: as in ``run``, for each request. Only with ``remote``.
+
+    Returns:
+        Name → ``Run``, in the order given.
+
+    Raises:
+        LatentError: without settings.
+        RemoteError: if a job failed; the others have been waited for.
+        FiringError, PromptError, SiteError, ModelError: as in ``run``, naming the setting.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> values = {v: sf.Clamp(saes.latents({2: [7]}), v) for v in (0.0, 2.0, 4.0)}
+        >>> found = sf.sweep(model, ["how do i bake bread"], values, max_new_tokens=3)
+        >>> list(found), found[2.0].receipt.rows[0].largest > 0
+        ([0.0, 2.0, 4.0], True)
+    """
+    chosen = {key: one or Chain(()) for key, one in settings.items()}
+    _require_settings(chosen, limit)
+    if remote:
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        options |= {"allow_unfired": allow_unfired, "remote": remote, "dtype": dtype}
+        options["payload_limit"] = payload_limit
+        return sweep_jobs(model, prompts, chosen, options, limit, folder, progress)
+    encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    total = len(encoded["input_ids"])
+    for one in chosen.values():
+        require_rows(one, total)
+    batches = split(encoded, min(batch_size, total))
+    groups = _groups(list(chosen.values()), max(1, batch_size // len(batches[0]["input_ids"])))
+    way = route(model, [site for one in chosen.values() for site in sites_of(one)])
+    whole = [None if by_prompt(one) else lower(one, model, way=way) for one in chosen.values()]
+    pieces: list[list[Piece]] = [[] for _ in chosen]
+    greedy = decoding(model, max_new_tokens=max_new_tokens)
+    generation = {**greedy.to_dict(model), "batch_size": batch_size}
+    jobs = [(batch, group) for batch in batches for group in groups]
+    start = 0
+    for batch, group in tqdm(jobs, disable=not progress, desc="sweep", unit="batch"):
+        rows = slice(start, start + len(batch["input_ids"]))
+        pairs = [(n, list(chosen.values())[n]) for n in group]
+        programs = [whole[n] or lower(one, model, rows, way) for n, one in pairs]
+        results = _together(model, programs, batch, greedy, allow_unfired)
+        for (n, one), result in zip(pairs, results, strict=True):
+            source = provenance(model, one, generation)
+            pieces[n].append(piece(one, model, batch, result, source))
+        start = rows.stop if group is groups[-1] else start
+    return _joined(chosen, pieces, allow_unfired)
+
+
+def _joined(
+    chosen: Mapping[Key, Intervention], pieces: list[list[Piece]], allow_unfired: bool
+) -> dict[Key, Run]:
+    """Each setting's batches as one result, every edit of which acted."""
+    found = {key: join(own) for key, own in zip(chosen, pieces, strict=True)}
+    for key, result in found.items():
+        if not allow_unfired:
+            require_fired(result.receipt, f"sweep, setting {key!r}")
+    return found
+
+
+def _groups(settings: list[Intervention], size: int) -> list[range]:
+    """Numbers of the settings that share a batch."""
+    return [range(n, min(n + size, len(settings))) for n in range(0, len(settings), size)]
+
+
+def _together(
+    model: Any,
+    programs: list[dict[str, Any]],
+    batch: dict[str, Tensor],
+    greedy: Decoding,
+    allow_unfired: bool,
+) -> list[tuple[dict[str, Any], list[list[int]], Tensor]]:
+    """One batch under several programs: the log, completions and logits of each."""
+    rows, width = batch["input_ids"].shape
+    shared = {name: value.repeat(len(programs), 1) for name, value in batch.items()}
+    log, tokens, logits = run_batch(model, beside(programs, rows), shared, greedy)
+    ends = [until_stop(part[:, width:], greedy.stops) for part in tokens.split(rows)]
+    passes = [max(1, *(len(row) for row in part)) for part in ends]
+    if not allow_unfired and any(program["visits"] for program in programs):
+        require_passes(log, max(passes), "sweep")
+    logs = taken_apart(log, len(programs), rows, passes)
+    return list(zip(logs, ends, logits.split(rows), strict=True))
+
+
+def _require_settings(settings: Mapping[Any, Intervention], limit: int) -> None:
+    whole_number("limit", limit, 1)
+    if settings:
+        return
+    raise LatentError(
+        explain(
+            "sweep",
+            "settings",
+            got="empty",
+            wanted="at least one intervention",
+            cause="a search space without points",
+            call='sweep(model, prompts, {"ablate": Ablate(latents)})',
+        )
+    )

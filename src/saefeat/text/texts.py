@@ -1,0 +1,142 @@
+"""The prompts' tokens behind a result, so that scores can be shown on them and masked by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError, explain
+from ..kernel.tokens import select, window
+from .prompts import role_markers
+from .rules import special_ids
+from .tokens import Tokens
+
+ROLES = ("system", "user", "assistant")
+
+
+@final
+@dataclass(frozen=True)
+class Texts:
+    """The tokens of a result's prompts, without padding.
+
+    Attributes:
+        ids: token ids of each prompt.
+        words: token id → its text, for the ids that occur.
+        special: the tokenizer's special tokens: BOS, turn markers and the like.
+        roles: chat role → the ids that open and close its turns; empty without a chat template.
+        lengths: how many of each row's tokens are the prompt's, where a continuation follows it
+            (``log_prob``); None for all of them.
+
+    Examples:
+        >>> texts = sf.attribution.Texts(((2, 7, 8), (2, 9)), {2: "<bos>", 7: "hi"}, special=(2,))
+        >>> texts.select(~sf.Tokens.special())
+        (tensor([False,  True,  True]), tensor([False,  True]))
+        >>> texts.tokens(0)
+        ('<bos>', 'hi', '#8')
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    words: Mapping[int, str]
+    special: tuple[int, ...] = ()
+    roles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        batch: Mapping[str, Tensor],
+        *,
+        lengths: Tensor | None = None,
+        special: tuple[int, ...] = (),
+    ) -> Texts:
+        """From a left-padded batch, as ``encode_prompts`` makes it.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer, or None.
+            batch: ``input_ids`` and ``attention_mask`` [prompts, tokens].
+            lengths: [prompts, 1], real tokens of each prompt, where more follow it.
+            special: special ids for a model without a tokenizer.
+        """
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        ids = tuple(tuple(row[real].tolist()) for row, real in rows)
+        many = None if lengths is None else tuple(lengths.flatten().tolist())
+        if tokenizer is None:
+            return cls(ids, {}, special, lengths=many)
+        seen = sorted({i for row in ids for i in row})
+        words = {i: tokenizer.decode([i]) for i in seen}
+        return cls(ids, words, tuple(tokenizer.all_special_ids), _roles(tokenizer), many)
+
+    def tokens(self, prompt: int) -> tuple[str, ...]:
+        """A prompt's tokens as text; ``#id`` for one without."""
+        return tuple(self.words.get(i, f"#{i}") for i in self.ids[prompt])
+
+    def select(self, where: Tokens) -> tuple[Tensor, ...]:
+        """[tokens] bool for each prompt: where a rule holds.
+
+        Raises:
+            PromptError: for a role that no chat template is known for.
+        """
+        rule = self._plain(where.rule)
+        found = []
+        for row, length in zip(self.ids, self.prompts, strict=True):
+            ids = torch.tensor([row], dtype=torch.long)
+            known = {"lengths": torch.tensor([[length]]), "memory": {}}
+            view = window(ids, None, (1, len(row)), 0, known, None)
+            found.append(select(rule, view)[0])
+        return tuple(found)
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """How many tokens of each row are the prompt's."""
+        return tuple(map(len, self.ids)) if self.lengths is None else self.lengths
+
+    def _plain(self, rule: tuple) -> tuple:
+        """The rule in token ids, as ``verbs.lower.plain`` makes it with a tokenizer at hand."""
+        kind, *rest = rule
+        if kind in ("not", "and", "or"):
+            return (kind, *(self._plain(part) for part in rest))
+        if kind == "special":
+            return ("ids", self.special)
+        if kind != "role":
+            return rule
+        if rest[0] in (self.roles or {}):
+            return ("between", *(self.roles or {})[rest[0]])
+        raise PromptError(
+            explain(
+                "Texts.select",
+                "where",
+                got=f"role {rest[0]!r}",
+                wanted="one of " + (", ".join(self.roles or {}) or "none: there is no template"),
+                cause="prompts that are no chats, or a role the template has not",
+                call="Tokens.special(), Tokens.ids(...), Tokens.first(n)",
+            )
+        )
+
+
+def texts_of(model: Any, batch: Mapping[str, Tensor], lengths: Tensor | None = None) -> Texts:
+    """The texts of a model's batch; special tokens are known without a tokenizer as well."""
+    tokenizer = getattr(model, "tokenizer", None)
+    special = special_ids(model) if tokenizer is None else ()
+    return Texts.of(tokenizer, batch, lengths=lengths, special=special)
+
+
+def _roles(tokenizer: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The roles that the tokenizer's template can render."""
+    found = {}
+    for role in ROLES if getattr(tokenizer, "chat_template", None) else ():
+        try:
+            found[role] = role_markers(tokenizer, role)
+        except PromptError:
+            continue
+    return found
+
+
+def flat(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one tensor, and their lengths."""
+    every = torch.tensor([i for row in rows for i in row], dtype=torch.long)
+    return every, torch.tensor([len(row) for row in rows], dtype=torch.long)

@@ -1,0 +1,128 @@
+"""Where in the text an intervention acts.
+
+Rules are small immutable values that compose with ``&``, ``|`` and ``~``. They are resolved
+for each row through the attention mask, so that ``first(1)`` is the first real token whatever the
+padding, and ``last(1)`` is the last token of the prompt at every step of a generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import PromptError, explain
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A rule that selects tokens. Padding is never selected.
+
+    Build one with the class methods; combine with ``&``, ``|``, ``~``.
+
+    Examples:
+        >>> sf.Tokens.last(5) | sf.Tokens.generated()
+        Tokens.last(5) | Tokens.generated()
+        >>> ~sf.Tokens.first(1) & sf.Tokens.prompt()
+        ~Tokens.first(1) & Tokens.prompt()
+    """
+
+    rule: tuple
+
+    @classmethod
+    def all(cls) -> Tokens:
+        """Every real token, of the prompt and generated."""
+        return cls(("all",))
+
+    @classmethod
+    def prompt(cls) -> Tokens:
+        """The prompt's tokens."""
+        return cls(("prompt",))
+
+    @classmethod
+    def first(cls, n: int) -> Tokens:
+        """The first n tokens of the prompt (BOS is usually the first)."""
+        return cls(("first", _count("first", n)))
+
+    @classmethod
+    def last(cls, n: int) -> Tokens:
+        """The last n tokens of the prompt, at every step of a generation."""
+        return cls(("last", _count("last", n)))
+
+    @classmethod
+    def generated(cls, start: int = 0, stop: int | None = None) -> Tokens:
+        """Generated tokens start..stop-1 as they are fed back, 0 being the first new token.
+
+        The first new token is itself produced by the prompt's last token; include
+        ``Tokens.last(1)`` to act on what produces it.
+        """
+        return cls(("generated", _count("generated", start, 0), stop))
+
+    @classmethod
+    def ids(cls, *ids: int) -> Tokens:
+        """Tokens with one of these ids."""
+        return cls(("ids", tuple(int(i) for i in ids)))
+
+    @classmethod
+    def special(cls) -> Tokens:
+        """The tokenizer's special tokens: BOS, turn markers and the like."""
+        return cls(("special",))
+
+    @classmethod
+    def role(cls, role: str) -> Tokens:
+        """The contents of one role's turns in a chat, without the template's own tokens.
+
+        Tokens generated after the prompt are the assistant's.
+        """
+        return cls(("role", role))
+
+    @classmethod
+    def where(cls, function: Callable[[Tensor, Tensor], Tensor]) -> Tokens:
+        """Tokens for which ``function(ids [b, t], position [b, t])`` is true, a bool [b, t]."""
+        return cls(("where", function))
+
+    def __and__(self, other: Tokens) -> Tokens:
+        return Tokens(("and", self.rule, other.rule))
+
+    def __or__(self, other: Tokens) -> Tokens:
+        return Tokens(("or", self.rule, other.rule))
+
+    def __invert__(self) -> Tokens:
+        return Tokens(("not", self.rule))
+
+    def __repr__(self) -> str:
+        return _spell(self.rule)
+
+
+def _spell(rule: tuple, inner: bool = False) -> str:
+    kind, *rest = rule
+    if kind == "not":
+        return f"~{_spell(rest[0], True)}"
+    if kind in ("and", "or"):
+        text = f" {'&' if kind == 'and' else '|'} ".join(_spell(part, True) for part in rest)
+        return f"({text})" if inner else text
+    if kind == "generated":
+        rest = [] if rest == [0, None] else rest
+    if kind == "ids":
+        rest = list(rest[0])
+    if kind == "where":
+        rest = [getattr(rest[0], "__name__", "function")]
+    if kind == "role":
+        rest = [repr(rest[0])]
+    return f"Tokens.{kind}({', '.join(str(part) for part in rest)})"
+
+
+def _count(name: str, n: int, least: int = 1) -> int:
+    if isinstance(n, int) and n >= least:
+        return n
+    raise PromptError(
+        explain(
+            f"Tokens.{name}",
+            "n",
+            got=repr(n),
+            wanted=f"an integer from {least}",
+            cause="positions are counted from the prompt's ends; negative counts have no meaning",
+            call=f"Tokens.{name}({least})",
+        )
+    )

@@ -1,0 +1,32 @@
+"""Validation: what is needed before an attribution is believed.
+
+* ``audit``: exact ablations over the top and a random tail.
+* ``stability``: does the top set survive other prompts?
+* ``faithfulness``: curves over set size, with controls.
+* ``minimal_set`` and ``interactions``: what is left when nothing more can go, and how it combines.
+* ``edges``: which latents drive which, through the bare model.
+"""
+
+from .audit import audit
+from .audited import Audit
+from .curves import Faithfulness
+from .edges import Edges, edges
+from .faithfulness import faithfulness
+from .interactions import Interactions, interactions
+from .minimal import MinimalSet, minimal_set
+from .stability import Stability, stability
+
+__all__ = [
+    "Audit",
+    "Edges",
+    "Faithfulness",
+    "Interactions",
+    "MinimalSet",
+    "Stability",
+    "audit",
+    "edges",
+    "faithfulness",
+    "interactions",
+    "minimal_set",
+    "stability",
+]

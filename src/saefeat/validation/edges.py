@@ -1,0 +1,330 @@
+"""edges: which latents drive which later latents, through the bare model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..dictionaries.latents import Latents, as_latents
+from ..errors import FiringError, SiteError, explain
+from ..files.checkpoint import Checkpoint
+from ..files.identity import digest, model_identity
+from ..model.route import Route, route
+from ..model.sites import Site
+from ..running.run import run
+from ..text.prompts import Prompts, encode_prompts, split
+from ..text.tokens import Tokens
+from ..values.per_prompt import per_prompt
+from ..verbs.edits import Clamp
+from ..verbs.probe import Probe
+from .bench import Folder
+from .jacobian import Graph
+from .require import require, require_gradients
+from .stats import spearman
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edges:
+    """Estimated effects of ablating upstream latents on downstream latents, some checked.
+
+    Attributes:
+        upstream: u latents.
+        downstream: d latents.
+        ordered: [u, d] bool, whether the downstream latent is read after the upstream one is
+            written; there is no edge otherwise.
+        by_prompt: [u, d, prompts], the estimate.
+        exact: [u, d], the mean exact change for edges that were checked, NaN for others.
+        ablated: [u, d], the mean exact change of every later latent for the upstream latents among
+            the checked edges, NaN for others. It comes for nothing with the check, and holds what
+            the estimate cannot see: downstream latents that the ablation switches on.
+
+    Examples:
+        >>> a, b = (sf.Neurons(f"resid_post.{n}", 4).latents([1]) for n in (0, 1))
+        >>> one = torch.ones(1, 1)
+        >>> sf.validation.Edges(a, b, one > 0, -one[..., None], -one).top(1)
+        ((Latents(1: resid_post.0 [1]), Latents(1: resid_post.1 [1]), -1.0),)
+    """
+
+    upstream: Latents
+    downstream: Latents
+    ordered: Tensor
+    by_prompt: Tensor
+    exact: Tensor
+    ablated: Tensor | None = None
+
+    @property
+    def estimate(self) -> Tensor:
+        """[u, d]: the mean over prompts; zero where there is no edge."""
+        return self.by_prompt.mean(-1)
+
+    @property
+    def rank(self) -> float:
+        """Spearman's correlation of estimate and exact change over the checked edges."""
+        checked = ~self.exact.isnan()
+        return spearman(self.estimate[checked], self.exact[checked])
+
+    def top(self, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
+        """The n strongest edges, of either sign: upstream, downstream, estimate."""
+        require("Edges.top", n=(n, 0))
+        return self._largest(self.estimate, n)
+
+    def _largest(self, values: Tensor, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
+        ups, downs = self.upstream.singles(), self.downstream.singles()
+        size = values.nan_to_num(0.0).abs().flatten()
+        order = size.argsort(descending=True, stable=True)[:n].tolist()
+        pairs = [divmod(place, len(downs)) for place in order if size[place] > 0]
+        return tuple((ups[i], downs[j], float(values[i, j])) for i, j in pairs)
+
+    def unseen(self, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
+        """The n largest exact changes whose estimate is zero: upstream, downstream, change."""
+        if self.ablated is None:
+            return ()
+        require("Edges.unseen", n=(n, 0))
+        return self._largest(torch.where(self.estimate == 0, self.ablated, math.nan), n)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame, one row an edge that is not zero, strongest first (needs pandas)."""
+        import pandas
+
+        ups, downs = list(self.upstream), list(self.downstream)
+        rows = [
+            {
+                "upstream_site": str(ups[i][0]),
+                "upstream": ups[i][1],
+                "downstream_site": str(downs[j][0]),
+                "downstream": downs[j][1],
+                "estimate": float(self.estimate[i, j]),
+                "exact": float(self.exact[i, j]),
+            }
+            for i, j in (self.estimate != 0).nonzero().tolist()
+        ]
+        return pandas.DataFrame(sorted(rows, key=lambda row: -abs(row["estimate"])))
+
+    def __repr__(self) -> str:
+        found, checked = int((self.estimate != 0).sum()), int((~self.exact.isnan()).sum())
+        lines = [
+            f"Edges: {found} from {len(self.upstream)} to {len(self.downstream)} latents over "
+            f"{self.by_prompt.shape[-1]} prompts; {checked} checked, rank correlation "
+            f"{self.rank:.2f}; strongest"
+        ]
+        for up, down, value in self.top(5):
+            (a, i), (b, j) = *up, *down
+            row, column = list(self.upstream).index((a, i)), list(self.downstream).index((b, j))
+            lines.append(f"  {a} {i} → {b} {j}: {value:+.3f}, exact {self.exact[row, column]:+.3f}")
+        least = min((abs(value) for *_, value in self.top(5)), default=0.0)
+        for up, down, value in self.unseen(1):
+            if abs(value) > least:
+                (a, i), (b, j) = *up, *down
+                lines.append(f"  not seen by the gradient: {a} {i} → {b} {j}: exact {value:+.3f}")
+        return "\n".join(lines)
+
+
+def edges(
+    model: Any,
+    prompts: Prompts,
+    upstream: Latents,
+    downstream: Latents,
+    *,
+    where: Tokens | None = None,
+    check: int = 16,
+    batch_size: int = 16,
+    checkpoint: Folder = None,
+    progress: bool = False,
+) -> Edges:
+    """How ablating each upstream latent would change each downstream latent, to first order.
+
+    The value of the edge i → j, for one prompt, is
+
+        −Σ_t f_i(t) · (∂F_j/∂x(t) · direction_i),   F_j = Σ over `where` of f_j
+
+    with x the value where latent i is written, and the gradient taken through the bare model: all
+    paths count, also those through other latents and through the error terms. Where latent j is
+    active, the gradient of its activation is that of its pre-activation; where it is off, it is
+    zero, so an edge does not see latents that ablation would switch on. The strongest edges are
+    checked: the upstream latent is ablated at every token, and the downstream latent read.
+
+    It costs one forward pass a batch and one backward pass a downstream latent, and for the check
+    one row a prompt for each upstream latent among the checked edges.
+
+    Args:
+        model: an nnsight ``TransformersModel``.
+        prompts: strings, chats or token ids.
+        upstream: u latents; they are ablated at every real token their dictionary knows.
+        downstream: d latents, read after at least one of the upstream latents is written.
+        where: the tokens at which downstream latents are summed; every real token by default.
+        check: how many of the strongest edges to check.
+        batch_size: prompts a forward pass.
+        checkpoint: a folder for finished batches: an interrupted call, made again, goes on from
+            there.
+        progress: show a progress bar.
+
+    Returns:
+        An ``Edges``.
+
+    Raises:
+        SiteError: if no downstream latent comes after an upstream one.
+        FiringError: if no upstream or no downstream latent is ever active there.
+        GradientError: under ``torch.no_grad``.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> harmful = tiny.splits()["harmful_val"][0].instruction
+        >>> up, down = saes.latents({0: [362, 484]}), saes.latents({2: [42]})
+        >>> chat = [{"role": "user", "content": harmful}]
+        >>> found = sf.validation.edges(model, chat, up, down, check=2)
+        >>> found.estimate.shape, bool((found.estimate * found.exact >= 0).all())
+        (torch.Size([2, 1]), True)
+    """
+    require("edges", check=(check, 0), batch_size=(batch_size, 1))
+    require_gradients("edges")
+    up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
+    way = route(model, _sites(up, down))
+    ordered = _ordered(up, down, way)
+    batch = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    pieces = split(batch, batch_size)
+    asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
+    asked |= {"check": check, "batch_size": batch_size}
+    who = {} if checkpoint is None else _identity(model, asked)
+    with Checkpoint(checkpoint, who, "edges") as done:
+        values = _estimated(Graph(model, way, up, down, where), pieces, done, progress)
+        values = torch.where(ordered[..., None], values, 0.0)
+        strong = values.mean(-1).abs().flatten().argsort(descending=True, stable=True)[:check]
+        chosen = [divmod(place, len(down)) for place in strong.tolist()]
+        chosen = [(i, j) for i, j in chosen if values[i, j].any()]
+        rows = sorted({i for i, _ in chosen})
+        ablated = torch.full(ordered.shape, math.nan)
+        singles = [up.singles()[i] for i in rows]
+        if rows:
+            change = _ablated(model, batch, singles, down, where, batch_size, done, progress)
+            ablated[rows] = torch.where(ordered[rows], change, math.nan)
+    exact = torch.full(ordered.shape, math.nan)
+    for i, j in chosen:
+        exact[i, j] = ablated[i, j]
+    return Edges(up, down, ordered, values, exact, ablated)
+
+
+def _estimated(
+    graph: Graph, pieces: list[dict[str, Tensor]], done: Checkpoint, progress: bool
+) -> Tensor:
+    """[u, d, prompts]: every batch's edges.
+
+    Raises:
+        FiringError: if no upstream or no downstream latent is active in any of them.
+    """
+    found, active = [], {"upstream": False, "downstream": False}
+    bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
+    for number, piece in enumerate(bar):
+
+        def work(piece: dict[str, Tensor] = piece) -> dict[str, Tensor]:
+            return graph.values(piece)
+
+        held = _once(done, number, work)
+        found.append(held["values"])
+        active = {name: active[name] or bool(held[name]) for name in active}
+    _require_active(active, graph)
+    return torch.cat(found, -1)
+
+
+def _once(
+    done: Checkpoint, number: int, work: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A piece of the job, from the checkpoint if it is there."""
+    held = done.load(number)
+    if held is not None:
+        return held[0]
+    found = work()
+    done.save(number, found, {})
+    return found
+
+
+def _ablated(
+    model: Any,
+    batch: dict[str, Tensor],
+    ablated: list[Latents],
+    down: Latents,
+    where: Tokens | None,
+    size: int,
+    done: Checkpoint,
+    progress: bool,
+) -> Tensor:
+    """[n, d]: the mean exact change of downstream sums when each of n latents is ablated."""
+    prompts = len(batch["input_ids"])
+    first = -(-prompts // size)  # pieces before these were the estimates
+
+    def total(found: Any) -> Tensor:
+        reading = found.readings[0]
+        return torch.where(reading.mask, reading.values, 0.0).sum(1)  # [rows, d]
+
+    def under(some: list[Latents]) -> dict[str, Tensor]:
+        """[n, prompts, d]: the sums with each latent ablated, or as they are."""
+        look = Probe(down, where=where)
+        if not some:
+            return {"sums": total(run(model, batch, look, batch_size=size))[None]}
+        union, member = per_prompt(some)
+        edit = Clamp(union, scale=(~member).float().repeat_interleave(prompts, 0)) | look
+        rows = {name: tensor.repeat(len(some), 1) for name, tensor in batch.items()}
+        return {"sums": total(run(model, rows, edit, batch_size=size)).unflatten(0, (-1, prompts))}
+
+    many = max(1, size // prompts)
+    groups = [[], *(ablated[n : n + many] for n in range(0, len(ablated), many))]
+    bar = tqdm(groups, disable=not progress, desc="edges, checked", unit="batch")
+    before, *after = (
+        _once(done, first + n, lambda some=some: under(some))["sums"] for n, some in enumerate(bar)
+    )
+    return (torch.cat(after) - before).mean(1).float()
+
+
+def _identity(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the pieces of a job depend on."""
+    hashed = {name: digest(value) for name, value in asked.items()}
+    return {**model_identity(model), "job": "edges", **hashed}
+
+
+def _sites(up: Latents, down: Latents) -> list[Site]:
+    """Every site that either reads or writes."""
+    bases: list[Any] = [basis for latents in (up, down) for basis, _ in latents.parts]
+    return [site for basis in bases for site in (basis.site, basis.write_site)]
+
+
+def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
+    """[u, d] bool."""
+    written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]  # type: ignore[attr-defined]
+    read = [way.orders[basis.site] for basis, ix in down.parts for _ in ix]
+    found = torch.tensor([[w < r for r in read] for w in written])
+    if bool(found.any()):
+        return found
+    raise SiteError(
+        explain(
+            "edges",
+            "downstream",
+            got=f"{down!r}, none of which is read after {up!r} is written",
+            wanted="latents of a later site",
+            cause="upstream and downstream swapped, or of one site",
+            call="edges(model, prompts, saes.latents({1: [3]}), saes.latents({2: [5]}))",
+        )
+    )
+
+
+def _require_active(active: dict[str, bool], graph: Graph) -> None:
+    """Latents that never fire would give zeros that read as "no edge"."""
+    for name, latents in (("upstream", graph.up), ("downstream", graph.down)):
+        if not active[name]:
+            at = graph.where if graph.where is not None and name == "downstream" else "any token"
+            raise FiringError(
+                explain(
+                    "edges",
+                    name,
+                    got=f"{latents!r}, of which none is active at {at}",
+                    wanted="at least one active latent",
+                    cause="prompts or tokens on which they do not fire",
+                    call="scores.top(20), an attribution over these prompts",
+                )
+            )

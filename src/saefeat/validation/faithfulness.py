@@ -1,0 +1,242 @@
+"""faithfulness: how much of the behavior a set of latents carries, as the set grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..attribution.attribute import Attribute
+from ..attribution.scores import Attribution
+from ..dictionaries.latents import Latents, as_latents
+from ..errors import LatentError, SaefeatError, explain
+from ..text.prompts import Prompts
+from ..text.tokens import Tokens
+from ..verbs.edits import Ablate
+from ..verbs.probe import Probe
+from .bench import Bench, Folder, bench_of
+from .curves import Faithfulness
+from .random_sets import matched_sets, members_mass, random_sets, require_pool
+from .ranking import Ranking, ranking, selection
+from .require import require, require_same
+
+
+def faithfulness(
+    attribute: Attribute,
+    model: Any,
+    prompts: Prompts,
+    scores: Attribution,
+    *,
+    sizes: Sequence[int] | None = None,
+    controls: int = 2,
+    to: str = "zero",
+    seed: int = 0,
+    batch_size: int = 32,
+    checkpoint: Folder = None,
+    progress: bool = False,
+) -> Faithfulness:
+    """Keep the top latents and ablate all others; ablate the top and keep all others.
+
+    Sets grow by rank of |estimate| (sums over scored tokens, as in ``audit``). "All others" are
+    all other latents of ``attribute.target``, active or not in the clean run, since ablating some
+    wakes others. They are ablated at the scored tokens; the error term stays.
+
+    Controls draw as many latents from those that moved and are in no top set: ``random`` at
+    random; ``matched`` one for each member, of the same dictionary and with the nearest mass
+    (Σ |activation| · ‖direction‖). The top may write more than anything else does; how nearly
+    the controls match is in ``Faithfulness.balance``, and printed.
+
+    The cost: Σ over sizes of 2 + 4 · controls + size passes over the prompts. About half of them
+    ablate nearly every latent, which encodes and decodes with the whole dictionaries: for wide
+    ones, pass an ``Attribute`` on ``Latents`` (then those alone are "all latents").
+
+    Args:
+        attribute: the verb that made the scores.
+        model: an nnsight ``TransformersModel``.
+        prompts: the prompts that were attributed, in the same order.
+        scores: what ``attribute(model, prompts)`` gave.
+        sizes: set sizes; by default powers of two up to 32 or half of the latents that moved.
+        controls: draws of each kind of control; 0 for none.
+        to: what ablated latents are set to: ``"zero"``, or ``"mean"``, their mean over the
+            prompts' scored tokens (each prompt that has any counts alike).
+        seed: of the controls.
+        batch_size: the most prompts a forward pass; fewer where prompts are long.
+        checkpoint: a folder for finished sets: an interrupted call, made again, goes on from there.
+        progress: show a progress bar.
+
+    Returns:
+        A ``Faithfulness``.
+
+    Raises:
+        PromptError: if the metric of these prompts is not the one in ``scores``.
+        SaefeatError: for scores with nothing in them, sizes without controls, or a metric that
+            does not move when every latent is ablated.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> attribute = sf.Attribute(saes[3], sf.logit_diff(5, 6))
+        >>> scores = attribute(model, ["hello", "how do i bake bread"])
+        >>> found = sf.validation.faithfulness(
+        ...     attribute, model, ["hello", "how do i bake bread"], scores, sizes=[2], controls=1
+        ... )
+        >>> len(found.curve("faithfulness", "matched"))
+        1
+    """
+    require("faithfulness", controls=(controls, 0), seed=(seed, 0))
+    _require_way(to)
+    ranked = ranking(scores, "faithfulness")
+    ladder = _sizes(sizes, ranked, controls)
+    _require_inside(attribute, selection(scores.dictionaries, ranked.keys))
+    asked = {"scores": scores, "sizes": ladder, "controls": controls, "to": to, "seed": seed}
+    bench = bench_of(
+        attribute, model, prompts, where="faithfulness", batch_size=batch_size,
+        checkpoint=checkpoint, **asked,
+    )  # fmt: skip
+    clean = bench.under()
+    require_same(bench, clean, scores)
+    sets = {"top": ranked.keys[None, : ladder[-1]]}
+    if controls:
+        sets["random"] = random_sets(ranked, ladder[-1], controls, seed)
+        sets["matched"] = matched_sets(scores, ranked, ladder[-1], controls, seed)
+    whole = _Whole(bench, attribute, to)
+    empty = whole.without(whole.latents)
+    _require_effect(clean, empty)
+    chosen = {
+        name: [[selection(scores.dictionaries, keys[:k]) for keys in drawn] for k in ladder]
+        for name, drawn in sets.items()
+    }
+    written = members_mass(scores, ranked, sets)
+    found = _run(whole, chosen, progress)
+    return Faithfulness(scores.dictionaries, ladder, sets, clean, empty, *found, written)
+
+
+def _run(
+    whole: _Whole, chosen: dict[str, list[list[Latents]]], progress: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[Tensor, ...]]:
+    """Every set kept, every set removed, and the top sets kept but for one member."""
+    tops = [drawn[0] for drawn in chosen["top"]]
+    sets = sum(len(drawn) for by_size in chosen.values() for drawn in by_size)
+    count = 2 * sets + sum(map(len, tops))
+    with tqdm(total=count, disable=not progress, desc="faithfulness", unit="set") as bar:
+        kept = {name: whole.table(drawn, True, bar) for name, drawn in chosen.items()}
+        removed = {name: whole.table(drawn, False, bar) for name, drawn in chosen.items()}
+        members = [[top - one for one in top.singles()] for top in tops]
+        marginals = tuple(whole.table([left], True, bar)[0] for left in members)
+    return kept, removed, marginals
+
+
+class _Whole:
+    """All latents, to keep or to ablate some of."""
+
+    def __init__(self, bench: Bench, attribute: Attribute, to: str) -> None:
+        self.latents = as_latents(attribute.target, "faithfulness")
+        self._bench, self._where = bench, attribute.where
+        if self._where is None and bench.data.lengths is not None:
+            self._where = Tokens.prompt()  # a continuation is not scored, unless asked for
+        self._to = {} if to == "zero" else _means(bench, self.latents, self._where)
+
+    def without(self, ablated: Latents) -> Tensor:
+        """[prompts]: the metric with these latents ablated."""
+        if not len(ablated):
+            return self._bench.under(None)
+        values = [
+            self._to[id(basis)][torch.tensor(indices)] if self._to else torch.zeros(len(indices))
+            for basis, indices in ablated.parts
+        ]
+        return self._bench.under(Ablate(ablated, to=torch.cat(values), where=self._where))
+
+    def table(self, sets: Sequence[Sequence[Latents]], keep: bool, bar: Any) -> Tensor:
+        """[n, draws, prompts]: the metric with each set kept, or with each ablated."""
+        rows = []
+        for drawn in sets:
+            for chosen in drawn:
+                rows.append(self.without(self.latents - chosen if keep else chosen))
+                bar.update()
+        return torch.stack(rows).reshape(len(sets), len(sets[0]), -1)
+
+
+def _means(bench: Bench, latents: Latents, where: Tokens | None) -> dict[int, Tensor]:
+    """id(dictionary) → the mean of each of its latents [d_sae] over prompts that have a token."""
+    readings = bench.readings(Probe(latents, where=where, reduce="mean"))
+    total = sum(torch.where(r.mask, r.values, 0.0).sum((0, 1)).double() for r in readings)
+    counts = sum(r.mask.sum((0, 1)) for r in readings)
+    means, start, found = total / counts.clamp(min=1), 0, {}  # type: ignore[union-attr]
+    for basis, indices in latents.parts:
+        own = torch.zeros(basis.d_sae)
+        own[torch.tensor(indices)] = means[start : start + len(indices)].float().cpu()
+        found[id(basis)], start = own, start + len(indices)
+    return found
+
+
+def _require_way(to: str) -> None:
+    if to not in ("zero", "mean"):
+        raise SaefeatError(
+            explain(
+                "faithfulness",
+                "to",
+                got=repr(to),
+                wanted='"zero" or "mean"',
+                cause="a typing error",
+                call='faithfulness(..., to="mean")',
+            )
+        )
+
+
+def _sizes(sizes: Sequence[int] | None, ranked: Ranking, controls: int) -> tuple[int, ...]:
+    """Ascending set sizes for which there are latents and controls."""
+    moved = len(ranked.keys)
+    most = moved // 2 if controls else moved
+    if sizes is None:
+        sizes = [2**n for n in range(6) if 2**n <= most]
+    found = tuple(sizes)
+    whole = all(type(size) is int and 1 <= size <= moved for size in found)
+    if not found or not whole or list(found) != sorted(set(found)):
+        raise SaefeatError(
+            explain(
+                "faithfulness",
+                "sizes",
+                got=repr(found),
+                wanted=f"ascending integers in 1..{moved}, the latents that moved",
+                cause="sizes beyond the latents found, or out of order",
+                call="faithfulness(..., sizes=(1, 2, 4, 8))",
+            )
+        )
+    if controls:
+        require_pool(ranked, found[-1], "faithfulness")
+    return found
+
+
+def _require_effect(clean: Tensor, empty: Tensor) -> None:
+    whole = float((clean - empty).mean())
+    if abs(whole) > 1e-6 * (1 + float(clean.abs().max())):
+        return
+    raise SaefeatError(
+        explain(
+            "faithfulness",
+            "attribute",
+            got=f"a metric that moves by {whole:.1e} when every latent is ablated",
+            wanted="a metric that the latents carry",
+            cause="a metric that these sites do not reach, or that the error term carries",
+            call="another site, or another metric",
+        )
+    )
+
+
+def _require_inside(attribute: Attribute, scored: Latents) -> None:
+    if len(as_latents(attribute.target, "faithfulness") & scored) == len(scored):
+        return
+    raise LatentError(
+        explain(
+            "faithfulness",
+            "scores",
+            got="of other latents than attribute.target",
+            wanted="the scores that this attribute made",
+            cause="the dictionaries were loaded again, and are other objects",
+            call="scores = attribute(model, prompts)",
+        )
+    )

@@ -1,0 +1,144 @@
+"""The bare model's graph between chosen latents: what edges are read from."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import nnsight
+import torch
+from torch import Tensor
+
+from ..dictionaries.base import Dictionary, cast
+from ..dictionaries.latents import Latents, index_tensor
+from ..kernel.encode import encode
+from ..kernel.program import lift, new_log
+from ..kernel.tokens import select
+from ..kernel.trace import whole_run
+from ..model.modules import torch_module
+from ..model.route import Route
+from ..model.sites import Order, Place, Site
+from ..text.rules import plain
+from ..text.tokens import Tokens
+from ..verbs.base import Chain
+from ..verbs.lower import add_stash, add_visit, in_order, lower
+from ..verbs.rules import acts_at
+
+
+class Part(NamedTuple):
+    """Latents of one dictionary, the place they are read or written, and how it is transformed."""
+
+    dictionary: Dictionary
+    columns: dict[str, Any]
+    place: Place
+    transform: dict[str, Any]
+    rule: tuple
+
+
+class Graph:
+    """The bare model's graph from the places upstream latents write to those downstream read."""
+
+    def __init__(
+        self, model: Any, way: Route, up: Latents, down: Latents, where: Tokens | None
+    ) -> None:
+        self._model, self._module, self._route = model, torch_module(model), way
+        self.up, self.down, self.where = up, down, where
+        self._numbers: dict[Place, tuple[int, Order]] = {}
+        self._reads = [self._part(*part, None, write=False) for part in up.parts]
+        self._writes = [self._part(*part, None, write=True) for part in up.parts]
+        self._sinks = [self._part(*part, where, write=False) for part in down.parts]
+        written = {self._numbers[part.place] for part in self._writes}
+        self._first = min(written, key=lambda entry: entry[1])[0]
+        accepted = inspect.signature(self._module.forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def _part(self, basis: Any, indices: Any, where: Tokens | None, *, write: bool) -> Part:
+        site: Site = basis.write_site if write else basis.site
+        found = self._route.writable(site, "edges") if write else self._route.places[site]
+        place = Place(found.path, found.end, plus=found.plus)
+        self._numbers.setdefault(place, (len(self._numbers), self._route.orders[site]))
+        if place.plus is not None:  # resid_mid: the block's input is the other half of its value
+            block = Place(place.plus, "input")
+            order = self._route.starts[place.plus]
+            self._numbers.setdefault(block, (len(self._numbers), order))
+        rule = plain(acts_at(where, basis, self._model).rule, self._model)
+        columns = basis.columns(index_tensor(indices))
+        transform = {"transform": found.transform, "eps": found.eps}
+        return Part(basis, columns, place, transform, rule)
+
+    def values(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``values`` [u, d, b], the edges of one batch; whether either side was active at all."""
+        log = self._run(batch)
+        with torch.enable_grad():
+            sums = torch.cat([self._sum(part, log) for part in self._sinks], -1)  # [b, d]
+        nodes = [log["nodes"][self._numbers[part.place][0]] for part in self._writes]
+        active, found = [self._active(read, log) for read in self._reads], []
+        for j in range(sums.shape[1]):
+            slopes = torch.autograd.grad(
+                sums[:, j].sum(), nodes, retain_graph=True, materialize_grads=True,
+                allow_unused=True,
+            )  # fmt: skip
+            parts = zip(self._reads, active, slopes, strict=True)
+            found.append(torch.cat([_weigh(*part) for part in parts], -1))  # [b, u]
+        return {
+            "values": torch.stack(found).permute(2, 0, 1).float().cpu(),
+            "upstream": torch.stack([f.any() for f, _ in active]).any(),
+            "downstream": sums.any(),
+        }
+
+    def _run(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """One forward pass in which every place's value is kept as a node of the graph."""
+        program = lower(Chain(()), self._model)
+        visits: dict[Place, dict[str, Any]] = {}
+        for place, (number, order) in self._numbers.items():
+            if place.plus is not None:
+                add_stash(visits, place.plus, self._route.starts[place.plus])
+            action = {"do": "keep", "id": number, "target": None, "plus": place.plus}
+            action |= {"copy": True, "through": None, "source": None}
+            # what lies before the first written place needs no gradient, and frozen models work
+            action["gradient"] = order >= self._order(self._first)
+            action["first"] = number == self._first
+            add_visit(visits, place, order)["actions"].append(action)
+        program["visits"] = in_order(visits)
+        with torch.enable_grad(), self._model.trace(batch, **self._options):
+            log = nnsight.save(new_log())
+            whole_run(self._model, program, log)
+        return log
+
+    def _order(self, number: int) -> Order:
+        return next(order for found, order in self._numbers.values() if found == number)
+
+    def _node(self, place: Place, log: dict[str, Any]) -> Tensor:
+        """The site's value [b, t, d], in the graph where it can be."""
+        number = self._numbers[place][0]
+        if number not in log["nodes"]:
+            return log["kept"][number]
+        x = log["nodes"][number]
+        if place.plus is None:
+            return x
+        return x + self._node(Place(place.plus, "input"), log)
+
+    def _sum(self, part: Part, log: dict[str, Any]) -> Tensor:
+        """[b, k]: each downstream latent's activation, summed over its tokens."""
+        x = lift(self._node(part.place, log), part.transform)
+        f = encode(cast(part.columns, x.dtype, x.device), x)[0]  # [b, t, k]
+        mask = select(part.rule, log["view"]).to(x.device)
+        f = torch.where(mask[..., None], f, 0.0)
+        return f.sum(1)
+
+    @torch.no_grad()
+    def _active(self, read: Part, log: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """[b, t, k]: what upstream latents are at their tokens, and the scale of directions."""
+        x = lift(log["kept"][self._numbers[read.place][0]], read.transform)
+        f, scale = encode(cast(read.columns, x.dtype, x.device), x)
+        return torch.where(select(read.rule, log["view"]).to(x.device)[..., None], f, 0.0), scale
+
+
+@torch.no_grad()
+def _weigh(read: Part, active: tuple[Tensor, Tensor | None], slope: Tensor) -> Tensor:
+    """[b, k]: −Σ_t f · (slope · direction)."""
+    f, scale = active
+    slope = slope.to(f.device, f.dtype)
+    directions = cast(read.columns, f.dtype, f.device)["directions"]
+    along = (slope if scale is None else slope * scale) @ directions.T
+    return -(f * along).sum(1)

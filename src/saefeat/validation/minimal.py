@@ -1,0 +1,260 @@
+"""minimal_set: drop latents from a set that suffices, one by one, as long as it suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..dictionaries.latents import Latents, as_latents
+from ..errors import LatentError, SaefeatError, explain
+from ..metrics.base import Metric
+from ..text.prompts import Prompts
+from ..text.tokens import Tokens
+from ..verbs.base import Intervention
+from .bench import Folder, bench
+from .require import require_upstream_of
+
+Holds = float | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MinimalSet:
+    """A set of which nothing can be dropped, and how it was reached.
+
+    Attributes:
+        latents: what is left.
+        removed: what was dropped, in order, each a selection of its own.
+        metric: [dropped + 1, prompts], the metric at the start and after each drop.
+        held: [dropped + 1], the share of prompts for which the criterion held.
+        without: [left, prompts], the metric if one more latent were dropped, in the order of
+            ``latents``: none of these meets the criterion.
+        clean: [prompts], the metric in the bare model.
+
+    Examples:
+        >>> v, one = sf.Neurons("resid_post.0", 4), torch.ones(1, 2)
+        >>> sf.validation.MinimalSet(v.latents([2]), (), one, torch.ones(1), 0 * one, 0 * one[0])
+        MinimalSet: 1 of 1 latents left; metric 0.000 bare, 1.000 at the start, 1.000 at the end
+          Latents(1: resid_post.0 [2])
+    """
+
+    latents: Latents
+    removed: tuple[Latents, ...]
+    metric: Tensor
+    held: Tensor
+    without: Tensor
+    clean: Tensor
+
+    def to_pandas(self) -> Any:
+        """A DataFrame, one row a drop, the start first (needs the pandas extra)."""
+        import pandas
+
+        dropped = [next(iter(one)) for one in self.removed]
+        sites, indices = [None, *(str(s) for s, _ in dropped)], [None, *(i for _, i in dropped)]
+        columns = {"site": sites, "latent": indices, "metric": self.metric.mean(1).tolist()}
+        return pandas.DataFrame({**columns, "held": self.held.tolist()})
+
+    def __repr__(self) -> str:
+        means = self.metric.mean(1)
+        return (
+            f"MinimalSet: {len(self.latents)} of {len(self.latents) + len(self.removed)} latents "
+            f"left; metric {self.clean.mean():.3f} bare, {means[0]:.3f} at the start, "
+            f"{means[-1]:.3f} at the end\n  {self.latents!r}"
+        )
+
+
+def minimal_set(
+    model: Any,
+    prompts: Prompts,
+    latents: Latents,
+    metric: Metric,
+    *,
+    holds: Holds = 0.0,
+    share: float = 1.0,
+    within: Latents | Any = None,
+    where: Tokens | None = None,
+    baseline: Intervention | None = None,
+    batch_size: int = 32,
+    checkpoint: Folder = None,
+    progress: bool = False,
+) -> MinimalSet:
+    """Greedy pruning (arXiv 2509.09708): drop the latent whose loss hurts least, and again.
+
+    By default a set *acts by being ablated*: it suffices if its ablation brings the behavior
+    about, such as compliance in place of refusal. With ``within``, it acts by being *kept* while
+    all other latents of ``within`` are ablated: a circuit.
+
+    At each step all sets with one latent less are run, every (set, prompt) a row of a batch. The
+    one for which the criterion holds for most prompts is taken (ties: the higher mean metric,
+    then the earlier latent), as long as it holds. So nothing can be dropped from what is left,
+    one at a time; there may be smaller sets all the same, and other sets as small. The result is
+    deterministic. From n latents about n²/2 · prompts rows run.
+
+    Args:
+        model: an nnsight ``TransformersModel``.
+        prompts: strings, chats or token ids.
+        latents: the set to start from.
+        metric: higher is better; any that ``Attribute`` takes. It needs no gradient: an argmax may
+            be in it.
+        holds: a number that the mean metric must reach, or a function from the metric [prompts]
+            to bools [prompts], such as ``lambda m: m > 0``.
+        share: of how many prompts the function must hold.
+        within: all latents of the circuit's model; None to ablate the set itself.
+        where: which tokens are edited; every real token by default, a continuation's too.
+        baseline: the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to, such as
+            ``Ablate(latents)``.
+        batch_size: the most rows a forward pass; fewer where prompts are long.
+        checkpoint: a folder for finished batches: an interrupted call, made again, goes on from
+            there.
+        progress: show a progress bar.
+
+    Returns:
+        A ``MinimalSet``.
+
+    Raises:
+        SaefeatError: if the criterion does not hold for the set given, or holds for no latents at
+            all; for a metric that refers to a baseline, without one.
+        LatentError: for an empty set, or one that is not inside ``within``.
+        SiteError: for a metric of a site that comes before the latents.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> comply = sf.logit_diff(list(tiny.COMPLY_OPENINGS), list(tiny.REFUSAL_OPENINGS))
+        >>> harmful = tiny.splits()["harmful_val"][0].instruction
+        >>> prompt = [{"role": "user", "content": harmful}]
+        >>> top = sf.Attribute(saes, comply)(model, prompt).top(8)
+        >>> sf.validation.minimal_set(model, prompt, top, comply).latents
+        Latents(2: resid_post.0 [484], resid_post.1 [359])
+    """
+    start = as_latents(latents, "minimal_set")
+    judge = _Judge(holds, share)
+    whole = None if within is None else _around(start, within)
+    require_upstream_of(metric, model, start if whole is None else whole, "minimal_set")
+    place = bench(
+        model, prompts, metric, where="minimal_set", batch_size=batch_size, baseline=baseline,
+        checkpoint=checkpoint, latents=start, within=whole, tokens=where, holds=holds, share=share,
+    )  # fmt: skip
+    clean = place.under()
+
+    def measure(sets: list[Latents]) -> Tensor:
+        ablated = sets if whole is None else [whole - kept for kept in sets]
+        return place.without(ablated, where)
+
+    first = measure([start])[0]
+    _require_sufficient(judge, first, measure([Latents(())])[0], start)
+    left, removed, path, tried = _pruned(start, first, measure, judge, progress)
+    metrics = torch.stack(path)
+    held = torch.tensor([judge.share_of(row) for row in metrics])
+    return MinimalSet(left, tuple(removed), metrics, held, tried, clean)
+
+
+def _pruned(
+    start: Latents,
+    first: Tensor,
+    measure: Callable[[list[Latents]], Tensor],
+    judge: _Judge,
+    progress: bool,
+) -> tuple[Latents, list[Latents], list[Tensor], Tensor]:
+    """What is left, what was dropped, the metric on the way, and with one more latent dropped."""
+    left, removed, path = start, [], [first]
+    with tqdm(total=len(start), disable=not progress, desc="minimal_set", unit="latent") as bar:
+        while True:
+            singles = left.singles()
+            tried = measure([left - one for one in singles])  # [left, prompts]
+            best = max(range(len(singles)), key=lambda n: (*judge.rank(tried[n]), -n))
+            # the last one stays: that nothing at all would do was refused before
+            if len(left) == 1 or not judge(tried[best]):
+                return left, removed, path, tried
+            left = left - singles[best]
+            removed.append(singles[best])
+            path.append(tried[best])
+            bar.update()
+
+
+class _Judge:
+    """The criterion: whether a metric [prompts] meets it, and how nearly."""
+
+    def __init__(self, holds: Holds, share: float) -> None:
+        self._holds, self._share = holds, share
+        if not 0 < share <= 1:
+            raise SaefeatError(
+                explain(
+                    "minimal_set",
+                    "share",
+                    got=share,
+                    wanted="a share in (0, 1]",
+                    cause="a percentage, or a count",
+                    call="minimal_set(..., share=0.9)",
+                )
+            )
+
+    def share_of(self, values: Tensor) -> float:
+        """The share of prompts for which it holds."""
+        if not callable(self._holds):
+            return float((values >= self._holds).double().mean())
+        met = self._holds(values)
+        if isinstance(met, Tensor) and met.dtype == torch.bool and met.shape == values.shape:
+            return float(met.double().mean())
+        raise SaefeatError(
+            explain(
+                "minimal_set",
+                "holds",
+                got=f"a function that gives {met!r:.60}",
+                wanted=f"bools of shape {tuple(values.shape)}, one a prompt",
+                cause="a criterion on the mean, or a single bool",
+                call="holds=lambda m: m > 0, or a number for the mean",
+            )
+        )
+
+    def rank(self, values: Tensor) -> tuple[float, ...]:
+        """Higher is nearer; where the highest fails, all fail."""
+        mean = float(values.double().mean())
+        return (self.share_of(values), mean) if callable(self._holds) else (mean,)
+
+    def __call__(self, values: Tensor) -> bool:
+        limit = self._share if callable(self._holds) else float(self._holds)
+        return self.rank(values)[0] >= limit
+
+
+def _around(latents: Latents, within: Any) -> Latents:
+    whole = as_latents(within, "minimal_set")
+    if len(whole & latents) == len(latents):
+        return whole
+    raise LatentError(
+        explain(
+            "minimal_set",
+            "within",
+            got=repr(whole),
+            wanted=f"a selection that holds all of {latents!r}",
+            cause="the dictionaries were loaded again, or other layers",
+            call="within=saes, the mapping the latents came from",
+        )
+    )
+
+
+def _require_sufficient(judge: _Judge, whole: Tensor, none: Tensor, start: Latents) -> None:
+    if judge(whole) and not judge(none):
+        return
+    fails = not judge(whole)
+    held = judge.share_of(whole if fails else none)
+    raise SaefeatError(
+        explain(
+            "minimal_set",
+            "latents" if fails else "holds",
+            got=f"{start!r}, with which the criterion holds for {held:.0%} of the prompts (mean"
+            f" metric {whole.mean():.3f})"
+            if fails
+            else f"met with no latents at all (mean metric {none.mean():.3f})",
+            wanted="a set that suffices" if fails else "a criterion that the set brings about",
+            cause="too few latents, or a metric of the wrong sign"
+            if fails
+            else "prompts on which the behavior is there anyway, or a metric of the wrong sign",
+            call="scores.top(100), or a larger share" if fails else "filter the prompts first",
+        )
+    )

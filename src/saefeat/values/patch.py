@@ -1,0 +1,80 @@
+"""Patch: latents set to what they were in another run of the same prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.latents import Latents
+from ..errors import LatentError, explain
+from ..results.readings import Readings
+from .base import Value
+from .columns import _brief, _require_readings, columns_of
+
+
+@final
+@dataclass(frozen=True, repr=False, eq=False)
+class Patch(Value):
+    """What latents were at the same token of the same prompt in a clean run.
+
+    Tokens are matched by prompt and by position in the prompt's text, whatever the padding. Where
+    the readings hold no value (tokens behind the clean run, tokens its probe did not select)
+    nothing is edited.
+
+    Args:
+        readings: what a ``Probe`` read in the clean run, of the same prompts in the same order;
+            of all latents of the edit, in any order, and of others if you like.
+
+    Raises:
+        LatentError: for readings that were reduced, or hold values that are not finite.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> some = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post").latents({1: [3, 4]})
+        >>> clean = sf.run(model, ["how do i bake bread"], sf.Probe(some)).readings[0]
+        >>> out = sf.run(model, ["how do i bake bread"], sf.Ablate(some, to=sf.values.Patch(clean)))
+        >>> out.receipt.rows[0].tokens
+        6
+    """
+
+    readings: Readings
+
+    numbered: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require_readings("Patch", self.readings)
+        if self.readings.starts is None:
+            raise LatentError(
+                explain(
+                    "Patch",
+                    "readings",
+                    got="without starts, the column at which each prompt begins",
+                    wanted="one value a token, as Probe(latents) without reduce= reads them",
+                    cause="a reduced probe, or Readings made by hand",
+                    call="Ablate(latents, to=values), which takes [k] or [prompts, k]",
+                )
+            )
+
+    def check(self, where: str, parameter: str, latents: Latents) -> None:
+        columns_of(self.readings, latents, f"{where}, {parameter}=Patch")
+
+    def prompts(self) -> int:
+        return self.readings.values.shape[0]
+
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
+        index = columns_of(self.readings, latents, "Patch")[span]
+        values, known = (t[rows][..., index] for t in (self.readings.values, self.readings.mask))
+        assert self.readings.starts is not None
+        return {
+            "kind": "pin",
+            "values": torch.where(known, values, 0.0),  # [b, s, k]
+            "known": known,
+            "starts": self.readings.starts[rows, None].clone(),  # [b, 1]
+        }
+
+    def __repr__(self) -> str:
+        return f"Patch({_brief(self.readings)})"

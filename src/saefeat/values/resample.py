@@ -1,0 +1,98 @@
+"""Resample: latents set to what they were at tokens drawn from data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from ..dictionaries.latents import Latents
+from ..errors import LatentError, explain
+from ..results.readings import Readings
+from .base import Value, numbers
+from .columns import _brief, _require_readings, columns_of
+
+
+@final
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Resample(Value):
+    """At each token, what the latents were at a token drawn from given activations.
+
+    Resample ablation: what is specific to the prompt goes, what is typical of the data stays. All
+    latents of an edit take their values from one drawn token, so that they stay as they occur
+    together. The draw is a function of the seed, the prompt's number in the data set and the
+    token's position, and of nothing else: batches, padding and caches do not change it.
+
+    Args:
+        activations: ``Readings`` of at least the edit's latents, whose selected tokens are drawn
+            from, or a tensor [n, k].
+        seed: of the draw, 0 ≤ seed < 2³².
+
+    Raises:
+        LatentError: for activations without a token, or values that are not finite.
+
+    Examples:
+        >>> v = sf.Direction(torch.ones(8), site="resid_post.1")
+        >>> seen = torch.tensor([[0.5], [2.0], [3.5]])
+        >>> sf.values.Resample(seen, seed=1) == sf.values.Resample(seen.clone(), seed=1)
+        True
+        >>> edit = sf.Ablate(v, to=sf.values.Resample(seen, seed=1))
+    """
+
+    activations: Readings | Tensor
+    seed: int
+
+    numbered: ClassVar[bool] = True
+
+    def __init__(self, activations: Readings | Tensor, *, seed: int = 0) -> None:
+        if isinstance(activations, Tensor):
+            dtype = torch.promote_types(activations.dtype, torch.float32)
+            held: Readings | Tensor = numbers("Resample", "activations", activations, (2,))
+            held = held.to(dtype)
+        else:
+            _require_readings("Resample", activations)
+            held = activations
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise LatentError(
+                explain(
+                    "Resample",
+                    "seed",
+                    got=repr(seed),
+                    wanted="an integer from 0 to 2³² − 1",
+                    cause="a generator, or a seed of another library",
+                    call="Resample(readings, seed=0)",
+                )
+            )
+        object.__setattr__(self, "activations", held)
+        object.__setattr__(self, "seed", seed)
+
+    def check(self, where: str, parameter: str, latents: Latents) -> None:
+        rows = self._rows(latents)
+        if rows.shape[0] == 0 or rows.shape[1] != len(latents):
+            raise LatentError(
+                explain(
+                    where,
+                    parameter,
+                    got=f"Resample from {list(rows.shape)}",
+                    wanted=f"[n, {len(latents)}] with at least one row",
+                    cause="activations of another selection, or no token at which all were read",
+                    call="Resample(run(model, data, Probe(latents)).readings[0])",
+                )
+            )
+
+    def _rows(self, latents: Latents) -> Tensor:
+        """[n, k]: what is drawn from, the tokens at which all of the latents were selected."""
+        if isinstance(self.activations, Tensor):
+            return self.activations
+        index = columns_of(self.activations, latents, "Resample")
+        return self.activations.values[..., index][self.activations.mask[..., index].all(-1)]
+
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
+        values = self._rows(latents)[:, span].clone()
+        first = rows.start or 0 if isinstance(rows, slice) else int(rows[0])
+        return {"kind": "resample", "values": values, "seed": self.seed, "first": first}
+
+    def __repr__(self) -> str:
+        return f"Resample({_brief(self.activations)}, seed={self.seed})"

@@ -1,0 +1,1 @@
+"""Scripts that make or measure what the repository holds; none of it is in the wheel."""
