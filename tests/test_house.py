@@ -32,6 +32,7 @@ SRC = ROOT / "src"
 # covers the modules under it as well; the longest name that fits decides.
 LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
+    "saefeat.checks": 0,
     "saefeat.model": 1,
     "saefeat.text": 1,
     "saefeat.dictionaries": 2,

@@ -1,8 +1,8 @@
 """Errors that say what to do next.
 
 Every error of the library names the function, the parameter, what came and what was wanted, the
-likely cause, and the call to make. One function builds the sentence, so that all of them read
-alike; a few classes say what kind of thing is wrong, so that callers can catch it.
+likely cause, and the call to make. A few classes say what kind of thing is wrong, so that callers
+can catch it; ``saefeat.checks`` holds the checks that many functions share.
 """
 
 from __future__ import annotations
@@ -134,17 +134,3 @@ class FileError(SaefeatError):
         ...     "no/such/file.safetensors" in str(error)
         True
     """
-
-
-def explain(where: str, parameter: str, *, got: object, wanted: str, cause: str, call: str) -> str:
-    """Build the one sentence shape every error uses.
-
-    Args:
-        where: the public function or class, as the user wrote it.
-        parameter: the parameter at fault.
-        got: what came; shown with ``str`` so that shapes and sites read well.
-        wanted: what would have been right.
-        cause: the most likely reason.
-        call: the call that mends it.
-    """
-    return f"{where}: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"

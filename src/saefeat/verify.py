@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Neurons
-from .errors import DictionaryError, ModelError, SiteError, explain
+from .errors import DictionaryError, ModelError, SiteError
 from .loading.declared_notes import notes
 from .model.modules import check_ready, family, layer_count, torch_module, width_at
 from .model.route import Route, route
@@ -162,13 +162,11 @@ def verify(
 
 def _wrong(found: Verification) -> str:
     wrong = next(check for check in found.checks if not check.right)
-    return explain(
-        "verify",
-        "saes",
-        got=f"{wrong.name} at {wrong.site}, where it leaves {wrong.fvu:.0%} unexplained",
-        wanted=f"a site it explains; at {wrong.best} it leaves {wrong.best_fvu:.0%}",
-        cause="another layer or hook, another model, or another dtype or normalization",
-        call=f'load_sae(folder, site="{wrong.best}")\n{found!r}\n',
+    return (
+        f"verify: `saes` is {wrong.name} at {wrong.site}, where it leaves {wrong.fvu:.0%}"
+        f" unexplained, wanted a site it explains; at {wrong.best} it leaves {wrong.best_fvu:.0%}."
+        " Likely cause: another layer or hook, another model, or another dtype or normalization."
+        f' Try: load_sae(folder, site="{wrong.best}")\n{found!r}\n'
     )
 
 
@@ -179,14 +177,9 @@ def _listed(saes: Dictionaries | Dictionary) -> list[Any]:
     if not unable:
         return listed
     raise DictionaryError(
-        explain(
-            "verify",
-            "saes",
-            got=repr(unable[0]),
-            wanted="SAEs and transcoders, which reconstruct their site",
-            cause="a direction or a neuron basis has nothing to be held against",
-            call='verify(model, load_saes(..., sites="resid_post"), prompts)',
-        )
+        f"verify: `saes` is {unable[0]!r}, wanted SAEs and transcoders, which reconstruct their"
+        " site. Likely cause: a direction or a neuron basis has nothing to be held against. Try:"
+        ' verify(model, load_saes(..., sites="resid_post"), prompts)'
     )
 
 
@@ -254,13 +247,10 @@ def _values(model: Any, way: Route, prompts: Prompts) -> Seen:
 
 
 def _not_finite(site: Site, dtype: str) -> str:
-    return explain(
-        "verify",
-        "model",
-        got=f"in {dtype}, with values at {site} that are not finite",
-        wanted="finite values",
-        cause="a model trained in bfloat16 and run in float16, whose range is smaller",
-        call="from_pretrained(name, dtype=torch.bfloat16), or torch.float32",
+    return (
+        f"verify: `model` is in {dtype}, with values at {site} that are not finite, wanted finite"
+        " values. Likely cause: a model trained in bfloat16 and run in float16, whose range is"
+        " smaller. Try: from_pretrained(name, dtype=torch.bfloat16), or torch.float32"
     )
 
 

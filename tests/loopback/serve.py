@@ -15,7 +15,7 @@ from nnsight import __version__ as NNSIGHT
 from nnsight.modeling import huggingface
 from transformers.utils import logging
 
-from saefeat.errors import ModelError, RemoteError, explain
+from saefeat.errors import ModelError, RemoteError
 
 from .process import Worker
 from .server import Server
@@ -165,4 +165,4 @@ def require_possible(model: Any, copies: bool, timeout: float) -> None:
 
 def refusal(parameter: str, got: str, wanted: str, cause: str, call: str) -> str:
     """What is wrong with an argument of ``serve``."""
-    return explain("serve", parameter, got=got, wanted=wanted, cause=cause, call=call)
+    return f"serve: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"

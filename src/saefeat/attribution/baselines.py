@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import LatentError, PromptError, explain
+from ..errors import LatentError, PromptError
 from ..text.prompts import Prompts
 from ..values.base import Value
 from ..verbs.base import per_latent
@@ -51,14 +51,9 @@ class Fixed:
         found = per_latent("Fixed", "values", values, chosen)
         if found is None or isinstance(found, Value):
             raise LatentError(
-                explain(
-                    "Fixed",
-                    "values",
-                    got=repr(values),
-                    wanted=f"a number, [{len(chosen)}] or [prompts, {len(chosen)}] values",
-                    cause="a Schedule, Patch or Resample, which differ by step or position",
-                    call="Fixed(latents, readings.mean())",
-                )
+                f"Fixed: `values` is {values!r}, wanted a number, [{len(chosen)}] or [prompts,"
+                f" {len(chosen)}] values. Likely cause: a Schedule, Patch or Resample, which differ"
+                " by step or position. Try: Fixed(latents, readings.mean())"
             )
         object.__setattr__(self, "latents", chosen)
         object.__setattr__(self, "values", found)
@@ -84,16 +79,13 @@ class Fixed:
         place = self._places(dictionary)
         missing = [index for index in indices if index not in place]
         if missing:
+            got = f"without a value for latent {missing[0]} at {dictionary.site}" + (
+                f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            )
             raise LatentError(
-                explain(
-                    "Attribute",
-                    "baseline",
-                    got=f"without a value for latent {missing[0]} at {dictionary.site}"
-                    + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-                    wanted="a value for every watched latent",
-                    cause="values of another selection, or of a dictionary loaded again",
-                    call="Fixed(saes.latents(), readings.mean()), from the same saes",
-                )
+                f"Attribute: `baseline` is {got}, wanted a value for every watched latent. Likely"
+                " cause: values of another selection, or of a dictionary loaded again. Try:"
+                " Fixed(saes.latents(), readings.mean()), from the same saes"
             )
         columns = torch.tensor([place[index] for index in indices])
         if not isinstance(self.values, Tensor):
@@ -181,15 +173,11 @@ def require_pairs(baseline: Paired, prompts: int, others: int) -> None:
     maps = prompts if align is None or named else len(align)
     if others == prompts and maps == prompts and (not named or align == "end"):
         return
+    got = f"{others} prompts, and " + (repr(align) if named else f"{maps} maps")
     raise PromptError(
-        explain(
-            "Paired",
-            "prompts and align",
-            got=f"{others} prompts, and " + (repr(align) if named else f"{maps} maps"),
-            wanted=f'{prompts} of each, as many as are attributed, or align="end"',
-            cause="one list was filtered and the other not",
-            call='Attribute(..., baseline=Paired(corrupt, align="end"))(model, clean)',
-        )
+        f"Paired: `prompts and align` is {got}, wanted {prompts} of each, as many as are"
+        ' attributed, or align="end". Likely cause: one list was filtered and the other not. Try:'
+        ' Attribute(..., baseline=Paired(corrupt, align="end"))(model, clean)'
     )
 
 
@@ -197,12 +185,8 @@ def _require(fits: bool, number: int, length: int, other: int, wanted: str) -> N
     if fits:
         return
     raise PromptError(
-        explain(
-            "Paired",
-            "align",
-            got=f"not an alignment of pair {number}: {length} tokens, and {other} in its baseline",
-            wanted=wanted,
-            cause="two prompts that are tokenized into different numbers of tokens",
-            call='Paired(prompts, align="end"), or a map of positions for each prompt',
-        )
+        f"Paired: `align` is not an alignment of pair {number}: {length} tokens, and {other} in its"
+        f" baseline, wanted {wanted}. Likely cause: two prompts that are tokenized into different"
+        ' numbers of tokens. Try: Paired(prompts, align="end"), or a map of positions for each'
+        " prompt"
     )

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..errors import PromptError, explain
+from ..errors import PromptError
 from ..kernel.program import lift
 from ..verbs.base import Intervention
 from .baselines import Fixed, Paired, counterparts
@@ -143,13 +143,8 @@ def _require_counterparts(lacking: Tensor, batch: Batch) -> None:
         return
     row = int(lacking.any(1).nonzero()[0])
     raise PromptError(
-        explain(
-            "Attribute",
-            "baseline",
-            got=f"without a counterpart for {int(lacking[row].sum())} scored tokens of prompt"
-            f" {int(batch.numbers[row])}",
-            wanted="a baseline token for every scored token",
-            cause="the paired prompt is shorter",
-            call="where=Tokens.last(n) for the tokens they share, or a map with None in align=",
-        )
+        f"Attribute: `baseline` is without a counterpart for {int(lacking[row].sum())} scored"
+        f" tokens of prompt {int(batch.numbers[row])}, wanted a baseline token for every scored"
+        " token. Likely cause: the paired prompt is shorter. Try: where=Tokens.last(n) for the"
+        " tokens they share, or a map with None in align="
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dictionaries.base import cast
 from ..dictionaries.latents import Latents, index_tensor
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.program import lift
 from .integrate import Runs
@@ -31,14 +31,9 @@ def require_few(method: Method, latents: Latents) -> None:
     limit = getattr(method, "limit", len(latents))
     if len(latents) > limit:
         raise LatentError(
-            explain(
-                "Attribute",
-                "target",
-                got=f"{len(latents)} latents for {method!r}",
-                wanted=f"at most {limit}",
-                cause="a whole dictionary, when each latent costs a run of its own",
-                call=f"attribute with IG first, then scores.top(100), or limit={len(latents)}",
-            )
+            f"Attribute: `target` is {len(latents)} latents for {method!r}, wanted at most {limit}."
+            " Likely cause: a whole dictionary, when each latent costs a run of its own. Try:"
+            f" attribute with IG first, then scores.top(100), or limit={len(latents)}"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, SaefeatError, explain
+from ..errors import ModelError, SaefeatError
 from ..model.families import FAMILIES, NESTED
 from ..model.modules import family, layer_count
 from ..model.sites import Site
@@ -60,14 +60,8 @@ class GradDrop(Backward):
     def __post_init__(self) -> None:
         if type(self.signed) is not bool:
             raise SaefeatError(
-                explain(
-                    "GradDrop",
-                    "signed",
-                    got=repr(self.signed),
-                    wanted="True or False",
-                    cause="a typing error",
-                    call="GradDrop(signed=True)",
-                )
+                f"GradDrop: `signed` is {self.signed!r}, wanted True or False. Try:"
+                " GradDrop(signed=True)"
             )
 
     def applied(self, module: nn.Module) -> AbstractContextManager[Slopes]:
@@ -75,15 +69,10 @@ class GradDrop(Backward):
         if kind in FAMILIES or kind in NESTED:
             return _dropping(module, self.signed)
         raise ModelError(
-            explain(
-                "GradDrop",
-                "model",
-                got=f"of family {kind!r}",
-                wanted="one of " + ", ".join([*FAMILIES, *NESTED]),
-                cause="the rule names the branches of a block, and has not been checked on this"
-                " family's",
-                call="AtP() or IG() without backward=",
-            )
+            f"GradDrop: `model` is of family {kind!r}, wanted one of"
+            f" {', '.join([*FAMILIES, *NESTED])}. Likely cause: the rule names the branches of a"
+            " block, and has not been checked on this family's. Try: AtP() or IG() without"
+            " backward="
         )
 
 

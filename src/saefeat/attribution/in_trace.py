@@ -10,7 +10,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
 from ..dictionaries.latents import as_latents
-from ..errors import GradientError, SaefeatError, explain
+from ..errors import GradientError, SaefeatError
 from ..kernel.program import new_log
 from ..kernel.trace import generating, inline
 from ..metrics.base import Seen
@@ -122,17 +122,14 @@ class Watching:
             )
         if found is not None and any(slope is not None for slope in found):
             return plain_slopes(values.sum(), self.log["nodes"], {}, keep=True)
+        got = f"of shape {tuple(values.shape)}, " + (
+            "which no watched site reaches" if found else "without a gradient"
+        )
         raise GradientError(
-            explain(
-                "Watching.scores",
-                "values",
-                got=f"of shape {tuple(values.shape)}, "
-                + ("which no watched site reaches" if found else "without a gradient"),
-                wanted=f"one differentiable number a prompt, [{rows}], from behind the sites",
-                cause="an argmax or a mean over prompts, values of another invoke, or of a site"
-                " read before the watched ones",
-                call="watching.scores(model.output.logits[:, -1, token])",
-            )
+            f"Watching.scores: `values` is {got}, wanted one differentiable number a prompt,"
+            f" [{rows}], from behind the sites. Likely cause: an argmax or a mean over prompts,"
+            " values of another invoke, or of a site read before the watched ones. Try:"
+            " watching.scores(model.output.logits[:, -1, token])"
         )
 
     def _fixed(self, number: int, mask: Tensor) -> Tensor | None:
@@ -168,14 +165,9 @@ def _require_a_trace(model: Any) -> None:
         return  # ``inline`` says what to do
     if generating(inputs[1]):
         raise GradientError(
-            explain(
-                "Attribute.watch",
-                "model",
-                got="in a generation",
-                wanted="a trace",
-                cause="generate runs without gradients",
-                call="with model.trace(prompt + completion), or log_prob(completion) outside",
-            )
+            "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause: generate"
+            " runs without gradients. Try: with model.trace(prompt + completion), or"
+            " log_prob(completion) outside"
         )
 
 
@@ -194,12 +186,7 @@ def _require_one_pass(job: Attribute) -> None:
     for bad, parameter, got, wanted in wrong:
         if bad:
             raise SaefeatError(
-                explain(
-                    "Attribute.watch",
-                    parameter,
-                    got=f"{got!r}",
-                    wanted=f"{wanted} inside a trace",
-                    cause="a trace is one pass, and this takes others",
-                    call="attribute(model, prompts), outside the trace",
-                )
+                f"Attribute.watch: `{parameter}` is {got!r}, wanted {wanted} inside a trace. Likely"
+                " cause: a trace is one pass, and this takes others. Try: attribute(model,"
+                " prompts), outside the trace"
             )

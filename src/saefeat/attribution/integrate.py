@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import GradientError, SaefeatError, explain
+from ..errors import GradientError, SaefeatError
 from .endpoint import End
 from .methods import Method
 from .passes import Batch, Pass, Watch
@@ -28,14 +28,8 @@ def require_at_once(wanted: AtOnce) -> None:
     if wanted == "auto" or (type(wanted) is int and wanted > 0):
         return
     raise SaefeatError(
-        explain(
-            "Attribute",
-            "steps_at_once",
-            got=repr(wanted),
-            wanted='"auto", or a number from 1',
-            cause="a typing error",
-            call="attribute(model, prompts, steps_at_once=4)",
-        )
+        f'Attribute: `steps_at_once` is {wanted!r}, wanted "auto", or a number from 1. Try:'
+        " attribute(model, prompts, steps_at_once=4)"
     )
 
 
@@ -126,13 +120,9 @@ def gradients(values: Tensor, here: Pass, watch: Watch) -> dict[int, Tensor]:
     """
     if values.shape != here.logits.shape[:1] or not values.requires_grad:
         raise GradientError(
-            explain(
-                "Attribute",
-                "metric",
-                got=f"of shape {tuple(values.shape)}, requires_grad={values.requires_grad}",
-                wanted="one differentiable number a prompt, [batch]",
-                cause="an argmax, a detach or a mean over prompts inside the metric",
-                call="metric(lambda logits: logits[:, 5])",
-            )
+            f"Attribute: `metric` is of shape {tuple(values.shape)},"
+            f" requires_grad={values.requires_grad}, wanted one differentiable number a prompt,"
+            " [batch]. Likely cause: an argmax, a detach or a mean over prompts inside the metric."
+            " Try: metric(lambda logits: logits[:, 5])"
         )
     return here.slopes(values.sum(), here.nodes, watch.written)

@@ -13,7 +13,7 @@ from typing import final
 
 import numpy as np
 
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 
 RULES = ("left", "midpoint", "gauss")
 ENDPOINTS = ("corrected", "as_published")
@@ -92,15 +92,9 @@ class IG(Method):
         known = self.rule in RULES and self.endpoint in ENDPOINTS
         if type(self.steps) is not int or self.steps < 1 or not known:
             raise SaefeatError(
-                explain(
-                    "IG",
-                    "steps, rule and endpoint",
-                    got=f"{self.steps}, {self.rule!r} and {self.endpoint!r}",
-                    wanted=f"at least 1 step, a rule of {', '.join(RULES)}, and an endpoint of "
-                    + " or ".join(ENDPOINTS),
-                    cause="a typing error",
-                    call='IG(steps=10, rule="midpoint")',
-                )
+                f"IG: `steps, rule and endpoint` is {self.steps}, {self.rule!r} and"
+                f" {self.endpoint!r}, wanted at least 1 step, a rule of {', '.join(RULES)}, and an"
+                f' endpoint of {" or ".join(ENDPOINTS)}. Try: IG(steps=10, rule="midpoint")'
             )
 
     def nodes(self) -> tuple[tuple[float, float], ...]:
@@ -195,12 +189,7 @@ def _require_moves(where: str, per: str, limit: int, step: float) -> None:
     if per in ("latent", "token") and type(limit) is int and limit > 0 and 0 < step <= 1:
         return
     raise SaefeatError(
-        explain(
-            where,
-            "per, limit and step",
-            got=f"{per!r}, {limit!r} and {step!r}",
-            wanted='"latent" or "token", at least 1 latent, and a step in (0, 1]',
-            cause="a typing error",
-            call=f"{where}(per='latent', limit=4096)",
-        )
+        f'{where}: `per, limit and step` is {per!r}, {limit!r} and {step!r}, wanted "latent" or'
+        f" \"token\", at least 1 latent, and a step in (0, 1]. Try: {where}(per='latent',"
+        " limit=4096)"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
-from ..errors import GradientError, SiteError, explain
+from ..errors import GradientError, SiteError
 from ..files.identity import model_key
 from ..kernel.program import lift, new_log
 from ..kernel.trace import whole_run
@@ -302,14 +302,10 @@ def require_upstream(where: str, metric: Metric, written: Iterable[Site], way: R
     late = [site for site in written if way.orders[site] > way.orders[metric.site]]
     if late:
         raise SiteError(
-            explain(
-                where,
-                "metric",
-                got=f"at {metric.site}, and latents written at {late[0]}",
-                wanted="latents written no later than the metric's site",
-                cause="the model reaches these latents after what they are to explain",
-                call="latents of the sites before it: saes.latents({0: [3]})",
-            )
+            f"{where}: `metric` is at {metric.site}, and latents written at {late[0]}, wanted"
+            " latents written no later than the metric's site. Likely cause: the model reaches"
+            " these latents after what they are to explain. Try: latents of the sites before it:"
+            " saes.latents({0: [3]})"
         )
 
 
@@ -321,13 +317,7 @@ def _require_tokenwise(dictionary: Dictionary) -> None:
     """
     if dictionary.prefix:
         raise GradientError(
-            explain(
-                "Attribute",
-                "target",
-                got=repr(dictionary),
-                wanted="latents that depend on their own token's value alone",
-                cause="a temporal SAE, whose latents mix positions, so that scores of single"
-                " tokens mean nothing",
-                call="ablate them one by one with run",
-            )
+            f"Attribute: `target` is {dictionary!r}, wanted latents that depend on their own"
+            " token's value alone. Likely cause: a temporal SAE, whose latents mix positions, so"
+            " that scores of single tokens mean nothing. Try: ablate them one by one with run"
         )

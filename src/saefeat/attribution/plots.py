@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from .show import heat
 
 if TYPE_CHECKING:
@@ -21,14 +21,8 @@ def axes(given: Any, where: str, size: tuple[float, float]) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SaefeatError(
-            explain(
-                where,
-                "matplotlib",
-                got="not installed",
-                wanted="matplotlib 3.9 or later",
-                cause="it is an extra",
-                call="pip install 'saefeat[plots]'",
-            )
+            f"{where}: `matplotlib` is not installed, wanted matplotlib 3.9 or later. Likely cause:"
+            " it is an extra. Try: pip install 'saefeat[plots]'"
         ) from error
     return Figure(figsize=size, layout="constrained").add_subplot()
 
@@ -42,14 +36,8 @@ def some(found: Attribution, where: str) -> tuple[torch.Tensor, torch.Tensor]:
     if len(found):
         return found.totals()[:2]
     raise SaefeatError(
-        explain(
-            where,
-            "scores",
-            got="empty",
-            wanted="at least one score",
-            cause="no latent moved between the clean and the baseline run",
-            call="another baseline, or where=",
-        )
+        f"{where}: `scores` is empty, wanted at least one score. Likely cause: no latent moved"
+        " between the clean and the baseline run. Try: another baseline, or where="
     )
 
 
@@ -75,14 +63,9 @@ def tokens(found: Attribution, prompt: int, ax: Any) -> Any:
     words, sums, scored = heat(found)
     if not 0 <= prompt < len(words):
         raise SaefeatError(
-            explain(
-                "Attribution.plot_tokens",
-                "prompt",
-                got=repr(prompt),
-                wanted=f"a number in 0..{len(words) - 1}",
-                cause="another data set's prompt",
-                call="scores.plot_tokens(0)",
-            )
+            f"Attribution.plot_tokens: `prompt` is {prompt!r}, wanted a number in"
+            f" 0..{len(words) - 1}. Likely cause: another data set's prompt. Try:"
+            " scores.plot_tokens(0)"
         )
     values = torch.where(scored[prompt], sums[prompt], torch.nan)
     ax = axes(ax, "Attribution.plot_tokens", (max(4.0, 0.4 * len(values)), 1.8))

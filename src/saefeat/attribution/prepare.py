@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import FiringError, GradientError, PromptError, SaefeatError, explain
+from ..errors import FiringError, GradientError, PromptError, SaefeatError
 from ..metrics.base import require_prompts
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_rows
@@ -97,14 +97,9 @@ def require_count(job: Attribute, count: int) -> None:
     number = job.baseline.prompts if isinstance(job.baseline, Fixed) else None
     if number not in (None, count):
         raise PromptError(
-            explain(
-                "Attribute",
-                "baseline",
-                got=f"made for {number} prompts",
-                wanted=f"values for the {count} prompts given",
-                cause="the prompts were filtered or batched after the values were made",
-                call="make the values from the same prompts, in the same order",
-            )
+            f"Attribute: `baseline` is made for {number} prompts, wanted values for the {count}"
+            " prompts given. Likely cause: the prompts were filtered or batched after the values"
+            " were made. Try: make the values from the same prompts, in the same order"
         )
 
 
@@ -129,7 +124,7 @@ def require_gradients(module: nn.Module) -> None:
     if got:
         wanted = "torch.is_grad_enabled() and weights that gradients can pass"
         raise GradientError(
-            explain("Attribute", "context", got=got, wanted=wanted, cause=cause, call=call)
+            f"Attribute: `context` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
         )
 
 
@@ -143,14 +138,10 @@ def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
     if not bad:
         return values
     raise GradientError(
-        explain(
-            "Attribute",
-            "metric",
-            got=f"{float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the {run} run",
-            wanted="a finite number for every prompt",
-            cause="the log of zero in the metric, or a model that overflows on this prompt",
-            call="measure(model, prompts, metric), to find the prompts, and leave them out",
-        )
+        f"Attribute: `metric` is {float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the"
+        f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in the"
+        " metric, or a model that overflows on this prompt. Try: measure(model, prompts, metric),"
+        " to find the prompts, and leave them out"
     )
 
 
@@ -163,14 +154,7 @@ def require_whole(where: str, name: str, number: Any) -> None:
     if type(number) is int and number > 0:
         return
     raise PromptError(
-        explain(
-            where,
-            name,
-            got=repr(number),
-            wanted="a whole number from 1",
-            cause="a typing error",
-            call=f"{name}=8",
-        )
+        f"{where}: `{name}` is {number!r}, wanted a whole number from 1. Try: {name}=8"
     )
 
 
@@ -185,15 +169,10 @@ def require_scored(tokens: Tensor, where: str) -> None:
     if bool(tokens.any()):
         return
     raise FiringError(
-        explain(
-            where,
-            "where",
-            got=f"a rule that selects no token in any of {len(tokens)} prompts",
-            wanted="at least one token to score",
-            cause="ids or a role that these prompts do not have, or tokens the dictionary was not"
-            " trained on",
-            call="where=Tokens.all(), or Texts.select(rule) to see what a rule selects",
-        )
+        f"{where}: `where` is a rule that selects no token in any of {len(tokens)} prompts, wanted"
+        " at least one token to score. Likely cause: ids or a role that these prompts do not have,"
+        " or tokens the dictionary was not trained on. Try: where=Tokens.all(), or"
+        " Texts.select(rule) to see what a rule selects"
     )
 
 
@@ -230,14 +209,10 @@ def require_apart(watch: Watch, batch: Batch, here: Pass, base: Tensor | None) -
     crossed = [x for a, b in zip(*slopes, strict=True) for x in (a[1:], b[:-1])]
     if any(bool(x.nan_to_num(0.0, 0.0, 0.0).any()) for x in crossed):  # NaN is refused by name
         raise GradientError(
-            explain(
-                "Attribute",
-                "metric",
-                got=f"{watch.metric!r}, whose number for one prompt depends on another prompt",
-                wanted="each prompt's own number, whatever else is in its batch",
-                cause="a mean, a sum or a normalization over the first dimension, the prompts",
-                call="metric(lambda logits: logits.softmax(-1)[:, 5]), or batch_size=1",
-            )
+            f"Attribute: `metric` is {watch.metric!r}, whose number for one prompt depends on"
+            " another prompt, wanted each prompt's own number, whatever else is in its batch."
+            " Likely cause: a mean, a sum or a normalization over the first dimension, the prompts."
+            " Try: metric(lambda logits: logits.softmax(-1)[:, 5]), or batch_size=1"
         )
 
 
@@ -254,16 +229,11 @@ def require_finite_scores(columns: Sequence[Tensor], numbers: Tensor) -> None:
         return
     prompt = int(numbers[columns[0][bad][0]])
     raise GradientError(
-        explain(
-            "Attribute",
-            "metric",
-            got=f"without a finite gradient or effect for {int(bad.sum())} of {len(bad)} scores,"
-            f" first in prompt {prompt}",
-            wanted="finite gradients, and finite metrics of moved latents",
-            cause="a square root or logarithm at zero in the metric, or a float16 model whose"
-            " gradients overflow",
-            call="a metric that is smooth at the clean run, or the model in bfloat16 or float32",
-        )
+        f"Attribute: `metric` is without a finite gradient or effect for {int(bad.sum())} of"
+        f" {len(bad)} scores, first in prompt {prompt}, wanted finite gradients, and finite metrics"
+        " of moved latents. Likely cause: a square root or logarithm at zero in the metric, or a"
+        " float16 model whose gradients overflow. Try: a metric that is smooth at the clean run, or"
+        " the model in bfloat16 or float32"
     )
 
 
@@ -278,18 +248,14 @@ def require_sense(job: Attribute) -> None:
             cause = "two settings that exclude each other, or a typing error"
             call = "leave one of them at its default"
             raise SaefeatError(
-                explain("Attribute", parameter, got=got, wanted=wanted, cause=cause, call=call)
+                f"Attribute: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try:"
+                f" {call}"
             )
     if job.metric.flat and [alpha for alpha, _ in job.method.nodes()] == [0.0]:
         raise GradientError(
-            explain(
-                "Attribute",
-                "metric",
-                got=f"{job.metric!r} with {job.method!r}",
-                wanted="a method that looks beyond the clean run",
-                cause="a divergence from the clean run has no slope there: every score would be 0",
-                call="method=IG(8, 'midpoint') or Exact()",
-            )
+            f"Attribute: `metric` is {job.metric!r} with {job.method!r}, wanted a method that looks"
+            " beyond the clean run. Likely cause: a divergence from the clean run has no slope"
+            " there: every score would be 0. Try: method=IG(8, 'midpoint') or Exact()"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, explain
+from ..errors import ModelError
 from ..model.families import FAMILIES
 from ..model.modules import family
 from ..model.sites import Site
@@ -57,14 +57,9 @@ class RelP(Backward):
         if kind in FAMILIES:
             return _linearized(module)
         raise ModelError(
-            explain(
-                "RelP",
-                "model",
-                got=f"of family {kind!r}",
-                wanted="one of " + ", ".join(FAMILIES),
-                cause="the rules name the parts of a block, and have not been checked on this one",
-                call="AtP() or IG() without backward=",
-            )
+            f"RelP: `model` is of family {kind!r}, wanted one of {', '.join(FAMILIES)}. Likely"
+            " cause: the rules name the parts of a block, and have not been checked on this one."
+            " Try: AtP() or IG() without backward="
         )
 
 
@@ -102,16 +97,10 @@ def _slopes(
         path, _, end = site.kind.rpartition(".")
         if end == "input" and any(module.get_submodule(path) is part for part in replaced):
             raise ModelError(
-                explain(
-                    "RelP",
-                    "target",
-                    got=f"written at {site}",
-                    wanted="a site before or behind the module, not at its input",
-                    cause="the rule takes the place of this module's own graph, and no relevance"
-                    " would pass the site",
-                    call='the site where the value is made, such as "resid_pre.3" or'
-                    ' "model.layers.3.mlp.gate_proj.output"',
-                )
+                f"RelP: `target` is written at {site}, wanted a site before or behind the module,"
+                " not at its input. Likely cause: the rule takes the place of this module's own"
+                " graph, and no relevance would pass the site. Try: the site where the value is"
+                ' made, such as "resid_pre.3" or "model.layers.3.mlp.gate_proj.output"'
             )
     return plain_slopes(total, nodes, sites)
 

@@ -16,7 +16,7 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError as Refused
 from torch import Tensor
 
-from ..errors import GradientError, RemoteError, SaefeatError, explain
+from ..errors import GradientError, RemoteError, SaefeatError
 from ..kernel.program import new_log
 from ..kernel.slopes import NO_GRADIENT, pulled_back, seen
 from ..kernel.trace import whole_run
@@ -147,14 +147,9 @@ def _of(value: Any) -> str:
 def unfit(got: str, wanted: str) -> RemoteError:
     """The error for a pass that does not fit its request."""
     return RemoteError(
-        explain(
-            "Attribute",
-            "remote",
-            got=f"a server whose result has {got}",
-            wanted=wanted,
-            cause="a server of another version, or one that is none",
-            call="preflight(model, prompts, remote=...), which shows the server's nnsight",
-        )
+        f"Attribute: `remote` is a server whose result has {got}, wanted {wanted}. Likely cause: a"
+        " server of another version, or one that is none. Try: preflight(model, prompts,"
+        " remote=...), which shows the server's nnsight"
     )
 
 
@@ -201,20 +196,17 @@ def require_plain(semantics: str, backward: object) -> None:
     call += ", Exact() on the latents that matter, or a model here"
     wanted = "pass_through semantics and the plain gradient"
     raise SaefeatError(
-        explain(
-            "Attribute", "remote", got=f"given with {got}", wanted=wanted, cause=cause, call=call
-        )
+        f"Attribute: `remote` is given with {got}, wanted {wanted}. Likely cause: {cause}. Try:"
+        f" {call}"
     )
 
 
 def no_gradient() -> str:
     """What to do where gradients do not exist."""
-    return explain(
-        "Attribute",
-        "remote",
-        got="a server that lets no gradient cross between the model and the block",
-        wanted="a block that runs beside the model",
-        cause="NDIF runs the blocks of ordinary keys in a process of their own, and copies values",
-        call="method=Exact() or FiniteDifference(), which need forward passes alone, on the few"
-        " latents that matter; or a key for which blocks run beside the model",
+    return (
+        "Attribute: `remote` is a server that lets no gradient cross between the model and the"
+        " block, wanted a block that runs beside the model. Likely cause: NDIF runs the blocks of"
+        " ordinary keys in a process of their own, and copies values. Try: method=Exact() or"
+        " FiniteDifference(), which need forward passes alone, on the few latents that matter; or a"
+        " key for which blocks run beside the model"
     )

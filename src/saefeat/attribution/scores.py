@@ -10,9 +10,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..checks import one_of
 from ..dictionaries.base import Dictionaries, Dictionary
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, SaefeatError, explain
+from ..errors import LatentError, SaefeatError
 from ..files.container import MAX_BYTES
 from ..model.sites import Site
 from ..text.texts import Texts
@@ -122,14 +123,10 @@ class Attribution:
         totals.require_signed(self, "Attribution.gap_by_site")
         if self.ends is None or self.dropped is not None:
             raise SaefeatError(
-                explain(
-                    "Attribution.gap_by_site",
-                    "scores",
-                    got="made on a path that moves all sites, or without its smaller scores",
-                    wanted="a path for each site, and all scores",
-                    cause="one_site=True was not asked for, or keep= was",
-                    call="Attribute(saes, metric, method=IG(8, 'gauss'), one_site=True)",
-                )
+                "Attribution.gap_by_site: `scores` is made on a path that moves all sites, or"
+                " without its smaller scores, wanted a path for each site, and all scores. Likely"
+                " cause: one_site=True was not asked for, or keep= was. Try: Attribute(saes,"
+                " metric, method=IG(8, 'gauss'), one_site=True)"
             )
         place = self.prompt * self.ends.shape[1] + self.dictionary
         total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score).view_as(self.ends)
@@ -165,8 +162,7 @@ class Attribution:
             SaefeatError: for a rule on a result that does not know its tokens, or whose scores
                 belong to none.
         """
-        call = 'scores.totals(per="prompt")'
-        totals.one_of("Attribution.totals", "per", per, ("dataset", "prompt"), call)
+        one_of("Attribution.totals", "per", per, ("dataset", "prompt"))
         kept, tokens = totals.kept(self, where)
         rows = self.prompt if per == "prompt" else torch.zeros_like(self.prompt)
         keys = torch.stack([rows, self.dictionary, self.latent], 1)[kept]
@@ -379,14 +375,8 @@ class Attribution:
         """(dictionary, latent, score) of the k highest positive scores, best first."""
         if type(k) is not int or k < 1:
             raise LatentError(
-                explain(
-                    "Attribution.top",
-                    "k",
-                    got=repr(k),
-                    wanted="a whole number, at least 1",
-                    cause="a budget of no latents, or a share of them",
-                    call="scores.top(20)",
-                )
+                f"Attribution.top: `k` is {k!r}, wanted a whole number, at least 1. Likely cause: a"
+                " budget of no latents, or a share of them. Try: scores.top(20)"
             )
         allowed = None if within is None else set(totals.members(self.dictionaries, within))
         found: list[tuple[int, int, float]] = []

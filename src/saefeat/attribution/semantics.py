@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.base import Dictionary
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from ..kernel.program import lift
 
 if TYPE_CHECKING:
@@ -37,17 +37,14 @@ def through(parts: Sequence[Part]) -> dict[int, tuple[int | None, Passing]]:
     for part in parts:
         reconstruct = _reconstruction(part.dictionary)
         if part.write in found or reconstruct is None:
+            got = f"'through_sae' with {part.dictionary!r}" + (
+                ", a second one there" if part.write in found else ""
+            )
             raise DictionaryError(
-                explain(
-                    "Attribute",
-                    "semantics",
-                    got=f"'through_sae' with {part.dictionary!r}"
-                    + (", a second one there" if part.write in found else ""),
-                    wanted="one dictionary with a reconstruction at each place",
-                    cause="an error term or a function, or an SAE and a transcoder that write to"
-                    " the same place",
-                    call="semantics='pass_through', or other dictionaries",
-                )
+                f"Attribute: `semantics` is {got}, wanted one dictionary with a reconstruction at"
+                " each place. Likely cause: an error term or a function, or an SAE and a transcoder"
+                " that write to the same place. Try: semantics='pass_through', or other"
+                " dictionaries"
             )
         source = None if part.read == part.write else part.read
         found[part.write] = (source, _passing(part, reconstruct, source))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from .totals import by_token, lengths, token_mask
 
 if TYPE_CHECKING:
@@ -46,14 +46,8 @@ def frame(found: Attribution) -> Any:
         import pandas
     except ImportError as error:
         raise SaefeatError(
-            explain(
-                "Attribution.to_pandas",
-                "pandas",
-                got="not installed",
-                wanted="pandas 2.2 or later",
-                cause="it is an extra",
-                call="pip install 'saefeat[pandas]'",
-            )
+            "Attribution.to_pandas: `pandas` is not installed, wanted pandas 2.2 or later. Likely"
+            " cause: it is an extra. Try: pip install 'saefeat[pandas]'"
         ) from error
     sites = [str(dictionary.site) for dictionary in found.dictionaries]
     names = [dictionary.name for dictionary in found.dictionaries]

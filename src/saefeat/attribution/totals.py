@@ -8,29 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checks import one_of
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, SaefeatError, explain
+from ..errors import LatentError, SaefeatError
 from ..model.sites import Site
 from ..text.tokens import Tokens
 
 if TYPE_CHECKING:
     from .scores import Attribution
-
-
-def one_of(where: str, parameter: str, got: object, wanted: tuple[str, ...], call: str) -> None:
-    """Refuse a word that is not one of a few."""
-    if got not in wanted:
-        raise SaefeatError(
-            explain(
-                where,
-                parameter,
-                got=repr(got),
-                wanted=" or ".join(f'"{word}"' for word in wanted),
-                cause="a typing error",
-                call=call,
-            )
-        )
 
 
 def kept(found: Attribution, where: Tokens | None) -> tuple[Tensor, Tensor]:
@@ -78,14 +64,9 @@ def require_texts(found: Attribution, what: str) -> None:
     """
     if found.texts is None or found.scored is None:
         raise SaefeatError(
-            explain(
-                what,
-                "scores",
-                got="made without the prompts' tokens",
-                wanted="scores that know which tokens were scored",
-                cause="an Attribution built by hand, or saved by an older version",
-                call="Attribute(saes, metric)(model, prompts)",
-            )
+            f"{what}: `scores` is made without the prompts' tokens, wanted scores that know which"
+            " tokens were scored. Likely cause: an Attribution built by hand, or saved by an older"
+            " version. Try: Attribute(saes, metric)(model, prompts)"
         )
 
 
@@ -97,14 +78,10 @@ def require_positions(found: Attribution, what: str) -> None:
     """
     if bool((found.position < 0).any()):
         raise SaefeatError(
-            explain(
-                what,
-                "scores",
-                got="of whole prompts: each latent was moved at all scored tokens together",
-                wanted="scores that belong to tokens",
-                cause='Exact or FiniteDifference, whose default is per="latent"',
-                call='method=Exact(per="token"), or Attribute(..., where=...) before the run',
-            )
+            f"{what}: `scores` is of whole prompts: each latent was moved at all scored tokens"
+            " together, wanted scores that belong to tokens. Likely cause: Exact or"
+            ' FiniteDifference, whose default is per="latent". Try: method=Exact(per="token"), or'
+            " Attribute(..., where=...) before the run"
         )
 
 
@@ -116,14 +93,9 @@ def require_signed(found: Attribution, what: str) -> None:
     """
     if not found.signed:
         raise SaefeatError(
-            explain(
-                what,
-                "scores",
-                got="sizes without a sign",
-                wanted="signed scores, whose sum estimates a change",
-                cause="GradDrop, which averages absolute values",
-                call="backward=GradDrop(signed=True), or no backward=",
-            )
+            f"{what}: `scores` is sizes without a sign, wanted signed scores, whose sum estimates a"
+            " change. Likely cause: GradDrop, which averages absolute values. Try:"
+            " backward=GradDrop(signed=True), or no backward="
         )
 
 
@@ -141,7 +113,7 @@ def by_site(found: Attribution, where: Tokens | None) -> dict[Site, float]:
 
 def by_position(found: Attribution, origin: str, where: Tokens | None) -> dict[int, float]:
     """Σ scores of each position over sites and latents, mean over prompts that have it."""
-    one_of("Attribution.by_position", "origin", origin, ("start", "end"), 'origin="end"')
+    one_of("Attribution.by_position", "origin", origin, ("start", "end"))
     chosen, long = token_mask(found, where, "Attribution.by_position"), lengths(found)
     owner = torch.repeat_interleave(torch.arange(len(long)), long)
     place = torch.arange(len(owner)) - (long.cumsum(0) - long)[owner]
@@ -175,13 +147,8 @@ def members(dictionaries: Sequence[Dictionary], latents: Latents) -> list[tuple[
     for basis, _ in latents.parts:
         if id(basis) not in place:
             raise LatentError(
-                explain(
-                    "Attribution",
-                    "latents",
-                    got=f"of {basis!r}",
-                    wanted="latents of the dictionaries that were attributed",
-                    cause="the dictionaries were loaded again, and are other objects",
-                    call="select from the same saes that Attribute was given",
-                )
+                f"Attribution: `latents` is of {basis!r}, wanted latents of the dictionaries that"
+                " were attributed. Likely cause: the dictionaries were loaded again, and are other"
+                " objects. Try: select from the same saes that Attribute was given"
             )
     return [(place[id(basis)], index) for basis, indices in latents.parts for index in indices]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..model.sites import Site
 from ..results.readings import Readings
 
@@ -162,5 +162,5 @@ def _require_factor(within: float) -> None:
 
 def _unmatched(got: str, wanted: str, cause: str, call: str) -> LatentError:
     return LatentError(
-        explain("matched", "latents", got=got, wanted=wanted, cause=cause, call=call)
+        f"matched: `latents` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
     )

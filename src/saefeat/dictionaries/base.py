@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DictionaryError, SiteError, explain
+from ..errors import DictionaryError, SiteError
 from ..kernel.encode import encode
 from ..model.requests import stay_here
 from ..model.sites import Site
@@ -139,14 +139,9 @@ class Dictionaries(Mapping[Site, Dictionary]):
         for dictionary in sorted(dictionaries, key=lambda d: d.site.order):
             if dictionary.site in found:
                 raise SiteError(
-                    explain(
-                        "Dictionaries",
-                        "dictionaries",
-                        got=f"two at {dictionary.site}",
-                        wanted="one a site",
-                        cause="two widths or releases in one mapping",
-                        call="keep them in two mappings; edits on both compose with |",
-                    )
+                    f"Dictionaries: `dictionaries` is two at {dictionary.site}, wanted one a site."
+                    " Likely cause: two widths or releases in one mapping. Try: keep them in two"
+                    " mappings; edits on both compose with |"
                 )
             found[dictionary.site] = dictionary
         self._found = found
@@ -183,15 +178,11 @@ class Dictionaries(Mapping[Site, Dictionary]):
             sites = [site for site in self._found if site == Site.parse(key)]
         if len(sites) == 1:
             return sites[0]
+        cause = "several sites lie in that layer" if sites else "no dictionary there"
         raise SiteError(
-            explain(
-                "Dictionaries",
-                "key",
-                got=f"{key!r}, which matches {len(sites)} sites",
-                wanted="one of " + ", ".join(str(site) for site in self._found),
-                cause="several sites lie in that layer" if sites else "no dictionary there",
-                call='saes["resid_post.3"]',
-            )
+            f"Dictionaries: `key` is {key!r}, which matches {len(sites)} sites, wanted one of"
+            f" {', '.join(str(site) for site in self._found)}. Likely cause: {cause}. Try:"
+            ' saes["resid_post.3"]'
         )
 
     def latents(self, indices: Mapping[Site | str | int, Iterable[int]] | None = None) -> Latents:
@@ -225,12 +216,7 @@ def require_shape(name: str, got: tuple[int, ...], wanted: tuple[int | str, ...]
     """
     if got != wanted:
         raise DictionaryError(
-            explain(
-                "dictionary",
-                name,
-                got=f"of shape {got}",
-                wanted=f"{wanted}",
-                cause="a transposed matrix, or tensors of two dictionaries mixed",
-                call="check the file against its cfg.json",
-            )
+            f"dictionary: `{name}` is of shape {got}, wanted {wanted}. Likely cause: a transposed"
+            " matrix, or tensors of two dictionaries mixed. Try: check the file against its"
+            " cfg.json"
         )

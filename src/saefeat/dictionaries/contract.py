@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import DictionaryError, LatentError, explain
+from ..errors import DictionaryError, LatentError
 from ..kernel.edit import moved
 from .base import Dictionary, cast
 from .latents import index_tensor
@@ -100,12 +100,7 @@ def _zero_step(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:
 
 def _broken(dictionary: Dictionary, promise: str) -> DictionaryError:
     return DictionaryError(
-        explain(
-            "check_dictionary",
-            "dictionary",
-            got=f"{dictionary!r}, for which this does not hold: {promise}",
-            wanted="a dictionary that keeps the contract",
-            cause="columns() or encode() of the subclass",
-            call="compare with saefeat.Direction, the smallest that does",
-        )
+        f"check_dictionary: `dictionary` is {dictionary!r}, for which this does not hold:"
+        f" {promise}, wanted a dictionary that keeps the contract. Likely cause: columns() or"
+        " encode() of the subclass. Try: compare with saefeat.Direction, the smallest that does"
     )

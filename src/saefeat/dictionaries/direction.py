@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from ..model.sites import Site
 from .base import Dictionaries, Dictionary
 
@@ -45,16 +45,11 @@ class Direction(Dictionary):
         )
         held = rows.ndim == 2 and 0 < len(rows) <= rows.shape[1]
         if not held or not torch.isfinite(rows).all() or bool((rows.norm(dim=1) == 0).any()):
+            got = f"of shape {tuple(vector.shape)}" + (", zero or not finite" if held else "")
             raise DictionaryError(
-                explain(
-                    "Direction",
-                    "vector",
-                    got=f"of shape {tuple(vector.shape)}"
-                    + (", zero or not finite" if held else ""),
-                    wanted="[d_model] or [k, d_model] with k <= d_model, finite and not zero",
-                    cause="a difference of means between identical prompt sets",
-                    call="check the activations the direction was made from",
-                )
+                f"Direction: `vector` is {got}, wanted [d_model] or [k, d_model] with k <= d_model,"
+                " finite and not zero. Likely cause: a difference of means between identical prompt"
+                " sets. Try: check the activations the direction was made from"
             )
         self._rows = rows / rows.norm(dim=1, keepdim=True) if len(rows) == 1 else _basis(rows)
         self.site = self.write_site = Site.parse(site)
@@ -81,14 +76,9 @@ class Direction(Dictionary):
         off = (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max()
         if rows.ndim != 2 or off > 1e-4:
             raise DictionaryError(
-                explain(
-                    "Direction.orthonormal",
-                    "rows",
-                    got=f"{float(off):.2g} away from orthonormal",
-                    wanted="rows of length 1 at right angles",
-                    cause="vectors that were scaled, or not made by Direction",
-                    call="Direction(rows, site=...), which normalizes",
-                )
+                f"Direction.orthonormal: `rows` is {float(off):.2g} away from orthonormal, wanted"
+                " rows of length 1 at right angles. Likely cause: vectors that were scaled, or not"
+                " made by Direction. Try: Direction(rows, site=...), which normalizes"
             )
         found._rows = rows.detach().clone()
         return found
@@ -203,13 +193,7 @@ def _basis(rows: Tensor) -> Tensor:
     q, r = torch.linalg.qr(rows.T)
     if bool((r.diagonal().abs() < 1e-6 * r.abs().max()).any()):
         raise DictionaryError(
-            explain(
-                "Direction",
-                "vector",
-                got=f"{len(rows)} rows of lower rank",
-                wanted="linearly independent rows",
-                cause="a direction listed twice",
-                call="drop the dependent rows",
-            )
+            f"Direction: `vector` is {len(rows)} rows of lower rank, wanted linearly independent"
+            " rows. Likely cause: a direction listed twice. Try: drop the dependent rows"
         )
     return q.T.contiguous()

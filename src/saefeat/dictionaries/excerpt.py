@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import DictionaryError, LatentError, explain
+from ..errors import DictionaryError, LatentError
 from ..model.sites import Site
 from .base import Dictionary, require_shape
 from .latents import Latents
@@ -203,15 +203,11 @@ class Excerpt(Dictionary):
         """Refuse latents of the original that are not here."""
         missing = sorted(set(indices) - set(self.held))
         if missing or not self._selections:
+            got = f"latent {missing[0]}, which is not held" if missing else "all of them"
             raise LatentError(
-                explain(
-                    repr(self),
-                    "latents",
-                    got=f"latent {missing[0]}, which is not held" if missing else "all of them",
-                    wanted=f"some of the {len(self.held)} that are: {_listed(self.held)}",
-                    cause="an excerpt carries only the latents it was made for",
-                    call="load the dictionary itself with load_sae or load_saes",
-                )
+                f"{self!r}: `latents` is {got}, wanted some of the {len(self.held)} that are:"
+                f" {_listed(self.held)}. Likely cause: an excerpt carries only the latents it was"
+                " made for. Try: load the dictionary itself with load_sae or load_saes"
             )
 
     def _check(self, k: int, columns: Mapping[str, Any]) -> None:
@@ -245,13 +241,8 @@ def _listed(indices: tuple[int, ...]) -> str:
 
 def _unknown(parameter: str, got: object, wanted: str) -> DictionaryError:
     shown = getattr(got, "__name__", None) or repr(got)
+    shown = shown if len(shown) < 200 else shown[:200] + "..."
     return DictionaryError(
-        explain(
-            "Excerpt",
-            parameter,
-            got=shown if len(shown) < 200 else shown[:200] + "...",
-            wanted=wanted,
-            cause="a dictionary that is a Python function, or one of a later version",
-            call="Excerpt.of(sae, [(3, 20)])",
-        )
+        f"Excerpt: `{parameter}` is {shown}, wanted {wanted}. Likely cause: a dictionary that is a"
+        " Python function, or one of a later version. Try: Excerpt.of(sae, [(3, 20)])"
     )

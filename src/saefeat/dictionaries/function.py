@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from ..kernel.encode import picked
 from ..model.sites import Site
 from .base import Dictionary
@@ -58,14 +58,9 @@ class Function(Dictionary):
     ) -> None:
         if directions.ndim != 2:
             raise DictionaryError(
-                explain(
-                    "Function",
-                    "directions",
-                    got=f"of shape {tuple(directions.shape)}",
-                    wanted="[d_sae, d_out]",
-                    cause="one direction without its first dimension",
-                    call="directions.unsqueeze(0)",
-                )
+                f"Function: `directions` is of shape {tuple(directions.shape)}, wanted [d_sae,"
+                " d_out]. Likely cause: one direction without its first dimension. Try:"
+                " directions.unsqueeze(0)"
             )
         self._encode, self._directions = encode, directions.detach()
         self.site = Site.parse(site)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..model.requests import stay_here
 from ..model.sites import Site
 
@@ -125,14 +125,9 @@ class Latents:
         pairs = [(basis, index) for basis, indices in self.parts for index in indices]
         if n > len(pairs):
             raise LatentError(
-                explain(
-                    "Latents.sample",
-                    "n",
-                    got=n,
-                    wanted=f"at most {len(pairs)}, the latents selected",
-                    cause="the control is drawn from too small a set",
-                    call="draw from dictionary.latents(), all latents",
-                )
+                f"Latents.sample: `n` is {n}, wanted at most {len(pairs)}, the latents selected."
+                " Likely cause: the control is drawn from too small a set. Try: draw from"
+                " dictionary.latents(), all latents"
             )
         table: dict[Basis, dict[int, None]] = {}
         for basis, index in sorted(
@@ -171,15 +166,11 @@ def as_latents(subject: object, where: str) -> Latents:
     if isinstance(found, Latents) and len(found):
         _loaded_once(found, where)
         return found
+    got = "empty" if isinstance(found, Latents) else type(subject).__name__
     raise LatentError(
-        explain(
-            where,
-            "latents",
-            got="empty" if isinstance(found, Latents) else type(subject).__name__,
-            wanted="at least one latent",
-            cause="a search that found nothing, or indices passed without their dictionary",
-            call="dictionary.latents([12, 40]) or saes.latents({site: [12]})",
-        )
+        f"{where}: `latents` is {got}, wanted at least one latent. Likely cause: a search that"
+        " found nothing, or indices passed without their dictionary. Try: dictionary.latents([12,"
+        " 40]) or saes.latents({site: [12]})"
     )
 
 
@@ -193,14 +184,9 @@ def _loaded_once(latents: Latents, where: str) -> None:
         held = seen.setdefault((origin, basis.site), [])
         if any(not set(indices).isdisjoint(others) for others in held):
             raise LatentError(
-                explain(
-                    where,
-                    "latents",
-                    got=f"latents of {origin} twice",
-                    wanted="each latent once",
-                    cause="the dictionary was loaded twice, and is two objects",
-                    call="select from one load_saes(...)",
-                )
+                f"{where}: `latents` is latents of {origin} twice, wanted each latent once. Likely"
+                " cause: the dictionary was loaded twice, and is two objects. Try: select from one"
+                " load_saes(...)"
             )
         held.append(indices)
 
@@ -225,17 +211,15 @@ def _check(basis: Basis, indices: list[int]) -> None:
     bad = bad or [i for i in indices if not 0 <= i < basis.d_sae]
     repeated = not bad and len(set(indices)) != len(indices)
     if bad or repeated:
+        got = repr(bad[0]) if bad else "a list with repeats"
+        cause = (
+            "an index from a dictionary of another width"
+            if bad
+            else "one latent listed twice would be edited twice"
+        )
         raise LatentError(
-            explain(
-                f"latents of {basis.site}",
-                "indices",
-                got=repr(bad[0]) if bad else "a list with repeats",
-                wanted=f"distinct integers in 0..{basis.d_sae - 1}",
-                cause="an index from a dictionary of another width"
-                if bad
-                else "one latent listed twice would be edited twice",
-                call="dictionary.latents([0, 1])",
-            )
+            f"latents of {basis.site}: `indices` is {got}, wanted distinct integers in"
+            f" 0..{basis.d_sae - 1}. Likely cause: {cause}. Try: dictionary.latents([0, 1])"
         )
 
 

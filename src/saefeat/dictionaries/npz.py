@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from .weights import Weights, file_hash, up
 
 
@@ -38,14 +38,9 @@ class Npz(Weights):
                 }
         except (OSError, ValueError, LookupError, EOFError, *_ZIP) as error:
             raise DictionaryError(
-                explain(
-                    "load_sae",
-                    "path",
-                    got=f"{path}, which cannot be read ({error})",
-                    wanted="a whole npz archive of plain arrays",
-                    cause="an interrupted download or copy, or a Git LFS pointer",
-                    call="fetch the file again and compare its size",
-                )
+                f"load_sae: `path` is {path}, which cannot be read ({error}), wanted a whole npz"
+                " archive of plain arrays. Likely cause: an interrupted download or copy, or a Git"
+                " LFS pointer. Try: fetch the file again and compare its size"
             ) from error
 
     def names(self) -> frozenset[str]:

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from ..kernel.encode import decode, encode
 from ..model.sites import Site
 from .base import Dictionary, cast, require_shape
@@ -226,15 +226,12 @@ class SAE(Dictionary):
         wanted |= set(skip)
         missing = sorted(wanted - self._weights.names())
         if missing or (self.joint and not self.k):
+            parameter = "weights" if missing else "k"
+            got = f"without {', '.join(missing)}" if missing else repr(self.k)
             raise DictionaryError(
-                explain(
-                    f"SAE {self.name!r}",
-                    "weights" if missing else "k",
-                    got=f"without {', '.join(missing)}" if missing else repr(self.k),
-                    wanted=f"what a {self.architecture} SAE has",
-                    cause="a file of another architecture, or a renamed tensor",
-                    call="pass architecture= as the release declares it",
-                )
+                f"SAE {self.name!r}: `{parameter}` is {got}, wanted what a {self.architecture} SAE"
+                " has. Likely cause: a file of another architecture, or a renamed tensor. Try: pass"
+                " architecture= as the release declares it"
             )
         self._check_unused(wanted)
         self._check_shapes(wanted)
@@ -245,14 +242,11 @@ class SAE(Dictionary):
         strange = sorted(_PARTS & self._weights.names() - wanted)
         if strange:
             raise DictionaryError(
-                explain(
-                    f"SAE {self.name!r}",
-                    "architecture",
-                    got=f"{self.architecture}, with {', '.join(strange)} among the weights",
-                    wanted=f"no tensor that a {self.architecture} SAE does not use",
-                    cause="an architecture that is not declared; without these its latents differ",
-                    call="pass architecture= as the release declares it",
-                )
+                f"SAE {self.name!r}: `architecture` is {self.architecture}, with"
+                f" {', '.join(strange)} among the weights, wanted no tensor that a"
+                f" {self.architecture} SAE does not use. Likely cause: an architecture that is not"
+                " declared; without these its latents differ. Try: pass architecture= as the"
+                " release declares it"
             )
 
     def _check_shapes(self, wanted: set[str]) -> None:
@@ -273,15 +267,10 @@ class SAE(Dictionary):
         d_in, d_sae = self._weights.shape("W_enc")
         if "transcoder" in self.architecture and self.site == self.write_site:
             raise DictionaryError(
-                explain(
-                    f"transcoder {self.name!r}",
-                    "write_site",
-                    got="not declared by the file",
-                    wanted="metadata.hook_name_out, or write_site=",
-                    cause="a transcoder saved without its output hook; its directions do not"
-                    " belong where it reads",
-                    call='load_sae(folder, write_site="mlp_out.3")',
-                )
+                f"transcoder {self.name!r}: `write_site` is not declared by the file, wanted"
+                " metadata.hook_name_out, or write_site=. Likely cause: a transcoder saved without"
+                " its output hook; its directions do not belong where it reads. Try:"
+                ' load_sae(folder, write_site="mlp_out.3")'
             )
         if self.site == self.write_site:
             self._shape("W_dec", (d_sae, d_in))
@@ -331,12 +320,7 @@ class ErrorTerm(Dictionary):
 def _one_of(parameter: str, got: str, wanted: Any) -> None:
     if got not in wanted:
         raise DictionaryError(
-            explain(
-                "SAE",
-                parameter,
-                got=repr(got),
-                wanted="one of " + ", ".join(wanted),
-                cause="an architecture that cannot be computed from selected columns",
-                call="an SAE of a supported architecture",
-            )
+            f"SAE: `{parameter}` is {got!r}, wanted one of {', '.join(wanted)}. Likely cause: an"
+            " architecture that cannot be computed from selected columns. Try: an SAE of a"
+            " supported architecture"
         )

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 
 
 class Weights(ABC):
@@ -106,14 +106,9 @@ class OnDisk(Weights):
                 }
         except (OSError, SafetensorError) as error:
             raise DictionaryError(
-                explain(
-                    "load_sae",
-                    "path",
-                    got=f"{path}, which cannot be read ({error})",
-                    wanted="a whole safetensors file",
-                    cause="an interrupted download or copy, or a Git LFS pointer",
-                    call="fetch the file again and compare its size",
-                )
+                f"load_sae: `path` is {path}, which cannot be read ({error}), wanted a whole"
+                " safetensors file. Likely cause: an interrupted download or copy, or a Git LFS"
+                " pointer. Try: fetch the file again and compare its size"
             ) from error
 
     def names(self) -> frozenset[str]:
@@ -191,14 +186,10 @@ class Mapped(Weights):
         missing = sorted({view.name for view in self._views.values()} - source.names())
         if missing:
             raise DictionaryError(
-                explain(
-                    "load_sae",
-                    "folder",
-                    got=f"a file without {', '.join(missing)}",
-                    wanted="what its layout has; it holds " + ", ".join(sorted(source.names())),
-                    cause="another layout or architecture than its configuration declares",
-                    call="fetch the file again, or convert it to sae-lens's native layout",
-                )
+                f"load_sae: `folder` is a file without {', '.join(missing)}, wanted what its layout"
+                f" has; it holds {', '.join(sorted(source.names()))}. Likely cause: another layout"
+                " or architecture than its configuration declares. Try: fetch the file again, or"
+                " convert it to sae-lens's native layout"
             )
 
     def names(self) -> frozenset[str]:
@@ -283,13 +274,8 @@ def up(tensor: Tensor) -> Tensor:
     """
     if not tensor.is_floating_point():
         raise DictionaryError(
-            explain(
-                "dictionary",
-                "weights",
-                got=f"of {tensor.dtype}",
-                wanted="floating-point numbers",
-                cause="a damaged header, quantized weights, or another file",
-                call="fetch the file again, or dequantize it",
-            )
+            f"dictionary: `weights` is of {tensor.dtype}, wanted floating-point numbers. Likely"
+            " cause: a damaged header, quantized weights, or another file. Try: fetch the file"
+            " again, or dequantize it"
         )
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

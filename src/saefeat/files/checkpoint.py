@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import CheckpointError, explain
+from ..errors import CheckpointError
 from .identity import digest
 
 
@@ -140,14 +140,9 @@ def _identity(where: str, name: Path) -> dict[str, Any]:
     if isinstance(found, dict):
         return found
     raise CheckpointError(
-        explain(
-            where,
-            "checkpoint",
-            got=f"{name}, which cannot be read",
-            wanted="the identity of the job whose batches lie beside it",
-            cause="a damaged disk, or a file edited by hand",
-            call="another folder; nothing tells whose batches these are",
-        )
+        f"{where}: `checkpoint` is {name}, which cannot be read, wanted the identity of the job"
+        " whose batches lie beside it. Likely cause: a damaged disk, or a file edited by hand. Try:"
+        " another folder; nothing tells whose batches these are"
     )
 
 
@@ -162,27 +157,18 @@ def _require_same(where: str, folder: Path, found: dict[str, Any], wanted: dict[
     if other:
         shown = "; ".join(f"{n} was {found.get(n)!r:.80}, is {wanted.get(n)!r:.80}" for n in other)
         raise CheckpointError(
-            explain(
-                where,
-                "checkpoint",
-                got=f"of another job: {folder} differs in {', '.join(other)} ({shown})",
-                wanted="the same call as the one that began it",
-                cause="an argument, the model or a library changed since",
-                call="the same arguments again, or a folder of its own for this job",
-            )
+            f"{where}: `checkpoint` is of another job: {folder} differs in {', '.join(other)}"
+            f" ({shown}), wanted the same call as the one that began it. Likely cause: an argument,"
+            " the model or a library changed since. Try: the same arguments again, or a folder of"
+            " its own for this job"
         )
 
 
 def _no_folder(where: str, folder: Path) -> CheckpointError:
     return CheckpointError(
-        explain(
-            where,
-            "checkpoint",
-            got=f"{folder}, which is no checkpoint",
-            wanted="a new or empty folder, or one that an earlier call began",
-            cause="a path to something else",
-            call='checkpoint="runs/job-1"',
-        )
+        f"{where}: `checkpoint` is {folder}, which is no checkpoint, wanted a new or empty folder,"
+        " or one that an earlier call began. Likely cause: a path to something else. Try:"
+        ' checkpoint="runs/job-1"'
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import FileError, explain
+from ..errors import FileError
 
 MAX_HEADER = 16 * 2**20
 """Bytes of header a reader accepts; a header is parsed whole."""
@@ -62,7 +62,9 @@ def refuse(
     where: str, got: object, wanted: str, cause: str, call: str, parameter: str = "path"
 ) -> FileError:
     """The error for a file or for what a file should hold."""
-    return FileError(explain(where, parameter, got=got, wanted=wanted, cause=cause, call=call))
+    return FileError(
+        f"{where}: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
+    )
 
 
 def canonical(document: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ModelError, RemoteError, explain
+from ..errors import CheckpointError, ModelError, RemoteError
 from ..model.modules import torch_module
 from ..results.provenance import versions
 
@@ -75,15 +75,11 @@ def model_key(model: Any) -> str:
     except (ValueError, OSError, httpx.HTTPError) as error:
         name = getattr(model, "repo_id", None)
         raise RemoteError(
-            explain(
-                "remote",
-                "model",
-                got=f"{name!r}, which has no name on the Hub ({type(error).__name__})",
-                wanted="the model of a repository, by its id",
-                cause="a model in memory or in a folder, which only `serve` knows, or no network",
-                call='nnsight.TransformersModel("organization/model", tokenizer=...), whose weights'
-                " need not be loaded; or `with serve(model) as server:` around the call",
-            )
+            f"remote: `model` is {name!r}, which has no name on the Hub ({type(error).__name__}),"
+            " wanted the model of a repository, by its id. Likely cause: a model in memory or in a"
+            " folder, which only `serve` knows, or no network. Try:"
+            ' nnsight.TransformersModel("organization/model", tokenizer=...), whose weights need'
+            " not be loaded; or `with serve(model) as server:` around the call"
         ) from error
 
 
@@ -95,15 +91,9 @@ def require_unedited(model: Any) -> None:
     """
     if getattr(model, "_edits", None):
         raise ModelError(
-            explain(
-                "checkpoint",
-                "model",
-                got="an edited copy",
-                wanted="the model itself",
-                cause="what a copy's edits do cannot be hashed, so another copy's results could"
-                " be taken for this one's",
-                call="run(model, prompts, intervention, checkpoint=...) on the original",
-            )
+            "checkpoint: `model` is an edited copy, wanted the model itself. Likely cause: what a"
+            " copy's edits do cannot be hashed, so another copy's results could be taken for this"
+            " one's. Try: run(model, prompts, intervention, checkpoint=...) on the original"
         )
 
 
@@ -117,14 +107,9 @@ def weights(module: nn.Module) -> str:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise ModelError(
-                explain(
-                    "checkpoint",
-                    "model",
-                    got="not loaded yet",
-                    wanted="a model with its weights",
-                    cause="nnsight loads a model at its first use",
-                    call="TransformersModel(..., dispatch=True)",
-                )
+                "checkpoint: `model` is not loaded yet, wanted a model with its weights. Likely"
+                " cause: nnsight loads a model at its first use. Try: TransformersModel(...,"
+                " dispatch=True)"
             )
         found.append((name, str(tensor.dtype), list(tensor.shape), _sums(tensor.detach())))
     return digest(found)
@@ -196,14 +181,10 @@ def _object(value: Any) -> Iterator[bytes]:
         yield from _function(value)
     else:
         raise CheckpointError(
-            explain(
-                "checkpoint",
-                "identity",
-                got=f"a {type(value).__name__} in what the job depends on",
-                wanted="numbers, text, tensors, dictionaries, dataclasses or plain functions",
-                cause="an object whose content cannot be read, so two jobs could not be told apart",
-                call="a plain function, or a dataclass of plain values",
-            )
+            f"checkpoint: `identity` is a {type(value).__name__} in what the job depends on, wanted"
+            " numbers, text, tensors, dictionaries, dataclasses or plain functions. Likely cause:"
+            " an object whose content cannot be read, so two jobs could not be told apart. Try: a"
+            " plain function, or a dataclass of plain values"
         )
 
 

@@ -8,7 +8,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ..errors import FiringError, explain
+from ..errors import FiringError
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
 from ..model.modules import torch_module
@@ -53,14 +53,8 @@ def require_passes(log: dict[str, Any], wanted: int, where: str) -> None:
     if log["passes"] >= wanted:
         return
     raise FiringError(
-        explain(
-            where,
-            "intervention",
-            got=f"applied to {log['passes']} of the {wanted} forward passes decoded",
-            wanted="every forward pass",
-            cause="a generate of the model's own, whose later passes do not call the whole model,"
-            " so that they were not edited",
-            call="the model's standard generate; allow_unfired=True if one pass decodes several"
-            " tokens",
-        )
+        f"{where}: `intervention` is applied to {log['passes']} of the {wanted} forward passes"
+        " decoded, wanted every forward pass. Likely cause: a generate of the model's own, whose"
+        " later passes do not call the whole model, so that they were not edited. Try: the model's"
+        " standard generate; allow_unfired=True if one pass decodes several tokens"
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, PromptError, SaefeatError, explain
+from ..errors import ModelError, PromptError, SaefeatError
 from ..model.modules import torch_module
 from ..values.resample import Resample
 from ..verbs.base import Intervention
@@ -132,20 +132,16 @@ def whole_number(name: str, number: Any, least: int) -> None:
     if type(number) is int and number >= least:
         return
     raise PromptError(
-        explain(
-            "run",
-            name,
-            got=repr(number),
-            wanted=f"an integer from {least}",
-            cause="a typing error",
-            call=f"run(model, prompts, {name}={max(least, 8)})",
-        )
+        f"run: `{name}` is {number!r}, wanted an integer from {least}. Try: run(model, prompts,"
+        f" {name}={max(least, 8)})"
     )
 
 
 def _refused(name: str, got: str, wanted: str, cause: str, call: str) -> SaefeatError:
     call = call if call.startswith("no ") else f"run(model, prompts, {call}, ...)"
-    return SaefeatError(explain("run", name, got=got, wanted=wanted, cause=cause, call=call))
+    return SaefeatError(
+        f"run: `{name}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
+    )
 
 
 def _own_stops(model: Any) -> tuple[int, ...]:
@@ -170,16 +166,11 @@ def require_beamable(intervention: Intervention, settings: Decoding) -> None:
                            "no num_beams, or activations of your own, [prompts, k]")  # fmt: skip
         if step.change is None:
             raise SaefeatError(
-                explain(
-                    "run",
-                    "num_beams",
-                    got=f"{settings.beams}, with {step!r}",
-                    wanted="no Probe where beams are searched",
-                    cause="beams are dropped and copied between passes, so that readings would be"
-                    " of tokens that are not in the completion",
-                    call="run(model, [p + c for p, c in zip(out.prompts, out.completions)], ...)"
-                    " once more, to read the completions",
-                )
+                f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no Probe where beams"
+                " are searched. Likely cause: beams are dropped and copied between passes, so that"
+                " readings would be of tokens that are not in the completion. Try: run(model, [p +"
+                " c for p, c in zip(out.prompts, out.completions)], ...) once more, to read the"
+                " completions"
             )
 
 
@@ -197,14 +188,9 @@ def seeded(seed: int | None, module: nn.Module) -> Iterator[None]:
     other = sorted(str(device) for device in devices if device.type not in ("cpu", "cuda"))
     if other:
         raise ModelError(
-            explain(
-                "run",
-                "seed",
-                got=f"given, for a model on {other[0]}",
-                wanted="a model on cpu or cuda",
-                cause="this device's random numbers cannot be seeded without leaving a trace",
-                call="greedy decoding, or the model on another device",
-            )
+            f"run: `seed` is given, for a model on {other[0]}, wanted a model on cpu or cuda."
+            " Likely cause: this device's random numbers cannot be seeded without leaving a trace."
+            " Try: greedy decoding, or the model on another device"
         )
     numbers = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     with torch.random.fork_rng(devices=numbers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, explain
+from ..errors import ModelError
 from ..files.container import (
     MAX_BYTES,
     MAX_HEADER,
@@ -177,16 +177,13 @@ def require_model(
     here = facts(model)
     for name in FACTS:
         if made_on is not None and made_on[name] != here[name]:
+            wanted = f"{brief(made_on[name])}, as the model it was made on" + (
+                f", {brief(made_on['name'])}" if made_on["name"] else ""
+            )
             raise ModelError(
-                explain(
-                    where,
-                    "model",
-                    got=f"of {name} {here[name]!r}",
-                    wanted=f"{brief(made_on[name])}, as the model it was made on"
-                    + (f", {brief(made_on['name'])}" if made_on["name"] else ""),
-                    cause="an intervention for another model or another size of it",
-                    call="load(path) without model= if another vocabulary is meant",
-                )
+                f"{where}: `model` is of {name} {here[name]!r}, wanted {wanted}. Likely cause: an"
+                " intervention for another model or another size of it. Try: load(path) without"
+                " model= if another vocabulary is meant"
             )
     way = route(model, sites_of(intervention))
     for step in intervention.parts():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import index_tensor
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..files.container import refuse, write
 from ..model.sites import Site
 from ..text.tokens import Tokens
@@ -100,16 +100,10 @@ def _constant(step: Step) -> Tensor:
 def _require(met: bool, subject: Any, got: str) -> None:
     if not met:
         raise LatentError(
-            explain(
-                "steering_vector",
-                "intervention",
-                got=f"{subject!r}, with {got}",
-                wanted="Clamp(latents, add=...) alone, on every token",
-                cause="an edit that depends on the activations, the token or the prompt is no"
-                " constant vector",
-                call="sf.save, which keeps it as it is; or Clamp(direction, add=...,"
-                " where=sf.Tokens.all())",
-            )
+            f"steering_vector: `intervention` is {subject!r}, with {got}, wanted Clamp(latents,"
+            " add=...) alone, on every token. Likely cause: an edit that depends on the"
+            " activations, the token or the prompt is no constant vector. Try: sf.save, which keeps"
+            " it as it is; or Clamp(direction, add=..., where=sf.Tokens.all())"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..dictionaries.base import Dictionaries
 from ..dictionaries.sae import SAE
-from ..errors import DictionaryError, SaefeatError, explain
+from ..errors import DictionaryError, SaefeatError
 from ..model.sites import Site
 from . import directory, native
 from .entries import Entry, Ids, Sites, choose
@@ -147,18 +147,17 @@ def _label(folder: Path) -> str:
 def _no_sae(folder: Path) -> DictionaryError:
     inside = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
     pickles = sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth")) if inside else []
+    got = f"{folder}, " + (
+        f"which holds {', '.join(inside)}" if inside else "which is empty or not there"
+    )
+    cause = (
+        f"{pickles[0].name} is a pickle, which is not read"
+        if pickles
+        else "a wrong path, or an unknown layout"
+    )
     return DictionaryError(
-        explain(
-            "load_sae",
-            "folder",
-            got=f"{folder}, "
-            + (f"which holds {', '.join(inside)}" if inside else "which is empty or not there"),
-            wanted=f"a folder of one SAE ({native.CONFIG} and {native.WEIGHTS}, params.npz, ...), "
-            "or for load_saes a folder of such folders",
-            cause=f"{pickles[0].name} is a pickle, which is not read"
-            if pickles
-            else "a wrong path, or an unknown layout",
-            call="load_sae(folder) for one, load_saes(parent) for many; "
-            "sae.save_inference_model(folder) in sae-lens writes the native layout",
-        )
+        f"load_sae: `folder` is {got}, wanted a folder of one SAE ({native.CONFIG} and"
+        f" {native.WEIGHTS}, params.npz, ...), or for load_saes a folder of such folders. Likely"
+        f" cause: {cause}. Try: load_sae(folder) for one, load_saes(parent) for many;"
+        " sae.save_inference_model(folder) in sae-lens writes the native layout"
     )

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from . import gemma_scope
 from .entries import Entry, near
 from .facts import l0_in, width_in
@@ -53,18 +53,18 @@ def release(name: str) -> Release:
     """
     if name not in _parts():
         same = [known for known, part in _parts().items() if f"repo_id: {name}\n" in part]
+        wanted = "a folder of SAEs, or a release sae-lens lists: " + (
+            ", ".join(same) or near(name, _parts(), most=3)
+        )
+        cause = (
+            "a wrong path, or a misspelt release"
+            if not same
+            else "the repository's name in place of a release of it"
+        )
         raise DictionaryError(
-            explain(
-                "load_saes",
-                "source",
-                got=f"{name}, which is no folder and no release",
-                wanted="a folder of SAEs, or a release sae-lens lists: "
-                + (", ".join(same) or near(name, _parts(), most=3)),
-                cause="a wrong path, or a misspelt release"
-                if not same
-                else "the repository's name in place of a release of it",
-                call='load_saes("gpt2-small-res-jb", ids=["blocks.5.hook_resid_pre"])',
-            )
+            f"load_saes: `source` is {name}, which is no folder and no release, wanted {wanted}."
+            f' Likely cause: {cause}. Try: load_saes("gpt2-small-res-jb",'
+            ' ids=["blocks.5.hook_resid_pre"])'
         )
     import yaml
 

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import DictionaryError, SiteError, explain
+from ..errors import DictionaryError, SiteError
 from ..model.sites import Site
 from .facts import width_of
 
@@ -155,16 +155,11 @@ def _all_loadable(entries: list[Entry], source: object) -> None:
     if not bad:
         return
     raise DictionaryError(
-        explain(
-            "load_saes",
-            "source",
-            got=f"{source}, of which {len(bad)} of {len(entries)} chosen cannot be loaded "
-            f"({bad[0].id}: {bad[0].trouble})",
-            wanted="dictionaries that this version can compute with",
-            cause="a kind of site, layout or architecture it does not have",
-            call='load_saes(source, sites="resid_post") for those that lie in the residual '
-            'stream, or ids={"resid_post.3": id} where the site is known to you',
-        )
+        f"load_saes: `source` is {source}, of which {len(bad)} of {len(entries)} chosen cannot be"
+        f" loaded ({bad[0].id}: {bad[0].trouble}), wanted dictionaries that this version can"
+        " compute with. Likely cause: a kind of site, layout or architecture it does not have. Try:"
+        ' load_saes(source, sites="resid_post") for those that lie in the residual stream, or'
+        ' ids={"resid_post.3": id} where the site is known to you'
     )
 
 
@@ -210,11 +205,8 @@ def _error(parameter: str, got: str, there: str) -> DictionaryError:
 
 
 def _said(parameter: str, got: str, there: str) -> str:
-    return explain(
-        "load_saes",
-        parameter,
-        got=got,
-        wanted=f"one that is there: {there}",
-        cause="a misspelt name, or a choice that is left open",
-        call='load_saes("gemma-scope-2b-pt-res", sites="resid_post", width="65k", l0=100)',
+    return (
+        f"load_saes: `{parameter}` is {got}, wanted one that is there: {there}. Likely cause: a"
+        ' misspelt name, or a choice that is left open. Try: load_saes("gemma-scope-2b-pt-res",'
+        ' sites="resid_post", width="65k", l0=100)'
     )

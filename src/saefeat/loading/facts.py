@@ -11,7 +11,7 @@ from typing import Any
 
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import Weights
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from ..model.sites import Site
 
 _UNCENTERED = ("z", "mlp_norm", "mlp_in", "mlp_post")
@@ -188,22 +188,17 @@ def assemble(
 def no_site(where: object) -> DictionaryError:
     """The error for a dictionary of which nothing says where it reads."""
     return DictionaryError(
-        explain(
-            "load_sae",
-            "site",
-            got=f"not declared by {where}",
-            wanted="a hook name in the file, or site=",
-            cause="a layout or a folder name that does not say where the SAE reads",
-            call='load_sae(folder, site="resid_post.3"), or '
-            'load_saes(parent, ids={"resid_post.3": "subfolder"})',
-        )
+        f"load_sae: `site` is not declared by {where}, wanted a hook name in the file, or site=."
+        " Likely cause: a layout or a folder name that does not say where the SAE reads. Try:"
+        ' load_sae(folder, site="resid_post.3"), or load_saes(parent, ids={"resid_post.3":'
+        ' "subfolder"})'
     )
 
 
 def refuse(where: object, got: str, wanted: str, cause: str, call: str) -> DictionaryError:
     """The error for a file that is whole, but that this library must not compute with."""
     return DictionaryError(
-        explain("load_sae", "folder", got=f"{where}, {got}", wanted=wanted, cause=cause, call=call)
+        f"load_sae: `folder` is {where}, {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
     )
 
 
@@ -217,14 +212,9 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DictionaryError(
-            explain(
-                "load_sae",
-                "folder",
-                got=f"{path}, which is not JSON ({error})",
-                wanted=f"the configuration that belongs in {path.name}",
-                cause="an interrupted copy, or a Git LFS pointer",
-                call="fetch the file again",
-            )
+            f"load_sae: `folder` is {path}, which is not JSON ({error}), wanted the configuration"
+            f" that belongs in {path.name}. Likely cause: an interrupted copy, or a Git LFS"
+            " pointer. Try: fetch the file again"
         ) from error
     if isinstance(found, dict):
         return found
@@ -260,14 +250,8 @@ def width_of(label: int | str) -> int:
     found = re.fullmatch(r"(\d+)([km]?)", label.strip().lower())
     if found is None:
         raise DictionaryError(
-            explain(
-                "load_saes",
-                "width",
-                got=repr(label),
-                wanted='a number of latents, or a label such as "16k" or "1m"',
-                cause="a typing error",
-                call='load_saes(release, width="16k")',
-            )
+            f'load_saes: `width` is {label!r}, wanted a number of latents, or a label such as "16k"'
+            ' or "1m". Try: load_saes(release, width="16k")'
         )
     count = int(found[1])
     unit = {"": 1, "k": 1000, "m": 10**6}[found[2]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 
 
 def fetch(repo: str, file: str) -> Path:
@@ -27,15 +27,10 @@ def fetch(repo: str, file: str) -> Path:
         return Path(hf_hub_download(repo, file))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise DictionaryError(
-            explain(
-                "load_saes",
-                "source",
-                got=f"missing {file} of {repo}",
-                wanted="that file in the Hugging Face cache, or a network to fetch it",
-                cause=f"it was never downloaded here, and the hub is out of reach "
-                f"({type(error).__name__})",
-                call=f"where there is a network: hf download {repo} {file}",
-            )
+            f"load_saes: `source` is missing {file} of {repo}, wanted that file in the Hugging Face"
+            " cache, or a network to fetch it. Likely cause: it was never downloaded here, and the"
+            f" hub is out of reach ({type(error).__name__}). Try: where there is a network: hf"
+            f" download {repo} {file}"
         ) from error
 
 

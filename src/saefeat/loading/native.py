@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from .facts import Facts, Source, l0_in, read_json, refuse
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -105,14 +105,10 @@ def existing(folder: Path, name: str) -> Path:
     if (folder / name).is_file():
         return folder / name
     raise DictionaryError(
-        explain(
-            "load_sae",
-            "folder",
-            got=f"{folder}, which has no {name}",
-            wanted=f"a folder of SAE files, such as sae-lens's {CONFIG} and {WEIGHTS}",
-            cause="a wrong path, an interrupted copy, or a layout that is not known",
-            call="sae.save_inference_model(folder) in sae-lens writes the native layout",
-        )
+        f"load_sae: `folder` is {folder}, which has no {name}, wanted a folder of SAE files, such"
+        f" as sae-lens's {CONFIG} and {WEIGHTS}. Likely cause: a wrong path, an interrupted copy,"
+        " or a layout that is not known. Try: sae.save_inference_model(folder) in sae-lens writes"
+        " the native layout"
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..dictionaries.sae import SAE
-from ..errors import DictionaryError, explain
+from ..errors import DictionaryError
 from ..model.sites import Site
 from . import hub
 from .directory import Release
@@ -71,15 +71,10 @@ class Released(Dictionary):
         if found.site == self.site and found.write_site == self.write_site:
             return found
         raise DictionaryError(
-            explain(
-                "load_saes",
-                "source",
-                got=f"{self.name}, at {self.site} by its name and at {found.site} by its file",
-                wanted="a name and a file that agree",
-                cause="a file under another SAE's name",
-                call=f'load_saes(release, ids={{"{found.site}": {self._entry.id!r}}}) '
-                "once you know which is right",
-            )
+            f"load_saes: `source` is {self.name}, at {self.site} by its name and at {found.site} by"
+            " its file, wanted a name and a file that agree. Likely cause: a file under another"
+            f' SAE\'s name. Try: load_saes(release, ids={{"{found.site}": {self._entry.id!r}}})'
+            " once you know which is right"
         )
 
     @property
@@ -165,14 +160,10 @@ def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE
         loaded = SaeLens.from_pretrained(release.name, entry.id, device="cpu")
     except Exception as error:
         raise DictionaryError(
-            explain(
-                "load_saes",
-                "source",
-                got=f"{name}, which sae-lens cannot convert ({type(error).__name__}: {error})",
-                wanted="a file its converter reads",
-                cause="a class or a file its converter was not written for",
-                call="another SAE of the release, or the weights in sae-lens's native layout",
-            )
+            f"load_saes: `source` is {name}, which sae-lens cannot convert ({type(error).__name__}:"
+            f" {error}), wanted a file its converter reads. Likely cause: a class or a file its"
+            " converter was not written for. Try: another SAE of the release, or the weights in"
+            " sae-lens's native layout"
         ) from error
     sae = from_object(loaded, site=entry.hook if entry.given else None)
     sae.name = name

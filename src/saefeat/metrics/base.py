@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..errors import PromptError, SaefeatError, explain
+from ..errors import PromptError, SaefeatError
 from ..model.sites import Site
 
 
@@ -61,14 +61,8 @@ class PerPrompt:
         listed = tuple(values.tolist() if isinstance(values, Tensor) else values)
         if not listed or isinstance(values, str):
             raise PromptError(
-                explain(
-                    "PerPrompt",
-                    "values",
-                    got=repr(values),
-                    wanted="one value a prompt",
-                    cause="an empty list, or one string",
-                    call='PerPrompt([" Paris", " Rome"])',
-                )
+                f"PerPrompt: `values` is {values!r}, wanted one value a prompt. Likely cause: an"
+                ' empty list, or one string. Try: PerPrompt([" Paris", " Rome"])'
             )
         object.__setattr__(self, "values", listed)
 
@@ -150,14 +144,9 @@ class Metric:
         """
         if self.columns != "last" or self.site is not None or self.reference:
             raise SaefeatError(
-                explain(
-                    "Metric.bind",
-                    "metric",
-                    got=f"{self!r}, which reads more than the last token's logits",
-                    wanted="logit, logit_diff or metric of last logits",
-                    cause="logits of one position do not hold what it looks at",
-                    call="measure(model, prompts, metric)",
-                )
+                f"Metric.bind: `metric` is {self!r}, which reads more than the last token's logits,"
+                " wanted logit, logit_diff or metric of last logits. Likely cause: logits of one"
+                " position do not hold what it looks at. Try: measure(model, prompts, metric)"
             )
         read = self.reader(tokenizer)
 
@@ -196,14 +185,9 @@ def require_prompts(where: str, metric: Metric, prompts: int) -> None:
     if metric.prompts in (None, prompts):
         return
     raise PromptError(
-        explain(
-            where,
-            "metric",
-            got=f"made for {metric.prompts} prompts",
-            wanted=f"values for the {prompts} prompts given",
-            cause="the prompts were filtered, repeated or batched after the values were made",
-            call="PerPrompt values from the same prompts, in the same order",
-        )
+        f"{where}: `metric` is made for {metric.prompts} prompts, wanted values for the {prompts}"
+        " prompts given. Likely cause: the prompts were filtered, repeated or batched after the"
+        " values were made. Try: PerPrompt values from the same prompts, in the same order"
     )
 
 
@@ -216,13 +200,8 @@ def same_count(where: str, *values: Any) -> int | None:
     counts = {len(value.values) for value in values if isinstance(value, PerPrompt)}
     if len(counts) > 1:
         raise PromptError(
-            explain(
-                where,
-                "PerPrompt",
-                got=" and ".join(map(str, sorted(counts))) + " values",
-                wanted="one value a prompt in each",
-                cause="lists made from different prompts",
-                call=f"{where}(PerPrompt(correct), PerPrompt(wrong))",
-            )
+            f"{where}: `PerPrompt` is {' and '.join(map(str, sorted(counts)))} values, wanted one"
+            " value a prompt in each. Likely cause: lists made from different prompts. Try:"
+            f" {where}(PerPrompt(correct), PerPrompt(wrong))"
         )
     return counts.pop() if counts else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PromptError, explain
+from ..errors import PromptError
 from .base import Metric, PerPrompt, Reader, Seen
 
 
@@ -62,14 +62,9 @@ def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
     if found and all(type(token) is int for token in found):
         return tuple(found)
     raise PromptError(
-        explain(
-            "log_prob",
-            "continuation",
-            got=f"{text!r:.80}, which is not a sequence of tokens",
-            wanted="text, or token ids",
-            cause="an empty text, a single id, or text for a model without its tokenizer",
-            call='log_prob(" I cannot"), or PerPrompt([...]) for one a prompt',
-        )
+        f"log_prob: `continuation` is {text!r:.80}, which is not a sequence of tokens, wanted text,"
+        " or token ids. Likely cause: an empty text, a single id, or text for a model without its"
+        ' tokenizer. Try: log_prob(" I cannot"), or PerPrompt([...]) for one a prompt'
     )
 
 
@@ -81,14 +76,9 @@ def _summed(seen: Seen, table: tuple[tuple[int, ...], ...]) -> Tensor:
         ids = torch.tensor(table[number if len(table) > 1 else 0], device=logits.device)
         if not 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[-1]:
             raise PromptError(
-                explain(
-                    "log_prob",
-                    "continuation",
-                    got=f"{ids.tolist()}",
-                    wanted=f"ids in 0..{logits.shape[-1] - 1}",
-                    cause="ids of another model's vocabulary",
-                    call="log_prob(tokenizer(text, add_special_tokens=False)['input_ids'])",
-                )
+                f"log_prob: `continuation` is {ids.tolist()}, wanted ids in"
+                f" 0..{logits.shape[-1] - 1}. Likely cause: ids of another model's vocabulary. Try:"
+                " log_prob(tokenizer(text, add_special_tokens=False)['input_ids'])"
             )
         log_probs = logits[row, -len(ids) :].log_softmax(-1)  # [c, vocabulary]
         rows.append(log_probs.gather(1, ids[:, None]).sum())

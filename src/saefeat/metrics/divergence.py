@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from .base import Metric, Seen
 
 
@@ -36,15 +36,10 @@ def kl(to: str | Tensor = "clean") -> Metric:
     else:
         given, shaped, name = torch.zeros(0), to in ("clean", "baseline"), f"kl({to!r})"
     if not shaped:
+        got = f"of shape {tuple(to.shape)}" if isinstance(to, Tensor) else repr(to)
         raise SaefeatError(
-            explain(
-                "kl",
-                "to",
-                got=f"of shape {tuple(to.shape)}" if isinstance(to, Tensor) else repr(to),
-                wanted='"clean", "baseline", or logits [vocabulary] or [prompts, vocabulary]',
-                cause="a token id, or logits of every position",
-                call='kl("clean")',
-            )
+            f'kl: `to` is {got}, wanted "clean", "baseline", or logits [vocabulary] or [prompts,'
+            ' vocabulary]. Likely cause: a token id, or logits of every position. Try: kl("clean")'
         )
 
     def read(seen: Seen) -> Tensor:

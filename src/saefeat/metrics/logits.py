@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PromptError, SaefeatError, explain
+from ..errors import PromptError, SaefeatError
 from .base import (
     BaselineTop,
     Metric,
@@ -94,14 +94,8 @@ def custom(
     """
     if tokens not in ("last", "all"):
         raise SaefeatError(
-            explain(
-                "metrics.custom",
-                "tokens",
-                got=repr(tokens),
-                wanted='"last" or "all"',
-                cause="a typing error",
-                call='metric(lambda logits, mask: ..., tokens="all")',
-            )
+            f'metrics.custom: `tokens` is {tokens!r}, wanted "last" or "all". Try: metric(lambda'
+            ' logits, mask: ..., tokens="all")'
         )
     if tokens == "all":
         return Metric(name, lambda _: lambda seen: function(seen.logits, real(seen)), "all")
@@ -131,14 +125,9 @@ def _token(tokenizer: Any, token: str | int) -> int:
     if len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None):
         return ids[0]
     raise PromptError(
-        explain(
-            "metric",
-            "token",
-            got=f"{token!r}, which is {len(ids)} tokens",
-            wanted="one known token",
-            cause="a leading space is part of many tokens, and long words are several",
-            call=f"logit_diff({' ' + token!r}, ...), or pass ids",
-        )
+        f"metric: `token` is {token!r}, which is {len(ids)} tokens, wanted one known token. Likely"
+        " cause: a leading space is part of many tokens, and long words are several. Try:"
+        f" logit_diff({' ' + token!r}, ...), or pass ids"
     )
 
 
@@ -159,28 +148,18 @@ def _joined(seen: Seen, group: Any) -> Tensor:
 def _chosen(logits: Tensor, top: Any, group: Tensor | None) -> Tensor:
     if group is None and top is None:
         raise SaefeatError(
-            explain(
-                "metric",
-                "token",
-                got="BASELINE_TOP",
-                wanted="a token, where no baseline is run",
-                cause="a metric of the baseline's own token inside a trace",
-                call="attribute(model, prompts), outside the trace",
-            )
+            "metric: `token` is BASELINE_TOP, wanted a token, where no baseline is run. Likely"
+            " cause: a metric of the baseline's own token inside a trace. Try: attribute(model,"
+            " prompts), outside the trace"
         )
     if group is None:
         return logits.gather(1, top[:, None].to(logits.device)).squeeze(1)
     outside = [int(token) for token in group if not 0 <= token < logits.shape[1]]
     if outside:
         raise PromptError(
-            explain(
-                "metric",
-                "token",
-                got=outside[0],
-                wanted=f"an id in 0..{logits.shape[1] - 1}",
-                cause="an id of another model's vocabulary, or one counted from the end",
-                call='logit_diff("Here", "I") with strings',
-            )
+            f"metric: `token` is {outside[0]}, wanted an id in 0..{logits.shape[1] - 1}. Likely"
+            " cause: an id of another model's vocabulary, or one counted from the end. Try:"
+            ' logit_diff("Here", "I") with strings'
         )
     chosen = logits[:, group.to(logits.device)]
     return chosen.squeeze(1) if chosen.shape[1] == 1 else chosen.logsumexp(1)

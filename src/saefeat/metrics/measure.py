@@ -10,7 +10,7 @@ from torch import Tensor
 from ..attribution.passes import NOTHING, Watch
 from ..attribution.prepare import Data, continued, require_whole
 from ..dictionaries.latents import Latents
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_fired, require_rows
 from .base import Metric, require_prompts
@@ -72,12 +72,7 @@ def _require(metric: Metric, prompts: int) -> None:
     require_prompts("measure", metric, prompts)
     if metric.reference == "baseline":
         raise SaefeatError(
-            explain(
-                "measure",
-                "metric",
-                got=repr(metric),
-                wanted="a metric that needs no baseline run",
-                cause="a metric made for Attribute(..., baseline=...)",
-                call='kl("clean"), or kl(logits)',
-            )
+            f"measure: `metric` is {metric!r}, wanted a metric that needs no baseline run. Likely"
+            ' cause: a metric made for Attribute(..., baseline=...). Try: kl("clean"), or'
+            " kl(logits)"
         )

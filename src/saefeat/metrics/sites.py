@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary, cast
 from ..dictionaries.latents import Latents, as_latents, index_tensor
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select
 from ..model.sites import Site
@@ -70,14 +70,9 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
     chosen, rule = as_latents(latents, "activation"), where or Tokens.last(1)
     if len(chosen.parts) != 1:
         raise LatentError(
-            explain(
-                "activation",
-                "latents",
-                got=f"of {len(chosen.parts)} dictionaries",
-                wanted="latents of one dictionary",
-                cause="a selection over several sites",
-                call="one attribution a site: activation(latents.at(site))",
-            )
+            f"activation: `latents` is of {len(chosen.parts)} dictionaries, wanted latents of one"
+            " dictionary. Likely cause: a selection over several sites. Try: one attribution a"
+            " site: activation(latents.at(site))"
         )
     dictionary: Dictionary = chosen.parts[0][0]  # type: ignore[assignment]
     _require_tokenwise(dictionary)
@@ -93,14 +88,10 @@ def _require_tokenwise(dictionary: Dictionary) -> None:
     """Refuse latents that depend on earlier tokens: padding would be among them."""
     if dictionary.prefix:
         raise LatentError(
-            explain(
-                "activation",
-                "latents",
-                got=f"of {dictionary!r}, which look back over the text",
-                wanted="latents that depend on their own token's value alone",
-                cause="a temporal SAE, or a function with prefix=True",
-                call="run(model, prompts, Probe(latents)), which reads each row without padding",
-            )
+            f"activation: `latents` is of {dictionary!r}, which look back over the text, wanted"
+            " latents that depend on their own token's value alone. Likely cause: a temporal SAE,"
+            " or a function with prefix=True. Try: run(model, prompts, Probe(latents)), which reads"
+            " each row without padding"
         )
 
 

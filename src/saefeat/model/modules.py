@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError, SiteError, explain
+from ..errors import ModelError, SiteError
 from .families import FAMILIES, NESTED, SKIP, TEXT
 from .sites import Place, Site
 
@@ -18,14 +18,10 @@ def torch_module(model: object) -> nn.Module:
     if isinstance(module, nn.Module):
         return module
     raise ModelError(
-        explain(
-            "saefeat",
-            "model",
-            got=type(model).__name__,
-            wanted="an nnsight TransformersModel or a Hugging Face module",
-            cause="a tokenizer, a name or a pipeline was passed instead of the model",
-            call='nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")',
-        )
+        f"saefeat: `model` is {type(model).__name__}, wanted an nnsight TransformersModel or a"
+        " Hugging Face module. Likely cause: a tokenizer, a name or a pipeline was passed instead"
+        " of the model. Try: nnsight.TransformersModel(module, tokenizer=tokenizer,"
+        ' task="text-generation")'
     )
 
 
@@ -41,15 +37,11 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     text = str(module.config.get_text_config().model_type) if kind in NESTED else ""  # type: ignore[union-attr, operator]
     if kind in NESTED and TEXT.get(text, text) in FAMILIES:
         return NESTED[kind], FAMILIES[TEXT.get(text, text)][1]
+    got = f"of family {kind!r}" + (f" around {text!r}" if text else "")
     raise ModelError(
-        explain(
-            "saefeat",
-            "model",
-            got=f"of family {kind!r}" + (f" around {text!r}" if text else ""),
-            wanted="one of " + ", ".join([*FAMILIES, *NESTED]),
-            cause="sites have not been checked on this family's tensors yet",
-            call=f'a site by its module\'s path, such as "{_example(module)}"',
-        )
+        f"saefeat: `model` is {got}, wanted one of {', '.join([*FAMILIES, *NESTED])}. Likely cause:"
+        " sites have not been checked on this family's tensors yet. Try: a site by its module's"
+        f' path, such as "{_example(module)}"'
     )
 
 
@@ -77,25 +69,15 @@ def find(module: nn.Module, site: Site) -> Place:
     layers = layer_count(module)
     if site.layer >= layers:
         raise SiteError(
-            explain(
-                "saefeat",
-                "site",
-                got=str(site),
-                wanted=f"a layer in 0..{layers - 1}",
-                cause="the dictionary belongs to a deeper model",
-                call=f"a dictionary trained on {type(module).__name__} with {layers} layers",
-            )
+            f"saefeat: `site` is {site}, wanted a layer in 0..{layers - 1}. Likely cause: the"
+            " dictionary belongs to a deeper model. Try: a dictionary trained on"
+            f" {type(module).__name__} with {layers} layers"
         )
     if site.kind not in places:
         raise SiteError(
-            explain(
-                "saefeat",
-                "site",
-                got=str(site),
-                wanted="one of " + ", ".join(places),
-                cause=f"{type(module).__name__} has no such value: its blocks are built otherwise",
-                call="a dictionary trained on one of these sites, or a site by its module's path",
-            )
+            f"saefeat: `site` is {site}, wanted one of {', '.join(places)}. Likely cause:"
+            f" {type(module).__name__} has no such value: its blocks are built otherwise. Try: a"
+            " dictionary trained on one of these sites, or a site by its module's path"
         )
     block = f"{blocks}.{site.layer}"
     name, end, *how = places[site.kind]
@@ -121,14 +103,10 @@ def _module_at(module: nn.Module, site: Site) -> Place:
         return Place(path, end)
     near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
     raise SiteError(
-        explain(
-            "saefeat",
-            "site",
-            got=f"{site}, and {type(module).__name__} has no module {path}",
-            wanted="a module of the model, such as " + ", ".join(near or names[:3]),
-            cause="a typing error, a layer the model lacks, or a path of another model",
-            call="a name from model.named_modules() and .input or .output",
-        )
+        f"saefeat: `site` is {site}, and {type(module).__name__} has no module {path}, wanted a"
+        f" module of the model, such as {', '.join(near or names[:3])}. Likely cause: a typing"
+        " error, a layer the model lacks, or a path of another model. Try: a name from"
+        " model.named_modules() and .input or .output"
     )
 
 
@@ -145,14 +123,9 @@ def _check_eager(module: nn.Module, path: str) -> None:
         wrapped = hasattr(part, "_orig_mod") or hasattr(part.forward, "_torchdynamo_orig_callable")
         if compiled or wrapped:
             raise ModelError(
-                explain(
-                    "saefeat",
-                    "model",
-                    got=f"compiled at {'.'.join(names[:depth]) or 'its root'!r}",
-                    wanted=f"{path} outside of compiled code",
-                    cause="torch.compile: hooks that come later are not run",
-                    call="the model as it was before torch.compile",
-                )
+                f"saefeat: `model` is compiled at {'.'.join(names[:depth]) or 'its root'!r}, wanted"
+                f" {path} outside of compiled code. Likely cause: torch.compile: hooks that come"
+                " later are not run. Try: the model as it was before torch.compile"
             )
 
 
@@ -162,14 +135,9 @@ def _epsilon(norm: nn.Module) -> float:
         if hasattr(norm, name):
             return float(getattr(norm, name))
     raise ModelError(
-        explain(
-            "saefeat",
-            "model",
-            got=f"a {type(norm).__name__} without an epsilon",
-            wanted="a norm with `eps` or `variance_epsilon`",
-            cause="a custom norm",
-            call="a site that is a module's input or output",
-        )
+        f"saefeat: `model` is a {type(norm).__name__} without an epsilon, wanted a norm with `eps`"
+        " or `variance_epsilon`. Likely cause: a custom norm. Try: a site that is a module's input"
+        " or output"
     )
 
 
@@ -202,24 +170,14 @@ def check_ready(module: nn.Module, where: str) -> None:
         active += [name for name in names if getattr(config, name, 0)]
     if active:
         raise ModelError(
-            explain(
-                where,
-                "model",
-                got=f"in train mode with dropout at {active[0]!r}",
-                wanted="eval mode",
-                cause="the model was built or fine-tuned in this process",
-                call="model.eval()",
-            )
+            f"{where}: `model` is in train mode with dropout at {active[0]!r}, wanted eval mode."
+            " Likely cause: the model was built or fine-tuned in this process. Try: model.eval()"
         )
     redone = [name for name, part in training if getattr(part, "gradient_checkpointing", False)]
     if redone:
         raise ModelError(
-            explain(
-                where,
-                "model",
-                got=f"in train mode with gradient checkpointing at {redone[0]!r}",
-                wanted="blocks that run once in a forward and backward pass",
-                cause="the backward pass would run blocks again, without the intervention",
-                call="model.eval(), or model.gradient_checkpointing_disable()",
-            )
+            f"{where}: `model` is in train mode with gradient checkpointing at {redone[0]!r},"
+            " wanted blocks that run once in a forward and backward pass. Likely cause: the"
+            " backward pass would run blocks again, without the intervention. Try: model.eval(), or"
+            " model.gradient_checkpointing_disable()"
         )

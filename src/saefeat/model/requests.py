@@ -17,7 +17,7 @@ from nnsight.intervention import serialization
 from nnsight.intervention.envoy import Envoy
 from nnsight.schema.request import RequestModel
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 
 
 class Request(NamedTuple):
@@ -64,32 +64,28 @@ def _named(scopes: tuple[Any, ...]) -> Any:
     if len(roots) == 1:
         return next(iter(roots.values()))
     several = len(roots) > 1
+    got = f"one of {len(roots)} in the request" if several else "not to be found in it"
+    cause = (
+        "a session over two models, which no server has together"
+        if several
+        else "the model is reached through another object inside the session's block"
+    )
+    call = (
+        "a session for each model"
+        if several
+        else "bind the model to a name of its own and use that name in the block"
+    )
     raise RemoteError(
-        explain(
-            "intervention(model)",
-            "model",
-            got=f"one of {len(roots)} in the request" if several else "not to be found in it",
-            wanted="a block that names the one model it applies interventions to",
-            cause="a session over two models, which no server has together"
-            if several
-            else "the model is reached through another object inside the session's block",
-            call="a session for each model"
-            if several
-            else "bind the model to a name of its own and use that name in the block",
-        )
+        f"intervention(model): `model` is {got}, wanted a block that names the one model it applies"
+        f" interventions to. Likely cause: {cause}. Try: {call}"
     )
 
 
 def _unknown(got: str) -> RemoteError:
     return RemoteError(
-        explain(
-            "intervention(model)",
-            "remote",
-            got=got,
-            wanted="a request as nnsight 0.8.1 builds it",
-            cause=f"nnsight {NNSIGHT}, which this saefeat does not know",
-            call="pip install 'nnsight==0.8.1', or run(..., remote=True), which needs no pickling",
-        )
+        f"intervention(model): `remote` is {got}, wanted a request as nnsight 0.8.1 builds it."
+        f" Likely cause: nnsight {NNSIGHT}, which this saefeat does not know. Try: pip install"
+        " 'nnsight==0.8.1', or run(..., remote=True), which needs no pickling"
     )
 
 
@@ -101,12 +97,8 @@ def stay_here(subject: object, name: str) -> None:
     """
     if request() is not None:
         raise RemoteError(
-            explain(
-                "remote trace",
-                name,
-                got=f"{subject!r}, named in the block",
-                wanted="interventions, tensors and plain values alone",
-                cause="the intervention is made inside the block, so its dictionary would travel",
-                call="make the intervention before the block, and call intervention(model) in it",
-            )
+            f"remote trace: `{name}` is {subject!r}, named in the block, wanted interventions,"
+            " tensors and plain values alone. Likely cause: the intervention is made inside the"
+            " block, so its dictionary would travel. Try: make the intervention before the block,"
+            " and call intervention(model) in it"
         )

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, SiteError, explain
+from ..errors import ModelError, SiteError
 from .modules import find, torch_module, width_at
 from .sites import Order, Place, Site
 
@@ -76,15 +76,10 @@ class Route:
         self._check_width(dictionary.write_site, dictionary.d_out, what)
         if getattr(dictionary, "centered", False) and not self.centers:
             raise ModelError(
-                explain(
-                    "saefeat",
-                    what,
-                    got=f"an SAE of centered values (center_writing_weights) at {dictionary.site}",
-                    wanted=f"a model with LayerNorm; {self.model} has RMSNorm",
-                    cause="TransformerLens trained it on a stream whose mean was taken out, which"
-                    " only a LayerNorm does not see",
-                    call="an SAE trained on this model as it is",
-                )
+                f"saefeat: `{what}` is an SAE of centered values (center_writing_weights) at"
+                f" {dictionary.site}, wanted a model with LayerNorm; {self.model} has RMSNorm."
+                " Likely cause: TransformerLens trained it on a stream whose mean was taken out,"
+                " which only a LayerNorm does not see. Try: an SAE trained on this model as it is"
             )
 
     def writable(self, site: Site, where: str) -> Place:
@@ -98,29 +93,19 @@ class Route:
         if place.transform is None:
             return place
         raise SiteError(
-            explain(
-                where,
-                "latents",
-                got=f"written at {site}",
-                wanted="a site that is a module's input or output",
-                cause="the norm's value without its weight is computed, not passed on, so it"
-                " can be read but not edited",
-                call="a transcoder, which writes at mlp_out, or Probe",
-            )
+            f"{where}: `latents` is written at {site}, wanted a site that is a module's input or"
+            " output. Likely cause: the norm's value without its weight is computed, not passed on,"
+            " so it can be read but not edited. Try: a transcoder, which writes at mlp_out, or"
+            " Probe"
         )
 
     def _check_width(self, site: Site, width: int, what: str) -> None:
         there = self.widths[site]
         if width != there:
             raise SiteError(
-                explain(
-                    "saefeat",
-                    what,
-                    got=f"{width} wide at {site}",
-                    wanted=f"{there}, as {self.model} is there",
-                    cause="a dictionary of another model or another size of it",
-                    call="load the release trained on this model",
-                )
+                f"saefeat: `{what}` is {width} wide at {site}, wanted {there}, as {self.model} is"
+                " there. Likely cause: a dictionary of another model or another size of it. Try:"
+                " load the release trained on this model"
             )
 
 
@@ -206,14 +191,9 @@ def _once(site: Site, seen: list[Seen]) -> tuple[int, int]:
             else "a container, whose parts are called and not itself, or a part that is not used"
         )
     raise SiteError(
-        explain(
-            "saefeat",
-            "site",
-            got=f"{site}, which is {got}",
-            wanted="a value [batch, tokens, width], or all tokens in one row, once in a pass",
-            cause=cause,
-            call="the module around it or within it: see model.named_modules()",
-        )
+        f"saefeat: `site` is {site}, which is {got}, wanted a value [batch, tokens, width], or all"
+        f" tokens in one row, once in a pass. Likely cause: {cause}. Try: the module around it or"
+        " within it: see model.named_modules()"
     )
 
 
@@ -302,16 +282,18 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _no_run(module: nn.Module, error: Exception) -> str:
     unloaded = any(parameter.is_meta for parameter in module.parameters())
-    return explain(
-        "saefeat",
-        "model",
-        got=f"a {type(module).__name__} that cannot be run on {ROWS} rows of {TOKENS} tokens "
-        f"({type(error).__name__}: {error})",
-        wanted="a model that can, since a site by its module's path has to be tried out",
-        cause="its weights are not loaded, and its code asks for more than their shapes"
+    cause = (
+        "its weights are not loaded, and its code asks for more than their shapes"
         if unloaded
-        else "a model that is no causal language model, or weights that do not fit together",
-        call="TransformersModel(..., dispatch=True), which loads the weights"
+        else "a model that is no causal language model, or weights that do not fit together"
+    )
+    call = (
+        "TransformersModel(..., dispatch=True), which loads the weights"
         if unloaded
-        else "model(input_ids=ids) by hand, to see what it needs",
+        else "model(input_ids=ids) by hand, to see what it needs"
+    )
+    return (
+        f"saefeat: `model` is a {type(module).__name__} that cannot be run on {ROWS} rows of"
+        f" {TOKENS} tokens ({type(error).__name__}: {error}), wanted a model that can, since a site"
+        f" by its module's path has to be tried out. Likely cause: {cause}. Try: {call}"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import SiteError, explain
+from ..errors import SiteError
 
 
 def sharded(module: nn.Module) -> bool:
@@ -29,12 +29,8 @@ def require_whole(module: nn.Module, path: str, end: str) -> None:
     if end != "input" or not any(place.is_shard(1) for place in placements):
         return
     raise SiteError(
-        explain(
-            "hooked",
-            "intervention",
-            got=f"at {path}.{end}, of which this process has a part",
-            wanted="a place where the value is whole, such as resid_post, attn_out or mlp_out",
-            cause="a tensor-parallel model, whose heads and neurons lie in several processes",
-            call="run, edit or a trace on a TransformersModel: nnsight gathers the parts",
-        )
+        f"hooked: `intervention` is at {path}.{end}, of which this process has a part, wanted a"
+        " place where the value is whole, such as resid_post, attn_out or mlp_out. Likely cause: a"
+        " tensor-parallel model, whose heads and neurons lie in several processes. Try: run, edit"
+        " or a trace on a TransformersModel: nnsight gathers the parts"
     )

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..errors import SiteError, explain
+from ..errors import SiteError
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -76,36 +76,19 @@ class Site:
         path = isinstance(self.kind, str) and _PATH.fullmatch(self.kind)
         if not path and self.kind not in HOOKS:
             raise SiteError(
-                explain(
-                    "Site",
-                    "kind",
-                    got=repr(self.kind),
-                    wanted="one of " + ", ".join(HOOKS) + ", or a module's path and its end",
-                    cause="a misspelt or unsupported site",
-                    call='Site("resid_post", 3) or Site("model.layers.3.mlp.output")',
-                )
+                f"Site: `kind` is {self.kind!r}, wanted one of {', '.join(HOOKS)}, or a module's"
+                " path and its end. Likely cause: a misspelt or unsupported site. Try:"
+                ' Site("resid_post", 3) or Site("model.layers.3.mlp.output")'
             )
         if path and self.layer is not None:
             raise SiteError(
-                explain(
-                    "Site",
-                    "layer",
-                    got=repr(self.layer),
-                    wanted="none beside a module's path",
-                    cause="the path names its layer itself",
-                    call=f"Site({self.kind!r})",
-                )
+                f"Site: `layer` is {self.layer!r}, wanted none beside a module's path. Likely"
+                f" cause: the path names its layer itself. Try: Site({self.kind!r})"
             )
         if not path and (not isinstance(self.layer, int) or self.layer < 0):
             raise SiteError(
-                explain(
-                    "Site",
-                    "layer",
-                    got=repr(self.layer),
-                    wanted="an integer from 0",
-                    cause="layers are counted from the first, never from the last",
-                    call='Site("resid_post", 3)',
-                )
+                f"Site: `layer` is {self.layer!r}, wanted an integer from 0. Likely cause: layers"
+                ' are counted from the first, never from the last. Try: Site("resid_post", 3)'
             )
 
     @classmethod
@@ -130,17 +113,11 @@ class Site:
         if _PATH.fullmatch(name):
             return cls(name)
         raise SiteError(
-            explain(
-                "Site.parse",
-                "name",
-                got=repr(name),
-                wanted="blocks.<layer>.<hook> with hook in "
-                + ", ".join(HOOKS.values())
-                + ", or a module's path that ends in .input or .output",
-                cause="a hook this version has no place for, or a typing error",
-                call='Site.parse("blocks.3.hook_resid_post") or, for any module, '
-                'Site.parse("model.layers.3.mlp.output")',
-            )
+            f"Site.parse: `name` is {name!r}, wanted blocks.<layer>.<hook> with hook in"
+            f" {', '.join(HOOKS.values())}, or a module's path that ends in .input or .output."
+            " Likely cause: a hook this version has no place for, or a typing error. Try:"
+            ' Site.parse("blocks.3.hook_resid_post") or, for any module,'
+            ' Site.parse("model.layers.3.mlp.output")'
         )
 
     @property

@@ -14,7 +14,7 @@ from nnsight.intervention.backends.remote import RemoteBackend
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 from ..files.identity import model_key
 from ..generation.decoding import Decoding
 from ..kernel.draws import require_drawn, seeded
@@ -93,13 +93,8 @@ def require_plain(model: Any, settings: Decoding, remote: bool | str) -> None:
         model_key(model)
     if settings.beams > 1:
         raise RemoteError(
-            explain(
-                "run",
-                "num_beams",
-                got=f"{settings.beams}, with remote",
-                wanted="greedy decoding, or sampling with a seed",
-                cause="beams change places between passes, and only the key-value cache, which a"
-                " block on a server does not have, tells of it",
-                call="run(model, prompts, ..., remote=...) without num_beams",
-            )
+            f"run: `num_beams` is {settings.beams}, with remote, wanted greedy decoding, or"
+            " sampling with a seed. Likely cause: beams change places between passes, and only the"
+            " key-value cache, which a block on a server does not have, tells of it. Try:"
+            " run(model, prompts, ..., remote=...) without num_beams"
         )

@@ -19,7 +19,7 @@ import torch
 from nnsight.schema.response import Status
 from torch import Tensor
 
-from ..errors import FileError, RemoteError, explain
+from ..errors import FileError, RemoteError
 from ..files.container import write
 from ..hub.files import load, packed
 from ..results.provenance import now, versions
@@ -102,14 +102,9 @@ def _part(entry: dict[str, Any]) -> Part:
 def not_ours(file: Path, got: str) -> RemoteError:
     """The error for a file that does not belong to the call."""
     return RemoteError(
-        explain(
-            "submit",
-            "file",
-            got=f"{file}, {got}",
-            wanted="a new file, or the file of this very run",
-            cause="the prompts, the intervention, the model or an option has changed",
-            call="another file name",
-        )
+        f"submit: `file` is {file}, {got}, wanted a new file, or the file of this very run. Likely"
+        " cause: the prompts, the intervention, the model or an option has changed. Try: another"
+        " file name"
     )
 
 
@@ -175,14 +170,10 @@ def kept_intervention(file: Path, held: Held, model: Any) -> Intervention:
     said = held.about.get("intervention")
     if isinstance(said, dict) and "not kept" in said:
         raise RemoteError(
-            explain(
-                "Job.load",
-                "intervention",
-                got=f"not in {file}: {said.get('shown')}",
-                wanted="the intervention that was submitted",
-                cause=f"no file can hold it ({said['not kept']})",
-                call="Job.load(file, model, intervention=...), with the same one",
-            )
+            f"Job.load: `intervention` is not in {file}: {said.get('shown')}, wanted the"
+            " intervention that was submitted. Likely cause: no file can hold it"
+            f" ({said['not kept']}). Try: Job.load(file, model, intervention=...), with the same"
+            " one"
         )
     if isinstance(said, dict) and "sha256" not in said:
         return Chain(())
@@ -197,12 +188,7 @@ def _kept(file: Path, held: Held, name: str, ending: str) -> bytes:
     if isinstance(said, dict) and said.get("sha256") == sha256(data).hexdigest():
         return data
     raise RemoteError(
-        explain(
-            "Job.load",
-            "file",
-            got=f"{file}, whose {path.name} is {'changed' if data else 'missing'}",
-            wanted="the files that submit wrote, together",
-            cause="one of them was moved, edited or lost",
-            call="submit(...) again with the same arguments and file",
-        )
+        f"Job.load: `file` is {file}, whose {path.name} is {'changed' if data else 'missing'},"
+        " wanted the files that submit wrote, together. Likely cause: one of them was moved, edited"
+        " or lost. Try: submit(...) again with the same arguments and file"
     )

@@ -16,7 +16,7 @@ from typing import Any, final
 from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 from ..files.identity import model_key
 from ..verbs.base import Intervention
 from .jobfile import (
@@ -247,7 +247,7 @@ class Job:
 
     def _said(self, got: str, cause: str, call: str) -> str:
         name = "job" if self._file is None else f"job {self._file}"
-        return explain(name, "remote", got=got, wanted="a result", cause=cause, call=call)
+        return f"{name}: `remote` is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
 
 
 MISSED = 20
@@ -266,14 +266,10 @@ def _trusted(file: Path, held: Held) -> bool:
     if host == CONFIG.API.HOST:
         return True
     raise RemoteError(
-        explain(
-            "Job.load",
-            "remote",
-            got=f"not given, and {file} was sent to {host!r:.200}",
-            wanted=f"the configured host, {CONFIG.API.HOST}, or one that you name",
-            cause="a job on a server of your own, or a file from somebody else",
-            call=f"Job.load(file, model, remote={host!r:.200}), if you trust that server",
-        )
+        f"Job.load: `remote` is not given, and {file} was sent to {host!r:.200}, wanted the"
+        f" configured host, {CONFIG.API.HOST}, or one that you name. Likely cause: a job on a"
+        " server of your own, or a file from somebody else. Try: Job.load(file, model,"
+        f" remote={host!r:.200}), if you trust that server"
     )
 
 

@@ -13,7 +13,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from torch import Tensor
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 from ..generation.decoding import Decoding, decoding
 from ..kernel.program import MOST_LATENTS
 from ..model.modules import torch_module
@@ -211,14 +211,10 @@ def require_light(report: Preflight, limit: int, where: str = "run") -> None:
     require_known(where, report.strangers)
     if report.fails:
         raise RemoteError(
-            explain(
-                where,
-                "intervention",
-                got=f"one that fails on fake tensors ({report.fails})",
-                wanted="one that runs on this model and these prompts",
-                cause="a function, or values, of another shape than the site's",
-                call="run(model, prompts[:1], intervention) on a small model of the family here",
-            )
+            f"{where}: `intervention` is one that fails on fake tensors ({report.fails}), wanted"
+            " one that runs on this model and these prompts. Likely cause: a function, or values,"
+            " of another shape than the site's. Try: run(model, prompts[:1], intervention) on a"
+            " small model of the family here"
         )
     require_fits(where, report.parts, report.payload, limit)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 from ..files.identity import digest, model_key
 from ..generation.batch import require_passes
 from ..generation.decoding import Decoding, decoding, until_stop, whole_number
@@ -59,14 +59,9 @@ class Call(NamedTuple):
         if not isinstance(said, dict) or set(said) != set(cls._fields):
             got = sorted(said) if isinstance(said, dict) else type(said).__name__
             raise RemoteError(
-                explain(
-                    "Job.load",
-                    "file",
-                    got=f"one with arguments {got}",
-                    wanted=f"those of submit: {', '.join(cls._fields)}",
-                    cause="a file from another version of saefeat",
-                    call="submit(...) again, with a new file",
-                )
+                f"Job.load: `file` is one with arguments {got}, wanted those of submit:"
+                f" {', '.join(cls._fields)}. Likely cause: a file from another version of saefeat."
+                " Try: submit(...) again, with a new file"
             )
         return cls(**{**said, "stop": tuple(said["stop"])})
 
@@ -98,14 +93,9 @@ def require_server(remote: Any) -> None:
     if remote is True or (isinstance(remote, str) and remote.startswith(("http://", "https://"))):
         return
     raise RemoteError(
-        explain(
-            "submit",
-            "remote",
-            got=repr(remote),
-            wanted="True, or a server's URL with http:// or https://",
-            cause="a job is left with a server, which a run here is not",
-            call='run(model, prompts, intervention, remote="local"), which waits',
-        )
+        f"submit: `remote` is {remote!r}, wanted True, or a server's URL with http:// or https://."
+        " Likely cause: a job is left with a server, which a run here is not. Try: run(model,"
+        ' prompts, intervention, remote="local"), which waits'
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FileError, RemoteError, explain
+from ..errors import FileError, RemoteError
 from ..files.container import pack, read, seal, unseal, write
 from ..kernel.program import new_log
 from ..results.provenance import versions
@@ -83,12 +83,7 @@ def load_saved(file: Path, job: str) -> dict[str, Any]:
         return {"log": log, "tokens": flat["tokens"], "logits": flat["logits"]}
     except (FileError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise RemoteError(
-            explain(
-                "submit",
-                "file",
-                got=f"{file}, which cannot be read: {error}",
-                wanted="a result that arrived earlier",
-                cause="it was cut short or changed",
-                call="delete it; its batch is sent again",
-            )
+            f"submit: `file` is {file}, which cannot be read: {error}, wanted a result that arrived"
+            " earlier. Likely cause: it was cut short or changed. Try: delete it; its batch is sent"
+            " again"
         ) from error

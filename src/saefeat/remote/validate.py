@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 from ..kernel.pack import unpack
 from ..verbs.base import Intervention
 from ..verbs.steps import numbered
@@ -135,12 +135,7 @@ def wrong(where: str, got: str, wanted: str) -> NoReturn:
         RemoteError: always.
     """
     raise RemoteError(
-        explain(
-            where,
-            "remote",
-            got=f"a server whose result has {got}",
-            wanted=wanted,
-            cause="a server of another version, or one that is none",
-            call="preflight(model, prompts, remote=...), which shows the server's nnsight",
-        )
+        f"{where}: `remote` is a server whose result has {got}, wanted {wanted}. Likely cause: a"
+        " server of another version, or one that is none. Try: preflight(model, prompts,"
+        " remote=...), which shows the server's nnsight"
     )

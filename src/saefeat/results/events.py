@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from ..kernel.events import changes
 from ..model.sites import Site
 
@@ -180,13 +180,7 @@ def frame(columns: dict[str, Any], where: str) -> pandas.DataFrame:
         import pandas
     except ImportError as error:
         raise SaefeatError(
-            explain(
-                where,
-                "pandas",
-                got="not installed",
-                wanted="pandas 2.2 or later",
-                cause="it is an optional part of saefeat",
-                call="pip install 'saefeat[pandas]'",
-            )
+            f"{where}: `pandas` is not installed, wanted pandas 2.2 or later. Likely cause: it is"
+            " an optional part of saefeat. Try: pip install 'saefeat[pandas]'"
         ) from error
     return pandas.DataFrame(columns)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FiringError, ModelError, explain
+from ..errors import FiringError, ModelError
 from ..kernel.program import new_log, visit
 from ..kernel.tokens import follow_rows, past_length, remembers, require_sequential, window
 from ..kernel.trace import generating
@@ -72,14 +72,9 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
         yield log
     if not state["called"]:
         raise FiringError(
-            explain(
-                "hooked",
-                "model",
-                got="never called inside the block",
-                wanted="at least one forward pass",
-                cause="results from a cache, or another copy of the model was called",
-                call="with hooked(model, intervention): model(...)",
-            )
+            "hooked: `model` is never called inside the block, wanted at least one forward pass."
+            " Likely cause: results from a cache, or another copy of the model was called. Try:"
+            " with hooked(model, intervention): model(...)"
         )
 
 
@@ -110,14 +105,10 @@ def _end(state: dict[str, Any], module: nn.Module, _: Any, __: Any) -> None:
         return
     path, end = min(state["left"])
     raise ModelError(
-        explain(
-            "hooked",
-            "model",
-            got=f"a {type(module).__name__} that did not pass through {path}.{end}",
-            wanted="every site of the intervention reached in every forward pass",
-            cause="skipped layers, or code compiled before the hooks were there",
-            call="hooked on the model as it was loaded",
-        )
+        f"hooked: `model` is a {type(module).__name__} that did not pass through {path}.{end},"
+        " wanted every site of the intervention reached in every forward pass. Likely cause:"
+        " skipped layers, or code compiled before the hooks were there. Try: hooked on the model as"
+        " it was loaded"
     )
 
 

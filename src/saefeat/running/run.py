@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import CheckpointError, PromptError, explain
+from ..errors import CheckpointError, PromptError
 from ..files.checkpoint import Checkpoint
 from ..files.identity import digest, model_identity, remote_identity
 from ..generation.batch import require_passes, run_batch
@@ -225,14 +225,8 @@ def _single(prompt: Any) -> Any:
     if not isinstance(prompt, int):
         return prompt
     raise PromptError(
-        explain(
-            "stream",
-            "prompts",
-            got="an iterable of numbers",
-            wanted="strings, chats or lists of token ids",
-            cause="one prompt's ids without a list around them",
-            call="stream(model, [ids], ...)",
-        )
+        "stream: `prompts` is an iterable of numbers, wanted strings, chats or lists of token ids."
+        " Likely cause: one prompt's ids without a list around them. Try: stream(model, [ids], ...)"
     )
 
 
@@ -345,12 +339,8 @@ def _require_prompts(job: _Job, number: int, kept: str, wanted: str) -> None:
     if kept == wanted:
         return
     raise CheckpointError(
-        explain(
-            job.where,
-            "checkpoint",
-            got=f"of another job: {job.checkpoint.folder} differs in prompts (of batch {number})",
-            wanted="the prompts of the finished batches unchanged",
-            cause="the list was changed or put in another order since",
-            call="the same prompts again, or a folder of its own for this job",
-        )
+        f"{job.where}: `checkpoint` is of another job: {job.checkpoint.folder} differs in prompts"
+        f" (of batch {number}), wanted the prompts of the finished batches unchanged. Likely cause:"
+        " the list was changed or put in another order since. Try: the same prompts again, or a"
+        " folder of its own for this job"
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..generation.batch import require_passes, run_batch
 from ..generation.decoding import Decoding, decoding, until_stop, whole_number
 from ..generation.result import Piece, join, piece, provenance
@@ -154,12 +154,6 @@ def _require_settings(settings: Mapping[Any, Intervention], limit: int) -> None:
     if settings:
         return
     raise LatentError(
-        explain(
-            "sweep",
-            "settings",
-            got="empty",
-            wanted="at least one intervention",
-            cause="a search space without points",
-            call='sweep(model, prompts, {"ablate": Ablate(latents)})',
-        )
+        "sweep: `settings` is empty, wanted at least one intervention. Likely cause: a search space"
+        ' without points. Try: sweep(model, prompts, {"ablate": Ablate(latents)})'
     )

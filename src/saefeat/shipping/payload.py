@@ -10,7 +10,7 @@ from nnsight import CONFIG
 from nnsight.intervention.serialization import CustomCloudUnpickler, loads
 from torch import Tensor
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 
 PAYLOAD_LIMIT = 64 << 20
 """Bytes a batch's request may have, 64 MiB: some twelve times what 20 latents at 26 sites need."""
@@ -48,15 +48,10 @@ def require_known(where: str, found: tuple[str, ...]) -> None:
     """
     if found:
         raise RemoteError(
-            explain(
-                where,
-                "intervention",
-                got=f"in need of {', '.join(found)}",
-                wanted="nothing but torch, nnsight and what travels as source",
-                cause="a function of a Function dictionary, of a When or of Tokens.where, that uses"
-                " an installed package",
-                call='nnsight.register("the_package"), if it is plain Python, or plain torch',
-            )
+            f"{where}: `intervention` is in need of {', '.join(found)}, wanted nothing but torch,"
+            " nnsight and what travels as source. Likely cause: a function of a Function"
+            " dictionary, of a When or of Tokens.where, that uses an installed package. Try:"
+            ' nnsight.register("the_package"), if it is plain Python, or plain torch'
         )
 
 
@@ -70,15 +65,10 @@ def require_fits(where: str, parts: dict[str, int], payload: int, limit: int) ->
         return
     largest = max(parts, key=lambda name: parts[name])
     raise RemoteError(
-        explain(
-            where,
-            "payload_limit",
-            got=f"{limit:,} bytes, and the request has {payload:,}",
-            wanted=f"at least that; {largest} alone is {parts[largest]:,}",
-            cause="a topk dictionary or an error term, which need all of a dictionary, or too"
-            " many latents",
-            call="dtype=torch.bfloat16, fewer latents, or a higher payload_limit",
-        )
+        f"{where}: `payload_limit` is {limit:,} bytes, and the request has {payload:,}, wanted at"
+        f" least that; {largest} alone is {parts[largest]:,}. Likely cause: a topk dictionary or an"
+        " error term, which need all of a dictionary, or too many latents. Try:"
+        " dtype=torch.bfloat16, fewer latents, or a higher payload_limit"
     )
 
 

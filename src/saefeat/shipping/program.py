@@ -17,7 +17,7 @@ import torch
 from nnsight.intervention.serialization import dumps
 from torch import Tensor
 
-from ..errors import RemoteError, explain
+from ..errors import RemoteError
 from ..kernel.pack import applied
 from ..kernel.tokens import looks_back
 from ..model.modules import torch_module
@@ -95,16 +95,13 @@ def require_sequential(program: dict[str, Any], here: Request) -> None:
     bad = next((name for name in guesses if here.options.get(name) is not None), None)
     if bad is None and not (looks_back(program) and (beams or 1) > 1):
         return
+    parameter = bad or "num_beams"
+    got = "given, in a remote generation" + ("" if bad else " with a held condition or role")
     raise RemoteError(
-        explain(
-            "intervention(model)",
-            bad or "num_beams",
-            got="given, in a remote generation" + ("" if bad else " with a held condition or role"),
-            wanted="greedy decoding or sampling",
-            cause="guesses that are taken back, and beams that change places, show in the key-value"
-            " cache, and a block on a server has no more than a copy of it",
-            call="model.generate(..., remote=...) without it",
-        )
+        f"intervention(model): `{parameter}` is {got}, wanted greedy decoding or sampling. Likely"
+        " cause: guesses that are taken back, and beams that change places, show in the key-value"
+        " cache, and a block on a server has no more than a copy of it. Try: model.generate(...,"
+        " remote=...) without it"
     )
 
 
@@ -165,14 +162,10 @@ def _held(value: Tensor, dtype: torch.dtype) -> Tensor:
     if bool((found.float().isfinite() | ~value.isfinite()).all()):
         return found
     raise RemoteError(
-        explain(
-            "run",
-            "dtype",
-            got=f"{dtype}, for a matrix with numbers up to {float(value.abs().max()):.3g}",
-            wanted=f"a dtype that reaches further than {torch.finfo(dtype).max:.3g}",
-            cause="float16 and narrower have a small range",
-            call="dtype=torch.bfloat16, or none, which rounds nothing",
-        )
+        f"run: `dtype` is {dtype}, for a matrix with numbers up to {float(value.abs().max()):.3g},"
+        f" wanted a dtype that reaches further than {torch.finfo(dtype).max:.3g}. Likely cause:"
+        " float16 and narrower have a small range. Try: dtype=torch.bfloat16, or none, which rounds"
+        " nothing"
     )
 
 
@@ -185,14 +178,8 @@ def require_floating(dtype: Any) -> None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return
     raise RemoteError(
-        explain(
-            "run",
-            "dtype",
-            got=repr(dtype),
-            wanted="a floating dtype, or None",
-            cause="a dtype by its name, or one of integers",
-            call="dtype=torch.bfloat16",
-        )
+        f"run: `dtype` is {dtype!r}, wanted a floating dtype, or None. Likely cause: a dtype by its"
+        " name, or one of integers. Try: dtype=torch.bfloat16"
     )
 
 
@@ -204,12 +191,7 @@ def require_sendable(tensors: dict[str, Any]) -> None:
     """
     if tensors.get("local"):
         raise RemoteError(
-            explain(
-                "run",
-                "remote",
-                got=f"given, and {tensors['local']}",
-                wanted="dictionaries made of tensors, or of plain torch functions",
-                cause="a matching pursuit or temporal SAE, which needs its own code",
-                call="run(...) without remote, or an SAE of another architecture",
-            )
+            f"run: `remote` is given, and {tensors['local']}, wanted dictionaries made of tensors,"
+            " or of plain torch functions. Likely cause: a matching pursuit or temporal SAE, which"
+            " needs its own code. Try: run(...) without remote, or an SAE of another architecture"
         )

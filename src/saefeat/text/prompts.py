@@ -13,7 +13,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from ..errors import PromptError, explain
+from ..errors import PromptError
 
 Prompts = str | Tensor | Mapping[str, Tensor] | Sequence[Any]
 """A string, chat messages, a list of either, a list of id lists, or tensors already batched."""
@@ -63,14 +63,9 @@ def role_markers(tokenizer: Any, role: str) -> tuple[tuple[int, ...], tuple[int,
     """
     if tokenizer is None:
         raise PromptError(
-            explain(
-                "Tokens.role",
-                "role",
-                got=f"{role!r} on a model without its tokenizer",
-                wanted="a model that knows its chat template",
-                cause="a plain Hugging Face module, which has none",
-                call="an nnsight model: wrap(model, tokenizer)",
-            )
+            f"Tokens.role: `role` is {role!r} on a model without its tokenizer, wanted a model that"
+            " knows its chat template. Likely cause: a plain Hugging Face module, which has none."
+            " Try: an nnsight model: wrap(model, tokenizer)"
         )
     mark, asked = "MARK", {"role": "user", "content": "ASKED"}
     turns = {"user": [], "assistant": [asked], "system": []}.get(role, [asked])
@@ -83,14 +78,10 @@ def role_markers(tokenizer: Any, role: str) -> tuple[tuple[int, ...], tuple[int,
         opened = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
     except (AttributeError, TypeError, ValueError, TemplateError) as error:
         raise PromptError(
-            explain(
-                "Tokens.role",
-                "role",
-                got=f"{role!r}, which cannot be rendered ({error})",
-                wanted="a role of the tokenizer's chat template",
-                cause="a base model without a template, or a template without this role",
-                call="Tokens.ids(...) or Tokens.where(...) for texts that are not chats",
-            )
+            f"Tokens.role: `role` is {role!r}, which cannot be rendered ({error}), wanted a role of"
+            " the tokenizer's chat template. Likely cause: a base model without a template, or a"
+            " template without this role. Try: Tokens.ids(...) or Tokens.where(...) for texts that"
+            " are not chats"
         ) from error
     before, after = text.split(mark)
     ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after, opened)]
@@ -121,14 +112,8 @@ def _listed(prompts: Any) -> list[Any]:
         return [listed]
     if not listed:
         raise PromptError(
-            explain(
-                "prompts",
-                "prompts",
-                got="an empty list",
-                wanted="at least one prompt",
-                cause="a filter that kept nothing",
-                call='run(model, ["Hello"], ...)',
-            )
+            "prompts: `prompts` is an empty list, wanted at least one prompt. Likely cause: a"
+            ' filter that kept nothing. Try: run(model, ["Hello"], ...)'
         )
     return listed
 
@@ -142,14 +127,10 @@ def _row(tokenizer: Any, prompt: Any) -> list[int]:
         ids = list(listed)
     elif tokenizer is None:
         raise PromptError(
-            explain(
-                "prompts",
-                "prompts",
-                got="text, but the model has no tokenizer",
-                wanted="token ids, or a model with its tokenizer",
-                cause="an in-memory module wrapped without tokenizer=",
-                call="TransformersModel(module, tokenizer=tokenizer, task='text-generation')",
-            )
+            "prompts: `prompts` is text, but the model has no tokenizer, wanted token ids, or a"
+            " model with its tokenizer. Likely cause: an in-memory module wrapped without"
+            " tokenizer=. Try: TransformersModel(module, tokenizer=tokenizer,"
+            " task='text-generation')"
         )
     elif _is_chat(prompt):
         ids = tokenizer.apply_chat_template(
@@ -162,14 +143,8 @@ def _row(tokenizer: Any, prompt: Any) -> list[int]:
     if ids:
         return ids
     raise PromptError(
-        explain(
-            "prompts",
-            "prompts",
-            got=f"{prompt!r}, which has no tokens",
-            wanted="at least one token",
-            cause="an empty string and a tokenizer that adds no BOS",
-            call="drop empty prompts first",
-        )
+        f"prompts: `prompts` is {prompt!r}, which has no tokens, wanted at least one token. Likely"
+        " cause: an empty string and a tokenizer that adds no BOS. Try: drop empty prompts first"
     )
 
 
@@ -184,27 +159,17 @@ def _require_unpadded(tokenizer: Any, ids: Tensor) -> None:
         and bool((ids[:, 0] == pad).any())
     ):
         raise PromptError(
-            explain(
-                "prompts",
-                "input_ids",
-                got="padded, without an attention mask",
-                wanted="ids with their mask",
-                cause="tokenizer(...)['input_ids'] taken alone",
-                call='tokenizer(texts, return_tensors="pt", padding=True), passed whole',
-            )
+            "prompts: `input_ids` is padded, without an attention mask, wanted ids with their mask."
+            " Likely cause: tokenizer(...)['input_ids'] taken alone. Try: tokenizer(texts,"
+            ' return_tensors="pt", padding=True), passed whole'
         )
 
 
 def _unknown(prompt: object) -> PromptError:
     return PromptError(
-        explain(
-            "prompts",
-            "prompts",
-            got=f"{prompt!r:.80}",
-            wanted="a string, a chat, a list of either, ids, or tensors with input_ids",
-            cause="kinds mixed in one list, or lists where tensors belong",
-            call='tokenizer(texts, return_tensors="pt", padding=True)',
-        )
+        f"prompts: `prompts` is {prompt!r:.80}, wanted a string, a chat, a list of either, ids, or"
+        " tensors with input_ids. Likely cause: kinds mixed in one list, or lists where tensors"
+        ' belong. Try: tokenizer(texts, return_tensors="pt", padding=True)'
     )
 
 
@@ -222,23 +187,13 @@ def _tensors(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     if ids.ndim == 2 and ids.numel() and mask.shape == ids.shape:
         if bool((mask[:, -1] == 0).any()):
             raise PromptError(
-                explain(
-                    "prompts",
-                    "attention_mask",
-                    got="padded on the right",
-                    wanted="padding on the left",
-                    cause="a tokenizer with padding_side='right'",
-                    call="tokenizer.padding_side = 'left', then tokenize again",
-                )
+                "prompts: `attention_mask` is padded on the right, wanted padding on the left."
+                " Likely cause: a tokenizer with padding_side='right'. Try: tokenizer.padding_side"
+                " = 'left', then tokenize again"
             )
         return {"input_ids": ids, "attention_mask": mask}
     raise PromptError(
-        explain(
-            "prompts",
-            "input_ids",
-            got=f"of shape {tuple(ids.shape)} with a mask of {tuple(mask.shape)}",
-            wanted="[batch, tokens], not empty, with a mask of the same shape",
-            cause="one row without its batch dimension",
-            call="ids.unsqueeze(0)",
-        )
+        f"prompts: `input_ids` is of shape {tuple(ids.shape)} with a mask of {tuple(mask.shape)},"
+        " wanted [batch, tokens], not empty, with a mask of the same shape. Likely cause: one row"
+        " without its batch dimension. Try: ids.unsqueeze(0)"
     )

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import PromptError, explain
+from ..errors import PromptError
 from ..kernel.tokens import select, window
 from .prompts import role_markers
 from .rules import special_ids
@@ -106,15 +106,11 @@ class Texts:
             return rule
         if rest[0] in (self.roles or {}):
             return ("between", *(self.roles or {})[rest[0]])
+        wanted = "one of " + (", ".join(self.roles or {}) or "none: there is no template")
         raise PromptError(
-            explain(
-                "Texts.select",
-                "where",
-                got=f"role {rest[0]!r}",
-                wanted="one of " + (", ".join(self.roles or {}) or "none: there is no template"),
-                cause="prompts that are no chats, or a role the template has not",
-                call="Tokens.special(), Tokens.ids(...), Tokens.first(n)",
-            )
+            f"Texts.select: `where` is role {rest[0]!r}, wanted {wanted}. Likely cause: prompts"
+            " that are no chats, or a role the template has not. Try: Tokens.special(),"
+            " Tokens.ids(...), Tokens.first(n)"
         )
 
 

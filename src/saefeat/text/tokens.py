@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import PromptError, explain
+from ..errors import PromptError
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,7 @@ def _count(name: str, n: int, least: int = 1) -> int:
     if isinstance(n, int) and n >= least:
         return n
     raise PromptError(
-        explain(
-            f"Tokens.{name}",
-            "n",
-            got=repr(n),
-            wanted=f"an integer from {least}",
-            cause="positions are counted from the prompt's ends; negative counts have no meaning",
-            call=f"Tokens.{name}({least})",
-        )
+        f"Tokens.{name}: `n` is {n!r}, wanted an integer from {least}. Likely cause: positions are"
+        " counted from the prompt's ends; negative counts have no meaning. Try:"
+        f" Tokens.{name}({least})"
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attribution.attribute import Attribute
 from ..attribution.scores import Attribution
 from ..attribution.totals import require_signed
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from ..text.prompts import Prompts
 from .audited import Audit
 from .bench import Folder, bench_of
@@ -112,14 +112,8 @@ def _at_the_top(k: int | None, budget: int) -> int:
     if type(wanted) is int and 1 <= wanted <= budget:
         return wanted
     raise SaefeatError(
-        explain(
-            "audit",
-            "k",
-            got=repr(k),
-            wanted=f"an integer in 1..{budget}, the budget",
-            cause="more latents to check than may be moved",
-            call=f"audit(..., k={budget // 2}, budget={budget})",
-        )
+        f"audit: `k` is {k!r}, wanted an integer in 1..{budget}, the budget. Likely cause: more"
+        f" latents to check than may be moved. Try: audit(..., k={budget // 2}, budget={budget})"
     )
 
 

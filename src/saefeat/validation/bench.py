@@ -21,7 +21,7 @@ from ..attribution.batch import baseline_logits
 from ..attribution.passes import NOTHING, Batch, Pass, Watch
 from ..attribution.prepare import Data, continued, prepare
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.identity import digest, model_identity
 from ..metrics.base import Metric, Seen, require_prompts
@@ -159,14 +159,9 @@ class Bench:
         if found.shape == here.logits.shape[:1] and bool(torch.isfinite(found).all()):
             return found.float().cpu()
         raise SaefeatError(
-            explain(
-                self.where,
-                "metric",
-                got=f"of shape {tuple(found.shape)}, or not finite",
-                wanted="one finite number a prompt, [batch]",
-                cause="a mean over prompts inside the metric, or a logarithm of zero",
-                call="metric(lambda logits: logits[:, 5])",
-            )
+            f"{self.where}: `metric` is of shape {tuple(found.shape)}, or not finite, wanted one"
+            " finite number a prompt, [batch]. Likely cause: a mean over prompts inside the metric,"
+            " or a logarithm of zero. Try: metric(lambda logits: logits[:, 5])"
         )
 
 
@@ -261,12 +256,7 @@ def _require_baseline(where: str, metric: Metric, baseline: Intervention | None)
         return
     name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
     raise SaefeatError(
-        explain(
-            where,
-            "metric",
-            got=repr(metric),
-            wanted="the baseline run it refers to, or a metric that needs none",
-            cause=f"{name} is what a baseline run says, and there is none here",
-            call=f"{where}(..., baseline=Ablate(latents))",
-        )
+        f"{where}: `metric` is {metric!r}, wanted the baseline run it refers to, or a metric that"
+        f" needs none. Likely cause: {name} is what a baseline run says, and there is none here."
+        f" Try: {where}(..., baseline=Ablate(latents))"
     )

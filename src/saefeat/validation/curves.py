@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from .ranking import selection
 from .stats import Estimate, quantiles, resample
 
@@ -76,14 +76,9 @@ class Faithfulness:
         """
         if type(size) is not int or not 0 < size <= self.sizes[-1]:
             raise SaefeatError(
-                explain(
-                    "Faithfulness.latents",
-                    "size",
-                    got=repr(size),
-                    wanted=f"an integer in 1..{self.sizes[-1]}, the largest size",
-                    cause="a set larger than any that was run",
-                    call=f"faithfulness(..., sizes=(..., {size!r}))",
-                )
+                f"Faithfulness.latents: `size` is {size!r}, wanted an integer in"
+                f" 1..{self.sizes[-1]}, the largest size. Likely cause: a set larger than any that"
+                f" was run. Try: faithfulness(..., sizes=(..., {size!r}))"
             )
         return selection(self.dictionaries, self.sets["top"][0, :size])
 
@@ -126,15 +121,11 @@ class Faithfulness:
     def _require(self, measure: str, of: str, known: tuple[str, ...]) -> None:
         if measure in (*MEASURES, "mass") and of in known:
             return
+        function = "Faithfulness.balance" if measure == "mass" else "Faithfulness.curve"
         raise SaefeatError(
-            explain(
-                "Faithfulness.balance" if measure == "mass" else "Faithfulness.curve",
-                "measure and of",
-                got=f"{measure!r} of {of!r}",
-                wanted=f"one of {', '.join(MEASURES)}, of {' or '.join(known)}",
-                cause="a typing error, or controls that were not run",
-                call='curve("completeness", "matched")',
-            )
+            f"{function}: `measure and of` is {measure!r} of {of!r}, wanted one of"
+            f" {', '.join(MEASURES)}, of {' or '.join(known)}. Likely cause: a typing error, or"
+            ' controls that were not run. Try: curve("completeness", "matched")'
         )
 
     def _value(self, measure: str, of: str, n: int, weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import FiringError, SiteError, explain
+from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.identity import digest, model_identity
 from ..model.route import Route, route
@@ -302,14 +302,9 @@ def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     if bool(found.any()):
         return found
     raise SiteError(
-        explain(
-            "edges",
-            "downstream",
-            got=f"{down!r}, none of which is read after {up!r} is written",
-            wanted="latents of a later site",
-            cause="upstream and downstream swapped, or of one site",
-            call="edges(model, prompts, saes.latents({1: [3]}), saes.latents({2: [5]}))",
-        )
+        f"edges: `downstream` is {down!r}, none of which is read after {up!r} is written, wanted"
+        " latents of a later site. Likely cause: upstream and downstream swapped, or of one site."
+        " Try: edges(model, prompts, saes.latents({1: [3]}), saes.latents({2: [5]}))"
     )
 
 
@@ -319,12 +314,7 @@ def _require_active(active: dict[str, bool], graph: Graph) -> None:
         if not active[name]:
             at = graph.where if graph.where is not None and name == "downstream" else "any token"
             raise FiringError(
-                explain(
-                    "edges",
-                    name,
-                    got=f"{latents!r}, of which none is active at {at}",
-                    wanted="at least one active latent",
-                    cause="prompts or tokens on which they do not fire",
-                    call="scores.top(20), an attribution over these prompts",
-                )
+                f"edges: `{name}` is {latents!r}, of which none is active at {at}, wanted at least"
+                " one active latent. Likely cause: prompts or tokens on which they do not fire."
+                " Try: scores.top(20), an attribution over these prompts"
             )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..attribution.scores import Attribution
 from ..attribution.totals import require_positions
 from ..dictionaries.latents import Latents
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from ..kernel.encode import encode
 from ..results.readings import Readings
 from ..text.tokens import Tokens
@@ -99,12 +99,8 @@ def require_movable(scores: Attribution, where: str) -> None:
         columns = dictionary.columns(torch.zeros(1, dtype=torch.long))
         if encode(columns, torch.ones(1, dictionary.d_in))[1] is not None:
             raise SaefeatError(
-                explain(
-                    where,
-                    "attribute",
-                    got=f"with a baseline, on {dictionary!r}, whose directions move with the input",
-                    wanted="the zero baseline for such a dictionary",
-                    cause="an SAE that normalizes its input, or the error term",
-                    call="Attribute(..., baseline=None)",
-                )
+                f"{where}: `attribute` is with a baseline, on {dictionary!r}, whose directions move"
+                " with the input, wanted the zero baseline for such a dictionary. Likely cause: an"
+                " SAE that normalizes its input, or the error term. Try: Attribute(...,"
+                " baseline=None)"
             )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..attribution.attribute import Attribute
 from ..attribution.scores import Attribution
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import LatentError, SaefeatError, explain
+from ..errors import LatentError, SaefeatError
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.edits import Ablate
@@ -176,14 +176,8 @@ def _means(bench: Bench, latents: Latents, where: Tokens | None) -> dict[int, Te
 def _require_way(to: str) -> None:
     if to not in ("zero", "mean"):
         raise SaefeatError(
-            explain(
-                "faithfulness",
-                "to",
-                got=repr(to),
-                wanted='"zero" or "mean"',
-                cause="a typing error",
-                call='faithfulness(..., to="mean")',
-            )
+            f'faithfulness: `to` is {to!r}, wanted "zero" or "mean". Try: faithfulness(...,'
+            ' to="mean")'
         )
 
 
@@ -197,14 +191,9 @@ def _sizes(sizes: Sequence[int] | None, ranked: Ranking, controls: int) -> tuple
     whole = all(type(size) is int and 1 <= size <= moved for size in found)
     if not found or not whole or list(found) != sorted(set(found)):
         raise SaefeatError(
-            explain(
-                "faithfulness",
-                "sizes",
-                got=repr(found),
-                wanted=f"ascending integers in 1..{moved}, the latents that moved",
-                cause="sizes beyond the latents found, or out of order",
-                call="faithfulness(..., sizes=(1, 2, 4, 8))",
-            )
+            f"faithfulness: `sizes` is {found!r}, wanted ascending integers in 1..{moved}, the"
+            " latents that moved. Likely cause: sizes beyond the latents found, or out of order."
+            " Try: faithfulness(..., sizes=(1, 2, 4, 8))"
         )
     if controls:
         require_pool(ranked, found[-1], "faithfulness")
@@ -216,14 +205,9 @@ def _require_effect(clean: Tensor, empty: Tensor) -> None:
     if abs(whole) > 1e-6 * (1 + float(clean.abs().max())):
         return
     raise SaefeatError(
-        explain(
-            "faithfulness",
-            "attribute",
-            got=f"a metric that moves by {whole:.1e} when every latent is ablated",
-            wanted="a metric that the latents carry",
-            cause="a metric that these sites do not reach, or that the error term carries",
-            call="another site, or another metric",
-        )
+        f"faithfulness: `attribute` is a metric that moves by {whole:.1e} when every latent is"
+        " ablated, wanted a metric that the latents carry. Likely cause: a metric that these sites"
+        " do not reach, or that the error term carries. Try: another site, or another metric"
     )
 
 
@@ -231,12 +215,7 @@ def _require_inside(attribute: Attribute, scored: Latents) -> None:
     if len(as_latents(attribute.target, "faithfulness") & scored) == len(scored):
         return
     raise LatentError(
-        explain(
-            "faithfulness",
-            "scores",
-            got="of other latents than attribute.target",
-            wanted="the scores that this attribute made",
-            cause="the dictionaries were loaded again, and are other objects",
-            call="scores = attribute(model, prompts)",
-        )
+        "faithfulness: `scores` is of other latents than attribute.target, wanted the scores that"
+        " this attribute made. Likely cause: the dictionaries were loaded again, and are other"
+        " objects. Try: scores = attribute(model, prompts)"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import LatentError, SaefeatError, explain
+from ..errors import LatentError, SaefeatError
 from ..metrics.base import Metric
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
@@ -184,14 +184,8 @@ class _Judge:
         self._holds, self._share = holds, share
         if not 0 < share <= 1:
             raise SaefeatError(
-                explain(
-                    "minimal_set",
-                    "share",
-                    got=share,
-                    wanted="a share in (0, 1]",
-                    cause="a percentage, or a count",
-                    call="minimal_set(..., share=0.9)",
-                )
+                f"minimal_set: `share` is {share}, wanted a share in (0, 1]. Likely cause: a"
+                " percentage, or a count. Try: minimal_set(..., share=0.9)"
             )
 
     def share_of(self, values: Tensor) -> float:
@@ -202,14 +196,9 @@ class _Judge:
         if isinstance(met, Tensor) and met.dtype == torch.bool and met.shape == values.shape:
             return float(met.double().mean())
         raise SaefeatError(
-            explain(
-                "minimal_set",
-                "holds",
-                got=f"a function that gives {met!r:.60}",
-                wanted=f"bools of shape {tuple(values.shape)}, one a prompt",
-                cause="a criterion on the mean, or a single bool",
-                call="holds=lambda m: m > 0, or a number for the mean",
-            )
+            f"minimal_set: `holds` is a function that gives {met!r:.60}, wanted bools of shape"
+            f" {tuple(values.shape)}, one a prompt. Likely cause: a criterion on the mean, or a"
+            " single bool. Try: holds=lambda m: m > 0, or a number for the mean"
         )
 
     def rank(self, values: Tensor) -> tuple[float, ...]:
@@ -227,14 +216,9 @@ def _around(latents: Latents, within: Any) -> Latents:
     if len(whole & latents) == len(latents):
         return whole
     raise LatentError(
-        explain(
-            "minimal_set",
-            "within",
-            got=repr(whole),
-            wanted=f"a selection that holds all of {latents!r}",
-            cause="the dictionaries were loaded again, or other layers",
-            call="within=saes, the mapping the latents came from",
-        )
+        f"minimal_set: `within` is {whole!r}, wanted a selection that holds all of {latents!r}."
+        " Likely cause: the dictionaries were loaded again, or other layers. Try: within=saes, the"
+        " mapping the latents came from"
     )
 
 
@@ -243,18 +227,20 @@ def _require_sufficient(judge: _Judge, whole: Tensor, none: Tensor, start: Laten
         return
     fails = not judge(whole)
     held = judge.share_of(whole if fails else none)
+    parameter = "latents" if fails else "holds"
+    got = (
+        f"{start!r}, with which the criterion holds for {held:.0%} of the prompts (mean"
+        f" metric {whole.mean():.3f})"
+        if fails
+        else f"met with no latents at all (mean metric {none.mean():.3f})"
+    )
+    wanted = "a set that suffices" if fails else "a criterion that the set brings about"
+    cause = (
+        "too few latents, or a metric of the wrong sign"
+        if fails
+        else "prompts on which the behavior is there anyway, or a metric of the wrong sign"
+    )
+    call = "scores.top(100), or a larger share" if fails else "filter the prompts first"
     raise SaefeatError(
-        explain(
-            "minimal_set",
-            "latents" if fails else "holds",
-            got=f"{start!r}, with which the criterion holds for {held:.0%} of the prompts (mean"
-            f" metric {whole.mean():.3f})"
-            if fails
-            else f"met with no latents at all (mean metric {none.mean():.3f})",
-            wanted="a set that suffices" if fails else "a criterion that the set brings about",
-            cause="too few latents, or a metric of the wrong sign"
-            if fails
-            else "prompts on which the behavior is there anyway, or a metric of the wrong sign",
-            call="scores.top(100), or a larger share" if fails else "filter the prompts first",
-        )
+        f"minimal_set: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attribution.scores import Attribution
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 from .ranking import Ranking
 
 NEAR = 5
@@ -72,13 +72,8 @@ def require_pool(ranked: Ranking, k: int, where: str) -> None:
     """Refuse sets so large that no control of their size is left."""
     if len(ranked.keys) < 2 * k:
         raise SaefeatError(
-            explain(
-                where,
-                "sizes",
-                got=f"up to {k}",
-                wanted=f"at most {len(ranked.keys) // 2}: half of the {len(ranked.keys)} latents"
-                " that moved, so that as many are left for a control",
-                cause="few latents are active on these prompts",
-                call=f"{where}(..., sizes=(1, {max(1, len(ranked.keys) // 2)})), or controls=0",
-            )
+            f"{where}: `sizes` is up to {k}, wanted at most {len(ranked.keys) // 2}: half of the"
+            f" {len(ranked.keys)} latents that moved, so that as many are left for a control."
+            f" Likely cause: few latents are active on these prompts. Try: {where}(..., sizes=(1,"
+            f" {max(1, len(ranked.keys) // 2)})), or controls=0"
         )

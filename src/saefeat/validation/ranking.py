@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attribution.scores import Attribution
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
-from ..errors import SaefeatError, explain
+from ..errors import SaefeatError
 
 
 class Ranking(NamedTuple):
@@ -44,15 +44,10 @@ def ranking(scores: Attribution, where: str) -> Ranking:
     """
     if len(scores) == 0 or bool(scores.degenerate.all()):
         raise SaefeatError(
-            explain(
-                where,
-                "scores",
-                got=f"{len(scores)} scores, {int(scores.degenerate.sum())} of"
-                f" {len(scores.tokens)} prompts degenerate",
-                wanted="an attribution with something in it",
-                cause="a baseline that changes nothing, or `where` that selects no token",
-                call="print(scores), and compare the metric before and after",
-            )
+            f"{where}: `scores` is {len(scores)} scores, {int(scores.degenerate.sum())} of"
+            f" {len(scores.tokens)} prompts degenerate, wanted an attribution with something in it."
+            " Likely cause: a baseline that changes nothing, or `where` that selects no token. Try:"
+            " print(scores), and compare the metric before and after"
         )
     _require_finite(scores, where)
     pairs = torch.stack([scores.dictionary, scores.latent], 1)
@@ -71,14 +66,10 @@ def _require_finite(scores: Attribution, where: str) -> None:
         return
     row = int(bad[0])
     raise SaefeatError(
-        explain(
-            where,
-            "scores",
-            got=f"{len(bad)} that are not finite, the first of prompt {int(scores.prompt[row])}",
-            wanted="finite scores",
-            cause="a gradient that overflows, or of a root or logarithm at zero in the metric",
-            call="attribute again without these prompts, in float32",
-        )
+        f"{where}: `scores` is {len(bad)} that are not finite, the first of prompt"
+        f" {int(scores.prompt[row])}, wanted finite scores. Likely cause: a gradient that"
+        " overflows, or of a root or logarithm at zero in the metric. Try: attribute again without"
+        " these prompts, in float32"
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..attribution.passes import require_upstream
 from ..attribution.scores import Attribution
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import GradientError, LatentError, PromptError, SaefeatError, explain
+from ..errors import GradientError, LatentError, PromptError, SaefeatError
 from ..metrics.base import Metric
 from ..model.route import route
 
@@ -23,14 +23,8 @@ def require(where: str, **given: tuple[Any, int]) -> None:
     for name, (number, least) in given.items():
         if type(number) is not int or number < least:
             raise SaefeatError(
-                explain(
-                    where,
-                    name,
-                    got=repr(number),
-                    wanted=f"an integer from {least}",
-                    cause="a typing error",
-                    call=f"{where}(..., {name}={max(least, 8)})",
-                )
+                f"{where}: `{name}` is {number!r}, wanted an integer from {least}. Try:"
+                f" {where}(..., {name}={max(least, 8)})"
             )
 
 
@@ -40,14 +34,8 @@ def require_several(latents: object, where: str, least: int) -> Latents:
     if len(found) >= least:
         return found
     raise LatentError(
-        explain(
-            where,
-            "latents",
-            got=repr(found),
-            wanted=f"at least {least}",
-            cause="a search that found too few",
-            call="scores.top(20)",
-        )
+        f"{where}: `latents` is {found!r}, wanted at least {least}. Likely cause: a search that"
+        " found too few. Try: scores.top(20)"
     )
 
 
@@ -78,14 +66,10 @@ def require_same(bench: Bench, clean: Tensor, scores: Attribution) -> None:
     if same and bool(((clean - remembered).abs() <= slack).all()):
         return
     raise PromptError(
-        explain(
-            bench.where,
-            "scores",
-            got=f"of {len(remembered)} prompts with a mean metric of {remembered.mean():.3f}",
-            wanted=f"scores of these {len(clean)} prompts, whose metric is {clean.mean():.3f}",
-            cause="other prompts, another order, another metric or another model",
-            call="scores = attribute(model, prompts), and the same three here",
-        )
+        f"{bench.where}: `scores` is of {len(remembered)} prompts with a mean metric of"
+        f" {remembered.mean():.3f}, wanted scores of these {len(clean)} prompts, whose metric is"
+        f" {clean.mean():.3f}. Likely cause: other prompts, another order, another metric or"
+        " another model. Try: scores = attribute(model, prompts), and the same three here"
     )
 
 
@@ -106,12 +90,7 @@ def require_gradients(where: str) -> None:
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return
     raise GradientError(
-        explain(
-            where,
-            "context",
-            got="gradients switched off",
-            wanted="torch.is_grad_enabled()",
-            cause="a surrounding torch.no_grad() or torch.inference_mode()",
-            call=f"with torch.enable_grad(): {where}(...)",
-        )
+        f"{where}: `context` is gradients switched off, wanted torch.is_grad_enabled(). Likely"
+        " cause: a surrounding torch.no_grad() or torch.inference_mode(). Try: with"
+        f" torch.enable_grad(): {where}(...)"
     )

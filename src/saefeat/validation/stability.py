@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attribution.scores import Attribution
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, SaefeatError, explain
+from ..errors import LatentError, SaefeatError
 from .ranking import by_prompt, ranking, selection, singles
 from .require import require
 from .stats import quantiles, resample
@@ -115,14 +115,9 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
     prompts = len(scores.tokens)
     if prompts < 2:
         raise SaefeatError(
-            explain(
-                "stability",
-                "scores",
-                got="of one prompt",
-                wanted="at least two prompts",
-                cause="the bootstrap draws prompts again, and one prompt can only be itself",
-                call="attribute(model, prompts) over a data set",
-            )
+            "stability: `scores` is of one prompt, wanted at least two prompts. Likely cause: the"
+            " bootstrap draws prompts again, and one prompt can only be itself. Try:"
+            " attribute(model, prompts) over a data set"
         )
     ranked = ranking(scores, "stability")
     share = scores.score.double() / scores.tokens.clamp(min=1)[scores.prompt]
@@ -131,14 +126,9 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
     best = _top(whole[None], k)[0]  # [m] bool
     if not bool(best.any()):
         raise LatentError(
-            explain(
-                "stability",
-                "scores",
-                got="without a positive score",
-                wanted="at least one latent whose move to the baseline raises the metric",
-                cause="a metric of the wrong sign",
-                call="logit_diff(negative, positive), the other way round",
-            )
+            "stability: `scores` is without a positive score, wanted at least one latent whose move"
+            " to the baseline raises the metric. Likely cause: a metric of the wrong sign. Try:"
+            " logit_diff(negative, positive), the other way round"
         )
     order = whole.argsort(descending=True, stable=True)[: int(best.sum())]
     means, included, overlap = _bootstrap(table, best, order, k, resample(prompts, samples, seed))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..results.readings import Readings
 
 
@@ -56,16 +56,13 @@ def numbers(where: str, parameter: str, given: Any, dims: tuple[int, ...]) -> Te
         found = torch.empty(0)
     if found.ndim in dims and found.numel() and bool(torch.isfinite(found).all()):
         return found
+    got = f"{type(given).__name__} of shape {tuple(getattr(given, 'shape', found.shape))}" + (
+        "" if torch.isfinite(found).all() else ", not finite"
+    )
     raise LatentError(
-        explain(
-            where,
-            parameter,
-            got=f"{type(given).__name__} of shape {tuple(getattr(given, 'shape', found.shape))}"
-            + ("" if torch.isfinite(found).all() else ", not finite"),
-            wanted=f"finite numbers of {' or '.join(map(str, dims))} dimensions, at least one",
-            cause="an empty list, ragged rows, or a mean over nothing",
-            call="Schedule([8.0, 4.0, 0.0]), Resample(values[mask])",
-        )
+        f"{where}: `{parameter}` is {got}, wanted finite numbers of {' or '.join(map(str, dims))}"
+        " dimensions, at least one. Likely cause: an empty list, ragged rows, or a mean over"
+        " nothing. Try: Schedule([8.0, 4.0, 0.0]), Resample(values[mask])"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..results.readings import Readings
 
 
@@ -26,14 +26,10 @@ def columns_of(readings: Readings, latents: Latents, where: str) -> list[int]:
         return [place[key] for key in wanted]
     _, site, index = missing[0]
     raise LatentError(
-        explain(
-            where,
-            "readings",
-            got=f"of {readings.latents!r}, without latent {index} of {site}",
-            wanted="readings of all latents of the edit",
-            cause="another selection, or another dictionary of the same site",
-            call="run(model, prompts, Probe(latents)).readings[0], with the edit's own latents",
-        )
+        f"{where}: `readings` is of {readings.latents!r}, without latent {index} of {site}, wanted"
+        " readings of all latents of the edit. Likely cause: another selection, or another"
+        " dictionary of the same site. Try: run(model, prompts, Probe(latents)).readings[0], with"
+        " the edit's own latents"
     )
 
 
@@ -50,18 +46,17 @@ def _require_readings(where: str, given: object) -> None:
     """Refuse what is no ``Readings``, or holds no number where it says it does."""
     finite = isinstance(given, Readings) and bool(torch.isfinite(given.values[given.mask]).all())
     if not finite:
+        parameter = "readings" if where == "Patch" else "activations"
+        got = (
+            "Readings that are not finite" if isinstance(given, Readings) else type(given).__name__
+        )
+        wanted = "the Readings of a Probe, finite" + (
+            "" if where == "Patch" else ", or a tensor [n, k]"
+        )
         raise LatentError(
-            explain(
-                where,
-                "readings" if where == "Patch" else "activations",
-                got="Readings that are not finite"
-                if isinstance(given, Readings)
-                else type(given).__name__,
-                wanted="the Readings of a Probe, finite"
-                + ("" if where == "Patch" else ", or a tensor [n, k]"),
-                cause="a tensor without its tokens, or a model whose activations overflow",
-                call=f"{where}(run(model, prompts, Probe(latents)).readings[0])",
-            )
+            f"{where}: `{parameter}` is {got}, wanted {wanted}. Likely cause: a tensor without its"
+            f" tokens, or a model whose activations overflow. Try: {where}(run(model, prompts,"
+            " Probe(latents)).readings[0])"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..results.readings import Readings
 from .base import Value
 from .columns import _brief, _require_readings, columns_of
@@ -49,14 +49,10 @@ class Patch(Value):
         _require_readings("Patch", self.readings)
         if self.readings.starts is None:
             raise LatentError(
-                explain(
-                    "Patch",
-                    "readings",
-                    got="without starts, the column at which each prompt begins",
-                    wanted="one value a token, as Probe(latents) without reduce= reads them",
-                    cause="a reduced probe, or Readings made by hand",
-                    call="Ablate(latents, to=values), which takes [k] or [prompts, k]",
-                )
+                "Patch: `readings` is without starts, the column at which each prompt begins,"
+                " wanted one value a token, as Probe(latents) without reduce= reads them. Likely"
+                " cause: a reduced probe, or Readings made by hand. Try: Ablate(latents,"
+                " to=values), which takes [k] or [prompts, k]"
             )
 
     def check(self, where: str, parameter: str, latents: Latents) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..results.readings import Readings
 from .base import Value, numbers
 from .columns import _brief, _require_readings, columns_of
@@ -56,14 +56,8 @@ class Resample(Value):
             held = activations
         if type(seed) is not int or not 0 <= seed < 2**32:
             raise LatentError(
-                explain(
-                    "Resample",
-                    "seed",
-                    got=repr(seed),
-                    wanted="an integer from 0 to 2³² − 1",
-                    cause="a generator, or a seed of another library",
-                    call="Resample(readings, seed=0)",
-                )
+                f"Resample: `seed` is {seed!r}, wanted an integer from 0 to 2³² − 1. Likely cause:"
+                " a generator, or a seed of another library. Try: Resample(readings, seed=0)"
             )
         object.__setattr__(self, "activations", held)
         object.__setattr__(self, "seed", seed)
@@ -72,14 +66,10 @@ class Resample(Value):
         rows = self._rows(latents)
         if rows.shape[0] == 0 or rows.shape[1] != len(latents):
             raise LatentError(
-                explain(
-                    where,
-                    parameter,
-                    got=f"Resample from {list(rows.shape)}",
-                    wanted=f"[n, {len(latents)}] with at least one row",
-                    cause="activations of another selection, or no token at which all were read",
-                    call="Resample(run(model, data, Probe(latents)).readings[0])",
-                )
+                f"{where}: `{parameter}` is Resample from {list(rows.shape)}, wanted [n,"
+                f" {len(latents)}] with at least one row. Likely cause: activations of another"
+                " selection, or no token at which all were read. Try: Resample(run(model, data,"
+                " Probe(latents)).readings[0])"
             )
 
     def _rows(self, latents: Latents) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from .base import Value, numbers
 
 
@@ -54,14 +54,10 @@ class Schedule(Value):
         for name, least, tensor in (("values", 2, self.values), ("prompt", 1, self.prompt)):
             if tensor is not None and tensor.ndim >= least and tensor.shape[-1] != len(latents):
                 raise LatentError(
-                    explain(
-                        where,
-                        parameter,
-                        got=f"a Schedule whose {name} are for {tensor.shape[-1]} latents",
-                        wanted=f"for {len(latents)}, in the order of the selection",
-                        cause="values made for another selection",
-                        call="Schedule([8.0, 4.0, 0.0]), the same for all latents",
-                    )
+                    f"{where}: `{parameter}` is a Schedule whose {name} are for {tensor.shape[-1]}"
+                    f" latents, wanted for {len(latents)}, in the order of the selection. Likely"
+                    " cause: values made for another selection. Try: Schedule([8.0, 4.0, 0.0]), the"
+                    " same for all latents"
                 )
 
     def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:

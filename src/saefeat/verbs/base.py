@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import FiringError, LatentError, explain
+from ..errors import FiringError, LatentError
 from ..kernel.pack import unpack
 from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
@@ -198,19 +198,17 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
     if number is not None and finite and fits and len(number):
         return number.detach().clone()
     shape = "" if number is None else f" of shape {tuple(number.shape)}"
+    got = f"{type(value).__name__}{shape}" + ("" if finite else " and not finite")
+    cause = (
+        "readings without a word on how to use them"
+        if isinstance(value, Readings)
+        else "values made for another selection"
+    )
     raise LatentError(
-        explain(
-            where,
-            parameter,
-            got=f"{type(value).__name__}{shape}" + ("" if finite else " and not finite"),
-            wanted=f"a finite number, [{len(latents)}] or [prompts, {len(latents)}] values, or a"
-            " Schedule, Patch or Resample",
-            cause="readings without a word on how to use them"
-            if isinstance(value, Readings)
-            else "values made for another selection",
-            call=f"{where}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings),"
-            f" or {parameter}=Resample(readings)",
-        )
+        f"{where}: `{parameter}` is {got}, wanted a finite number, [{len(latents)}] or [prompts,"
+        f" {len(latents)}] values, or a Schedule, Patch or Resample. Likely cause: {cause}. Try:"
+        f" {where}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings), or"
+        f" {parameter}=Resample(readings)"
     )
 
 
@@ -226,15 +224,10 @@ def require_memoryless(intervention: Intervention) -> None:
         held = held or any(basis.prefix for basis, _ in (*step.latents.parts, *when))  # type: ignore[attr-defined]
         if held or (step.rule is not None and "'role'" in repr(step.rule.rule)):
             raise LatentError(
-                explain(
-                    "intervention",
-                    "step",
-                    got=f"given, for {step!r}",
-                    wanted="an edit that each pass can decide on its own",
-                    cause="a held condition, a chat role or a temporal SAE looks back over the"
-                    " whole sequence",
-                    call="verbs(model) without step, which edits every pass itself",
-                )
+                f"intervention: `step` is given, for {step!r}, wanted an edit that each pass can"
+                " decide on its own. Likely cause: a held condition, a chat role or a temporal SAE"
+                " looks back over the whole sequence. Try: verbs(model) without step, which edits"
+                " every pass itself"
             )
 
 
@@ -252,14 +245,10 @@ def require_fired(receipt: Receipt, where: str) -> None:
     """
     if receipt.unfired:
         raise FiringError(
-            explain(
-                where,
-                "intervention",
-                got=f"an edit that selected no token: {receipt.unfired[0]}",
-                wanted="at least one token selected by each edit",
-                cause="a token rule or condition that matches nothing in these prompts",
-                call="run(..., allow_unfired=True) if that is meant",
-            )
+            f"{where}: `intervention` is an edit that selected no token: {receipt.unfired[0]},"
+            " wanted at least one token selected by each edit. Likely cause: a token rule or"
+            " condition that matches nothing in these prompts. Try: run(..., allow_unfired=True) if"
+            " that is meant"
         )
 
 
@@ -273,12 +262,8 @@ def require_rows(intervention: Intervention, prompts: int) -> None:
         wanted = None if step.change is None else step.change.prompts()
         if wanted is not None and wanted != prompts:
             raise LatentError(
-                explain(
-                    "run",
-                    "intervention",
-                    got=f"values for {wanted} prompts in {step!r}",
-                    wanted=f"values for the {prompts} prompts given",
-                    cause="the prompts were filtered or batched after the values were made",
-                    call="make the values from the same prompts, in the same order",
-                )
+                f"run: `intervention` is values for {wanted} prompts in {step!r}, wanted values for"
+                f" the {prompts} prompts given. Likely cause: the prompts were filtered or batched"
+                " after the values were made. Try: make the values from the same prompts, in the"
+                " same order"
             )

@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..dictionaries.latents import as_latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..text.tokens import Tokens
 from ..values.base import Value
 from .base import Step, per_latent
@@ -68,15 +68,10 @@ class Ablate(Step):
         _check_support("Ablate", support, to)
         if isinstance(to, str) and to not in ("zero", "orthogonal"):
             raise LatentError(
-                explain(
-                    "Ablate",
-                    "to",
-                    got=repr(to),
-                    wanted='"zero", "orthogonal", a number, or one value a latent',
-                    cause="a mean or other activations have to come from data: read them with a"
-                    " Probe",
-                    call="Ablate(latents, to=readings.mean()), or to=Resample(readings)",
-                )
+                f'Ablate: `to` is {to!r}, wanted "zero", "orthogonal", a number, or one value a'
+                " latent. Likely cause: a mean or other activations have to come from data: read"
+                " them with a Probe. Try: Ablate(latents, to=readings.mean()), or"
+                " to=Resample(readings)"
             )
         value = 0.0 if isinstance(to, str) and to == "zero" else to
         if not isinstance(value, str):
@@ -208,17 +203,16 @@ def _check_support(where: str, support: str, to: object) -> None:
     orthogonal = isinstance(to, str) and to == "orthogonal"
     if support == "frozen" or (support == "reselect" and not orthogonal):
         return
+    got = f'{support!r}, with to="orthogonal"' if orthogonal else repr(support)
+    wanted = '"frozen"' if orthogonal else '"frozen" or "reselect"'
+    cause = (
+        "an orthogonal ablation changes x, and no latent competes"
+        if orthogonal
+        else "a typing error"
+    )
     raise LatentError(
-        explain(
-            where,
-            "support",
-            got=f'{support!r}, with to="orthogonal"' if orthogonal else repr(support),
-            wanted='"frozen"' if orthogonal else '"frozen" or "reselect"',
-            cause="an orthogonal ablation changes x, and no latent competes"
-            if orthogonal
-            else "a typing error",
-            call=f'{where}(latents, support="reselect")',
-        )
+        f"{where}: `support` is {got}, wanted {wanted}. Likely cause: {cause}. Try:"
+        f' {where}(latents, support="reselect")'
     )
 
 
@@ -226,38 +220,24 @@ def _one_change(given: dict[str, Any]) -> None:
     """Exactly one of value, scale, add; or bounds alone, which are the same at every token."""
     low, high = given["low"], given["high"]
     if isinstance(low, Value) or isinstance(high, Value):
+        parameter = "low" if isinstance(low, Value) else "high"
         raise LatentError(
-            explain(
-                "Clamp",
-                "low" if isinstance(low, Value) else "high",
-                got=repr(low if isinstance(low, Value) else high),
-                wanted="a number, [k] or [prompts, k]",
-                cause="bounds do not change from token to token",
-                call="Clamp(latents, Patch(readings)), which sets them",
-            )
+            f"Clamp: `{parameter}` is {low if isinstance(low, Value) else high!r}, wanted a number,"
+            " [k] or [prompts, k]. Likely cause: bounds do not change from token to token. Try:"
+            " Clamp(latents, Patch(readings)), which sets them"
         )
     if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
         raise LatentError(
-            explain(
-                "Clamp",
-                "low",
-                got=f"{low}, above high = {high}",
-                wanted="low <= high",
-                cause="bounds swapped",
-                call=f"Clamp(latents, low={high}, high={low})",
-            )
+            f"Clamp: `low` is {low}, above high = {high}, wanted low <= high. Likely cause: bounds"
+            f" swapped. Try: Clamp(latents, low={high}, high={low})"
         )
     changes = [name for name in ("value", "scale", "add") if given[name] is not None]
     bounds = [name for name in ("low", "high") if given[name] is not None]
     if len(changes) == 1 or (not changes and bounds):
         return
+    got = " and ".join(changes) if changes else "not given, nor scale, add, low or high"
+    cause = "two changes whose order would be a guess" if changes else "no change asked for"
     raise LatentError(
-        explain(
-            "Clamp",
-            "value",
-            got=" and ".join(changes) if changes else "not given, nor scale, add, low or high",
-            wanted="one of value, scale, add; or a bound",
-            cause="two changes whose order would be a guess" if changes else "no change asked for",
-            call="Clamp(latents, 4.0), or compose two with |",
-        )
+        f"Clamp: `value` is {got}, wanted one of value, scale, add; or a bound. Likely cause:"
+        f" {cause}. Try: Clamp(latents, 4.0), or compose two with |"
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import index_tensor
 from ..dictionaries.sae import ErrorTerm
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..model.sites import Site
 
 OPEN = {"topk": "relu", "abstopk": "identity"}
@@ -52,15 +52,10 @@ def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     kind = columns["activation"]
     if not isinstance(kind, str) or kind not in OPEN:
         raise LatentError(
-            explain(
-                "support",
-                "latents",
-                got=f"of {dictionary!r}, whose activation is {kind!r}",
-                wanted="a topk or abstopk dictionary",
-                cause="in other architectures no latent depends on another; saved BatchTopK and"
-                " Matryoshka SAEs are jumprelu",
-                call='support="frozen", the default',
-            )
+            f"support: `latents` is of {dictionary!r}, whose activation is {kind!r}, wanted a topk"
+            " or abstopk dictionary. Likely cause: in other architectures no latent depends on"
+            ' another; saved BatchTopK and Matryoshka SAEs are jumprelu. Try: support="frozen", the'
+            " default"
         )
     top = {"activation": kind, "k": columns.pop("k"), "selected": columns.pop("selected")}
     columns |= {"activation": OPEN[kind]}
@@ -68,14 +63,10 @@ def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     directions = dictionary.directions()
     if len(directions) != dictionary.d_sae:
         raise LatentError(
-            explain(
-                "support",
-                "latents",
-                got=f"of {dictionary!r}, which holds {len(directions)} of its directions",
-                wanted="all of them: any latent may enter",
-                cause="an excerpt from a file, which holds only the latents that were saved",
-                call='load the dictionary itself, or support="frozen"',
-            )
+            f"support: `latents` is of {dictionary!r}, which holds {len(directions)} of its"
+            " directions, wanted all of them: any latent may enter. Likely cause: an excerpt from a"
+            " file, which holds only the latents that were saved. Try: load the dictionary itself,"
+            ' or support="frozen"'
         )
     return Form(dictionary.site, columns, {"directions": directions, "top": top})
 
@@ -88,14 +79,9 @@ def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -
     """
     if isinstance(dictionary, ErrorTerm):
         raise LatentError(
-            explain(
-                "Ablate",
-                "to",
-                got=f'"orthogonal", for {dictionary!r}',
-                wanted="latents with directions of their own",
-                cause="the error's direction is the error itself, another at every token",
-                call="Ablate(sae.error())",
-            )
+            f'Ablate: `to` is "orthogonal", for {dictionary!r}, wanted latents with directions of'
+            " their own. Likely cause: the error's direction is the error itself, another at every"
+            " token. Try: Ablate(sae.error())"
         )
     basis = span(dictionary.directions(indices), before)
     columns = {

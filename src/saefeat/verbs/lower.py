@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dictionaries.base import Dictionary
-from ..errors import LatentError, ModelError, SiteError, explain
+from ..errors import LatentError, ModelError, SiteError
 from ..kernel.encode import scored
 from ..model.modules import check_ready, torch_module
 from ..model.route import Route, route
@@ -73,14 +73,9 @@ def refuse_flat(model: Any) -> None:
     if not type(model).__module__.startswith("nnsight.modeling.vllm"):
         return
     raise ModelError(
-        explain(
-            "saefeat",
-            "model",
-            got="a vLLM model of nnsight",
-            wanted="a TransformersModel",
-            cause="vLLM's values are [tokens, d_model], and no attention mask says whose they are",
-            call='nnsight.TransformersModel(name, task="text-generation")',
-        )
+        "saefeat: `model` is a vLLM model of nnsight, wanted a TransformersModel. Likely cause:"
+        " vLLM's values are [tokens, d_model], and no attention mask says whose they are. Try:"
+        ' nnsight.TransformersModel(name, task="text-generation")'
     )
 
 
@@ -172,14 +167,10 @@ class _Builder:
         other, rows = self._spans.setdefault(place, (rule, empty))
         if other != rule:
             raise LatentError(
-                explain(
-                    repr(step),
-                    "where",
-                    got=f"None, for dictionaries of {place} that skip different tokens by default",
-                    wanted="one rule for all that span one space",
-                    cause="dictionaries of different releases at one site",
-                    call="Ablate(latents, to='orthogonal', where=Tokens.all())",
-                )
+                f"{step!r}: `where` is None, for dictionaries of {place} that skip different tokens"
+                " by default, wanted one rule for all that span one space. Likely cause:"
+                " dictionaries of different releases at one site. Try: Ablate(latents,"
+                " to='orthogonal', where=Tokens.all())"
             )
         return rows
 
@@ -188,15 +179,10 @@ class _Builder:
         again = self._edited.get(id(dictionary), set()).intersection(indices)
         if again:
             raise LatentError(
-                explain(
-                    repr(step),
-                    "latents",
-                    got=f"latent {min(again)} of {dictionary.name!r}, edited earlier in the chain",
-                    wanted="latents that no earlier step has edited",
-                    cause="a transcoder is read upstream of where it writes, so a later step"
-                    " cannot see the earlier one's change",
-                    call="one edit for each of its latents, and probes before it",
-                )
+                f"{step!r}: `latents` is latent {min(again)} of {dictionary.name!r}, edited earlier"
+                " in the chain, wanted latents that no earlier step has edited. Likely cause: a"
+                " transcoder is read upstream of where it writes, so a later step cannot see the"
+                " earlier one's change. Try: one edit for each of its latents, and probes before it"
             )
 
     def _writable(self, step: StepLike, dictionary: Dictionary) -> Place:
@@ -204,14 +190,10 @@ class _Builder:
         orders = self.route.orders
         if orders[dictionary.write_site] < orders[dictionary.site]:
             raise SiteError(
-                explain(
-                    repr(step),
-                    "latents",
-                    got=f"read at {dictionary.site} and written at {dictionary.write_site}",
-                    wanted="a write site the model reaches no earlier than the read site",
-                    cause="read and write sites swapped, or of different layers",
-                    call='load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")',
-                )
+                f"{step!r}: `latents` is read at {dictionary.site} and written at"
+                f" {dictionary.write_site}, wanted a write site the model reaches no earlier than"
+                " the read site. Likely cause: read and write sites swapped, or of different"
+                ' layers. Try: load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")'
             )
         return self.route.writable(dictionary.write_site, repr(step))
 
@@ -240,15 +222,11 @@ class _Builder:
         orders = self.route.orders
         late = [site for site in sites if orders[site] > orders[edited.write_site]]
         if late:
+            parameter = "latents" if when.site is None else "site"
             raise SiteError(
-                explain(
-                    "when",
-                    "latents" if when.site is None else "site",
-                    got=f"read at {late[0]}",
-                    wanted=f"a site no later than {edited.write_site}, where {step!r} writes",
-                    cause="the model reaches the condition after the edit",
-                    call="condition on an earlier site, or edit a later one",
-                )
+                f"when: `{parameter}` is read at {late[0]}, wanted a site no later than"
+                f" {edited.write_site}, where {step!r} writes. Likely cause: the model reaches the"
+                " condition after the edit. Try: condition on an earlier site, or edit a later one"
             )
 
     def _reach(self, site: Site, action: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..text.tokens import Tokens
 from .base import Step
 
@@ -42,14 +42,8 @@ class Probe(Step):
     ) -> None:
         if reduce not in (None, "max", "mean", "last"):
             raise LatentError(
-                explain(
-                    "Probe",
-                    "reduce",
-                    got=repr(reduce),
-                    wanted='"max", "mean", "last" or None',
-                    cause="a typing error",
-                    call='Probe(latents, reduce="max")',
-                )
+                f'Probe: `reduce` is {reduce!r}, wanted "max", "mean", "last" or None. Try:'
+                ' Probe(latents, reduce="max")'
             )
         object.__setattr__(self, "latents", as_latents(latents, "Probe"))
         object.__setattr__(self, "where", where)

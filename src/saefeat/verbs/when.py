@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ..dictionaries.latents import Latents, as_latents
-from ..errors import LatentError, explain
+from ..errors import LatentError
 from ..model.sites import Site
 
 
@@ -102,12 +102,7 @@ def _check_when(scores: bool, site: Any, above: Any, below: Any, match: str) -> 
     else:
         return
     raise LatentError(
-        explain(
-            "When",
-            problem[0],
-            got=problem[1],
-            wanted=problem[2],
-            cause="a scorer reads one site's value, where latents bring their own",
-            call='When(scorer, site="resid_post.3", above=0.5), or When(latents, below=2.0)',
-        )
+        f"When: `{problem[0]}` is {problem[1]}, wanted {problem[2]}. Likely cause: a scorer reads"
+        ' one site\'s value, where latents bring their own. Try: When(scorer, site="resid_post.3",'
+        " above=0.5), or When(latents, below=2.0)"
     )
