@@ -33,7 +33,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 torch.set_num_threads(THREADS)
 
 # The same examples in every run, and no time limit that a busy machine could break.
-hypothesis.settings.register_profile("saefeat", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "saefeat",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("saefeat")
 
 TYPED = ["saefeat.kernel"]

@@ -7,6 +7,8 @@ module paths, so that an error in ``saefeat.sites`` cannot hide in its own oracl
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 
@@ -257,3 +259,13 @@ def readable(over_tokens: bool = False) -> torch.nn.Module:
     model.model.norm = RunningSum() if over_tokens else torch.nn.Identity()
     model.lm_head.weight.data = torch.eye(VOCAB, D, dtype=torch.float64)
     return model
+
+
+def eventually(condition: Callable[[], object], seconds: float = 120.0) -> bool:
+    """Wait for what happens elsewhere. Only what never happens takes all of the time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True

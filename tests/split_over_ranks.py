@@ -100,7 +100,7 @@ def main(folder: str, rank: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=15)
     )
     module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     found: dict[str, object] = {}

@@ -6,10 +6,11 @@ temporary working directory. Two comments change that:
 * ``<!-- no-run: reason -->`` before a block: it is compiled, and its ``sf.`` names are checked,
   but it does not run. The reason must not be empty.
 * ``<!-- output -->`` before a ```text block that follows a ```python block: what that block
-  printed must equal the text. ``...`` stands for anything, trailing blanks do not count.
+  printed must be the text, by the rules of tests/outputs.py: floats to a rounding, the rest equal,
+  ``...`` for anything.
 
-In docstrings, ``>>>`` examples run with ``sf``, ``torch`` and ``nnsight`` in scope, and ```python
-blocks are treated like the no-run blocks above.
+In docstrings, ``>>>`` examples run with ``sf``, ``torch`` and ``nnsight`` in scope, their outputs
+are compared by the same rules, and ```python blocks are treated like the no-run blocks above.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from outputs import Checker, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -134,13 +137,6 @@ def check_names(code: str) -> None:
     assert not unknown, f"not public: {', '.join(sorted(unknown))}"
 
 
-def matches(printed: str, shown: str) -> bool:
-    plain = ["\n".join(map(str.rstrip, text.strip("\n").splitlines())) for text in (printed, shown)]
-    return plain[0] == plain[1] or doctest.OutputChecker().check_output(
-        plain[1] + "\n", plain[0] + "\n", doctest.ELLIPSIS
-    )
-
-
 def execute(markdown: str, script: Path) -> None:
     """Run a page. ``script`` gets its code, line for line where the page has it.
 
@@ -163,9 +159,10 @@ def execute(markdown: str, script: Path) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
-        if output is not None and not matches(printed.getvalue(), output.text):
+        why = None if output is None else difference(printed.getvalue(), output.text)
+        if output is not None and why is not None:
             pytest.fail(
-                f"line {block.line} printed:\n{printed.getvalue()}\n"
+                f"{why}\nline {block.line} printed:\n{printed.getvalue()}\n"
                 f"line {output.line} shows:\n{output.text}",
                 pytrace=False,
             )
@@ -213,7 +210,7 @@ def test_docstrings(name, tmp_path, monkeypatch):
             check_names(block.text)
             compile(block.text, f"{test.name}, block at line {block.line}", "exec")
         test.globs = {"sf": saefeat, "torch": torch, "nnsight": nnsight, "__name__": "__main__"}
-        doctest.DocTestRunner(optionflags=flags).run(test, out=report.write)
+        doctest.DocTestRunner(Checker(), optionflags=flags).run(test, out=report.write)
     if report.getvalue():
         pytest.fail(report.getvalue(), pytrace=False)
 

@@ -400,7 +400,7 @@ def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=SRC,  # importable here even where the package is not installed
-        timeout=120,
+        timeout=600,
     )
 
 

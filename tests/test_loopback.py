@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -20,11 +19,11 @@ import nnsight
 import pytest
 import torch
 from nnsight.intervention.backends.remote import RemoteError
-from tests.loopback.far.pipe import Gone, Pipe
 
 import loopback
 import saefeat as sf
-from helpers import RAGGED, D, batch_of, build, make_sae, unit, wrapped
+from helpers import RAGGED, D, batch_of, build, eventually, make_sae, unit, wrapped
+from loopback.far.pipe import Gone, Pipe
 
 NEW = 3
 
@@ -339,14 +338,21 @@ def test_what_is_no_request_is_refused(how, status, apart, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_client_that_hangs_up_is_no_news(apart, capfd):
+def test_a_client_that_hangs_up_is_no_news(apart, capfd, monkeypatch):
     import socket
 
+    over, close = threading.Event(), apart.shutdown_request
+
+    def closed(request):  # the last that is done for a caller, after any error was told
+        close(request)
+        over.set()
+
+    monkeypatch.setattr(apart, "shutdown_request", closed)
     where = ("127.0.0.1", apart.server_address[1])
     with socket.create_connection(where) as caller:
         caller.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n")
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    time.sleep(0.2)
+    assert over.wait(120)
     assert capfd.readouterr().err == ""
 
 
@@ -405,11 +411,21 @@ def alive(pid: int) -> bool:
         return False
 
 
-def ended(pids: list[int], seconds: float = 20.0) -> bool:
-    until = time.monotonic() + seconds
-    while any(map(alive, pids)) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not any(map(alive, pids))
+def ended(pids: list[int]) -> bool:
+    return eventually(lambda: not any(map(alive, pids)))
+
+
+def parent(pid: str) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+
+
+def in_a_block(server, forker: int) -> bool:
+    """Whether the job runs, in a process of its own that the forker has made for it."""
+    running = any(job.response["status"] == "RUNNING" for job in server.jobs.values())
+    return running and any(parent(p.name) == forker for p in Path("/proc").glob("[0-9]*"))
 
 
 def endless(model, url):
@@ -452,13 +468,12 @@ def test_nothing_is_left_behind(model, tmp_path, monkeypatch):
         pids.append(server.worker._process.pid)
         waiting = threading.Thread(target=client)
         waiting.start()
-        while not any(job.response["status"] == "RUNNING" for job in server.jobs.values()):
-            time.sleep(0.05)
-        time.sleep(0.5)
-    waiting.join(timeout=20)
+        assert eventually(lambda: in_a_block(server, pids[0]))
+    waiting.join(timeout=120)
     assert failed and not waiting.is_alive()
     assert ended(pids)
-    assert set(threading.enumerate()) <= before
+    # A thread that answered a caller ends with the connection, by itself.
+    assert eventually(lambda: set(threading.enumerate()) <= before)
     assert not list(tmp_path.glob("saefeat-*"))
 
 
@@ -467,14 +482,14 @@ import json, os, sys, threading, time
 sys.path.insert(0, {tests!r})
 import nnsight, saefeat as sf
 from helpers import RAGGED, build, wrapped
-from test_loopback import endless, whereabouts
+from test_loopback import endless, eventually, in_a_block, whereabouts
 nnsight.CONFIG.APP.REMOTE_LOGGING = False
 model = wrapped(build("llama"))
 with loopback.serve(model, copies=True) as server:
     pids = [server.worker._process, *whereabouts(model, remote=server.url)[1:2]]
     pids[0] = server.worker._process.pid
     threading.Thread(target=endless, args=(model, server.url), daemon=True).start()
-    time.sleep(2)
+    assert eventually(lambda: in_a_block(server, pids[1]))
     print(json.dumps(pids), flush=True)
     time.sleep(600)
 """
@@ -493,7 +508,7 @@ def test_who_serves_takes_the_others_along(how):
         assert children == pids
         serving.send_signal(how)
         assert ended(pids)
-        serving.wait(timeout=20)
+        serving.wait(timeout=120)
 
 
 def test_half_a_message_is_the_end():
@@ -507,7 +522,7 @@ def test_half_a_message_is_the_end():
 
 
 def test_tensors_leave_without_what_is_behind_them():
-    from tests.loopback.far.pipe import alone
+    from loopback.far.pipe import alone
 
     whole = torch.zeros(1000, 8, requires_grad=True)
     part = alone((whole * 2)[3:5])

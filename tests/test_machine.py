@@ -596,7 +596,7 @@ def test_a_model_split_over_devices():
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])},
     )
     assert done.returncode == 0, done.stderr[-3000:]

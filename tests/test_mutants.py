@@ -172,7 +172,7 @@ def verdicts(tmp_path_factory) -> dict[str, dict]:
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -41,7 +41,7 @@ def ranks(tmp_path_factory):
     ]
     try:
         for process in started:
-            _, errors = process.communicate(timeout=240)
+            _, errors = process.communicate(timeout=1200)
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in started:

@@ -348,7 +348,7 @@ def test_completed_without_a_result_is_an_error(model, server, monkeypatch):
     job = sf.remote.submit(model, RAGGED, remote=server.url)
     monkeypatch.setattr(RemoteBackend, "download_result", lambda *_: None)
     with pytest.raises(sf.errors.RemoteError, match="completed without a result"):
-        job.wait(timeout=20)
+        job.wait(timeout=600)
 
 
 @pytest.mark.parametrize("code", [401, 429, 503])

@@ -42,19 +42,24 @@ class Worker:
         with self._turn:
             if self._closed:
                 return Outcome(False, "The server was closed before the job began.")
-            late = None
+            late, timer = threading.Event(), None
             try:
                 process = self._running()
-                late = threading.Timer(self._limit, process.kill)
-                late.start()
+
+                def end() -> None:
+                    late.set()  # before the end is seen: a thread's life would be told too late
+                    process.kill()
+
+                timer = threading.Timer(self._limit, end)
+                timer.start()
                 _write(process, json.dumps({**job, "bytes": len(blob)}).encode() + b"\n" + blob)
                 head = json.loads(_line(process))
                 result = _exactly(process, head["bytes"])
             except (BrokenPipeError, EOFError):
-                return Outcome(False, self._obituary(late is not None and not late.is_alive()))
+                return Outcome(False, self._obituary(late.is_set()))
             finally:
-                if late is not None:
-                    late.cancel()
+                if timer is not None:
+                    timer.cancel()
             crossed = tuple(head["crossed"]) if "crossed" in head else None
             return Outcome(head["ok"], head.get("error", ""), result, crossed)
 
@@ -87,7 +92,7 @@ class Worker:
     def _obituary(self, late: bool) -> str:
         if self._process is not None and not late:
             with suppress(subprocess.TimeoutExpired):  # it is ending, with a reason of its own
-                self._process.wait(timeout=10)
+                self._process.wait(timeout=ENDING)
         code = self._bury()
         if late:
             return f"The job ran longer than {self._limit:g} s and was ended."
@@ -108,6 +113,10 @@ class Worker:
                 with suppress(BrokenPipeError):  # what it had not taken yet
                     stream.close()
         return code
+
+
+ENDING = 120.0
+"""Seconds a process has to end by itself once it has closed its output."""
 
 
 def _write(process: subprocess.Popen[bytes], data: bytes) -> None:

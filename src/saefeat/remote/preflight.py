@@ -273,6 +273,10 @@ def result_size(
     return total + 8 * rows * (columns + new + 1)
 
 
+ANSWER = 120.0
+"""Seconds a server has to say what it runs: a busy one lists its packages slowly."""
+
+
 def server_version(model: Any, remote: bool | str) -> str | None:
     """The nnsight that a server runs, or None."""
     if not remote or remote == "local":
@@ -280,7 +284,7 @@ def server_version(model: Any, remote: bool | str) -> str | None:
     import httpx  # as late as nnsight imports it
 
     try:
-        answer = httpx.get(f"{backend_of(model, remote).host}/env", timeout=10.0)
+        answer = httpx.get(f"{backend_of(model, remote).host}/env", timeout=ANSWER)
         return answer.raise_for_status().json()["packages"].get("nnsight")
     except (httpx.HTTPError, ValueError, KeyError):
         return None
