@@ -25,7 +25,7 @@ from saefeat.kernel.program import new_log
 from saefeat.kernel.trace import whole_run
 from saefeat.remote.batch import embedding
 from saefeat.remote.preflight import Capture, parks, tensors
-from saefeat.shipping.program import narrowed
+from saefeat.shipping.narrow import narrowed
 from saefeat.verbs.lower import lower
 
 NEW = 3

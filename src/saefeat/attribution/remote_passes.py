@@ -20,8 +20,9 @@ from ..errors import GradientError, RemoteError, SaefeatError
 from ..kernel.program import new_log
 from ..kernel.slopes import NO_GRADIENT, pulled_back, seen
 from ..kernel.trace import whole_run
+from ..shipping.narrow import narrowed
 from ..shipping.payload import parts_of, require_fits, weight
-from ..shipping.program import narrowed, register, require_known_functions
+from ..shipping.program import register, require_known_functions
 
 
 class Errand(NamedTuple):

@@ -22,8 +22,9 @@ from ..kernel.pack import pack
 from ..kernel.program import new_log
 from ..kernel.trace import whole_run
 from ..model.modules import torch_module
+from ..shipping.narrow import narrowed
 from ..shipping.program import embedding as embedding
-from ..shipping.program import narrowed, register
+from ..shipping.program import register
 
 
 def remote_batch(

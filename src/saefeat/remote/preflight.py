@@ -17,6 +17,7 @@ from ..errors import RemoteError
 from ..generation.decoding import Decoding, decoding
 from ..kernel.program import MOST_LATENTS
 from ..model.modules import torch_module
+from ..shipping.narrow import narrowed
 from ..shipping.payload import (
     compressed,
     parts_of,
@@ -26,7 +27,7 @@ from ..shipping.payload import (
     tensors,
     weight,
 )
-from ..shipping.program import embedding, narrowed
+from ..shipping.program import embedding
 from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower

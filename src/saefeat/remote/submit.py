@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..files.identity import require_unedited
+from ..shipping.narrow import require_floating
 from ..shipping.payload import PAYLOAD_LIMIT
-from ..shipping.program import require_floating
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Chain, Intervention
 from .jobfile import Part, keep_call, not_ours, read_job

@@ -13,17 +13,15 @@ from functools import partial
 from typing import Any
 
 import nnsight
-import torch
 from nnsight.intervention.serialization import dumps
-from torch import Tensor
 
 from ..errors import RemoteError
 from ..kernel.pack import applied
 from ..kernel.tokens import looks_back
 from ..model.modules import torch_module
 from ..model.requests import Request, request
+from .narrow import narrowed
 from .payload import PAYLOAD_LIMIT, leaves, parts_of, require_known, strangers
-from .upstream import upstream
 
 KERNEL = "saefeat.kernel"
 
@@ -110,88 +108,3 @@ def embedding(model: Any) -> str | None:
     module: Any = torch_module(model)
     wanted = module.get_input_embeddings()
     return next((name for name, part in module.named_modules() if part is wanted), None)
-
-
-def narrowed(program: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The program with its matrices in the dtype asked for, or the narrowest that holds them.
-
-    The kernel computes in float32 all the same. Vectors, thresholds and values stay as they are:
-    they are small, and a rounded threshold switches latents.
-
-    Raises:
-        RemoteError: for a dictionary that cannot be sent, or a dtype that cannot hold one.
-    """
-    require_floating(dtype)
-    visits = [
-        {**visit, "actions": [_lean(action, dtype) for action in visit["actions"]]}
-        for visit in upstream(program["visits"])
-    ]
-    return {**program, "visits": visits}
-
-
-def _lean(action: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """An action with narrow matrices, without what an earlier run cached on it."""
-    action = {name: value for name, value in action.items() if name != "placed"}
-    if "tensors" in action:
-        require_sendable(action["tensors"])
-        action["tensors"] = {
-            name: narrow(value, dtype) if name in MATRICES else value
-            for name, value in action["tensors"].items()
-        }
-    return action
-
-
-MATRICES = ("encoder", "directions", "decoder")
-
-
-def narrow(value: Any, dtype: torch.dtype | None) -> Any:
-    """A tensor in ``dtype``, or in bfloat16 or float16 where that loses nothing."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    if dtype is not None:
-        return _held(value, dtype)
-    for half in (torch.bfloat16, torch.float16):
-        if torch.equal(value.to(half).to(value.dtype), value):
-            return value.to(half)
-    return value
-
-
-def _held(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype, unless that makes a number infinite."""
-    found = value.to(dtype)
-    if bool((found.float().isfinite() | ~value.isfinite()).all()):
-        return found
-    raise RemoteError(
-        f"run: `dtype` is {dtype}, for a matrix with numbers up to {float(value.abs().max()):.3g},"
-        f" wanted a dtype that reaches further than {torch.finfo(dtype).max:.3g}. Likely cause:"
-        " float16 and narrower have a small range. Try: dtype=torch.bfloat16, or none, which rounds"
-        " nothing"
-    )
-
-
-def require_floating(dtype: Any) -> None:
-    """Refuse a dtype that would cut off fractions.
-
-    Raises:
-        RemoteError: naming it.
-    """
-    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        return
-    raise RemoteError(
-        f"run: `dtype` is {dtype!r}, wanted a floating dtype, or None. Likely cause: a dtype by its"
-        " name, or one of integers. Try: dtype=torch.bfloat16"
-    )
-
-
-def require_sendable(tensors: dict[str, Any]) -> None:
-    """Refuse a dictionary that is encoded by an object that stays here.
-
-    Raises:
-        RemoteError: saying which.
-    """
-    if tensors.get("local"):
-        raise RemoteError(
-            f"run: `remote` is given, and {tensors['local']}, wanted dictionaries made of tensors,"
-            " or of plain torch functions. Likely cause: a matching pursuit or temporal SAE, which"
-            " needs its own code. Try: run(...) without remote, or an SAE of another architecture"
-        )
