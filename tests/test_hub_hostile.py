@@ -47,7 +47,7 @@ def values() -> sf.Intervention:
         sf.Ablate(some, to=sf.values.Patch(read), where=sf.Tokens.prompt())
         | sf.Clamp(some, add=sf.values.Schedule([1.0, 2.0], prompt=[0.0, 1.0]))
         | sf.Ablate(some, to=sf.values.Resample(torch.rand(4, 2), seed=3))
-        | sf.Ablate(some, to="orthogonal", when=sf.When(some, above=0.1, below=2.0, match="all"))
+        | sf.Ablate(some.span(), when=sf.When(some, above=0.1, below=2.0, match="all"))
     )
 
 
