@@ -527,7 +527,7 @@ def test_plots_draw_where_they_are_told_and_leave_no_figure(scores, tmp_path):
     code = (
         "import saefeat, sys, torch; v = saefeat.Direction(torch.ones(2), site='resid_post.0');"
         "o, z = torch.ones(1), torch.zeros(1, dtype=torch.long);"
-        "found = saefeat.Attribution((v,), z, z, z, z, o, o, -o, o, -o, z + 4);"
+        "found = saefeat.attribution.Attribution((v,), z, z, z, z, o, o, -o, o, -o, z + 4);"
         "assert 'matplotlib' not in sys.modules; found.plot_latents();"
         "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot keeps figures for ever'"
     )
