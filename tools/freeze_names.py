@@ -215,12 +215,18 @@ def where(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
 
 def ablate(latents: Any, to: Any = "zero", **options: Any) -> Any:
     """Set latents to zero or to values, or take out their span; at, when and support as options."""
-    return sf.Ablate(latents, to=to, **_verb(options))
+    latents, to = (latents.span(), 0.0) if to == "orthogonal" else (latents, to)
+    return sf.Ablate(_written(latents, options), to=to, **_verb(options))
 
 
 def clamp(latents: Any, value: Any = None, **options: Any) -> Any:
     """Set, scale, shift or bound latents."""
-    return sf.Clamp(latents, value, **_verb(options))
+    return sf.Clamp(_written(latents, options), value, **_verb(options))
+
+
+def _written(latents: Any, options: dict[str, Any]) -> Any:
+    """``support`` is a property of the selection."""
+    return latents.reselect() if options.pop("support", "frozen") == "reselect" else latents
 
 
 def probe(latents: Any, reduce: str | None = None, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, PromptError
 from ..text.prompts import Prompts
 from ..values.base import Value
-from ..verbs.base import per_latent
+from ..verbs.base import Intervention, per_latent
 
 Alignment = str | Sequence[Sequence[int | None]] | None
 
@@ -132,6 +132,9 @@ class Paired:
         shown = f"{self.prompts!r:.60}" + ("..." if len(repr(self.prompts)) > 60 else "")
         align = "" if self.align is None else f", align={self.align!r}"
         return f"Paired({shown}{align})"
+
+
+Baseline = Intervention | Fixed | Paired | None
 
 
 def counterparts(

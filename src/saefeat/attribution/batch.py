@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.latents import as_latents
 from ..kernel.program import lift
 from ..kernel.tokens import select
 from ..results.receipt import Receipt
@@ -19,18 +18,16 @@ from ..verbs.rules import acts_at
 from .endpoint import end, run_baseline
 from .exact import effects
 from .integrate import AtOnce, Runs, mean_gradients
+from .job import Job
 from .pairs import Goal, at_tokens
 from .passes import Batch, Part, Watch
 from .prepare import prepare, require_apart, require_finite, require_finite_scores
 from .readout import score
 from .scores import Attribution
 
-if TYPE_CHECKING:
-    from .attribute import Attribute
-
 
 def attribute_batch(
-    job: Attribute, watch: Watch, batch: Batch, other: Batch | None, at_once: AtOnce
+    job: Job, watch: Watch, batch: Batch, other: Batch | None, at_once: AtOnce
 ) -> tuple[Attribution, Receipt]:
     """One batch's scores, and what the baseline's edits did."""
     published = getattr(job.method, "endpoint", "") == "as_published"
@@ -60,14 +57,12 @@ def attribute_batch(
     return found, reached.here.receipt
 
 
-def baseline_logits(
-    job: Attribute, model: Any, prompts: Prompts, batch_size: int
-) -> Iterator[Tensor]:
+def baseline_logits(job: Job, model: Any, prompts: Prompts, batch_size: int) -> Iterator[Tensor]:
     """[b, vocabulary] a batch: last logits of the baseline run of an attribution of these prompts.
 
     What ``BASELINE_TOP`` and ``kl("baseline")`` refer to.
     """
-    watch = Watch(as_latents(job.target, "Attribute"), model, job.metric)
+    watch = Watch(job.target, model, job.metric)
     with torch.no_grad():
         for batch, other in prepare(job, model, prompts).batches(batch_size):
             here = run_baseline(watch, job.baseline, batch, other, False)
@@ -78,7 +73,7 @@ def baseline_logits(
             yield here.last.cpu()
 
 
-def baseline_top(job: Attribute, model: Any, prompts: Prompts, batch_size: int) -> Tensor:
+def baseline_top(job: Job, model: Any, prompts: Prompts, batch_size: int) -> Tensor:
     """[prompts] long: what ``BASELINE_TOP`` stands for in an attribution of these prompts."""
     found = baseline_logits(job, model, prompts, batch_size)
     return torch.cat([logits.argmax(-1) for logits in found])

@@ -12,11 +12,9 @@ from torch import Tensor
 from ..errors import PromptError
 from ..kernel.program import lift
 from ..verbs.base import Intervention
-from .baselines import Fixed, Paired, counterparts
+from .baselines import Baseline, Fixed, Paired, counterparts
 from .pairs import Goal, at_tokens, moved_by
 from .passes import Batch, Pass, Watch
-
-Baseline = Intervention | Fixed | Paired | None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .events import frame
+from .table import frame
 
 if TYPE_CHECKING:
     import pandas

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import gradients_on, whole, wholes
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
@@ -23,9 +24,8 @@ from ..text.tokens import Tokens
 from ..values.per_prompt import per_prompt
 from ..verbs.edits import Clamp
 from ..verbs.probe import Probe
-from .bench import Folder
+from .experiment import Folder
 from .jacobian import Graph
-from .require import require, require_gradients
 from .stats import spearman
 
 
@@ -71,7 +71,7 @@ class Edges:
 
     def top(self, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
         """The n strongest edges, of either sign: upstream, downstream, estimate."""
-        require("Edges.top", n=(n, 0))
+        whole("Edges.top", "n", n, 0)
         return self._largest(self.estimate, n)
 
     def _largest(self, values: Tensor, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
@@ -85,7 +85,7 @@ class Edges:
         """The n largest exact changes whose estimate is zero: upstream, downstream, change."""
         if self.ablated is None:
             return ()
-        require("Edges.unseen", n=(n, 0))
+        whole("Edges.unseen", "n", n, 0)
         return self._largest(torch.where(self.estimate == 0, self.ablated, math.nan), n)
 
     def to_pandas(self) -> Any:
@@ -183,8 +183,8 @@ def edges(
         >>> found.estimate.shape, bool((found.estimate * found.exact >= 0).all())
         (torch.Size([2, 1]), True)
     """
-    require("edges", check=(check, 0), batch_size=(batch_size, 1))
-    require_gradients("edges")
+    wholes("edges", check=(check, 0), batch_size=(batch_size, 1))
+    gradients_on("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
     way = route(model, _sites(up, down))
     ordered = _ordered(up, down, way)

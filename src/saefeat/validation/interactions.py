@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..dictionaries.latents import Latents
 from ..metrics.base import Metric
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention
-from .bench import Folder, bench
-from .require import require, require_several, require_upstream_of
+from .experiment import Experiment, Folder
+from .require import require_several, require_upstream_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,7 +60,7 @@ class Interactions:
 
     def top(self, n: int) -> tuple[tuple[Latents, float], ...]:
         """The n pairs with the largest |interaction|, each once, with its value."""
-        require("Interactions.top", n=(n, 0))
+        whole("Interactions.top", "n", n, 0)
         row, column = torch.triu_indices(len(self.alone), len(self.alone), 1)
         found = self.values[row, column]
         one = self.latents.singles()
@@ -130,15 +131,15 @@ def interactions(
     """
     chosen = require_several(latents, "interactions", 2)
     require_upstream_of(metric, model, chosen, "interactions")
-    place = bench(
-        model, prompts, metric, where="interactions", batch_size=batch_size, baseline=baseline,
+    experiment = Experiment.of_metric(
+        model, prompts, metric, function="interactions", batch_size=batch_size, baseline=baseline,
         checkpoint=checkpoint, latents=chosen, tokens=where,
     )  # fmt: skip
     one, k = chosen.singles(), len(chosen)
     row, column = torch.triu_indices(k, k, 1).tolist()
     sets = [*one, *(one[i] | one[j] for i, j in zip(row, column, strict=True))]
-    found = place.without(sets, where, progress=progress)  # [k + pairs, prompts]
+    found = experiment.without(sets, where, progress=progress)  # [k + pairs, prompts]
     alone = found[:k]
     pairs = torch.diag_embed(alone.T).permute(1, 2, 0).clone()
     pairs[row, column] = pairs[column, row] = found[k:]
-    return Interactions(chosen, place.under(), alone, pairs)
+    return Interactions(chosen, experiment.under(), alone, pairs)

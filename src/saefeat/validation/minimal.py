@@ -16,7 +16,7 @@ from ..metrics.base import Metric
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention
-from .bench import Folder, bench
+from .experiment import Experiment, Folder
 from .require import require_upstream_of
 
 Holds = float | Callable[[Tensor], Tensor]
@@ -136,15 +136,15 @@ def minimal_set(
     judge = _Judge(holds, share)
     whole = None if within is None else _around(start, within)
     require_upstream_of(metric, model, start if whole is None else whole, "minimal_set")
-    place = bench(
-        model, prompts, metric, where="minimal_set", batch_size=batch_size, baseline=baseline,
+    experiment = Experiment.of_metric(
+        model, prompts, metric, function="minimal_set", batch_size=batch_size, baseline=baseline,
         checkpoint=checkpoint, latents=start, within=whole, tokens=where, holds=holds, share=share,
     )  # fmt: skip
-    clean = place.under()
+    clean = experiment.under()
 
     def measure(sets: list[Latents]) -> Tensor:
         ablated = sets if whole is None else [whole - kept for kept in sets]
-        return place.without(ablated, where)
+        return experiment.without(ablated, where)
 
     first = measure([start])[0]
     _require_sufficient(judge, first, measure([Latents(())])[0], start)

@@ -68,12 +68,12 @@ def members_mass(
     }
 
 
-def require_pool(ranked: Ranking, k: int, where: str) -> None:
+def require_pool(ranked: Ranking, k: int, function: str) -> None:
     """Refuse sets so large that no control of their size is left."""
     if len(ranked.keys) < 2 * k:
         raise SaefeatError(
-            f"{where}: `sizes` is up to {k}, wanted at most {len(ranked.keys) // 2}: half of the"
+            f"{function}: `sizes` is up to {k}, wanted at most {len(ranked.keys) // 2}: half of the"
             f" {len(ranked.keys)} latents that moved, so that as many are left for a control."
-            f" Likely cause: few latents are active on these prompts. Try: {where}(..., sizes=(1,"
-            f" {max(1, len(ranked.keys) // 2)})), or controls=0"
+            f" Likely cause: few latents are active on these prompts. Try: {function}(...,"
+            f" sizes=(1, {max(1, len(ranked.keys) // 2)})), or controls=0"
         )

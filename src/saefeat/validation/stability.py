@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..attribution.scores import Attribution
+from ..checks import wholes
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
 from ..errors import LatentError, SaefeatError
 from .ranking import by_prompt, ranking, selection, singles
-from .require import require
 from .stats import quantiles, resample
 
 
@@ -111,7 +111,7 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
         >>> sf.validation.stability(scores, 5, samples=20).inclusion.shape
         torch.Size([5])
     """
-    require("stability", k=(k, 1), samples=(samples, 1), seed=(seed, 0))
+    wholes("stability", k=(k, 1), samples=(samples, 1), seed=(seed, 0))
     prompts = len(scores.tokens)
     if prompts < 2:
         raise SaefeatError(

@@ -14,7 +14,7 @@ import torch
 import saefeat as sf
 from helpers import RAGGED, VOCAB, build, make_sae, raw_hooks, tokenizer, unit, wrapped
 from saefeat.validation import memory as room
-from saefeat.validation.bench import bench
+from saefeat.validation.experiment import Experiment
 
 F64 = torch.float64
 MORE = [[5, 9, 4], [7], [30, 31]]
@@ -282,7 +282,7 @@ def test_only_the_logits_that_a_metric_reads_are_kept(monkeypatch):
         (CASES["all logits"][0], 6),
     ):
         seen.clear()
-        bench(nn, RAGGED, metric, where="test", batch_size=3).under()
+        Experiment.of_metric(nn, RAGGED, metric, function="test", batch_size=3).under()
         assert seen == [(3, columns, VOCAB)]
 
 
