@@ -151,7 +151,7 @@ class Latents:
         return replace(self, parts=tuple(part for part in self.parts if part[0].site == wanted))
 
     def sample(self, n: int, *, seed: int) -> Latents:
-        """N latents drawn without replacement: the raw material of a random control.
+        """n latents drawn without replacement: the raw material of a random control.
 
         Raises:
             LatentError: if fewer than n are selected.
