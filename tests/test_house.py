@@ -309,6 +309,16 @@ def test_contributing_names_every_room():
     assert {name for name in rooms if f"| `{name}" not in text} == set()
 
 
+def test_pages_name_tests_that_are_there():
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    named = {
+        name
+        for page in pages
+        for name in re.findall(r"\btests/\w+\.py", page.read_text(encoding="utf-8"))
+    }
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
 def test_the_kernel_imports_only_what_a_server_has():
     problems = []
     for module in sources():
@@ -582,6 +592,19 @@ def test_every_public_name_has_a_docstring_with_an_example():
             elif not example.search(text):
                 problems.append(f"{module}.{name}: no example (`>>>` or a ```python block)")
     fail_with(problems, "Public names that do not show how they are used:")
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    """One page a public module; a name of two modules is shown once, and linked from the other."""
+    pages = {room: (ROOT / "docs" / "api" / f"{room}.md").read_text() for room in ("top", *PUBLIC)}
+    missing = []
+    for room in ("top", *PUBLIC):
+        module = "saefeat" if room == "top" else f"saefeat.{room}"
+        for name in public_names(module):
+            shown, linked = f"::: {module}.{name}\n", f"[{name}](top.md)"
+            if shown not in pages[room] and linked not in pages[room]:
+                missing.append(f"docs/api/{room}.md: {name}")
+    fail_with(missing, "Public names without a place in the API's pages:")
 
 
 def test_one_version():
