@@ -33,6 +33,7 @@ SRC = ROOT / "src"
 LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
     "saefeat.checks": 0,
+    "saefeat.hashing": 0,
     "saefeat.model": 1,
     "saefeat.text": 1,
     "saefeat.dictionaries": 2,

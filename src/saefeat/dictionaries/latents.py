@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checks import one_of
 from ..errors import LatentError
+from ..hashing import digest
 from ..model.requests import stay_here
 from ..model.sites import Site
 
@@ -29,6 +30,8 @@ class Basis(Protocol):
 
     @property
     def d_sae(self) -> int: ...
+
+    def fingerprint(self, indices: Iterable[int] | Tensor | None = None) -> str: ...
 
 
 WRITTEN = ("frozen", "reselect", "span")
@@ -119,6 +122,11 @@ class Latents:
     def sites(self) -> tuple[Site, ...]:
         """The sites selected from, in order, once each."""
         return tuple(dict.fromkeys(basis.site for basis, _ in self.parts))
+
+    def fingerprint(self) -> str:
+        """A short hash of what these latents are computed from, their numbers, and ``written``."""
+        parts = [(basis.fingerprint(indices), list(indices)) for basis, indices in self.parts]
+        return digest(parts, self.written)
 
     def span(self) -> Latents:
         """These latents, written as the span of their directions: for ``Ablate``.
