@@ -148,7 +148,7 @@ def require_scored(tokens: Tensor, function: str) -> None:
         return
     raise FiringError(
         f"{function}: `where` is a rule that selects no token in any of {len(tokens)} prompts,"
-        " wanted at least one token to score. Likely cause: ids or a role these prompts do not have,"
+        " wanted at least one token to score. Likely cause: ids or a role these prompts lack,"
         " or tokens the dictionary was not trained on. Try: where=Tokens.all(), or"
         " Texts.select(rule) to see what a rule selects"
     )
