@@ -26,8 +26,8 @@ class Provenance:
             model's own generation configuration that are not transformers' defaults.
 
     Examples:
-        >>> found = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
-        >>> found.to_dict()["dtype"]
+        >>> origin = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
+        >>> origin.to_dict()["dtype"]
         'float32'
     """
 
@@ -53,13 +53,13 @@ def versions() -> dict[str, str]:
         >>> sorted(sf.results.versions())[:2]
         ['nnsight', 'python']
     """
-    found = {"python": platform.python_version()}
+    by_name = {"python": platform.python_version()}
     for name in ("saefeat", "nnsight", "torch", "transformers", "sae-lens", "safetensors"):
         try:
-            found[name] = version(name)
+            by_name[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_name[name] = "not installed"
+    return by_name
 
 
 def now() -> str:
