@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernel.program import lift
+from ..kernel.read import lift
 from ..kernel.tokens import select
+from ..kernel.view import View
 from ..results.receipt import Receipt
 from ..text.prompts import Prompts
 from ..text.rules import plain
@@ -79,7 +80,7 @@ def baseline_logits(job: Job, model: Any, prompts: Prompts, batch_size: int) -> 
 
 
 def scored_tokens(
-    where: Tokens | None, watch: Watch, view: dict[str, Any], continued: bool
+    where: Tokens | None, watch: Watch, view: View, continued: bool
 ) -> tuple[Tensor, ...]:
     """[b, t] a part: which tokens are scored; never a continuation's, unless ``where`` says so."""
     rules = [acts_at(where, part.dictionary, watch.model) for part in watch.parts]
@@ -94,16 +95,16 @@ def read_out(
     targets: Sequence[Target],
     values: dict[int, Tensor],
     slopes: dict[int, Tensor],
-    view: dict[str, Any],
+    view: View,
     keep: int | None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Attribution's seven columns, and the sums [b, 2] of what ``keep`` left out."""
-    rows, left_out = [], torch.zeros(len(view["real"]), 2)
+    rows, left_out = [], torch.zeros(len(view.real), 2)
     for part, mask, target in zip(parts, masks, targets, strict=True):
         before = lift(at_tokens(values[part.read], mask), part.transform)  # [n, d_in]
         kept, dropped = score(part, before, target, at_tokens(slopes[part.write], mask), keep)
         prompt = mask.nonzero()[:, 0].to(before.device)
-        position = view["position"][mask].to(before.device)[kept.token]
+        position = view.position[mask].to(before.device)[kept.token]
         numbers = (kept.score.float(), kept.activation.float(), kept.change.float())
         rows.append((prompt[kept.token], position, kept.latent, *numbers))
         left_out.index_add_(0, prompt.cpu(), dropped.float().cpu())

@@ -11,7 +11,7 @@ from ..dictionaries.base import cast
 from ..dictionaries.latents import Latents, index_tensor
 from ..errors import LatentError
 from ..kernel.encode import encode
-from ..kernel.program import lift
+from ..kernel.read import lift
 from .methods import Method
 from .pairs import Target, at_tokens
 from .passes import Part
@@ -42,7 +42,7 @@ def effects(path: Path, part: Part, mask: Tensor, target: Target) -> Columns:
     before = lift(at_tokens(path.clean.values[part.read], mask), part.transform)
     rows = moved_rows(part, before, target)
     cell = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
-    prompt, position = cell[:, 0], path.clean.view["position"][mask].to(cell.device)
+    prompt, position = cell[:, 0], path.clean.view.position[mask].to(cell.device)
     per_latent = getattr(path.method, "per", "latent") == "latent"
     group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, per_latent)
     owner = prompt[rows.token[first]]
