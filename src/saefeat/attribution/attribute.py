@@ -5,7 +5,7 @@ The dictionary is never in the graph. With the error term kept and a linear deco
 values [b, t, d_model], averaged over the path, and only then read through the dictionary, a block
 of latents at a time, into a sparse result. Memory does not grow with the dictionary's width.
 
-``prepare`` makes batches, ``passes`` the passes, ``endpoint`` the baseline, ``integrate`` the
+``prepare`` makes batches, ``passes`` the passes, ``endpoint`` the baseline, ``path`` the
 gradients; ``readout`` reads them out, ``exact`` does without them, ``in_trace`` works in a trace of
 the user's own.
 """
@@ -37,10 +37,10 @@ from .baselines import Baseline
 from .batch import attribute_batch
 from .exact import require_few
 from .in_trace import Watching, begin
-from .integrate import AtOnce, require_at_once
 from .job import Job
 from .methods import AtP, Method
 from .passes import Watch
+from .path import AtOnce, require_at_once
 from .pieces import identity, join_attributions, plain_piece, restored
 from .prepare import prepare, require_gradients, require_scored, require_sense
 from .scores import Attribution

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import as_latents
 from ..errors import GradientError, SaefeatError
-from ..kernel.program import new_log
+from ..kernel.log import Log
 from ..kernel.trace import generating, inline
 from ..metrics.base import Seen
 from ..model.modules import torch_module
@@ -20,8 +20,9 @@ from ..verbs.base import Intervention
 from ..verbs.lower import lower
 from .backward import plain_slopes
 from .baselines import Fixed
-from .batch import read_out, scored
-from .pairs import Goal
+from .batch import read_out, scored_tokens
+from .endpoint import fixed_values
+from .pairs import Target
 from .passes import NOTHING, Moved, Watch
 from .prepare import (
     require_count,
@@ -55,7 +56,7 @@ class Watching:
 
     job: Attribute
     places: Watch
-    log: dict[str, Any]
+    log: Log
 
     def scores(self, values: Tensor) -> Attribution:
         """The scores of a metric computed from this trace.
@@ -73,18 +74,21 @@ class Watching:
         Raises:
             GradientError: for values without a gradient at the watched sites.
         """
-        view, job = self.log["view"], self.job
-        rows = torch.arange(len(view["real"]))
+        view, job = self.log.view, self.job
+        rows = torch.arange(len(view.real))
         require_count(job, len(rows))
         name = "values of the trace"
         if values.ndim == 3:
             values, name = self.places.reader(Seen(values, None, rows, view)), repr(job.metric)
         slopes = self._slopes(values)
         with torch.no_grad():
-            masks = scored(job.where, self.places, view, False)
-            goals = [Goal(fixed=self._fixed(n, mask)) for n, mask in enumerate(masks)]
-            parts, kept = self.places.parts, self.log["kept"]
-            columns, dropped = read_out(parts, masks, goals, kept, slopes, view, job.keep)
+            masks = scored_tokens(job.where, self.places, view, False)
+            parts, kept = self.places.parts, self.log.kept
+            targets = [
+                Target(fixed=fixed_values(job.baseline, part, mask.nonzero()[:, 0]))
+                for part, mask in zip(parts, masks, strict=True)
+            ]
+            columns, dropped = read_out(parts, masks, targets, kept, slopes, view, job.keep)
             clean = require_finite(values.detach(), "clean", rows).float().cpu()
             require_finite_scores(columns, rows)
             chosen = torch.stack(masks).any(0)
@@ -97,31 +101,31 @@ class Watching:
                 baseline=torch.full_like(clean, torch.nan),
                 tokens=chosen.sum(1).cpu(),
                 dropped=dropped,
-                scored=None if texts is None else chosen[view["real"]].cpu(),
+                scored=None if texts is None else chosen[view.real].cpu(),
                 texts=texts,
                 metric=name,
             )
 
     def _texts(self) -> Texts | None:
         """The prompts' tokens; None where the model was given embeddings."""
-        view = self.log["view"]
-        if view["ids"] is None:
+        view = self.log.view
+        if view.ids is None:
             return None
-        batch = {"input_ids": view["ids"].cpu(), "attention_mask": view["real"].cpu()}
+        batch = {"input_ids": view.ids.cpu(), "attention_mask": view.real.cpu()}
         return texts_of(self.places.model, batch)
 
     def _slopes(self, values: Tensor) -> dict[int, Tensor]:
-        rows = len(self.log["view"]["real"])
+        rows = len(self.log.view.real)
         found = None
         if values.shape == (rows,) and values.requires_grad:
             found = torch.autograd.grad(
                 values.sum(),
-                list(self.log["nodes"].values()),
+                list(self.log.nodes.values()),
                 retain_graph=True,
                 allow_unused=True,
             )
         if found is not None and any(slope is not None for slope in found):
-            return plain_slopes(values.sum(), self.log["nodes"], {}, keep=True)
+            return plain_slopes(values.sum(), self.log.nodes, {}, keep=True)
         got = f"of shape {tuple(values.shape)}, " + (
             "which no watched site reaches" if found else "without a gradient"
         )
@@ -131,12 +135,6 @@ class Watching:
             " values of another invoke, or of a site read before the watched ones. Try:"
             " watching.scores(model.output.logits[:, -1, token])"
         )
-
-    def _fixed(self, number: int, mask: Tensor) -> Tensor | None:
-        if not isinstance(self.job.baseline, Fixed):
-            return None
-        part, prompt = self.places.parts[number], mask.nonzero()[:, 0]
-        return self.job.baseline.of(part.dictionary, part.indices, prompt)
 
     def __repr__(self) -> str:
         return f"Watching({self.job!r})"
@@ -150,9 +148,9 @@ def begin(job: Attribute, model: Any, intervention: Intervention | None) -> Watc
     latents = as_latents(job.target, "Attribute")
     places = Watch(latents, model, job.metric, semantics=job.semantics)
     way = places.way(intervention or NOTHING)
-    program, log = lower(intervention or NOTHING, model, way=way), new_log()
+    program, log = lower(intervention or NOTHING, model, way=way), Log()
     # What came before the first site stays in the user's graph.
-    places.add(program, places.written, Moved(), way, detach=False)
+    program = places.add(program, places.written, Moved(), way, detach=False)
     inline(model, program, log, None)
     return Watching(job, places, log)
 

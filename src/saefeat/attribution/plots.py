@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SaefeatError
+from ..results.plot import new_figure
 from .columns import Columns
 from .show import heat
 from .totals import by_latent
@@ -17,17 +18,10 @@ if TYPE_CHECKING:
 
 
 def _axes(given: Axes | None, function: str, size: tuple[float, float]) -> Axes:
-    """The axes to draw on; a new figure's, outside pyplot's list of figures, by default."""
+    """The axes to draw on; a new figure's by default."""
     if given is not None:
         return given
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SaefeatError(
-            f"{function}: `matplotlib` is not installed, wanted matplotlib 3.9 or later. Likely"
-            " cause: it is an extra. Try: pip install 'saefeat[plots]'"
-        ) from error
-    return Figure(figsize=size, layout="constrained").add_subplot()
+    return new_figure(function, size).add_subplot()
 
 
 def _means(columns: Columns, function: str) -> tuple[Tensor, Tensor]:

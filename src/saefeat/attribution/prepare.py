@@ -120,14 +120,14 @@ def require_gradients(module: nn.Module) -> None:
 
 
 def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
-    """The metric of a run [b], refused where it is NaN or infinite: so would every score be.
+    """The metric of a run [b], float32 on the CPU; refused where it is NaN or infinite.
 
     Raises:
         GradientError: naming the first such prompt.
     """
     bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
     if not bad:
-        return values
+        return values.float().cpu()
     raise GradientError(
         f"Attribute: `metric` is {float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the"
         f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in the"
@@ -148,7 +148,7 @@ def require_scored(tokens: Tensor, function: str) -> None:
         return
     raise FiringError(
         f"{function}: `where` is a rule that selects no token in any of {len(tokens)} prompts,"
-        " wanted at least one token to score. Likely cause: ids or a role these prompts do not have,"
+        " wanted at least one token to score. Likely cause: ids or a role these prompts lack,"
         " or tokens the dictionary was not trained on. Try: where=Tokens.all(), or"
         " Texts.select(rule) to see what a rule selects"
     )
@@ -158,7 +158,7 @@ LARGE = 1 << 26
 """Logits of a metric that reads every token may be gigabytes: more than these are not copied."""
 
 
-def require_apart(watch: Watch, batch: Batch, here: Pass, base: Tensor | None) -> None:
+def require_apart(watch: Watch, batch: Batch, clean: Pass, base: Tensor | None) -> None:
     """Refuse a metric whose number for one prompt depends on another of its batch.
 
     Its shape is right, and a batch's gradient would still be no prompt's own. It is asked of the
@@ -170,12 +170,12 @@ def require_apart(watch: Watch, batch: Batch, here: Pass, base: Tensor | None) -
     count = len(batch.numbers)
     if count < 2 or int(batch.numbers[0]) or torch.is_inference_mode_enabled():
         return
-    if here.logits.numel() > LARGE:
+    if clean.logits.numel() > LARGE:
         return
     with torch.enable_grad():
-        read = {"logits": here.logits, "site": here.site}
+        read = {"logits": clean.logits, "site": clean.site}
         leaves = {n: x.detach().requires_grad_() for n, x in read.items() if x is not None}
-        values = watch.read(batch, here._replace(**leaves), here.last, base)
+        values = watch.read(batch, clean._replace(**leaves), clean.last, base)
         if values.shape != (count,) or not values.requires_grad:
             return  # refused where its gradient is taken; without one, it may do for Exact
         slopes = [

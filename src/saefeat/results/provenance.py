@@ -27,8 +27,8 @@ class Provenance:
             model's own generation configuration that are not transformers' defaults.
 
     Examples:
-        >>> found = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
-        >>> found.to_dict()["dtype"]
+        >>> origin = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
+        >>> origin.to_dict()["dtype"]
         'float32'
     """
 

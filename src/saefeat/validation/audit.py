@@ -146,13 +146,13 @@ def draw(population: int, k: int, budget: int, seed: int) -> tuple[Tensor, Tenso
     cuts = [round(tail * (2**h - 1) / max(1, 2**strata - 1)) for h in range(strata + 1)]
     sizes = [stop - start for start, stop in pairwise(cuts)]
     generator = torch.Generator().manual_seed(seed)
-    found, left = [torch.arange(k)], budget
+    ranks, left = [torch.arange(k)], budget
     counts = []
     for h, size in enumerate(sizes):  # what a small stratum cannot use goes to the later ones
         count = min(size, -(-left // (strata - h)))
         left -= count
         counts.append(count)
         picked = torch.randperm(size, generator=generator)[:count].sort().values
-        found.append(k + cuts[h] + picked)
+        ranks.append(k + cuts[h] + picked)
     stratum = torch.arange(strata + 1).repeat_interleave(torch.tensor([k, *counts]))
-    return torch.cat(found), stratum, torch.tensor([k, *sizes])
+    return torch.cat(ranks), stratum, torch.tensor([k, *sizes])

@@ -49,15 +49,15 @@ def effects(
     edits, edit = torch.unique(  # [edits, 2] (key, prompt), and the edit each move belongs to
         torch.stack([place[moves], scores.prompt[moves]], 1), dim=0, return_inverse=True
     )
-    found = torch.zeros(len(keys), len(experiment), dtype=torch.float64)
+    effect = torch.zeros(len(keys), len(experiment), dtype=torch.float64)
     starts = range(0, len(edits), experiment.batch_size)
     for start in tqdm(starts, disable=not progress, desc=experiment.function, unit="batch"):
         rows = edits[start : start + experiment.batch_size]
         here = (edit >= start) & (edit < start + len(rows))
         shifted = _shifted(scores, keys, rows, moves[here], edit[here] - start)
         values = experiment.under(shifted, rows[:, 1])
-        found[rows[:, 0], rows[:, 1]] = values.double() - clean[rows[:, 1]].double()
-    return found
+        effect[rows[:, 0], rows[:, 1]] = values.double() - clean[rows[:, 1]].double()
+    return effect
 
 
 def _shifted(scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edit: Tensor) -> Clamp:

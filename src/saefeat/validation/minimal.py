@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, SaefeatError
 from ..metrics.base import Metric
+from ..results.table import frame
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention
@@ -20,6 +21,9 @@ from .experiment import Experiment, Folder
 from .require import require_upstream_of
 
 Holds = float | Callable[[Tensor], Tensor]
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,14 +53,12 @@ class MinimalSet:
     without: Tensor
     clean: Tensor
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame, one row a drop, the start first (needs the pandas extra)."""
-        import pandas
-
         dropped = [next(iter(one)) for one in self.removed]
         sites, indices = [None, *(str(s) for s, _ in dropped)], [None, *(i for _, i in dropped)]
         columns = {"site": sites, "latent": indices, "metric": self.metric.mean(1).tolist()}
-        return pandas.DataFrame({**columns, "held": self.held.tolist()})
+        return frame({**columns, "held": self.held.tolist()}, "MinimalSet.to_pandas")
 
     def __repr__(self) -> str:
         means = self.metric.mean(1)

@@ -81,8 +81,8 @@ def by_prompt(scores: Attribution, number: Tensor, values: Tensor, count: int) -
     prompts = len(scores.tokens)
     kept = number >= 0
     flat = number[kept] * prompts + scores.prompt[kept]
-    found = torch.zeros(count * prompts, dtype=torch.float64)
-    return found.index_add_(0, flat, values[kept].double()).reshape(count, prompts)
+    table = torch.zeros(count * prompts, dtype=torch.float64)
+    return table.index_add_(0, flat, values[kept].double()).reshape(count, prompts)
 
 
 def selection(dictionaries: tuple[Dictionary, ...], keys: Tensor) -> Latents:
