@@ -23,6 +23,7 @@ import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
 from saefeat.kernel.program import new_log
 from saefeat.kernel.trace import whole_run
+from saefeat.remote import Server
 from saefeat.remote.batch import embedding
 from saefeat.remote.preflight import Capture, parks, tensors
 from saefeat.shipping.narrow import narrowed
@@ -128,7 +129,7 @@ def test_every_verb_runs_remotely(verb, where, model, server, boundary):
         model,
         RAGGED,
         intervention,
-        remote={"local": "local", "server": server.url, "boundary": boundary.url}[where],
+        on=Server({"local": "local", "server": server.url, "boundary": boundary.url}[where]),
         **options,
     )
     bare = sf.run(model, RAGGED, **options)
@@ -364,7 +365,9 @@ def test_async_by_hand(model, server):
 def test_a_submitted_run(model, server):
     intervention = VERBS["chain"]()
     options = {"max_new_tokens": NEW, "batch_size": 1}
-    job = sf.remote.submit(model, RAGGED, intervention, remote=server.url, limit=2, **options)
+    job = sf.remote.submit(
+        model, RAGGED, intervention, on=Server(server.url, requests=2), **options
+    )
     assert job.flying <= 2
     same_run(sf.run(model, RAGGED, intervention, **options), job.wait())
     assert job.statuses == ("COMPLETED",) * 3
@@ -372,14 +375,14 @@ def test_a_submitted_run(model, server):
 
 def test_a_job_can_be_awaited(model, server):
     async def wait():
-        return await sf.remote.submit(model, RAGGED, remote=server.url)
+        return await sf.remote.submit(model, RAGGED, on=Server(server.url))
 
     same_run(sf.run(model, RAGGED), asyncio.run(wait()))
 
 
 def test_values_by_prompt_follow_their_batch(model, server):
     intervention = VERBS["by prompt"]()
-    job = sf.remote.submit(model, RAGGED, intervention, remote=server.url, batch_size=2)
+    job = sf.remote.submit(model, RAGGED, intervention, on=Server(server.url), batch_size=2)
     same_run(sf.run(model, RAGGED, intervention, batch_size=2), job.wait())
 
 
@@ -399,7 +402,7 @@ def test_a_failed_job_is_named_and_sent_again(fault, said, model, server, faulty
     """One of two batches fails; the same call keeps the other and sends only that one again."""
     file, probe = tmp_path / "job.json", sf.Probe(jumprelu())
     call = lambda: sf.remote.submit(  # noqa: E731
-        model, RAGGED, probe, remote=server.url, batch_size=2, file=file
+        model, RAGGED, probe, on=Server(server.url), batch_size=2, file=file
     )
     faulty += [None, fault]
     with pytest.raises(sf.errors.RemoteError, match=said):
@@ -416,11 +419,12 @@ def test_a_vanished_job_counts_as_lost(model, server, faulty, tmp_path, monkeypa
     monkeypatch.setattr("saefeat.remote.jobs.MISSED", 3)
     file = tmp_path / "job.json"
     faulty += ["vanish"]
-    job = sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+    job = sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
     with pytest.raises(sf.errors.RemoteError, match="unknown to the server"):
         job.wait()
     same_run(
-        sf.run(model, RAGGED), sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+        sf.run(model, RAGGED),
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait(),
     )
 
 
@@ -429,20 +433,20 @@ def test_a_server_that_hangs_up_ends_a_blocking_run(model, server, faulty):
 
     faulty += ["vanish"]
     with pytest.raises(websocket.WebSocketException):
-        sf.run(model, RAGGED, remote=server.url)
-    same_run(sf.run(model, RAGGED), sf.run(model, RAGGED, remote=server.url))
+        sf.run(model, RAGGED, on=Server(server.url))
+    same_run(sf.run(model, RAGGED), sf.run(model, RAGGED, on=Server(server.url)))
 
 
 def test_a_failure_there_is_shown_as_nnsight_shows_it(model, server, faulty):
     faulty += ["fail"]
     with pytest.raises(RemoteError, match="CUDA out of memory"):
-        sf.run(model, RAGGED, remote=server.url)
+        sf.run(model, RAGGED, on=Server(server.url))
 
 
 def test_a_slow_job_outlives_a_wait(model, faulty, server):
     faulty += ["slow"]
     with server._order:  # no job begins meanwhile, so none is done however slow this machine is
-        job = sf.remote.submit(model, RAGGED, remote=server.url)
+        job = sf.remote.submit(model, RAGGED, on=Server(server.url))
         with pytest.raises(sf.errors.RemoteError, match="not done after"):
             job.wait(timeout=0.2)
     same_run(sf.run(model, RAGGED), job.wait())
@@ -451,7 +455,7 @@ def test_a_slow_job_outlives_a_wait(model, faulty, server):
 def test_a_server_that_is_gone_loses_nothing(model, tmp_path):
     file = tmp_path / "job.json"
     with loopback.serve(model, faults=["slow"], slow=30) as server:
-        job = sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+        job = sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
     with pytest.raises(sf.errors.RemoteError, match="poll again"):
         job.wait()
     assert job.statuses != ("ERROR",)
@@ -459,50 +463,49 @@ def test_a_server_that_is_gone_loses_nothing(model, tmp_path):
 
 def test_another_version_is_refused(model):
     with loopback.serve(model, version="0.9.0") as server:
-        report = sf.remote.preflight(model, RAGGED, remote=server.url)
+        report = sf.remote.preflight(model, RAGGED, on=Server(server.url))
         assert report.nnsight[1] == "0.9.0"
         with pytest.raises(RemoteError, match=r"this server runs 0\.9\.0"):
-            sf.run(model, RAGGED, remote=server.url)
+            sf.run(model, RAGGED, on=Server(server.url))
 
 
 def test_job_files_hold_no_key(model, server, tmp_path, monkeypatch):
     monkeypatch.setattr(CONFIG.API, "APIKEY", "secret-key")
-    sf.remote.submit(model, RAGGED, remote=server.url, file=tmp_path / "job.json").wait()
+    sf.remote.submit(model, RAGGED, on=Server(server.url), file=tmp_path / "job.json").wait()
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert not any(b"secret-key" in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_a_job_file_belongs_to_one_run(model, server, tmp_path):
     file = tmp_path / "job.json"
-    sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+    sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait()
     with pytest.raises(sf.errors.RemoteError, match="of another run"):
-        sf.remote.submit(model, RAGGED, VERBS["clamp"](), remote=server.url, file=file)
+        sf.remote.submit(model, RAGGED, VERBS["clamp"](), on=Server(server.url), file=file)
     file.write_text("{")
     with pytest.raises(sf.errors.RemoteError, match="not a job file"):
-        sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
 
 
 def test_a_damaged_result_is_named(model, server, tmp_path):
     file = tmp_path / "job.json"
-    sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+    sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait()
     part = next(tmp_path.glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:20])
     with pytest.raises(sf.errors.RemoteError, match="delete it"):
-        sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
     part.unlink()
     same_run(
-        sf.run(model, RAGGED), sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+        sf.run(model, RAGGED),
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait(),
     )
 
 
-def test_unknown_faults_and_counts_are_refused(model):
+def test_unknown_faults_are_refused(model):
     with (
         pytest.raises(sf.errors.RemoteError, match="vanish"),
         loopback.serve(model, faults=["explode"]),
     ):
         pass
-    with pytest.raises(sf.errors.PromptError, match="limit"):
-        sf.remote.submit(model, RAGGED, remote="http://127.0.0.1:9", limit=0)
 
 
 # ---------------------------------------------------------------- sweeps
@@ -513,7 +516,9 @@ def settings() -> dict[float, sf.Intervention]:
 
 
 def test_a_sweep_of_jobs_is_throttled(model, server):
-    found = sf.sweep(model, RAGGED, settings(), max_new_tokens=NEW, remote=server.url, limit=2)
+    found = sf.sweep(
+        model, RAGGED, settings(), max_new_tokens=NEW, on=Server(server.url, requests=2)
+    )
     for value, here in sf.sweep(model, RAGGED, settings(), max_new_tokens=NEW).items():
         same_run(here, found[value])
     assert server.most_at_once <= 2
@@ -521,7 +526,7 @@ def test_a_sweep_of_jobs_is_throttled(model, server):
 
 def test_a_sweep_loses_nothing(model, server, faulty, tmp_path):
     """One setting fails: the others arrive, and the same call asks for that one alone."""
-    call = {"remote": server.url, "folder": tmp_path, "limit": 1}
+    call = {"on": Server(server.url, requests=1), "folder": tmp_path}
     faulty += [None, "fail"]
     with pytest.raises(sf.errors.RemoteError, match=r"(?s)setting 2\.0.*CUDA out of memory"):
         sf.sweep(model, RAGGED, settings(), **call)
@@ -566,7 +571,7 @@ def test_no_cache_crosses(model, monkeypatch):
 def test_the_payload_is_what_is_sent(model, server):
     intervention = VERBS["chain"]()
     report = sf.remote.preflight(model, RAGGED, intervention, max_new_tokens=NEW)
-    sf.run(model, RAGGED, intervention, max_new_tokens=NEW, remote=server.url)
+    sf.run(model, RAGGED, intervention, max_new_tokens=NEW, on=Server(server.url))
     assert abs(report.payload - server.payloads[-1]) < 100  # compression of the same content
     assert report.parts["inputs"] == sum(t.nbytes for t in batch_of().values())
 
@@ -596,7 +601,7 @@ def test_expected_tokens_are_those_selected(model):
 
 def test_the_limit_names_the_largest_part(model, server):
     with pytest.raises(sf.errors.RemoteError, match="alone is"):
-        sf.run(model, RAGGED, sf.Ablate(direction()), remote=server.url, payload_limit=1000)
+        sf.run(model, RAGGED, sf.Ablate(direction()), on=Server(server.url, payload_limit=1000))
 
 
 def test_what_travels_by_reference_is_named(model, server):
@@ -609,7 +614,7 @@ def test_what_travels_by_reference_is_named(model, server):
     report = sf.remote.preflight(model, RAGGED, sf.Ablate(own))
     assert report.strangers == ("safetensors",)
     with pytest.raises(sf.errors.RemoteError, match="in need of safetensors"):
-        sf.run(model, RAGGED, sf.Ablate(own), remote=server.url)
+        sf.run(model, RAGGED, sf.Ablate(own), on=Server(server.url))
 
 
 def test_functions_of_ones_own_travel(model, server):
@@ -620,7 +625,7 @@ def test_functions_of_ones_own_travel(model, server):
     rule = sf.Tokens.where(lambda ids, position: position % 2 == 0)
     intervention = sf.Clamp(own, add=2.0, where=rule)
     here = sf.run(model, RAGGED, intervention)
-    same_run(here, sf.run(model, RAGGED, intervention, remote=server.url))
+    same_run(here, sf.run(model, RAGGED, intervention, on=Server(server.url)))
 
 
 def test_preflight_prints_a_table(model):
@@ -639,7 +644,7 @@ def test_a_model_without_weights(server, tmp_path):
         bare = nnsight.TransformersModel(
             str(tmp_path), tokenizer=full.tokenizer, task="text-generation"
         )
-        there = sf.run(bare, RAGGED, intervention, max_new_tokens=NEW, remote=own.url)
+        there = sf.run(bare, RAGGED, intervention, max_new_tokens=NEW, on=Server(own.url))
     assert next(bare._module.parameters()).device.type == "meta"
     same_run(sf.run(full, RAGGED, intervention, max_new_tokens=NEW), there)
 

@@ -14,6 +14,7 @@ from nnsight.schema.request import RequestModel
 import saefeat as sf
 from helpers import BOS, FAMILIES, RAGGED, VOCAB, D, batch_of, build, make_sae, unit, wrapped
 from saefeat.generation.decoding import decoding
+from saefeat.remote import Server
 from saefeat.remote.batch import remote_batch
 from saefeat.remote.preflight import Capture, captured, inspected, require_light
 from saefeat.verbs.lower import lower
@@ -198,7 +199,7 @@ def test_what_would_fail_there_is_found_here(case, model, skeleton):
 
 def test_run_refuses_it_before_anything_is_sent(model):
     with pytest.raises(sf.errors.RemoteError, match="fails on fake tensors"):
-        sf.run(model, RAGGED, BAD["scorer"][0](), remote="local")
+        sf.run(model, RAGGED, BAD["scorer"][0](), on=Server("local"))
 
 
 def by_value(x):
@@ -270,15 +271,17 @@ def leaves(data):
 @pytest.mark.parametrize("dtype", [torch.int8, "bfloat16"])
 def test_a_dtype_that_cuts_fractions_is_refused(dtype, model):
     with pytest.raises(sf.errors.RemoteError, match="a floating dtype"):
-        sf.remote.preflight(model, RAGGED, sf.Ablate(direction()), dtype=dtype)
+        sf.remote.preflight(model, RAGGED, sf.Ablate(direction()), on=Server("local", dtype=dtype))
 
 
 def test_a_dtype_that_overflows_is_refused(model):
     rows = torch.full((D, D), 1e6)
     large = sf.dictionaries.Function(torch.relu, rows, site="resid_post.1", width=D)
     with pytest.raises(sf.errors.RemoteError, match="small range"):
-        sf.remote.preflight(model, RAGGED, sf.Ablate(large), dtype=torch.float16)
-    sf.remote.preflight(model, RAGGED, sf.Ablate(large), dtype=torch.bfloat16)
+        sf.remote.preflight(
+            model, RAGGED, sf.Ablate(large), on=Server("local", dtype=torch.float16)
+        )
+    sf.remote.preflight(model, RAGGED, sf.Ablate(large), on=Server("local", dtype=torch.bfloat16))
 
 
 def test_what_only_runs_here_says_so(model):

@@ -7,6 +7,7 @@
 * ``preflight``, ``dry_run``, ``expected``: what a request weighs and does, before it is sent.
 """
 
+from ..shipping.server import Server
 from .jobs import Job
 from .preflight import Preflight, preflight
 from .submit import submit
@@ -14,6 +15,7 @@ from .submit import submit
 __all__ = [
     "Job",
     "Preflight",
+    "Server",
     "preflight",
     "submit",
 ]

@@ -26,7 +26,7 @@ from ..results.provenance import now, versions
 from ..text.prompts import encode_prompts
 from ..verbs.base import Chain, Intervention
 
-FORMAT, VERSION = "saefeat-job", 2
+FORMAT, VERSION = "saefeat-job", 3
 STATUSES = {"new", *(status.value for status in Status)}
 NAME = re.compile(r"[\w-]{1,200}")
 """What a job's id may be: it becomes part of an address."""

@@ -18,6 +18,7 @@ from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..errors import RemoteError
 from ..files.identity import model_key
+from ..shipping.server import NDIF, Server
 from ..verbs.base import Intervention
 from .jobfile import (
     Held,
@@ -48,7 +49,8 @@ class Job:
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
         >>> with loopback.serve(model) as server:
-        ...     job = sf.remote.submit(model, ["hello"], remote=server.url, max_new_tokens=2)
+        ...     there = sf.remote.Server(server.url)
+        ...     job = sf.remote.submit(model, ["hello"], max_new_tokens=2, on=there)
         ...     out = job.wait()
         >>> job.statuses, len(out.texts)
         (('COMPLETED',), 1)
@@ -71,7 +73,7 @@ class Job:
         file: str | Path,
         model: Any,
         *,
-        remote: bool | str | None = None,
+        on: Server | None = None,
         intervention: Intervention | None = None,
     ) -> Job:
         """A job from its file, in a new process too: to be polled, or sent again where it failed.
@@ -83,8 +85,8 @@ class Job:
         Args:
             file: what ``submit`` was given; the files beside it are needed too.
             model: the model the job was for; its weights need not be loaded.
-            remote: where the job is: True for the configured NDIF host, or a server's URL; None
-                takes the file's host, if it is the configured one.
+            on: where the job is; of the server its address counts alone, the rest is the file's.
+                None takes the file's host, if it is the configured one.
             intervention: the intervention, where the file could not hold it.
 
         Raises:
@@ -96,8 +98,9 @@ class Job:
             >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False
             >>> model = tiny.model("chat")
             >>> with loopback.serve(model) as server:
-            ...     job = sf.remote.submit(model, ["hello"], remote=server.url, file="hello.json")
-            ...     out = sf.remote.Job.load("hello.json", model, remote=server.url).wait()
+            ...     there = sf.remote.Server(server.url)
+            ...     job = sf.remote.submit(model, ["hello"], on=there, file="hello.json")
+            ...     out = sf.remote.Job.load("hello.json", model, on=there).wait()
             >>> out.receipt.passes
             1
         """
@@ -105,16 +108,16 @@ class Job:
         held = read_job(file)
         if held.about.get("model") != model_key(model):
             raise not_ours(file, f"of the model {held.about.get('model')!r:.200}")
-        where = _trusted(file, held) if remote is None else remote
+        where = _trusted(file, held) if on is None else on
         chosen = intervention or kept_intervention(file, held, model)
-        call = Call.read(held.about.get("call"))
-        post = Post.of(model, kept_prompts(file, held), chosen, call, where)
+        call = Call.read(held.about.get("call"), where.url)
+        post = Post.of(model, kept_prompts(file, held), chosen, call)
         same = intervention is None or post.fingerprint() == held.fingerprint
         if not same or len(post.batches) != len(held.parts):
             raise not_ours(file, "of another run")
         plan = post.plan(held.fingerprint)
         plan.about.update({n: v for n, v in held.about.items() if n not in ("host", "call")})
-        return cls(plan, file, call.limit, held.parts)
+        return cls(plan, file, call.on.requests, held.parts)
 
     @property
     def statuses(self) -> tuple[str, ...]:
@@ -247,7 +250,7 @@ class Job:
 
     def _said(self, got: str, cause: str, call: str) -> str:
         name = "job" if self._file is None else f"job {self._file}"
-        return f"{name}: `remote` is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
+        return f"{name}: a request is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
 
 
 MISSED = 20
@@ -256,20 +259,20 @@ POLL = "poll again: job.poll(), or Job.load(file, model) with the job's file"
 RESEND = "job.resubmit(), which sends again what failed and keeps what has arrived"
 
 
-def _trusted(file: Path, held: Held) -> bool:
-    """Whether a file's host is the configured one, to which the key belongs.
+def _trusted(file: Path, held: Held) -> Server:
+    """The configured host, to which the key belongs, if it is the file's.
 
     Raises:
         RemoteError: for another.
     """
     host = held.about.get("host")
     if host == CONFIG.API.HOST:
-        return True
+        return NDIF
     raise RemoteError(
-        f"Job.load: `remote` is not given, and {file} was sent to {host!r:.200}, wanted the"
+        f"Job.load: `on` is not given, and {file} was sent to {host!r:.200}, wanted the"
         f" configured host, {CONFIG.API.HOST}, or one that you name. Likely cause: a job on a"
         " server of your own, or a file from somebody else. Try: Job.load(file, model,"
-        f" remote={host!r:.200}), if you trust that server"
+        f" on=Server({host!r:.200})), if you trust that server"
     )
 
 

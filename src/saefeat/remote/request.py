@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import RemoteError
+from ..checks import whole
+from ..errors import PromptError, RemoteError, SaefeatError
 from ..files.identity import digest, model_key
 from ..generation.batch import require_passes
-from ..generation.decoding import Decoding, decoding, until_stop, whole_number
+from ..generation.decode import Decode, Greedy, Sample
+from ..generation.decoding import Decoding, decoding, until_stop
 from ..generation.result import join, piece, provenance
 from ..results.run import Run
-from ..shipping.payload import PAYLOAD_LIMIT
+from ..shipping.server import Server
 from ..text.prompts import split
 from ..verbs.base import Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower
@@ -25,45 +27,56 @@ from .validate import Piece, received
 
 
 class Call(NamedTuple):
-    """``submit``'s arguments that are plain: they stand in the job's file."""
+    """``submit``'s arguments but for the model, the prompts and the intervention."""
 
-    max_new_tokens: int = 0
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[int, ...] = ()
-    batch_size: int = 32
-    allow_unfired: bool = False
-    dtype: str | None = None
-    payload_limit: int = PAYLOAD_LIMIT
-    limit: int = 4
+    max_new_tokens: int
+    decode: Decode
+    batch_size: int
+    allow_unfired: bool
+    on: Server
 
-    def settings(self, model: Any, remote: bool | str) -> Decoding:
+    def settings(self, model: Any) -> Decoding:
         """How tokens are chosen, checked."""
-        for name in ("batch_size", "limit", "payload_limit"):
-            whole_number(name, getattr(self, name), 1)
+        whole("submit", "batch_size", self.batch_size, error=PromptError)
         with_stops(model)
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-        found = decoding(model, **{name: getattr(self, name) for name in names})
-        require_plain(model, found, remote)
-        return found
+        settings = decoding(model, self.max_new_tokens, self.decode)
+        require_plain(model, settings, self.on.remote)
+        return settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the job's file, which has no address: that stands beside it."""
+        dtype = None if self.on.dtype is None else str(self.on.dtype).removeprefix("torch.")
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "decode": {"kind": type(self.decode).__name__, **asdict(self.decode)},
+            "batch_size": self.batch_size,
+            "allow_unfired": self.allow_unfired,
+            "dtype": dtype,
+            "payload_limit": self.on.payload_limit,
+            "requests": self.on.requests,
+        }
 
     @classmethod
-    def read(cls, said: Any) -> Call:
-        """The arguments in a job's file.
+    def read(cls, said: Any, url: str | None) -> Call:
+        """The arguments in a job's file, for a server at this address.
 
         Raises:
             RemoteError: for others than ``submit`` has.
         """
-        if not isinstance(said, dict) or set(said) != set(cls._fields):
-            got = sorted(said) if isinstance(said, dict) else type(said).__name__
+        try:
+            decode, dtype = dict(said["decode"]), said["dtype"]
+            kind = {"Greedy": Greedy, "Sample": Sample}[decode.pop("kind")]
+            dtype = None if dtype is None else getattr(torch, dtype)
+            limits = {name: said[name] for name in ("payload_limit", "requests")}
+            names = ("max_new_tokens", "batch_size", "allow_unfired")
+            rest = {name: said[name] for name in names}
+            return cls(**rest, decode=kind(**decode), on=Server(url, dtype=dtype, **limits))
+        except (KeyError, TypeError, ValueError, AttributeError, SaefeatError) as error:
             raise RemoteError(
-                f"Job.load: `file` is one with arguments {got}, wanted those of submit:"
-                f" {', '.join(cls._fields)}. Likely cause: a file from another version of saefeat."
-                " Try: submit(...) again, with a new file"
-            )
-        return cls(**{**said, "stop": tuple(said["stop"])})
+                f"Job.load: `file` is one with arguments {said!r:.200}, wanted those of submit"
+                f" ({type(error).__name__}: {error}). Likely cause: a file from another version of"
+                " saefeat. Try: submit(...) again, with a new file"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -84,18 +97,18 @@ class Plan:
     finish: Callable[[list[dict[str, Any]]], Any]
 
 
-def require_server(remote: Any) -> None:
+def require_server(on: Any) -> None:
     """Refuse what is no server that a job could be left with.
 
     Raises:
-        RemoteError: for ``"local"``, False, or a host without its scheme.
+        RemoteError: for None, ``Server("local")``, or anything else.
     """
-    if remote is True or (isinstance(remote, str) and remote.startswith(("http://", "https://"))):
+    if isinstance(on, Server) and not on.is_local:
         return
     raise RemoteError(
-        f"submit: `remote` is {remote!r}, wanted True, or a server's URL with http:// or https://."
-        " Likely cause: a job is left with a server, which a run here is not. Try: run(model,"
-        ' prompts, intervention, remote="local"), which waits'
+        f'submit: `on` is {on!r}, wanted a Server() or Server("http://..."). Likely cause: a job'
+        " is left with a server, which a run here is not. Try: run(model, prompts, intervention,"
+        ' on=Server("local")), which waits'
     )
 
 
@@ -108,7 +121,6 @@ class Post(NamedTuple):
     batches: list[dict[str, Tensor]]
     call: Call
     settings: Decoding
-    remote: bool | str
 
     @classmethod
     def of(
@@ -117,30 +129,25 @@ class Post(NamedTuple):
         prompts: dict[str, Tensor],
         intervention: Intervention,
         call: Call,
-        remote: bool | str,
     ) -> Post:
         """Checked, but for the preflight."""
-        require_server(remote)
+        require_server(call.on)
         require_rows(intervention, len(prompts["input_ids"]))
-        settings = call.settings(model, remote)
+        settings = call.settings(model)
         prompts = {name: tensor.long() for name, tensor in prompts.items()}  # as a file has them
         batches = split(prompts, call.batch_size)
-        return cls(model, intervention, prompts, batches, call, settings, remote)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of the matrices that are sent."""
-        return None if self.call.dtype is None else getattr(torch, self.call.dtype)
+        return cls(model, intervention, prompts, batches, call, settings)
 
     def require_light(self) -> None:
         """Refuse what would fail there, or weighs too much."""
-        given = (self.model, self.batches, self.intervention, self.settings, self.dtype)
-        require_light(inspected(*given), self.call.payload_limit, "submit")
+        on = self.call.on
+        given = (self.model, self.batches, self.intervention, self.settings, on.dtype)
+        require_light(inspected(*given), on.payload_limit, "submit")
 
     def plan(self, fingerprint: str = "") -> Plan:
         """What a job needs."""
-        said = {"model": model_key(self.model), "call": self.call._asdict()}
-        said["host"] = backend_of(self.model, self.remote).host
+        said = {"model": model_key(self.model), "call": self.call.to_dict()}
+        said["host"] = backend_of(self.model, self.call.on.remote).host
         size = len(self.batches)
         return Plan(size, fingerprint, said, self.send, self.fetch, self.check, self.finish)
 
@@ -150,8 +157,9 @@ class Post(NamedTuple):
         Raises:
             CheckpointError: for a function that cannot be told from another.
         """
-        asked = self.call._replace(limit=1, payload_limit=1, allow_unfired=False)
-        return digest(self.prompts, self.intervention, asked._asdict(), model_key(self.model))
+        call = self.call
+        asked = [call.max_new_tokens, call.decode, call.batch_size, str(call.on.dtype)]
+        return digest(self.prompts, self.intervention, asked, model_key(self.model))
 
     def start(self, number: int) -> int:
         """The number of a batch's first prompt."""
@@ -163,13 +171,16 @@ class Post(NamedTuple):
         own = by_prompt(self.intervention)
         rows = slice(start, start + len(batch["input_ids"])) if own else slice(None)
         program = lower(self.intervention, self.model, rows)
-        how: dict[str, Any] = {"dtype": self.dtype, "remote": self.remote, "blocking": False}
-        _, backend = remote_batch(self.model, program, batch, self.settings.at(start), **how)
+        on = self.call.on
+        _, backend = remote_batch(
+            self.model, program, batch, self.settings.at(start),
+            dtype=on.dtype, remote=on.remote, blocking=False,
+        )  # fmt: skip
         return backend.job_id
 
     def fetch(self, job: str) -> tuple[dict[str, Any] | None, str | None]:
         """Poll once: what was saved there, if it has ended, and the status, if there is one."""
-        backend = backend_of(self.model, self.remote, job)
+        backend = backend_of(self.model, self.call.on.remote, job)
         found = backend.poll()
         saved = found.get("saved") if isinstance(found, dict) else found
         return saved, None if backend.status is None else backend.status.value

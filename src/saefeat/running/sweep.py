@@ -10,17 +10,16 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import LatentError
 from ..generation.batch import require_passes, run_batch
-from ..generation.decoding import Decoding, decoding, until_stop, whole_number
+from ..generation.decoding import Decoding, decoding, until_stop
 from ..generation.result import Piece, join, piece, provenance
 from ..model.route import route
 from ..results.run import Run
-from ..shipping.payload import PAYLOAD_LIMIT
+from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower, sites_of
@@ -39,11 +38,8 @@ def sweep(
     batch_size: int = 32,
     allow_unfired: bool = False,
     progress: bool = False,
-    remote: bool | str = False,
-    limit: int = 4,
+    on: Server | None = None,
     folder: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    payload_limit: int = PAYLOAD_LIMIT,
 ) -> dict[Key, Run]:
     """Run the same prompts under many interventions, several to a batch.
 
@@ -58,12 +54,10 @@ def sweep(
         batch_size: rows a batch; prompts x settings rows are run in all.
         allow_unfired: accept edits that selected no token at all.
         progress: show a progress bar.
-        remote: True or a server's URL makes a job of each setting (``submit``).
-        limit: how many requests may be queued or running at once. Only with ``remote``.
+        on: as in ``run``; each setting is a job (``submit``), and all together have at most the
+            server's ``requests`` in flight.
         folder: a folder for the jobs' files: the same call with it asks again only for what has
-            not arrived. Only with ``remote``.
-        dtype: as in ``run``. Only with ``remote``.
-        payload_limit: as in ``run``, for each request. Only with ``remote``.
+            not arrived. Only with ``on``.
 
     Returns:
         Name → ``Run``, in the order given.
@@ -83,12 +77,11 @@ def sweep(
         ([0.0, 2.0, 4.0], True)
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
-    _require_settings(chosen, limit)
-    if remote:
+    _require_settings(chosen)
+    if on is not None:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        options |= {"allow_unfired": allow_unfired, "remote": remote, "dtype": dtype}
-        options["payload_limit"] = payload_limit
-        return sweep_jobs(model, prompts, chosen, options, limit, folder, progress)
+        options |= {"allow_unfired": allow_unfired, "on": on}
+        return sweep_jobs(model, prompts, chosen, options, on.requests, folder, progress)
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     total = len(encoded["input_ids"])
     for one in chosen.values():
@@ -149,8 +142,7 @@ def _together(
     return list(zip(logs, ends, logits.split(rows), strict=True))
 
 
-def _require_settings(settings: Mapping[Any, Intervention], limit: int) -> None:
-    whole_number("limit", limit, 1)
+def _require_settings(settings: Mapping[Any, Intervention]) -> None:
     if settings:
         return
     raise LatentError(

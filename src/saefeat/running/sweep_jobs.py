@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,10 @@ def sweep_jobs(
             number, key = waiting.pop(0)
             file = None if folder is None else Path(folder) / f"{number:05d}.json"
             try:
-                active[key] = submit(model, prompts, settings[key], limit=1, file=file, **options)
+                one = replace(options["on"], requests=1)
+                active[key] = submit(
+                    model, prompts, settings[key], **{**options, "on": one}, file=file
+                )
             except Unreached as error:
                 if not _struck(key, error, failed, strikes):
                     waiting.append((number, key))
