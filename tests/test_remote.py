@@ -368,7 +368,7 @@ def test_a_submitted_run(model, server):
     job = sf.remote.submit(
         model, RAGGED, intervention, on=Server(server.url, requests=2), **options
     )
-    assert job.flying <= 2
+    assert job.in_flight <= 2
     same_run(sf.run(model, RAGGED, intervention, **options), job.wait())
     assert job.statuses == ("COMPLETED",) * 3
 

@@ -81,7 +81,7 @@ def test_a_pending_job_is_polled_from_its_file(model, server, faulty, tmp_path):
     sf.remote.submit(model, RAGGED, edits(), on=Server(server.url), file=file)
     sent = len(server.payloads)
     again = sf.remote.Job.load(file, model, on=Server(server.url))
-    assert again.flying == 1 and again.poll() is None
+    assert again.in_flight == 1 and again.poll() is None
     same_run(sf.run(model, RAGGED, edits()), again.wait())
     assert len(server.payloads) == sent
 
@@ -401,7 +401,7 @@ def test_a_sweep_outlives_a_server_that_is_busy(model, server, monkeypatch):
 
 
 def test_a_sweep_gives_up_on_a_server_that_is_gone(model, server, monkeypatch):
-    monkeypatch.setattr("saefeat.running.sweep_jobs.MISSED", 2)
+    monkeypatch.setattr("saefeat.remote.scheduler.STRIKES", 2)
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
     with pytest.raises(sf.errors.RemoteError, match="2 of 2 settings failed"):
         sf.sweep(model, RAGGED, settings, on=Server("http://127.0.0.1:9"))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files.identity import require_unedited
+from ..files.identity import model_key, require_unedited
 from ..generation.decode import Decode, Greedy
 from ..shipping.server import NDIF, Server
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Chain, Intervention
-from .jobfile import Part, keep_call, not_ours, read_job
+from .batch import backend_of
+from .call import Call
+from .jobfile import JobFile, Part, not_ours
 from .jobs import Job
-from .request import Call, Post
 
 
 def submit(
@@ -66,24 +67,30 @@ def submit(
     call = Call(max_new_tokens, decode or Greedy(), batch_size, allow_unfired, on)
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
-    post = Post.of(model, encoded, chosen, call)
-    post.require_light()
-    return _job(post, None if file is None else Path(file)).resubmit()
-
-
-def _job(post: Post, file: Path | None) -> Job:
-    """The job, as its file has it if there is one."""
+    encoded = {name: tensor.long() for name, tensor in encoded.items()}  # as a file has them
+    requests = call.requests(model, encoded, chosen)
+    requests.require_light()
     if file is None:
-        return Job(post.plan(), None, post.call.on.requests)
-    require_unedited(post.model)
-    plan = post.plan(post.fingerprint())
-    parts = [Part() for _ in post.batches]
-    if file.exists():
-        held = read_job(file)
-        if held.fingerprint != plan.fingerprint or len(held.parts) != len(parts):
-            raise not_ours(file, "of another run")
-        parts = held.parts
-        plan.about.update({n: v for n, v in held.about.items() if n not in plan.about})
-    else:
-        plan.about.update(keep_call(file, post.prompts, post.intervention, post.model))
-    return Job(plan, file, post.call.on.requests, parts)
+        return Job(requests).resubmit()
+    require_unedited(model)
+    fingerprint = call.fingerprint(model, encoded, chosen)
+    about = {"model": model_key(model), "call": call.to_dict()}
+    about["host"] = backend_of(model, on.remote).host
+    new = JobFile(Path(file), fingerprint, about, [Part() for _ in requests.batches])
+    if new.path.exists():
+        return Job.resumed(requests, _same_run(new)).resubmit()
+    new.keep_call(encoded, chosen, model)
+    return Job.resumed(requests, new).resubmit()
+
+
+def _same_run(new: JobFile) -> JobFile:
+    """The file that is there already, with this call's own address and limits.
+
+    Raises:
+        RemoteError: if it is of another run.
+    """
+    old = JobFile.read(new.path)
+    if old.fingerprint != new.fingerprint or len(old.parts) != len(new.parts):
+        raise not_ours(new.path, "of another run")
+    old.about |= new.about
+    return old

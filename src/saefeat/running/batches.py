@@ -4,162 +4,113 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..files.identity import digest, model_identity, remote_identity
-from ..generation.batch import require_passes, run_batch
-from ..generation.decoding import Decoding, until_stop
-from ..generation.result import Piece, pack, piece, provenance, unpack, without_events
-from ..remote.batch import remote_batch
-from ..remote.preflight import inspected, require_light
-from ..remote.validate import received
-from ..results.provenance import Provenance
+from ..generation.batch import run_batch
+from ..generation.result import Piece, pack, unpack
+from ..generation.task import Task
+from ..remote.jobs import Job
+from ..remote.request import Requests
 from ..shipping.server import Server
-from ..verbs.base import Intervention, by_prompt, require_rows
-from ..verbs.lower import lower
+
+Batch = dict[str, Tensor]
 
 
-class Job(NamedTuple):
-    """All that one call of ``run`` does with each of its batches.
+class Finished(NamedTuple):
+    """A run's finished batches, in a folder or nowhere."""
 
-    Attributes:
-        program: the intervention lowered, unless its values differ by prompt.
-        on: the server, or None for the model here.
-    """
-
-    model: Any
-    intervention: Intervention
-    program: Any
-    decoding: Decoding
+    task: Task
     checkpoint: Checkpoint
-    source: Provenance
-    allow_unfired: bool
-    on: Server | None
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        intervention: Intervention,
-        settings: Decoding,
-        batch_size: int,
-        allow_unfired: bool,
-        on: Server | None,
-    ) -> Job:
-        """The job, without a checkpoint yet; what does not fit the model is refused here."""
-        program = lower(intervention, model)
-        source = provenance(
-            model, intervention, {**settings.to_dict(model), "batch_size": batch_size}
-        )
-        return cls(
-            model,
-            intervention,
-            None if by_prompt(intervention) else program,
-            settings,
-            Checkpoint(None, {}, "run"),
-            source,
-            allow_unfired,
-            on,
-        )
-
-    def kept_in(self, folder: str | os.PathLike[str] | None) -> Job:
-        """The job with its finished batches in a folder; None keeps none."""
+    def of(cls, task: Task, on: Server | None, folder: str | os.PathLike[str] | None) -> Finished:
+        """The finished batches of this very call; None keeps none."""
         if folder is None:
-            return self
-        if self.on is None:
-            identity = model_identity(self.model)
+            return cls(task, Checkpoint(None, {}, "run"))
+        if on is None:
+            identity = model_identity(task.model)
         else:  # nobody here can hash the weights of a model elsewhere
-            identity = remote_identity(self.model, self.on.remote)
-            identity["sent as"] = str(self.on.dtype)
-        identity |= {"intervention": digest(self.intervention), **self.source.generation}
-        return self._replace(checkpoint=Checkpoint(folder, identity, "run"))
+            identity = remote_identity(task.model, on.remote) | {"sent as": str(on.dtype)}
+        identity |= {"intervention": digest(task.intervention), **task.provenance.generation}
+        return cls(task, Checkpoint(folder, identity, "run"))
 
-    def pieces(self, batches: Iterable[dict[str, Tensor]], progress: bool) -> Iterator[Piece]:
-        """Every batch's result, in order: from the checkpoint, or run and kept there."""
-        bar = tqdm(batches, disable=not progress, desc="run", unit="batch")
-        start = 0
-        with self.checkpoint as finished:
-            for number, batch in enumerate(bar):
-                prompts = digest(batch["input_ids"], batch["attention_mask"])
-                kept = finished.load(number)
-                if kept is None:
-                    result = self.one(batch, start)
-                    tensors, meta = pack(result)
-                    finished.save(number, tensors, {**meta, "identity": prompts})
-                else:
-                    _require_prompts(self, number, kept[1]["identity"], prompts)
-                    result = unpack(self.intervention, *kept, self.source)
-                start += len(batch["input_ids"])
-                yield result
+    def restored(self, number: int, batch: Batch) -> Piece | None:
+        """A batch's result, if it was finished earlier.
 
-    def one(self, batch: dict[str, Tensor], start: int) -> Piece:
-        """Run the batch whose first prompt is number ``start``."""
-        size, width = batch["input_ids"].shape
-        program, beams = self.program, self.decoding.beams
-        if program is None:  # values by prompt: the batch's rows of them, one for each beam
-            _require_enough(self.intervention, start + size)
-            number = torch.arange(start, start + size).repeat_interleave(beams)
-            rows = slice(start, start + size) if beams == 1 else number
-            program = lower(self.intervention, self.model, rows)
-        log, tokens, logits = self._executed(program, batch, start)
-        if self.intervention.parts() and not self.allow_unfired:
-            require_passes(log, max(1, tokens.shape[1] - width), "run")
-        new = until_stop(tokens[:, width:], self.decoding.stops)
-        result = piece(self.intervention, self.model, batch, (log, new, logits), self.source)
-        return result if beams == 1 else without_events(result)
-
-    def _executed(
-        self, program: Any, batch: dict[str, Tensor], start: int
-    ) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """A batch's log, token ids and logits, from here or from a server."""
-        settings = self.decoding.at(start)
-        if self.on is None:
-            return run_batch(self.model, program, batch, settings)
-        saved, _ = remote_batch(
-            self.model, program, batch, settings, dtype=self.on.dtype, remote=self.on.remote
+        Raises:
+            CheckpointError: if it was made of other prompts.
+        """
+        kept = self.checkpoint.load(number)
+        if kept is None:
+            return None
+        if kept[1]["identity"] == _identity(batch):
+            return unpack(self.task.intervention, *kept, self.task.provenance)
+        raise CheckpointError(
+            f"run: `checkpoint` is of another job: {self.checkpoint.folder} differs in prompts (of"
+            f" batch {number}), wanted the prompts of the finished batches unchanged. Likely cause:"
+            " the list was changed or put in another order since. Try: the same prompts again, or a"
+            " folder of its own for this job"
         )
-        return received(saved, self.intervention, batch, settings.new)
+
+    def keep(self, number: int, batch: Batch, piece: Piece) -> Piece:
+        """The result of a batch, now on disk."""
+        tensors, meta = pack(piece)
+        self.checkpoint.save(number, tensors, {**meta, "identity": _identity(batch)})
+        return piece
 
 
-def require_sendable(job: Job, batches: Sequence[dict[str, Tensor]]) -> None:
-    """Refuse, before any request is sent, those that would fail or weigh too much.
+def _identity(batch: Batch) -> str:
+    return digest(batch["input_ids"], batch["attention_mask"])
 
-    Raises:
-        RemoteError: see ``remote.preflight``.
+
+def pieces_here(finished: Finished, batches: Iterable[Batch], progress: bool) -> Iterator[Piece]:
+    """Every batch's result, in order: restored, or run in the model here."""
+    task, start = finished.task, 0
+    with finished.checkpoint:
+        bar = tqdm(batches, disable=not progress, desc="run", unit="batch")
+        for number, batch in enumerate(bar):
+            piece = finished.restored(number, batch)
+            if piece is None:
+                program = task.program(start, len(batch["input_ids"]))
+                outputs = run_batch(task.model, program, batch, task.decoding.at(start))
+                piece = finished.keep(number, batch, task.piece(batch, *outputs))
+            start += len(batch["input_ids"])
+            yield piece
+
+
+def pieces_on(
+    server: Server, finished: Finished, groups: Iterable[Sequence[Batch]], progress: bool
+) -> Iterator[Piece]:
+    """The same on a server: a job for each group of batches, waited for.
+
+    A batch that fails does not stop those in flight with it: they arrive, and are kept, before the
+    error is raised.
     """
-    if job.on is not None:
-        report = inspected(job.model, batches, job.intervention, job.decoding, job.on.dtype)
-        require_light(report, job.on.payload_limit)
-
-
-def sendable(job: Job, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The batches as they come, the first weighed and tried before it is sent."""
-    for number, batch in enumerate(batches):
-        if number == 0:
-            require_sendable(job, [batch])
-        yield batch
-
-
-def _require_enough(intervention: Intervention, prompts: int) -> None:
-    """A stream may go on longer than values that differ by prompt."""
-    sizes = [step.change.prompts() for step in intervention.parts() if step.change is not None]
-    if any(size is not None and size < prompts for size in sizes):
-        require_rows(intervention, prompts)
-
-
-def _require_prompts(job: Job, number: int, kept: str, wanted: str) -> None:
-    """Refuse a finished batch that was made of other prompts."""
-    if kept == wanted:
-        return
-    raise CheckpointError(
-        f"run: `checkpoint` is of another job: {job.checkpoint.folder} differs in prompts"
-        f" (of batch {number}), wanted the prompts of the finished batches unchanged. Likely cause:"
-        " the list was changed or put in another order since. Try: the same prompts again, or a"
-        " folder of its own for this job"
-    )
+    number = start = 0
+    with ExitStack() as stack:
+        stack.enter_context(finished.checkpoint)
+        bar = stack.enter_context(tqdm(disable=not progress, desc="run", unit="batch"))
+        for batches in groups:
+            pieces = {
+                index: piece
+                for index, batch in enumerate(batches)
+                if (piece := finished.restored(number + index, batch)) is not None
+            }
+            requests = Requests(finished.task, batches, server, start)
+            if number == 0:  # of a stream, the first batch stands for the others
+                requests.require_light()
+            bar.update(len(pieces))
+            for index in Job(requests, arrived=pieces).arrivals():
+                piece = requests.piece(index)
+                pieces[index] = finished.keep(number + index, batches[index], piece)
+                bar.update()
+            yield from (pieces[index] for index in range(len(batches)))
+            number += len(batches)
+            start += sum(len(batch["input_ids"]) for batch in batches)

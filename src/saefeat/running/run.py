@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal, overload
 
 from ..checks import whole
 from ..errors import PromptError
 from ..generation.decode import Decode
-from ..generation.decoding import decoding, require_beamable
-from ..generation.result import join, without_events
+from ..generation.decoding import decoding
+from ..generation.result import Piece, without_events
+from ..generation.task import Task
 from ..remote.batch import require_plain, with_stops
 from ..results.receipt import Receipt
 from ..results.run import Run
 from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, require_fired, require_rows
-from .batches import Job, require_sendable, sendable
+from .batches import Batch, Finished, pieces_here, pieces_on
 from .lazy import encoded_batches
 
 Folder = str | os.PathLike[str]
@@ -129,35 +131,39 @@ def run(
     settings = decoding(model, max_new_tokens, decode)
     whole("run", "batch_size", batch_size, error=PromptError)
     chosen = intervention if intervention is not None else Chain(())
-    require_beamable(chosen, settings)
+    task = Task("run", model, chosen, settings, batch_size, allow_unfired)
+    task.require_lowered()
     if on is not None:
         require_plain(model, settings, on.remote)
     tokenizer = getattr(model, "tokenizer", None)
     if stream:
-        job = Job.of(model, chosen, settings, batch_size, allow_unfired, on)
-        job = job.kept_in(checkpoint)
-        batches = encoded_batches(tokenizer, prompts, batch_size)
-        return _streamed(job, batches if on is None else sendable(job, batches), progress)
+        lazily = encoded_batches(tokenizer, prompts, batch_size)
+        finished = Finished.of(task, on, checkpoint)
+        return _streamed(task, _pieces(on, finished, ([batch] for batch in lazily), progress))
     encoded = encode_prompts(tokenizer, prompts)
     require_rows(chosen, len(encoded["input_ids"]))
-    batches = split(encoded, batch_size)
-    job = Job.of(model, chosen, settings, batch_size, allow_unfired, on)
-    require_sendable(job, batches)
-    result = join(list(job.kept_in(checkpoint).pieces(batches, progress)))
-    if not allow_unfired:
-        require_fired(result.receipt, "run")
-    return result
+    finished = Finished.of(task, on, checkpoint)
+    return task.join(list(_pieces(on, finished, [split(encoded, batch_size)], progress)))
 
 
-def _streamed(job: Job, batches: Iterator[Any], progress: bool) -> Iterator[Run]:
+def _pieces(
+    on: Server | None, finished: Finished, groups: Iterable[list[Batch]], progress: bool
+) -> Iterator[Piece]:
+    """Every batch's result, from where it is run."""
+    if on is None:
+        return pieces_here(finished, chain.from_iterable(groups), progress)
+    return pieces_on(on, finished, groups, progress)
+
+
+def _streamed(task: Task, pieces: Iterator[Piece]) -> Iterator[Run]:
     """A batch at a time; whether every edit acted is counted on the way."""
     total: Receipt | None = None
     rows = 0
-    for piece in job.pieces(batches, progress):
+    for piece in pieces:
         receipt = without_events(piece).run.receipt
         total = receipt if total is None else total + receipt
         rows += len(piece.run.prompts)
         yield piece.run
-    if total is not None and not job.allow_unfired:
+    if total is not None and not task.allow_unfired:
         require_fired(total, "run")
-    require_rows(job.intervention, rows)
+    require_rows(task.intervention, rows)

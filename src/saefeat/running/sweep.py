@@ -6,25 +6,29 @@ one: the model's own passes, which are most of the time, are shared.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import LatentError
+from ..errors import FiringError, LatentError, RemoteError
 from ..generation.batch import require_passes, run_batch
 from ..generation.decoding import Decoding, decoding, until_stop
 from ..generation.result import Piece, join, piece, provenance
 from ..model.route import route
+from ..remote.jobs import Job
+from ..remote.scheduler import Scheduler
+from ..remote.submit import submit
 from ..results.run import Run
 from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower, sites_of
 from ..verbs.placement import beside, taken_apart
-from .sweep_jobs import sweep_jobs
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -79,9 +83,11 @@ def sweep(
     chosen = {key: one or Chain(()) for key, one in settings.items()}
     _require_settings(chosen)
     if on is not None:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        options |= {"allow_unfired": allow_unfired, "on": on}
-        return sweep_jobs(model, prompts, chosen, options, on.requests, folder, progress)
+        submitted = partial(
+            submit, model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            allow_unfired=allow_unfired,
+        )  # fmt: skip
+        return _on_server(submitted, chosen, on, folder, progress)
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     total = len(encoded["input_ids"])
     for one in chosen.values():
@@ -148,4 +154,30 @@ def _require_settings(settings: Mapping[Any, Intervention]) -> None:
     raise LatentError(
         "sweep: `settings` is empty, wanted at least one intervention. Likely cause: a search space"
         ' without points. Try: sweep(model, prompts, {"ablate": Ablate(latents)})'
+    )
+
+
+def _on_server(
+    submitted: Callable[..., Job],
+    settings: Mapping[Key, Intervention],
+    on: Server,
+    folder: str | Path | None,
+    progress: bool,
+) -> dict[Key, Run]:
+    """A job for each setting, all under the server's limit on requests in flight."""
+    one, starts = replace(on, requests=1), {}
+    for number, (key, intervention) in enumerate(settings.items()):
+        file = None if folder is None else Path(folder) / f"{number:05d}.json"
+        starts[key] = partial(submitted, intervention, on=one, file=file)
+    jobs = Scheduler[Key](starts, on.requests)
+    for _ in tqdm(jobs.ended(), total=len(starts), disable=not progress, desc="sweep"):
+        pass
+    if not jobs.failed:
+        return {key: jobs.results[key] for key in settings}
+    key, error = next(iter(jobs.failed.items()))
+    unfired = all(isinstance(error, FiringError) for error in jobs.failed.values())
+    kept = f"The others lie in {folder}: the same call sends only these again." if folder else ""
+    raise (FiringError if unfired else RemoteError)(
+        f"sweep: {len(jobs.failed)} of {len(settings)} settings failed. The first, setting"
+        f" {key!r}: {error}. {kept}"
     )
