@@ -98,7 +98,7 @@ def test_an_edit_in_place_reaches_the_model(model, apart):
 
 def test_what_crosses_is_counted(model, apart):
     """Parks as preflight foresees them; bytes at least those of the values, there and back."""
-    intervention, batch = sf.Clamp(latents(), 3.0), batch_of()
+    intervention, batch = sf.Clamp(latents(), 3.0).bind(model), batch_of()
     with model.trace(batch, remote=apart.url):
         nnsight.save(intervention(model))
     crossed = apart.crossings[-1]
@@ -253,7 +253,7 @@ def test_a_block_that_dies_takes_nobody_along(model, apart):
             layer(model, 0).output  # noqa: B018
             os._exit(7)
     apart.faults.append("die")
-    with pytest.raises(RemoteError, match=r"block's process died \(exit code 9\)"):
+    with pytest.raises(sf.errors.RemoteError, match=r"block's process died \(exit code 9\)"):
         sf.run(model, RAGGED, on=Server(apart.url))
     there = sf.run(model, RAGGED, sf.Ablate(latents()), on=Server(apart.url))
     assert torch.allclose(
@@ -299,7 +299,7 @@ def test_an_input_beside_the_cache_is_refused_in_a_generation(name, model, apart
     here = sf.run(model, RAGGED, site(name))
     there = sf.run(model, RAGGED, site(name), on=Server(apart.url))
     assert torch.allclose(here.logits, there.logits, atol=1e-4)
-    with pytest.raises(RemoteError, match="copy of the key-value cache"):
+    with pytest.raises(sf.errors.RemoteError, match="copy of the key-value cache"):
         sf.run(model, RAGGED, site(name), max_new_tokens=NEW, on=Server(apart.url))
 
 
@@ -397,7 +397,7 @@ def test_blocks_apart_need_forks(model, monkeypatch):
 
 @pytest.mark.slow
 def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
-    with loopback.serve(tmp_path) as server, pytest.raises(RemoteError, match="exit code 1"):
+    with loopback.serve(tmp_path) as server, pytest.raises(sf.errors.RemoteError, match="exit code 1"):
         sf.run(model, RAGGED, on=Server(server.url))
 
 

@@ -455,7 +455,7 @@ def test_a_sample_is_right_or_refused_where_values_are_copied(model):
     with loopback.serve(model, copies=True) as boundary:
         try:
             there = sf.run(model, RAGGED, edits(), on=Server(boundary.url), **SAMPLE)
-        except Refused as error:
+        except sf.errors.RemoteError as error:
             assert "process of their own" in str(error)
         else:
             same_run(here, there)
@@ -479,7 +479,7 @@ def test_stop_tokens_end_a_completion_there(model, server):
 def test_a_checkpoint_keeps_batches_from_a_server(model, server, faulty, tmp_path):
     options = {"max_new_tokens": 2, "batch_size": 2, "on": Server(server.url)}
     faulty += [None, "fail"]
-    with pytest.raises(Refused):
+    with pytest.raises(sf.errors.RemoteError, match="CUDA out of memory"):
         sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", **options)
     sent = len(server.payloads)
     there = sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", **options)
@@ -528,6 +528,7 @@ def executed(model, raw: bytes, monkeypatch) -> tuple[list[str], dict]:
 def generated(way, model, edit, **how):
     """An intervention in a generation of the user's own: in its block, or carried by a copy."""
     own, inline = sf.edit(model, edit) if way == "edited" else model, way == "inline"
+    edit = edit.bind(model)
     with own.generate(max_new_tokens=NEW, do_sample=False, **how) as tracer:
         with tracer.invoke(batch_of()):
             log = nnsight.save(edit(own) if inline else {})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import linecache
+import pickle
 
+import cloudpickle
 import nnsight
 import pytest
 import torch
 from nnsight.intervention import serialization
-from nnsight.schema.request import RequestModel
 
 import saefeat as sf
 from helpers import BOS, FAMILIES, RAGGED, VOCAB, D, batch_of, build, make_sae, unit, wrapped
@@ -48,9 +48,9 @@ def generic(function, latents: int = 2) -> sf.dictionaries.Function:
 
 
 def request_of(model, intervention, **how) -> bytes:
-    backend = Capture()
+    backend, bound = Capture(), intervention.bind(model)
     with model.generate(batch_of(), max_new_tokens=2, backend=backend, **how):
-        nnsight.save(intervention(model))
+        nnsight.save(bound(model))
     return backend.raw
 
 
@@ -334,24 +334,13 @@ def test_guesses_and_followed_beams_are_refused_in_a_block(model):
     assert request_of(model, sf.Ablate(jumprelu()), num_beams=2)
 
 
-def test_a_session_over_two_models_is_refused(model):
-    """Whose program an intervention becomes must not be a guess."""
-    other, probe, backend = wrapped(build("llama")), sf.Probe(jumprelu()), Capture()
-    with pytest.raises(sf.errors.RemoteError, match="one of 2 in the request"):  # noqa: SIM117
-        with model.session(backend=backend):
-            with model.trace("w1"):
-                nnsight.save(probe(model))
-            with other.trace("w1"):
-                nnsight.save(probe(other))
-
-
-def test_nnsight_builds_requests_where_we_look(model):
-    """What ``requests`` reads off nnsight's stack; another nnsight must fail here first."""
-    names = RequestModel.serialize.__code__.co_varnames
-    assert {"tracer", "interventions"} <= set(names)
-    assert inspect.isfunction(serialization.dump)
-    with pytest.raises(sf.errors.RemoteError, match=r"as nnsight 0\.8\.1 builds it"):
-        serialization.dumps(sf.Ablate(jumprelu()))
+def test_only_nnsights_pickler_treats_our_objects_so():
+    """The dispatch table that ``requests`` fills; another nnsight must fail here first."""
+    for subject in (sf.Ablate(jumprelu()), jumprelu(), jumprelu().parts[0][0]):
+        with pytest.raises(sf.errors.RemoteError, match=r"bind\(model\)"):
+            serialization.dumps(subject)
+        cloudpickle.dumps(subject)
+        assert repr(pickle.loads(pickle.dumps(subject))) == repr(subject)
 
 
 def test_requests_have_the_checkpoints_settings_spelled_out(model):

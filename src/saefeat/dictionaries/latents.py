@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LatentError
-from ..model.requests import stay_here
+from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
 
 
@@ -98,10 +98,6 @@ class Latents:
         more = f", and {len(self.parts) - 6} more sites" if len(self.parts) > 6 else ""
         return f"Latents({len(self)}: {', '.join(shown)}{more})" if shown else "Latents(0)"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        stay_here(self, "latents")
-        return super().__reduce_ex__(protocol)
-
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites selected from, in order, once each."""
@@ -152,6 +148,9 @@ class Latents:
     @classmethod
     def _from(cls, table: dict[Basis, dict[int, None]]) -> Latents:
         return cls(tuple((basis, tuple(indices)) for basis, indices in table.items() if indices))
+
+
+in_requests(Latents, stay_here)
 
 
 def as_latents(subject: object, where: str) -> Latents:
