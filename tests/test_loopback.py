@@ -397,7 +397,10 @@ def test_blocks_apart_need_forks(model, monkeypatch):
 
 @pytest.mark.slow
 def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
-    with loopback.serve(tmp_path) as server, pytest.raises(sf.errors.RemoteError, match="exit code 1"):
+    with (
+        loopback.serve(tmp_path) as server,
+        pytest.raises(sf.errors.RemoteError, match="exit code 1"),
+    ):
         sf.run(model, RAGGED, on=Server(server.url))
 
 

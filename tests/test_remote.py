@@ -22,7 +22,7 @@ from transformers import Gemma2Config
 import loopback
 import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
-from saefeat.kernel.program import new_log
+from saefeat.kernel.log import Log
 from saefeat.kernel.trace import whole_run
 from saefeat.remote import Server
 from saefeat.remote.batch import embedding
@@ -190,6 +190,26 @@ def by_hand(model, batch, intervention, **how):
     return None, logits
 
 
+SEARCH = {"max_new_tokens": 5, "do_sample": False, "num_beams": 4}
+
+
+def beams(model, batch, intervention, **how):
+    bound = intervention.bind(model)
+    with model.generate(**SEARCH, **how) as tracer:
+        with tracer.invoke(batch):
+            nnsight.save(bound(model))
+        with tracer.invoke():
+            tokens = nnsight.save(tracer.result)
+    return tokens
+
+
+def beams_edited(model, batch, intervention, **how):
+    copy = sf.edit(model, intervention)
+    with copy.generate(batch, **SEARCH, **how) as tracer:
+        tokens = nnsight.save(tracer.result)
+    return tokens
+
+
 WAYS = [trace, generate, session, edited, edited_generation, by_hand]
 OFTEN = ["clamp", "held"]
 RARELY = [pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS if verb not in OFTEN]
@@ -246,6 +266,20 @@ def test_a_held_condition_is_refused_pass_by_pass_there_too(model, server):
             with tracer.invoke(batch):
                 for step in tracer.iter[:2]:
                     held(model, step=step)
+
+
+@pytest.mark.parametrize("way", [beams, beams_edited], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("verb", ["held", "clamp"])
+def test_beams_are_followed_or_refused(way, verb, model, server, boundary):
+    """Where a block runs apart from the model, only copies of the cache tell of beams."""
+    intervention, batch = VERBS[verb](), batch_of()
+    here = way(model, batch, intervention)
+    assert torch.equal(here, way(model, batch, intervention, remote=server.url))
+    if verb == "clamp":
+        assert torch.equal(here, way(model, batch, intervention, remote=boundary.url))
+    else:
+        with pytest.raises(RemoteError, match="changed places"):
+            way(model, batch, intervention, remote=boundary.url)
 
 
 # ---------------------------------------------------------------- what travels
@@ -335,7 +369,8 @@ def test_results_are_small(model, server):
     probe = sf.Probe(jumprelu(), where=sf.Tokens.last(1)) | sf.Clamp(jumprelu(2), 3.0)
     log, _ = generate(model, batch_of(), probe, remote=server.url)
     assert log["readings"][0].shape == (3, 3)
-    assert list(log["view"]) == ["position"] and log["directions"] == {}
+    assert list(log["view"]) == ["position"]
+    assert set(log) == {"passes", "readings", "masks", "fired", "events", "view"}
     changed = log["fired"][1][:, 1].tolist()
     assert [len(seen["changes"]["row"]) for seen in log["events"][1]] == changed
     assert all(tensor.ndim == 1 for seen in log["events"][1] for tensor in seen["changes"].values())
@@ -583,12 +618,12 @@ def test_no_cache_crosses(model, monkeypatch):
 
     monkeypatch.setattr(Mediator, "value", staticmethod(noted))
     intervention = sf.Clamp(jumprelu(), 3.0, where=~sf.Tokens.special()) | sf.Probe(jumprelu(2))
-    program = {**lower(intervention, model), "embedding": embedding(model)}
+    program = lower(intervention, model).replace(embedding=embedding(model))
     logs = []
-    for own in (program, {**program, "embedding": None}):
+    for own in (program, program.replace(embedding=None)):
         with model.generate(max_new_tokens=NEW, do_sample=False) as tracer:
             with tracer.invoke(batch_of()):
-                log = nnsight.save(new_log())
+                log = nnsight.save(Log())
                 whole_run(model, own, log)
             with tracer.invoke():
                 nnsight.save(tracer.result)

@@ -552,6 +552,15 @@ def test_no_cache_crosses_in_a_users_own_block(way, model, monkeypatch):
         assert mine.rows[0].tokens == theirs.rows[0].tokens > 13
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_guessed_tokens_are_refused_there(hold, model, monkeypatch):
+    when = sf.When(sf.Direction(unit(), site="resid_post.0"), above=0.2, hold=hold)
+    edit, backend = sf.Clamp(jumprelu(), 3.0, when=when), Capture()
+    generated("inline", model, edit, backend=backend, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="guess"):
+        executed(model, backend.raw, monkeypatch)
+
+
 def test_a_prompt_fed_in_chunks_is_refused_there(model, monkeypatch):
     """Several tokens behind the first pass may be guesses that are taken back."""
     edit, backend = sf.Clamp(jumprelu(), 3.0), Capture()

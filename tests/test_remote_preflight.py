@@ -325,15 +325,6 @@ def test_strangers_are_refused_in_a_block(model):
         request_of(model, sf.Ablate(generic(with_stranger)))
 
 
-def test_guesses_and_followed_beams_are_refused_in_a_block(model):
-    with pytest.raises(sf.errors.RemoteError, match="prompt_lookup_num_tokens"):
-        request_of(model, sf.Ablate(jumprelu()), prompt_lookup_num_tokens=2)
-    held = sf.Clamp(jumprelu(2), 5.0, when=sf.When(direction(0), above=0.2, hold=True))
-    with pytest.raises(sf.errors.RemoteError, match="held condition or role"):
-        request_of(model, held, num_beams=2)
-    assert request_of(model, sf.Ablate(jumprelu()), num_beams=2)
-
-
 def test_only_nnsights_pickler_treats_our_objects_so():
     """The dispatch table that ``requests`` fills; another nnsight must fail here first."""
     for subject in (sf.Ablate(jumprelu()), jumprelu(), jumprelu().parts[0][0]):
@@ -345,7 +336,9 @@ def test_only_nnsights_pickler_treats_our_objects_so():
 
 def test_requests_have_the_checkpoints_settings_spelled_out(model):
     """A checkpoint whose own settings search beams would else do so there, and not here."""
-    raw = captured(model, {"visits": [], "ends": {}}, batch_of([[BOS, 5]]), decoding(model))
+    raw = captured(
+        model, lower(sf.verbs.base.Chain(()), model), batch_of([[BOS, 5]]), decoding(model)
+    )
     for name in (b"num_beams", b"do_sample", b"eos_token_id"):
         assert name in raw
     assert VOCAB in decoding(model).stops

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError, SaefeatError
+from ..kernel.view import Memory, View, window
 from ..model.sites import Site
 
 
@@ -77,7 +78,7 @@ class Seen(NamedTuple):
         logits: [b, n, vocabulary], the last n columns; n = 1 unless the metric reads more.
         top: [b] long, the baseline run's most likely next token; None without such a run.
         numbers: [b] long, which prompt of the data set each row is.
-        view: the pass's positions, ids and mask (``kernel.tokens.window``).
+        view: the pass's positions, ids and mask (``kernel.view``).
         clean: [b, vocabulary], the last logits of the clean run, without graph.
         base: [b, vocabulary], those of the baseline run.
         value: [b, t, d] at the metric's own site.
@@ -86,7 +87,7 @@ class Seen(NamedTuple):
     logits: Tensor
     top: Any
     numbers: Tensor
-    view: dict[str, Any]
+    view: View
     clean: Tensor | None = None
     base: Tensor | None = None
     value: Tensor | None = None
@@ -152,7 +153,8 @@ class Metric:
 
         def scorer(logits: Tensor, top: Tensor) -> Tensor:
             require_prompts("metric", self, len(logits))
-            return read(Seen(logits.unsqueeze(1), top, torch.arange(len(logits)), {}))
+            view = window(None, None, (len(logits), 1), 0, Memory(), None)
+            return read(Seen(logits.unsqueeze(1), top, torch.arange(len(logits)), view))
 
         return scorer
 
@@ -173,7 +175,7 @@ class Metric:
 def real(seen: Seen) -> Tensor:
     """[b, t] bool: real tokens, on the device of what the metric reads."""
     read = seen.logits if seen.value is None else seen.value
-    return seen.view["real"].to(read.device)
+    return seen.view.real.to(read.device)
 
 
 def require_prompts(where: str, metric: Metric, prompts: int) -> None:

@@ -16,7 +16,7 @@ import nnsight
 from nnsight.intervention.serialization import dumps
 
 from ..kernel.pack import applied
-from ..kernel.tokens import looks_back
+from ..kernel.program import Program
 from ..kernel.trace import whole_run
 from ..model.modules import torch_module
 from ..model.requests import in_requests
@@ -35,7 +35,7 @@ def register() -> None:
 class Carried:
     """What an edited copy of a model applies to every pass of every run."""
 
-    program: Any
+    program: Program
     model: Any
 
     def __call__(self, copy: Any) -> None:
@@ -51,21 +51,21 @@ def _carried(edit: Carried) -> Any:
 in_requests(Carried, _carried)
 
 
-def as_shipped(program: Any, model: Any) -> Any:
+def as_shipped(program: Program, model: Any) -> Any:
     """The program as a function of the model that runs without this package."""
     register()
     return partial(applied, shipped(program, model))
 
 
-def shipped(program: dict[str, Any], model: Any) -> dict[str, Any]:
+def shipped(program: Program, model: Any) -> Program:
     """The program as it goes into a request of the user's own.
 
     Raises:
         RemoteError: for what no server can run.
     """
     program = narrowed(program)
-    if not looks_back(program):  # what does must follow beams, which only the cache tells of
-        program["embedding"] = embedding(model)
+    if not program.remembers:  # what does must follow beams, which only the cache tells of
+        program = program.replace(embedding=embedding(model))
     require_known_functions("intervention(model)", program, model)
     parts = parts_of(program)
     if sum(parts.values()) > PAYLOAD_LIMIT:
@@ -79,13 +79,13 @@ def shipped(program: dict[str, Any], model: Any) -> dict[str, Any]:
     return program
 
 
-def require_known_functions(where: str, program: dict[str, Any], model: Any) -> None:
+def require_known_functions(where: str, program: Program, model: Any) -> None:
     """Refuse functions of a program that use what a server does not have; nothing else can.
 
     Raises:
         RemoteError: naming the modules.
     """
-    if any(callable(leaf) for leaf in leaves(program["visits"])):
+    if any(callable(leaf) for leaf in leaves(program.visits)):
         require_known(where, strangers(model, dumps(program)))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
+from ..kernel.values import Scheduled
 from .base import Value, numbers
 
 
@@ -60,11 +61,11 @@ class Schedule(Value):
                     " same for all latents"
                 )
 
-    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> Scheduled:
         values, told = self.values, self.values[0] if self.prompt is None else self.prompt
         values = values[:, span] if values.ndim == 2 else values[:, None]
         told = told[span] if told.ndim == 1 else told[None]
-        return {"kind": "schedule", "values": values.clone(), "prompt": told.clone()}
+        return Scheduled(values=values.clone(), prompt=told.clone())
 
     def __repr__(self) -> str:
         told = "" if self.prompt is None else f", prompt={self.prompt.tolist()!r}"
