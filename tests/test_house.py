@@ -61,8 +61,8 @@ KERNEL = "saefeat.kernel"
 KERNEL_MAY_IMPORT = {"torch", "nnsight", *sys.stdlib_module_names}
 KERNEL_MAY_NAME_IN_TYPES = {"jaxtyping"}
 
-PUBLIC = ("attribution", "controls", "dictionaries", "errors", "hub", "metrics")
-PUBLIC += ("remote", "results", "validation", "values")
+PUBLIC = ("attribution", "controls", "dictionaries", "errors", "generation", "hub")
+PUBLIC += ("metrics", "remote", "results", "validation", "values")
 """The public submodules: each has an ``__all__``, and a page of the API."""
 MOST_NAMES = 25
 

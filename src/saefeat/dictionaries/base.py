@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import DictionaryError, SiteError
 from ..hashing import digest
 from ..kernel.encode import encode
-from ..model.requests import stay_here
+from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
 from .latents import Latents, index_tensor
 
@@ -55,6 +55,10 @@ class Dictionary(ABC):
     declared: Any = None
     prefix: bool = False
     joint: bool = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        in_requests(cls, stay_here)
 
     @abstractmethod
     def columns(self, indices: Tensor) -> dict[str, Any]:
@@ -115,10 +119,6 @@ class Dictionary(ABC):
         """Indices as a tensor, refused as ``latents`` refuses them."""
         parts = self.latents(indices).parts
         return index_tensor(parts[0][1] if parts else ())
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        stay_here(self, "dictionary")
-        return super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import one_of
 from ..errors import LatentError
 from ..hashing import digest
-from ..model.requests import stay_here
+from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
 
 
@@ -114,10 +114,6 @@ class Latents:
         written = "" if self.written == "frozen" else f".{self.written}()"
         return f"Latents({len(self)}{listed}){written}"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        stay_here(self, "latents")
-        return super().__reduce_ex__(protocol)
-
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites selected from, in order, once each."""
@@ -205,6 +201,9 @@ class Latents:
             " the same way. Likely cause: one verb writes all its latents in one way. Try:"
             " Ablate(a.span()) | Ablate(b), two edits"
         )
+
+
+in_requests(Latents, stay_here)
 
 
 Table = dict[Basis, dict[int, None]]
