@@ -7,8 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.latents import Dictionary, Latents, as_latents
 
 
 def random_directions(latents: Latents, *, seed: int) -> Latents:

@@ -22,8 +22,9 @@ from ..errors import DictionaryError
 from ..hashing import digest
 from ..kernel.encode import decode, encode
 from ..model.sites import Site
-from .base import Dictionary, cast, require_shape
-from .latents import index_tensor
+from .base import require_shape
+from .indices import index_tensor
+from .latents import Dictionary, cast
 from .weights import Weights
 
 ACTIVATIONS = {

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import FileError, SaefeatError
 from ..files.container import brief, broken, only, refuse
 from ..model.sites import Site

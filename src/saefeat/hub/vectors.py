@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Dictionary
 from ..errors import LatentError
 from ..files.container import refuse, write
 from ..model.sites import Site

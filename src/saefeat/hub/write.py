@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import WHOLE, Excerpt, shapes
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import FileError
 from ..files.container import MAX_DEPTH, depth, refuse
 from ..text.tokens import Tokens

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary, cast
-from ..dictionaries.latents import Latents, as_latents, index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Dictionary, Latents, as_latents, cast
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select

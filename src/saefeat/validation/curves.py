@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import SaefeatError
 from .ranking import selection
 from .stats import Estimate, quantiles, resample

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import ErrorTerm
 from ..errors import LatentError
 from ..model.sites import Site

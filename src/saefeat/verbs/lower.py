@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, ModelError, SiteError
 from ..kernel.encode import scored
 from ..model.modules import check_ready, torch_module
