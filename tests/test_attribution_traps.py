@@ -12,7 +12,10 @@ import torch
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, unit, wrapped
 from saefeat.files.identity import digest
-from saefeat.kernel.program import keep, new_log
+from saefeat.kernel.frozen import Placed
+from saefeat.kernel.log import Log, State
+from saefeat.kernel.view import Memory, window
+from saefeat.kernel.watch import Keep
 
 F64 = torch.float64
 METRIC = sf.logit_diff([5, 9], 7)
@@ -32,15 +35,8 @@ def test_a_site_moved_to_a_target_is_at_the_target(dtype, gradient):
     """9984 + (3.7 − 9984) is 0 in bfloat16: massive activations made the zero baseline wrong."""
     x = torch.tensor([[[9984.0, 1.0, -3e4]]], dtype=dtype, requires_grad=True)
     target = torch.tensor([[[3.7, 2.0, 1e-3]]], dtype=dtype)
-    action = {
-        "plus": None,
-        "target": target,
-        "share": None,
-        "first": False,
-        "through": None,
-        "copy": False,
-    }
-    out = keep({**action, "gradient": gradient, "id": 0}, x, {}, new_log())
+    state = State(window(None, None, (1, 1), 0, Memory(), None), Log(), Placed())
+    out = Keep(number=0, target=target, copy=False, gradient=gradient).apply(x, state)
     assert torch.equal(out, target) and out is not target
     if gradient:  # and gradients pass as if a constant had been added
         (slope,) = torch.autograd.grad(out.sum(), x)

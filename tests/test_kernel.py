@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 
 import saefeat as sf
 from helpers import ARCHITECTURES, D_SAE, D, build, make_sae, tensors_for, unit
-from saefeat.kernel.edit import changed, moved
+from saefeat.kernel.edit import Change, moved
 from saefeat.kernel.encode import encode
-from saefeat.kernel.program import fired, lift, new_log, visit
-from saefeat.kernel.tokens import select, window
+from saefeat.kernel.events import counted
+from saefeat.kernel.frozen import Placed
+from saefeat.kernel.log import Log, State
+from saefeat.kernel.program import visit
+from saefeat.kernel.read import Norm, lift
+from saefeat.kernel.tokens import select
+from saefeat.kernel.view import Memory, window
 from saefeat.verbs.lower import lower
 
 F64 = torch.float64
@@ -137,15 +142,11 @@ CHANGES = {
 }
 
 
-def change(**given):
-    return {"scale": 1.0, "shift": 0.0, "low": None, "high": None, "active_only": False} | given
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_is_its_formula(name):
     given, wanted = CHANGES[name]
     f = torch.randn(2, 5, 4, dtype=F64).relu()
-    assert torch.equal(changed(change(**given), f), wanted(f))
+    assert torch.equal(Change(**given).new(f), wanted(f))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -161,7 +162,7 @@ def test_the_site_moves_by_exactly_the_delta(name, architecture, norm):
     f, scale = encode(columns, x)
     mask = torch.rand(2, 5, 1) > 0.4
     assert mask.any() and not mask.all()
-    out = moved(x, changed(change(**given), f) - f, columns["directions"], scale, mask)
+    out = moved(x, Change(**given).new(f) - f, columns["directions"], scale, mask)
 
     by_hand = torch.zeros_like(x)
     for row in range(2):
@@ -211,29 +212,29 @@ def test_unselected_positions_survive_a_delta_that_is_not_a_number():
 def test_fired_counts_only_what_was_selected():
     step = torch.tensor([[[0.0, 2.0], [0.0, 0.0]], [[-5.0, 1.0], [9.0, 9.0]]])
     mask = torch.tensor([[[True], [True]], [[True], [False]]])
-    assert fired(step, mask).tolist() == [3.0, 3.0, 5.0]
+    assert counted(step, mask).tolist() == [3.0, 3.0, 5.0]
 
 
 def test_lift_is_the_norm_without_its_weight():
     x = torch.randn(2, 5, D, dtype=F64) + 2
-    rms = lift(x, {"transform": "rms", "eps": 1e-3})
+    rms = lift(x, Norm(kind="rms", eps=1e-3))
     torch.testing.assert_close(rms, x / (x.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt())
-    layer = lift(x, {"transform": "layer", "eps": 1e-3})
+    layer = lift(x, Norm(kind="layer", eps=1e-3))
     wanted = torch.nn.functional.layer_norm(x, (D,), eps=1e-3)
     torch.testing.assert_close(layer, wanted)
-    assert torch.equal(lift(x, {"transform": None, "eps": 0.0}), x)
+    assert torch.equal(lift(x, Norm()), x)
 
 
 def test_a_visit_without_a_write_returns_the_same_object():
     program = lower(sf.Probe(make_sae().latents([1, 2])), build("llama"))
-    (stop,) = program["visits"]
+    (stop,) = program.visits
     x = torch.randn(2, 4, D)
     view = look(None, torch.ones(2, 4, dtype=torch.long), (2, 4), None)
-    log = new_log()
-    assert visit(stop["actions"], x, view, {}, log) is x
-    kept = log["readings"][0][0].clone()
+    log = Log()
+    assert visit(stop.actions, x, State(view, log, Placed())) is x
+    kept = log.readings[0][0].clone()
     x.zero_()  # what was read is a copy: a later in-place edit must not reach it
-    assert torch.equal(log["readings"][0][0], kept) and kept.abs().max() > 0
+    assert torch.equal(log.readings[0][0], kept) and kept.abs().max() > 0
 
 
 # ---------------------------------------------------------------- token rules
@@ -242,7 +243,8 @@ def test_a_visit_without_a_write_returns_the_same_object():
 def look(ids, mask, shape, before=None):
     """A pass as the ways of running show it to the rules, its cache holding all but its columns."""
     past = 0 if mask is None else mask.shape[1] - shape[1]
-    return window(ids, mask, shape, past, before, None)
+    memory = Memory() if before is None else before.memory
+    return window(ids, mask, shape, past, memory, None)
 
 
 def slow(rule: tuple, ids: list[int], real: list[int], length: int) -> list[bool]:
@@ -331,7 +333,7 @@ def test_rules_match_a_slow_reference_at_every_pass_of_a_cached_run(rule, length
         ]
     )
     view = look(ids[:, :width], mask[:, :width], (len(lengths), width), None)
-    assert view["lengths"].flatten().tolist() == lengths
+    assert view.lengths.flatten().tolist() == lengths
     found = [select(rule.rule, view)]
     for step in range(new):
         end = width + step + 1
@@ -358,14 +360,14 @@ def test_no_mask_means_no_padding():
     ids = torch.tensor([[4, 5, 6], [7, 8, 9]])
     view = look(ids, None, (2, 3), None)
     assert select(("last", 1), view).tolist() == [[False, False, True]] * 2
-    assert view["position"].tolist() == [[0, 1, 2]] * 2
+    assert view.position.tolist() == [[0, 1, 2]] * 2
 
 
 def test_a_four_dimensional_mask_is_refused():
     untyped = inspect.unwrap(window)  # the types would refuse it first, and users have none
     for mask in (torch.ones(2, 1, 3, 3), {"full": None}):
         with pytest.raises(ValueError, match=r"attention mask.*default dynamic cache"):
-            untyped(None, mask, (2, 3), 0, None, None)
+            untyped(None, mask, (2, 3), 0, Memory(), None)
 
 
 @pytest.mark.parametrize("kind", ["ids", "where"])
@@ -404,6 +406,6 @@ def test_ablating_a_direction_is_the_projection():
     x = torch.randn(2, 5, D, dtype=F64)
     f, scale = encode(columns, x)
     mask = torch.ones(2, 5, 1, dtype=torch.bool)
-    out = moved(x, changed(change(scale=0.0), f) - f, columns["directions"], scale, mask)
+    out = moved(x, Change(scale=0.0).new(f) - f, columns["directions"], scale, mask)
     torch.testing.assert_close(out, x - (x @ v)[..., None] * v / (v @ v), atol=1e-12, rtol=0)
     torch.testing.assert_close(out @ v, torch.zeros(2, 5, dtype=F64), atol=1e-12, rtol=0)

@@ -310,12 +310,12 @@ def test_decoding_that_takes_tokens_back_is_refused(what, way):
 
 
 def test_a_cropped_cache_is_refused_in_a_trace_and_new_to_hooks():
-    from saefeat.kernel.tokens import window
+    from saefeat.kernel.view import Memory, window
 
-    ids = torch.tensor([[5, 6, 7, 8]])
-    view = window(ids, None, (1, 4), 0, None, None)
+    ids, memory = torch.tensor([[5, 6, 7, 8]]), Memory()
+    window(ids, None, (1, 4), 0, memory, None)
     with pytest.raises(ValueError, match="taken back"):
-        window(ids[:, -1:], None, (1, 1), 3, view, None)
+        window(ids[:, -1:], None, (1, 1), 3, memory, None)
     step = sf.Clamp(V, add=1.0, where=sf.Tokens.prompt())
     model = build("llama")
     with torch.no_grad(), sf.hooked(model, step) as log:

@@ -29,6 +29,7 @@ from helpers import (
     wrapped,
 )
 from saefeat.dictionaries.contract import check_dictionary
+from saefeat.kernel.read import Read
 from saefeat.verbs.lower import lower
 from test_ways import every_way
 
@@ -328,7 +329,7 @@ def test_one_step_at_a_time_is_refused(place):
 def test_a_program_says_that_it_cannot_be_sent(architecture):
     ours = sf.load_sae(lens(architecture))
     program = lower(sf.Ablate(ours.latents([3])), build("llama"))
-    local = [a["tensors"].get("local") for v in program["visits"] for a in v["actions"]]
+    local = [a.columns.get("local") for a in program.actions if isinstance(a, Read)]
     assert any(reason and "sae-lens object" in reason for reason in local)
 
 

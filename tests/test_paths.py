@@ -416,9 +416,9 @@ def test_the_dry_run_leaves_no_trace():
     before = torch.get_rng_state()
     inner = sf.Probe(sf.Neurons("model.layers.1.output", D))
     with torch.no_grad(), sf.hooked(model, outer) as log, sf.hooked(model, inner):
-        assert log["passes"] == 0 and not calls
+        assert log.passes == 0 and not calls
         model(**batch)
-    assert log["passes"] == 1 and calls == [1]
+    assert log.passes == 1 and calls == [1]
     assert torch.equal(before, torch.get_rng_state())
     handle.remove()
     assert hook_count(model) == 0

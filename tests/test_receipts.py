@@ -22,7 +22,8 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.kernel import program as kernel
+from saefeat.kernel import events as kernel
+from saefeat.kernel import write
 from saefeat.results import events as events_module
 
 NEW = 5
@@ -204,7 +205,7 @@ def test_long_runs_keep_counts_alone(monkeypatch):
     step = sf.Clamp(make_sae().latents([1, 2]), add=1.0)
     whole = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert len(whole.events) == whole.changed == 44
-    monkeypatch.setattr(kernel, "PAIRS", 40)
+    monkeypatch.setattr(write, "PAIRS", 40)
     cut = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert cut == whole and cut.events is None
     monkeypatch.undo()
@@ -311,7 +312,7 @@ def test_noting_costs_a_decode_step_no_synchronization(monkeypatch):
         raise AssertionError("computed while the model runs")
 
     monkeypatch.setattr(events_module, "record_events", refuse)
-    monkeypatch.setattr(kernel, "fired", refuse)
+    monkeypatch.setattr(kernel, "counted", refuse)
     with sf.hooked(model, step) as log:
         model.generate(**batch, max_new_tokens=3, do_sample=False)
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from transformers import Gemma2Config
 import loopback
 import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
-from saefeat.kernel.program import new_log
+from saefeat.kernel.log import Log
 from saefeat.kernel.trace import whole_run
 from saefeat.remote.batch import embedding
 from saefeat.remote.preflight import Capture, parks, tensors
@@ -300,7 +300,8 @@ def test_results_are_small(model, server):
     probe = sf.Probe(jumprelu(), where=sf.Tokens.last(1)) | sf.Clamp(jumprelu(2), 3.0)
     log, _ = generate(model, batch_of(), probe, remote=server.url)
     assert log["readings"][0].shape == (3, 3)
-    assert list(log["view"]) == ["position"] and log["directions"] == {}
+    assert list(log["view"]) == ["position"]
+    assert set(log) == {"passes", "readings", "masks", "fired", "events", "view"}
     changed = log["fired"][1][:, 1].tolist()
     assert [len(seen["changes"]["row"]) for seen in log["events"][1]] == changed
     assert all(tensor.ndim == 1 for seen in log["events"][1] for tensor in seen["changes"].values())
@@ -545,12 +546,12 @@ def test_no_cache_crosses(model, monkeypatch):
 
     monkeypatch.setattr(Mediator, "value", staticmethod(noted))
     intervention = sf.Clamp(jumprelu(), 3.0, where=~sf.Tokens.special()) | sf.Probe(jumprelu(2))
-    program = {**lower(intervention, model), "embedding": embedding(model)}
+    program = lower(intervention, model).replace(embedding=embedding(model))
     logs = []
-    for own in (program, {**program, "embedding": None}):
+    for own in (program, program.replace(embedding=None)):
         with model.generate(max_new_tokens=NEW, do_sample=False) as tracer:
             with tracer.invoke(batch_of()):
-                log = nnsight.save(new_log())
+                log = nnsight.save(Log())
                 whole_run(model, own, log)
             with tracer.invoke():
                 nnsight.save(tracer.result)

@@ -353,7 +353,9 @@ def test_nnsight_builds_requests_where_we_look(model):
 
 def test_requests_have_the_checkpoints_settings_spelled_out(model):
     """A checkpoint whose own settings search beams would else do so there, and not here."""
-    raw = captured(model, {"visits": [], "ends": {}}, batch_of([[BOS, 5]]), decoding(model))
+    raw = captured(
+        model, lower(sf.verbs.base.Chain(()), model), batch_of([[BOS, 5]]), decoding(model)
+    )
     for name in (b"num_beams", b"do_sample", b"eos_token_id"):
         assert name in raw
     assert VOCAB in decoding(model).stops

@@ -349,15 +349,17 @@ def test_normalization_is_stateful(norm):
 
 def edited_by(step, x, layer=1):
     """The kernel's x' at a site, for one batch [b, t, d] without padding."""
-    from saefeat.kernel.program import new_log, visit
-    from saefeat.kernel.tokens import window
+    from saefeat.kernel.frozen import Placed
+    from saefeat.kernel.log import Log, State
+    from saefeat.kernel.program import visit
+    from saefeat.kernel.view import Memory, window
     from saefeat.verbs.lower import lower
 
     program = lower(step, build("llama"))
     ids = torch.full(x.shape[:2], 7)
-    view = window(ids, None, tuple(ids.shape), 0, None, None)
-    (stop,) = program["visits"]
-    return visit(stop["actions"], x, view, {}, new_log())
+    view = window(ids, None, tuple(ids.shape), 0, Memory(), None)
+    (stop,) = program.visits
+    return visit(stop.actions, x, State(view, Log(), Placed()))
 
 
 def test_error_term_recomputed_from_edited_latents():

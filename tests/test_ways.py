@@ -1058,7 +1058,7 @@ def test_hooked_generation_without_a_cache(rule):
         uncached = bare_generate(model, batch, use_cache=False)
     assert step.receipt(log).rows[0].tokens > 0
     assert torch.equal(cached, uncached)
-    positions = [int(mask.sum()) for _, mask in plain["fired"][0]][-1]
+    positions = [int(acted.mask.sum()) for acted in plain.acted[0]][-1]
     assert positions == step.receipt(log).rows[0].tokens
 
 

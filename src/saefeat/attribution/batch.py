@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernel.program import lift
+from ..kernel.read import lift
 from ..kernel.tokens import select
+from ..kernel.view import View
 from ..results.receipt import Receipt
 from ..text.prompts import Prompts
 from ..text.rules import plain
@@ -79,9 +80,7 @@ def baseline_top(job: Job, model: Any, prompts: Prompts, batch_size: int) -> Ten
     return torch.cat([logits.argmax(-1) for logits in found])
 
 
-def scored(
-    where: Tokens | None, watch: Watch, view: dict[str, Any], continued: bool
-) -> tuple[Tensor, ...]:
+def scored(where: Tokens | None, watch: Watch, view: View, continued: bool) -> tuple[Tensor, ...]:
     """[b, t] a part: which tokens are scored; never a continuation's, unless ``where`` says so."""
     rules = [acts_at(where, part.dictionary, watch.model) for part in watch.parts]
     if continued and where is None:
@@ -95,16 +94,16 @@ def read_out(
     goals: Sequence[Goal],
     values: dict[int, Tensor],
     slopes: dict[int, Tensor],
-    view: dict[str, Any],
+    view: View,
     keep: int | None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Attribution's six columns, and the sums [b, 2] of what ``keep`` left out."""
-    found, left = [], torch.zeros(len(view["real"]), 2)
+    found, left = [], torch.zeros(len(view.real), 2)
     for part, mask, goal in zip(parts, masks, goals, strict=True):
         before = lift(at_tokens(values[part.read], mask), part.transform)  # [n, d_in]
         kept, dropped = score(part, before, goal, at_tokens(slopes[part.write], mask), keep)
         prompt = mask.nonzero()[:, 0].to(before.device)
-        place = view["position"][mask].to(before.device)[kept.token]
+        place = view.position[mask].to(before.device)[kept.token]
         numbers = (kept.score.float(), kept.activation.float(), kept.change.float())
         found.append((prompt[kept.token], place, kept.latent, *numbers))
         left.index_add_(0, prompt.cpu(), dropped.float().cpu())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from ..kernel.program import lift
+from ..kernel.read import lift
 from ..verbs.base import Intervention
 from .baselines import Baseline, Fixed, Paired, counterparts
 from .pairs import Goal, at_tokens, moved_by

@@ -11,7 +11,7 @@ from ..dictionaries.indices import index_tensor
 from ..dictionaries.latents import Latents, cast
 from ..errors import LatentError
 from ..kernel.encode import encode
-from ..kernel.program import lift
+from ..kernel.read import lift
 from .integrate import Runs
 from .methods import Method
 from .pairs import Goal, at_tokens
@@ -42,7 +42,7 @@ def effects(runs: Runs, part: Part, mask: Tensor, goal: Goal) -> Columns:
     before = lift(at_tokens(runs.clean.values[part.read], mask), part.transform)
     rows = moved_rows(part, before, goal)
     where = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
-    prompt, position = where[:, 0], runs.clean.view["position"][mask].to(where.device)
+    prompt, position = where[:, 0], runs.clean.view.position[mask].to(where.device)
     whole = getattr(runs.method, "per", "latent") == "latent"
     group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, whole)
     owner = prompt[rows.token[first]]

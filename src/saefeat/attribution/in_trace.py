@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import as_latents
 from ..errors import GradientError, SaefeatError
-from ..kernel.program import new_log
+from ..kernel.log import Log
 from ..kernel.trace import generating, inline
 from ..metrics.base import Seen
 from ..model.modules import torch_module
@@ -55,7 +55,7 @@ class Watching:
 
     job: Attribute
     places: Watch
-    log: dict[str, Any]
+    log: Log
 
     def scores(self, values: Tensor) -> Attribution:
         """The scores of a metric computed from this trace.
@@ -73,8 +73,8 @@ class Watching:
         Raises:
             GradientError: for values without a gradient at the watched sites.
         """
-        view, job = self.log["view"], self.job
-        rows = torch.arange(len(view["real"]))
+        view, job = self.log.view, self.job
+        rows = torch.arange(len(view.real))
         require_count(job, len(rows))
         name = "values of the trace"
         if values.ndim == 3:
@@ -83,7 +83,7 @@ class Watching:
         with torch.no_grad():
             masks = scored(job.where, self.places, view, False)
             goals = [Goal(fixed=self._fixed(n, mask)) for n, mask in enumerate(masks)]
-            parts, kept = self.places.parts, self.log["kept"]
+            parts, kept = self.places.parts, self.log.kept
             columns, dropped = read_out(parts, masks, goals, kept, slopes, view, job.keep)
             clean = require_finite(values.detach(), "clean", rows).float().cpu()
             require_finite_scores(columns, rows)
@@ -97,31 +97,31 @@ class Watching:
                 baseline=torch.full_like(clean, torch.nan),
                 tokens=chosen.sum(1).cpu(),
                 dropped=dropped,
-                scored=None if texts is None else chosen[view["real"]].cpu(),
+                scored=None if texts is None else chosen[view.real].cpu(),
                 texts=texts,
                 metric=name,
             )
 
     def _texts(self) -> Texts | None:
         """The prompts' tokens; None where the model was given embeddings."""
-        view = self.log["view"]
-        if view["ids"] is None:
+        view = self.log.view
+        if view.ids is None:
             return None
-        batch = {"input_ids": view["ids"].cpu(), "attention_mask": view["real"].cpu()}
+        batch = {"input_ids": view.ids.cpu(), "attention_mask": view.real.cpu()}
         return texts_of(self.places.model, batch)
 
     def _slopes(self, values: Tensor) -> dict[int, Tensor]:
-        rows = len(self.log["view"]["real"])
+        rows = len(self.log.view.real)
         found = None
         if values.shape == (rows,) and values.requires_grad:
             found = torch.autograd.grad(
                 values.sum(),
-                list(self.log["nodes"].values()),
+                list(self.log.nodes.values()),
                 retain_graph=True,
                 allow_unused=True,
             )
         if found is not None and any(slope is not None for slope in found):
-            return plain_slopes(values.sum(), self.log["nodes"], {}, keep=True)
+            return plain_slopes(values.sum(), self.log.nodes, {}, keep=True)
         got = f"of shape {tuple(values.shape)}, " + (
             "which no watched site reaches" if found else "without a gradient"
         )
@@ -150,9 +150,9 @@ def begin(job: Attribute, model: Any, intervention: Intervention | None) -> Watc
     latents = as_latents(job.target, "Attribute")
     places = Watch(latents, model, job.metric, semantics=job.semantics)
     way = places.way(intervention or NOTHING)
-    program, log = lower(intervention or NOTHING, model, way=way), new_log()
+    program, log = lower(intervention or NOTHING, model, way=way), Log()
     # What came before the first site stays in the user's graph.
-    places.add(program, places.written, Moved(), way, detach=False)
+    program = places.add(program, places.written, Moved(), way, detach=False)
     inline(model, program, log, None)
     return Watching(job, places, log)
 

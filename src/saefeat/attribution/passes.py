@@ -15,8 +15,12 @@ from torch import Tensor
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import GradientError, SiteError
 from ..files.identity import model_key
-from ..kernel.program import lift, new_log
+from ..kernel.log import Log
+from ..kernel.program import Program
+from ..kernel.read import Norm, lift
 from ..kernel.trace import whole_run
+from ..kernel.view import View
+from ..kernel.watch import Keep, Show
 from ..metrics.base import Metric, Reader, Seen
 from ..model.modules import torch_module
 from ..model.route import Route, route
@@ -24,7 +28,8 @@ from ..model.sites import Place, Site
 from ..results.receipt import Receipt
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..verbs.base import Chain, Intervention
-from ..verbs.lower import add_stash, add_visit, in_order, lower, sites_of
+from ..verbs.lower import lower, sites_of
+from ..verbs.visits import Visits
 from .backward import Backward, Slopes, plain_slopes
 from .remote_passes import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
 from .semantics import through
@@ -72,7 +77,7 @@ class Pass(NamedTuple):
     nodes: dict[int, Tensor]
     site: Tensor | None
     logits: Tensor
-    view: dict[str, Any]
+    view: View
     receipt: Receipt
     slopes: Slopes = plain_slopes
 
@@ -89,7 +94,7 @@ class Part(NamedTuple):
     indices: Sequence[int]
     read: int
     write: int
-    transform: dict[str, Any]
+    transform: Norm
 
 
 class Moved(NamedTuple):
@@ -140,8 +145,8 @@ class Watch:
         _require_tokenwise(dictionary)
         read, place = self._number(dictionary.site), self.route.places[dictionary.site]
         write = self._number(dictionary.write_site)
-        transform = {"transform": place.transform, "eps": place.eps}
-        return Part(dictionary, indices, read, write, transform)
+        norm = Norm(kind=place.transform, eps=place.eps)
+        return Part(dictionary, indices, read, write, norm)
 
     def way(self, intervention: Intervention) -> Route:
         """The route past all that is watched and all that an intervention visits."""
@@ -173,7 +178,8 @@ class Watch:
         """
         way = self.way(intervention)
         program = lower(intervention, self.model, batch.rows(), way)
-        self.add(program, gradient, Moved(targets or {}, share), way, before=before, copy=copy)
+        moved = Moved(targets or {}, share)
+        program = self.add(program, gradient, moved, way, before=before, copy=copy)
         if self.remote:
             return self._afar(batch, program, intervention, bool(gradient))
         slopes: Slopes = plain_slopes
@@ -185,7 +191,7 @@ class Watch:
         return self.seen(log, logits, intervention.receipt(log))._replace(slopes=slopes)
 
     def _afar(
-        self, batch: Batch, program: dict[str, Any], intervention: Intervention, gradient: bool
+        self, batch: Batch, program: Program, intervention: Intervention, gradient: bool
     ) -> Pass:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         columns = self.columns(batch)
@@ -196,8 +202,9 @@ class Watch:
         if not gradient:
             return self.seen(log, logits, receipt)
         leaves = leaves_of(log, logits)
-        log["nodes"] = dict.fromkeys(nodes_of(program))
-        return self.seen(log, logits, receipt)._replace(slopes=partial(pull, errand, leaves))
+        here = self.seen(log, logits, receipt)
+        nodes: dict[int, Any] = dict.fromkeys(nodes_of(program))  # they are there, by number
+        return here._replace(nodes=nodes, slopes=partial(pull, errand, leaves))
 
     def _options(self, columns: int) -> dict[str, Any]:
         """What a pass is called with: no cache, and no logits but those wanted."""
@@ -205,13 +212,13 @@ class Watch:
         accepted = inspect.signature(self.module.forward).parameters
         return {name: value for name, value in wanted.items() if name in accepted}
 
-    def trace(self, batch: Batch, program: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    def trace(self, batch: Batch, program: Program) -> tuple[Log, Tensor]:
         """The pass itself: its log, and the logits of the columns that the metric reads."""
         model, columns = self.model, self.columns(batch)
         options = self._options(columns)
         with model.trace(**options) as tracer:
             with tracer.invoke(batch.inputs):
-                log = nnsight.save(new_log())
+                log = nnsight.save(Log())
                 whole_run(model, program, log, batch.lengths)
             with tracer.invoke():
                 logits = nnsight.save(model.output.logits[:, -columns:])
@@ -226,19 +233,16 @@ class Watch:
         real = batch.inputs["attention_mask"].sum(1, keepdim=True)
         return int((real - batch.lengths).max()) + 1
 
-    def seen(self, log: dict[str, Any], logits: Tensor, receipt: Receipt) -> Pass:
-        """A log as a pass."""
-        kept = log["kept"]
-        values = {key: value for key, value in kept.items() if isinstance(key, int)}
-        before = {key[1]: value for key, value in kept.items() if not isinstance(key, int)}
-        site = log["shown"].get("metric")
+    def seen(self, log: Log, logits: Tensor, receipt: Receipt) -> Pass:
+        """The site values, masks and logits of one forward pass, from its log."""
+        site = log.shown.get("metric")
         if site is not None and self.site is not None:
-            site = lift(site, {"transform": self.site.transform, "eps": self.site.eps})
-        return Pass(values, before, log["nodes"], site, logits, log["view"], receipt)
+            site = lift(site, Norm(kind=self.site.transform, eps=self.site.eps))
+        return Pass(log.kept, log.before, log.nodes, site, logits, log.view, receipt)
 
     def add(
         self,
-        program: dict[str, Any],
+        program: Program,
         gradient: Collection[int],
         moved: Moved,
         way: Route,
@@ -246,43 +250,41 @@ class Watch:
         before: bool = False,
         copy: bool = True,
         detach: bool = True,
-    ) -> None:
-        """A keep action at the end of each watched visit, and what else is to be read."""
-        visits = {Place(visit["path"], visit["end"]): visit for visit in program["visits"]}
+    ) -> Program:
+        """The program with a ``Keep`` behind each watched visit, and what else is to be read."""
+        visits = Visits(program.visits)
         reached = sorted(self._places.values(), key=lambda entry: way.orders[entry[1]])
         first = next((number for number, _ in reached if number in gradient), None)
         for place, (number, site) in self._places.items():
+            order = way.orders[site]
             if place.plus is not None:
-                add_stash(visits, place.plus, way.starts[place.plus])
-            actions = add_visit(visits, place, way.orders[site])["actions"]
-            plain: dict[str, Any] = {"do": "keep", "id": number, "plus": place.plus, "copy": copy}
-            plain |= {"target": None, "share": moved.share, "gradient": False, "first": False}
-            plain |= {"through": None, "source": None}
+                visits.stash(place.plus, way.starts[place.plus])
             if before:
-                actions.insert(0, plain | {"id": ("before", number)})
-            graph: dict[str, Any] = {
-                "gradient": number in gradient,
-                "first": detach and number == first,
-            }
-            if graph["gradient"] and not graph["first"] and number in self.through:
-                graph["source"], graph["through"] = self.through[number]
-            actions.append(plain | graph | {"target": moved.targets.get(number)})
+                keep = Keep(number=number, plus=place.plus, before=True, copy=copy)
+                visits.add(place, order, keep, first=True)
+            keep = Keep(
+                number=number, plus=place.plus, copy=copy, gradient=number in gradient,
+                first=detach and number == first, target=moved.targets.get(number),
+                share=moved.share,
+            )  # fmt: skip
+            if keep.gradient and not keep.first and number in self.through:
+                source, passing = self.through[number]
+                keep = keep.replace(source=source, through=passing)
+            visits.add(place, order, keep)
         self._show(visits, way)
-        program["visits"] = in_order(visits)
+        return program.replace(visits=visits.ordered())
 
-    def _show(self, visits: dict[Place, dict[str, Any]], way: Route) -> None:
+    def _show(self, visits: Visits, way: Route) -> None:
         """Values that are read with their graph: the metric's site, transcoders' inputs."""
         sources = {source for source, _ in self.through.values() if source is not None}
         for place, (number, site) in self._places.items():
             if number in sources:
-                action = {"do": "show", "id": number, "plus": place.plus}
-                add_visit(visits, place, way.orders[site])["actions"].append(action)
+                visits.add(place, way.orders[site], Show(name=number, plus=place.plus))
         if self.site is not None and self.metric.site is not None:
             if self.site.plus is not None:
-                add_stash(visits, self.site.plus, way.starts[self.site.plus])
-            action = {"do": "show", "id": "metric", "plus": self.site.plus}
+                visits.stash(self.site.plus, way.starts[self.site.plus])
             order = way.orders[self.metric.site]
-            add_visit(visits, self.site, order)["actions"].append(action)
+            visits.add(self.site, order, Show(name="metric", plus=self.site.plus))
 
     def read(self, batch: Batch, here: Pass, clean: Tensor, base: Tensor | None) -> Tensor:
         """The metric of a pass, [b]; ``clean`` and ``base`` are those runs' last logits."""

@@ -17,9 +17,11 @@ from nnsight.intervention.backends.remote import RemoteError as Refused
 from torch import Tensor
 
 from ..errors import GradientError, RemoteError, SaefeatError
-from ..kernel.program import new_log
-from ..kernel.slopes import NO_GRADIENT, pulled_back, seen
+from ..kernel.log import Log
+from ..kernel.program import Action, Program
+from ..kernel.slopes import NO_GRADIENT, pack_pass, pulled_back, unpack_pass
 from ..kernel.trace import whole_run
+from ..kernel.watch import Keep
 from ..shipping.narrow import narrowed
 from ..shipping.payload import parts_of, require_fits, weight
 from ..shipping.program import register, require_known_functions
@@ -30,14 +32,14 @@ class Errand(NamedTuple):
 
     model: Any
     remote: bool | str
-    program: dict[str, Any]
+    program: Program
     inputs: Mapping[str, Tensor]
     lengths: Tensor | None
     columns: int
     options: dict[str, Any]
     limit: int
 
-    def packed(self, program: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def packed(self, program: Program) -> tuple[Program, dict[str, Tensor]]:
         """The program and the inputs as they are sent.
 
         Raises:
@@ -51,20 +53,20 @@ class Errand(NamedTuple):
         return own, batch
 
 
-def run_afar(errand: Errand) -> tuple[dict[str, Any], Tensor]:
+def run_afar(errand: Errand) -> tuple[Log, Tensor]:
     """One pass without gradients: its log, and the logits."""
     model, remote, program, _, lengths, columns, options, _ = errand
     own, batch = errand.packed(still(program))
     log = logits = None
     with model.trace(remote=remote, **options) as tracer:
         with tracer.invoke(batch):
-            log = nnsight.save(new_log())
-            whole_run(model, own, log, lengths)
-            seen(log)
+            seen = Log()
+            whole_run(model, own, seen, lengths)
+            log = nnsight.save(pack_pass(seen))
         with tracer.invoke():
             logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
     require_pass(errand, log, logits)
-    return log, logits
+    return unpack_pass(log), logits
 
 
 def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
@@ -78,7 +80,7 @@ def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
     found = None
     try:
         with model.trace(remote=remote, **options) as tracer:
-            log = new_log()
+            log = Log()
             with tracer.invoke(batch):
                 whole_run(model, own, log, lengths)
             with tracer.invoke():
@@ -98,9 +100,9 @@ def pull(errand: Errand, leaves: dict[str, Tensor], total: Tensor, *_: Any) -> d
     return slopes_afar(errand, dict(zip(leaves, grads, strict=True)))
 
 
-def leaves_of(log: dict[str, Any], logits: Tensor) -> dict[str, Tensor]:
+def leaves_of(log: Log, logits: Tensor) -> dict[str, Tensor]:
     """The logits and the metric's own site, each the beginning of a graph here."""
-    metric = {name: value for name, value in log["shown"].items() if name == "metric"}
+    metric = {"metric": log.shown["metric"]} if "metric" in log.shown else {}
     return {name: value.requires_grad_() for name, value in ({"logits": logits} | metric).items()}
 
 
@@ -116,10 +118,10 @@ def require_pass(errand: Errand, log: Any, logits: Any) -> None:
         raise unfit(f"logits {_of(logits)}", f"{[*wanted, 'vocabulary']}")
     if not isinstance(log, dict) or not isinstance(log.get("kept"), dict):
         raise unfit(f"a log {_of(log)}", "the values at the watched sites")
-    actions = [action for visit in errand.program["visits"] for action in visit["actions"]]
-    require_values(
-        errand, "values", log["kept"], [a["id"] for a in actions if a["do"] == "keep" and a["copy"]]
-    )
+    keeps = [a for a in errand.program.actions if isinstance(a, Keep) and a.copy]
+    for group in ("kept", "before"):
+        numbers = [keep.number for keep in keeps if keep.before == (group == "before")]
+        require_values(errand, "values", log.get(group), numbers)
 
 
 def require_values(errand: Errand, what: str, found: Any, numbers: list[Any]) -> None:
@@ -154,25 +156,25 @@ def unfit(got: str, wanted: str) -> RemoteError:
     )
 
 
-def still(program: dict[str, Any]) -> dict[str, Any]:
+def still(program: Program) -> Program:
     """The program without nodes: values are moved as before, no graph is begun."""
     visits = [
-        {**visit, "actions": [quiet(action) for action in visit["actions"]]}
-        for visit in program["visits"]
+        visit.replace(actions=tuple(_quiet(action) for action in visit.actions))
+        for visit in program.visits
     ]
-    return {**program, "visits": visits}
+    return program.replace(visits=tuple(visits))
 
 
-def nodes_of(program: dict[str, Any]) -> list[int]:
-    """The numbers of the places where the program asks for a gradient."""
-    actions = [action for visit in program["visits"] for action in visit["actions"]]
-    return [action["id"] for action in actions if action.get("gradient")]
-
-
-def quiet(action: dict[str, Any]) -> dict[str, Any]:
+def _quiet(action: Action) -> Action:
     """A keep action without gradient; others as they are."""
-    off = {"gradient": False, "first": False, "through": None, "source": None}
-    return {**action, **off} if action["do"] == "keep" else action
+    if not isinstance(action, Keep):
+        return action
+    return action.replace(gradient=False, first=False, through=None, source=None)
+
+
+def nodes_of(program: Program) -> list[int]:
+    """The numbers of the places where the program asks for a gradient."""
+    return [a.number for a in program.actions if isinstance(a, Keep) and a.gradient]
 
 
 def own_storage(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

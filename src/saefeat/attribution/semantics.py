@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Dictionary
 from ..errors import DictionaryError
-from ..kernel.program import lift
+from ..kernel.read import Norm, lift
 
 if TYPE_CHECKING:
     from .passes import Part
@@ -80,7 +80,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, read: Tensor, transform: dict[str, Any], reconstruct: Any, step: int
+        ctx: Any, x: Tensor, read: Tensor, transform: Norm, reconstruct: Any, step: int
     ) -> Tensor:
         ctx.save_for_backward(read)
         ctx.transform, ctx.reconstruct, ctx.step = transform, reconstruct, step

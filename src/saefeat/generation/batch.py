@@ -9,26 +9,27 @@ import torch
 from torch import Tensor
 
 from ..errors import FiringError
-from ..kernel.program import new_log
+from ..kernel.log import Log
+from ..kernel.program import Program
 from ..kernel.trace import whole_run
+from ..kernel.view import Ends
 from ..model.modules import torch_module
 from .decoding import Decoding, seeded
 
 
 def run_batch(
-    model: Any, program: dict[str, Any], batch: dict[str, Tensor], settings: Decoding
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """One batch: the log, all token ids, and the logits after the prompt; plain dicts and tensors.
+    model: Any, program: Program, batch: dict[str, Tensor], settings: Decoding
+) -> tuple[Log, Tensor, Tensor]:
+    """One batch: the log, all token ids, and the logits after the prompt.
 
     The logits are read in an invoke of their own, since nothing of a block runs after its loop
     over forward passes has parked.
     """
-    ends = {**program["ends"], "honored": True, "stops": settings.stops}
-    program = {**program, "ends": ends}
+    program = honoring(program, settings)
     if settings.new == 0:
         with torch.no_grad(), model.trace() as tracer:
             with tracer.invoke(batch):
-                log = nnsight.save(new_log())
+                log = nnsight.save(Log())
                 whole_run(model, program, log)
             with tracer.invoke():
                 logits = nnsight.save(model.output.logits[:, -1].float().clone())
@@ -36,7 +37,7 @@ def run_batch(
     arguments = settings.arguments()
     with seeded(settings.seed, torch_module(model)), model.generate(**arguments) as tracer:
         with tracer.invoke(batch):
-            log = nnsight.save(new_log())
+            log = nnsight.save(Log())
             whole_run(model, program, log)
         with tracer.invoke():
             logits = nnsight.save(model.output.logits[:, -1].float().clone())
@@ -44,16 +45,22 @@ def run_batch(
     return log, tokens, logits[:: settings.beams]
 
 
-def require_passes(log: dict[str, Any], wanted: int, where: str) -> None:
+def honoring(program: Program, settings: Decoding) -> Program:
+    """The program for a generation that is known to stop at the settings' stop tokens."""
+    pad = -1 if program.ends is None else program.ends.pad
+    return program.replace(ends=Ends(stops=settings.stops, pad=pad, honored=True))
+
+
+def require_passes(log: Log, wanted: int, where: str) -> None:
     """Refuse a generation of which an edit or a reading saw only some forward passes.
 
     Raises:
         FiringError: naming both numbers.
     """
-    if log["passes"] >= wanted:
+    if log.passes >= wanted:
         return
     raise FiringError(
-        f"{where}: `intervention` is applied to {log['passes']} of the {wanted} forward passes"
+        f"{where}: `intervention` is applied to {log.passes} of the {wanted} forward passes"
         " decoded, wanted every forward pass. Likely cause: a generate of the model's own, whose"
         " later passes do not call the whole model, so that they were not edited. Try: the model's"
         " standard generate; allow_unfired=True if one pass decodes several tokens"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernel.log import Log
 from ..model.modules import torch_module
 from ..results.events import Events
 from ..results.provenance import Provenance, now, versions
@@ -29,7 +30,7 @@ def piece(
     intervention: Intervention,
     model: Any,
     batch: dict[str, Tensor],
-    found: tuple[dict[str, Any], list[list[int]], Tensor],
+    found: tuple[Log, list[list[int]], Tensor],
     source: Provenance,
 ) -> Piece:
     """One batch as a result: its log, completions and logits, read by the intervention."""

@@ -1,15 +1,22 @@
 """The kernel: pure tensor functions, and the thin shell that applies them in a trace.
 
-This package is the only code that travels to a server, so it imports torch and nnsight alone
-and works on plain dictionaries of tensors: no class of ours ever has to exist over there.
+This package is the only code that travels to a server, so it imports torch and nnsight alone, and
+everything in it is sent as its source: a request names no class that has to exist over there.
 Annotations are strings and are never evaluated when the code runs.
 
+* ``frozen``: typed values that travel, and their tensors where they are used.
+* ``view``: what one forward pass shows of a sequence, and the memory from pass to pass.
+* ``tokens``: which positions a rule selects, counted through the attention mask.
 * ``encode``: latents of a site's value from the selected encoder columns.
 * ``prefix``: the same for latents that depend on every earlier token.
-* ``edit``: f → f', and the site's new value.
 * ``values``: what a value is at each token, where it is no plain number.
-* ``tokens``: which positions a rule selects, counted through the attention mask.
+* ``edit``: f → f', and the site's new value.
+* ``events``: where an edit acted.
+* ``log``: what a run leaves behind, and the state of one pass.
+* ``read``, ``write``, ``watch``: the actions, each with one method, ``apply``.
+* ``program``: visits and their actions.
+* ``split``: several programs in one pass, each for its rows.
+* ``trace``: a program inside an nnsight block, for one forward pass or for all of them.
+* ``pack``, ``slopes``: what leaves a server.
 * ``draws``: samples from a seed.
-* ``program``: one site visit: read, edit, write, record.
-* ``trace``: the same inside an nnsight block, for one forward pass or for all of them.
 """

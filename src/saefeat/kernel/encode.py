@@ -115,18 +115,18 @@ def activate(columns: dict[str, Any], h: Float[Tensor, "*batch h"]) -> Float[Ten
         return torch.relu(h)
     if kind == "jumprelu":
         return torch.relu(h) * (h > columns["threshold"])
-    return top(columns, h)[..., columns["selected"]]
+    return top(kind, columns["k"], h)[..., columns["selected"]]
 
 
-def top(columns: dict[str, Any], h: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+def top(kind: str, k: int, h: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
     """Keep the k largest pre-activations (by magnitude for abstopk), zero the rest.
 
     The support depends on every latent, which is why topk kinds carry all columns.
     """
-    if columns["activation"] == "abstopk":
-        index = h.abs().topk(columns["k"], dim=-1, sorted=False).indices
+    if kind == "abstopk":
+        index = h.abs().topk(k, dim=-1, sorted=False).indices
         return torch.zeros_like(h).scatter(-1, index, h.gather(-1, index))
-    values, index = h.topk(columns["k"], dim=-1, sorted=False)
+    values, index = h.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(h).scatter(-1, index, values.relu())
 
 

@@ -1,8 +1,8 @@
-"""What a run leaves behind, made small before it leaves a server.
+"""What a run leaves behind, made small and plain before it leaves a server.
 
-A log as the kernel writes it holds a mask and a value for every token of every pass, and every
-change an edit made, to be counted later. Packed, it holds selected values and counts: plain tensors
-and integers that need no class of ours at either end.
+A log as actions write it holds a mask and a value for every token of every pass, and every change
+an edit made, to be counted later. Packed, it holds selected values and counts: dictionaries of
+tensors and integers, which need no class of ours at either end.
 """
 
 from __future__ import annotations
@@ -10,73 +10,92 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .events import changes
-from .program import fired, new_log
-from .tokens import looks_back
+from .frozen import Frozen
+from .log import Log
+from .program import Program
 from .trace import inline
+from .view import Memory, View
 
 
-def applied(program: dict[str, Any], model: Any, *, step: int | None = None) -> dict[str, Any]:
+def applied(program: Program, model: Any, *, step: int | None = None) -> dict[str, Any]:
     """What an intervention is on a server: its program, called with the model inside a block.
 
     Only what needs no memory from pass to pass may be applied pass by pass with ``step``.
     """
-    if step is not None and looks_back(program):
+    if step is not None and program.remembers:
         raise RuntimeError(
             "saefeat: `step` is given for an intervention with a held condition or a chat role,"
             " which look back over the whole sequence. Try: call it without step, once, before any"
             " loop."
         )
-    log = new_log()
+    log = Log()
     inline(model, program, log, step)
     return pack(log)
 
 
-def pack(log: dict[str, Any]) -> dict[str, Any]:
-    """The log in place, without what its readers do not need.
+def pack(log: Log) -> dict[str, Any]:
+    """The log as plain data, without what its readers do not need.
 
-    Readings keep their selected tokens alone, [n, k], beside the mask they were taken by; edits
-    become counts, [passes, 3], and the changes they made; the view of the sequence is dropped.
+    Returns:
+        ``passes``; ``readings``, the selected tokens' values [n, k] by number, and ``masks`` [b, s]
+        which they were taken by; ``fired``, counts [passes, 3] of each edit, and ``events``, the
+        changes it made in each pass whose values were kept; ``view``, the last column's position.
     """
-    for number, values in log["readings"].items():
-        mask = torch.cat(log["masks"][number], 1)
-        f = torch.cat(values, 1)
-        log["readings"][number] = f[mask > 0].clone()
-        log["masks"][number] = mask
-    pack_events(log)
-    for number, entries in log["fired"].items():
-        rows = [fired(*entry) if isinstance(entry, tuple) else entry for entry in entries]
-        log["fired"][number] = torch.stack([row.to("cpu") for row in rows])
-    position = log["view"]["position"][:, -1:].clone()
-    log |= {"view": {"position": position}, "directions": {}, "packed": True}
-    return log
-
-
-def pack_events(log: dict[str, Any]) -> None:
-    """In place of every token's values, the changes alone: rows that any receipt can read."""
-    for number, passes in log["events"].items():
-        steps, directions = log["fired"][number], log["directions"][number]
-        log["events"][number] = [
-            {
-                "begins": seen["begins"],
-                "rows": len(entry[0]),
-                "changes": changes(entry[0], entry[1], seen, directions),
-            }
-            for entry, seen in zip(steps, passes, strict=False)
-            if isinstance(entry, tuple)
+    masks = {number: torch.cat(parts, 1) for number, parts in log.masks.items()}
+    readings = {n: torch.cat(log.readings[n], 1)[mask > 0].clone() for n, mask in masks.items()}
+    fired, events = {}, {}
+    for number, entries in log.acted.items():
+        rows = [entry if isinstance(entry, Tensor) else entry.counts() for entry in entries]
+        fired[number] = torch.stack([row.to("cpu") for row in rows])
+        events[number] = [
+            {"begins": entry.begins, "rows": entry.rows, "changes": entry.changes()}
+            for entry in entries
+            if not isinstance(entry, Tensor)
         ]
+    view = {"position": log.view.position[:, -1:].clone()}
+    found = {"passes": log.passes, "readings": readings, "masks": masks, "fired": fired}
+    return found | {"events": events, "view": view}
 
 
-def unpack(log: dict[str, Any]) -> dict[str, Any]:
-    """A packed log as the kernel writes it, with zeros at tokens that were not selected."""
-    if not log.get("packed"):
-        return log
-    readings, masks = {}, {}
-    for number, mask in log["masks"].items():
-        f = log["readings"][number]
-        whole = f.new_zeros((*mask.shape, f.shape[-1]))
-        whole[mask > 0] = f
-        readings[number], masks[number] = [whole], [mask]
-    fired_rows = {number: list(rows) for number, rows in log["fired"].items()}
-    return {**log, "readings": readings, "masks": masks, "fired": fired_rows, "packed": False}
+class Unpacked(Frozen):
+    """What an edit did in one pass, as a server counted it; see ``Acted``."""
+
+    total: Tensor
+    columns: dict[str, Tensor]
+    rows: int
+    begins: bool
+
+    def counts(self) -> Tensor:
+        """[3]."""
+        return self.total
+
+    def changes(self) -> dict[str, Tensor]:
+        """A tensor [m] a column."""
+        return self.columns
+
+
+def unpack(packed: Log | dict[str, Any]) -> Log:
+    """A packed log as actions write it, with zeros at tokens that were not selected."""
+    if isinstance(packed, Log):
+        return packed
+    log = Log()
+    log.passes, position = packed["passes"], packed["view"]["position"]
+    for number, mask in packed["masks"].items():
+        f = packed["readings"][number]
+        values = f.new_zeros((*mask.shape, f.shape[-1]))
+        values[mask > 0] = f
+        log.readings[number], log.masks[number] = [values], [mask]
+    for number, counts in packed["fired"].items():
+        passes, log.acted[number] = packed["events"].get(number, []), list(counts)
+        if len(passes) == len(counts):  # otherwise some passes were only counted
+            log.acted[number] = [
+                Unpacked(total=total, columns=p["changes"], rows=p["rows"], begins=p["begins"])
+                for total, p in zip(counts, passes, strict=True)
+            ]
+    log.view = View(
+        ids=None, position=position, shown=position >= 0, real=position >= 0, lengths=position + 1,
+        whole=False, begins=False, memory=Memory(), selected={},
+    )  # fmt: skip
+    return log

@@ -1,7 +1,7 @@
 """Latents that depend on every token before theirs: encoded row by row, from the sequence's start.
 
 A key-value cache shows a forward pass only its new tokens, and padding puts others in front of a
-row's own. So the site's earlier values are kept from pass to pass in ``view["memory"]``, and each
+row's own. So the site's earlier values are kept from pass to pass in the view's memory, and each
 row's real tokens are encoded without its padding. That is exact, and the whole sequence is
 encoded anew at every generated token.
 """
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .encode import encode
+from .view import View
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-from .encode import encode
-
 
 def encode_prefix(
-    columns: dict[str, Any], x: Float[Tensor, "b t d"], view: dict[str, Any], key: Any
+    columns: dict[str, Any], x: Float[Tensor, "b t d"], view: View, key: Any
 ) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
     """What ``encode`` gives for each row's newest tokens, seen after all of its earlier ones.
 
@@ -31,28 +32,28 @@ def encode_prefix(
     for row in range(len(x)):
         own = values[row][shown[row]]  # [n, d]: this row's tokens, without padding
         f, scale = encode(columns, own.unsqueeze(0))
-        found.append(newest(f[0], view["shown"][row]))
-        scales.append(None if scale is None else newest(scale[0], view["shown"][row]))
+        found.append(newest(f[0], view.shown[row]))
+        scales.append(None if scale is None else newest(scale[0], view.shown[row]))
     return torch.stack(found), None if scales[0] is None else torch.stack(scales)  # type: ignore[arg-type]
 
 
 def remembered(
-    x: Float[Tensor, "b t d"], view: dict[str, Any], key: Any
+    x: Float[Tensor, "b t d"], view: View, key: Any
 ) -> tuple[Float[Tensor, "b s d"], Bool[Tensor, "b s"]]:
     """The site's values over all passes so far, and which of them are real tokens."""
-    shown = view["shown"].to(x.device)
-    before = None if view["whole"] else view["memory"].get(key)
+    shown = view.shown.to(x.device)
+    before = None if view.whole else view.memory.kept.get(key)
     if before is not None:
         x = torch.cat([before[0].to(x.device), x], 1)
         shown = torch.cat([before[1].to(x.device), shown], 1)
-    last = view["position"][:, -1].to(x.device)
+    last = view.position[:, -1].to(x.device)
     if not torch.equal(shown.sum(1), last + 1):
         raise ValueError(
             "saefeat: a latent that depends on every earlier token cannot be read here: the cache"
             " holds tokens that were not seen. Likely cause: a cache filled before the"
             " intervention was there. Try: run the whole sequence under the intervention."
         )
-    view["memory"][key] = (x.detach(), shown)
+    view.memory.kept[key] = (x.detach(), shown)
     return x, shown
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 from torch import Tensor
 
 from ..errors import PromptError
+from ..kernel.view import View
 from ..model.sites import Site
 
 
@@ -76,7 +77,7 @@ class Seen(NamedTuple):
         logits: [b, n, vocabulary], the last n columns; n = 1 unless the metric reads more.
         top: [b] long, the baseline run's most likely next token; None without such a run.
         numbers: [b] long, which prompt of the data set each row is.
-        view: the pass's positions, ids and mask (``kernel.tokens.window``).
+        view: the pass's positions, ids and mask (``kernel.view``).
         clean: [b, vocabulary], the last logits of the clean run, without graph.
         base: [b, vocabulary], those of the baseline run.
         value: [b, t, d] at the metric's own site.
@@ -85,7 +86,7 @@ class Seen(NamedTuple):
     logits: Tensor
     top: Any
     numbers: Tensor
-    view: dict[str, Any]
+    view: View
     clean: Tensor | None = None
     base: Tensor | None = None
     value: Tensor | None = None
@@ -147,7 +148,7 @@ class Metric:
 def real(seen: Seen) -> Tensor:
     """[b, t] bool: real tokens, on the device of what the metric reads."""
     read = seen.logits if seen.value is None else seen.value
-    return seen.view["real"].to(read.device)
+    return seen.view.real.to(read.device)
 
 
 def same_count(function: str, *values: Any) -> int | None:

@@ -16,10 +16,12 @@ from transformers import GenerationConfig
 
 from ..errors import RemoteError
 from ..files.identity import model_key
+from ..generation.batch import honoring
 from ..generation.decoding import Decoding
 from ..kernel.draws import require_drawn, seeded
+from ..kernel.log import Log
 from ..kernel.pack import pack
-from ..kernel.program import new_log
+from ..kernel.program import Program
 from ..kernel.trace import whole_run
 from ..model.modules import torch_module
 from ..shipping.narrow import narrowed
@@ -29,7 +31,7 @@ from ..shipping.program import register
 
 def remote_batch(
     model: Any,
-    program: dict[str, Any],
+    program: Program,
     batch: dict[str, Tensor],
     settings: Decoding,
     *,
@@ -44,21 +46,21 @@ def remote_batch(
     sets there; where the block runs in another process than the model, that is an error.
     """
     register()
-    ends = {**program["ends"], "honored": True, "stops": settings.stops}
-    program = narrowed({**program, "ends": ends, "embedding": embedding(model)}, dtype)
+    program = honoring(program, settings).replace(embedding=embedding(model))
+    program = narrowed(program, dtype)
     batch = {name: tensor.clone() for name, tensor in batch.items()}  # a view ships its storage
     seed, saved = settings.seed, None
     arguments = {**settings.arguments(), "max_new_tokens": max(settings.new, 1)}
     with model.generate(**arguments, **how) as tracer:
         with tracer.invoke(batch):
-            draws, log = seeded(seed), new_log()
+            draws, log = seeded(seed), Log()
             whole_run(model, program, log)
-            pack(log)
+            packed = pack(log)
         with tracer.invoke():
             logits = model.output.logits[:, -1].clone()
             tokens = tracer.result
             require_drawn(draws)
-            saved = nnsight.save({"log": log, "tokens": tokens, "logits": logits})
+            saved = nnsight.save({"log": packed, "tokens": tokens, "logits": logits})
     return saved, tracer.backend
 
 

@@ -8,6 +8,7 @@ selects is worked out beforehand on the real ids; everything else there is fake.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +16,12 @@ import torch
 from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
-from ..kernel.program import new_log, selected
-from ..kernel.tokens import window
+from ..kernel.log import Log
+from ..kernel.program import Program
+from ..kernel.read import Read
+from ..kernel.tokens import selected
 from ..kernel.trace import locate, visits
+from ..kernel.view import Memory, View, window
 
 
 class Dry(NamedTuple):
@@ -27,7 +31,7 @@ class Dry(NamedTuple):
     untried: str = ""
 
 
-def dry_run(model: Any, program: dict[str, Any], batch: dict[str, Tensor], new: int) -> Dry:
+def dry_run(model: Any, program: Program, batch: dict[str, Tensor], new: int) -> Dry:
     """A prompt's pass, and one of a generated token where there are any, on fake tensors."""
     try:
         _passes(model, program, batch, new > 1)
@@ -39,11 +43,11 @@ def dry_run(model: Any, program: dict[str, Any], batch: dict[str, Tensor], new: 
 
 
 def _blamed(
-    model: Any, program: dict[str, Any], batch: dict[str, Tensor], more: bool, error: Exception
+    model: Any, program: Program, batch: dict[str, Tensor], more: bool, error: Exception
 ) -> Dry:
     """Whose fault a failure is: a model that cannot be run so says nothing of the program."""
     try:
-        _passes(model, {**program, "visits": []}, batch, more)
+        _passes(model, program.replace(visits=()), batch, more)
     except Exception as own:
         return Dry(untried=f"the model itself does not run on fake tensors: {_short(own)}")
     return Dry(fails=_short(error))
@@ -69,15 +73,15 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _passes(model: Any, program: dict[str, Any], batch: dict[str, Tensor], more: bool) -> None:
+def _passes(model: Any, program: Program, batch: dict[str, Tensor], more: bool) -> None:
     """One pass, or two, in nnsight's scan."""
     batch = {name: tensor.clone() for name, tensor in batch.items()}
     views = [view for _, view in zip(range(1 + more), _views(program, batch), strict=False)]
-    log = new_log()
+    log = Log()
     with torch.no_grad(), model.scan(**batch, fn=partial(_called, model, more)):
         for number in Iterations()[: 1 + more]:
-            if number and program.get("embedding"):
-                locate(model, program["embedding"]).input  # noqa: B018  (as the server's block does)
+            if number and program.embedding:
+                locate(model, program.embedding).input  # noqa: B018  (as the server's block does)
             visits(model, program, log, views[number], None, number == 0)
 
 
@@ -98,13 +102,13 @@ def _called(model: Any, more: bool, **inputs: Any) -> Any:
     return module(**late, **own)
 
 
-def _views(program: dict[str, Any], batch: dict[str, Tensor]) -> Any:
+def _views(program: Program, batch: dict[str, Tensor]) -> Iterator[View]:
     """The views of a prompt's pass and of those behind it, with real selections."""
-    ids, mask, view, past = batch["input_ids"], batch["attention_mask"], None, 0
-    rules = [a["rule"] for v in program["visits"] for a in v["actions"] if "rule" in a]
+    ids, mask, memory, past = batch["input_ids"], batch["attention_mask"], Memory(), 0
+    rules = [action.rule for action in program.actions if isinstance(action, Read)]
     while True:
         shape = (ids.shape[0], ids.shape[1])
-        view = window(ids, mask, shape, past, view, program["ends"])
+        view = window(ids, mask, shape, past, memory, program.ends)
         for rule in rules:
             selected(rule, view, ids.device)
         yield view

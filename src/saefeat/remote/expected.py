@@ -7,12 +7,15 @@ and masks. Of a token that is still to be generated its place is known, and not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernel.tokens import matches, select, window
+from ..kernel.program import Program
+from ..kernel.read import Read
+from ..kernel.tokens import matches, select
+from ..kernel.view import Memory, View, window
 from ..values.patch import Patch
 from ..verbs.base import Intervention
 from ..verbs.steps import StepLike, numbered
@@ -47,7 +50,7 @@ def _span(ends: tuple[int, int]) -> str:
 
 def expected(
     intervention: Intervention,
-    program: dict[str, Any],
+    program: Program,
     batches: Sequence[dict[str, Tensor]],
     new: int,
     stops: Sequence[int],
@@ -57,14 +60,14 @@ def expected(
     A condition, or a value that is given for some tokens alone, may leave none of those its rule
     selects. A generated token is fed back but for the last one, unless a stop token comes first.
     """
-    actions = [action for visit in program["visits"] for action in visit["actions"]]
-    rules = {action["id"]: action["rule"] for action in actions if "rule" in action}
+    rules = {action.number: action.rule for action in program.actions if isinstance(action, Read)}
     prompts: dict[int, int] = dict.fromkeys(rules, 0)
     late: dict[int, tuple[int, int]] = dict.fromkeys(rules, (0, 0))
     for batch in batches:
         shape = (batch["input_ids"].shape[0], batch["input_ids"].shape[1])
-        view = window(batch["input_ids"], batch["attention_mask"], shape, 0, None, program["ends"])
-        after = generated(view["lengths"], max(new - 1, 0))
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        view = window(ids, mask, shape, 0, Memory(), program.ends)
+        after = generated(view.lengths, max(new - 1, 0))
         for number, rule in rules.items():
             prompts[number] += int(select(rule, view).sum())
             some, every = (int(m.sum()) for m in reversed(bounds(rule, after)))
@@ -85,12 +88,17 @@ def _of_step(step: StepLike, prompts: list[int], late: list[tuple[int, int]]) ->
     return Expected(repr(step), (floor[0], prompt), (floor[1], most))
 
 
-def generated(lengths: Tensor, count: int) -> dict[str, Any]:
+def generated(lengths: Tensor, count: int) -> View:
     """The view [b, count] of tokens that come after prompts of these lengths [b, 1]."""
-    return {"position": lengths + torch.arange(count), "lengths": lengths, "memory": {}}
+    position = lengths + torch.arange(count)
+    real = torch.ones_like(position, dtype=torch.bool)
+    return View(
+        ids=None, position=position, shown=real, real=real, lengths=lengths, whole=False,
+        begins=False, memory=Memory(lengths), selected={},
+    )  # fmt: skip
 
 
-def bounds(rule: tuple, view: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def bounds(rule: tuple, view: View) -> tuple[Tensor, Tensor]:
     """[b, t] twice: where a rule surely selects tokens of unknown ids, and where it may."""
     kind, *rest = rule
     if kind == "not":
@@ -102,5 +110,5 @@ def bounds(rule: tuple, view: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if kind in ("all", "prompt", "first", "last", "generated"):
         found = matches(rule, view)
         return found, found
-    shape = torch.zeros_like(view["position"], dtype=torch.bool)
+    shape = torch.zeros_like(view.position, dtype=torch.bool)
     return shape, ~shape

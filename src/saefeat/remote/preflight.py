@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import RemoteError
 from ..generation.decoding import Decoding, decoding
-from ..kernel.program import MOST_LATENTS
+from ..kernel.program import Program
+from ..kernel.write import MOST_LATENTS, Write
 from ..model.modules import torch_module
 from ..shipping.narrow import narrowed
 from ..shipping.payload import (
@@ -191,7 +192,7 @@ def _programs(
     batches: Sequence[dict[str, Tensor]],
     chosen: Intervention,
     dtype: torch.dtype | None,
-) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+) -> list[tuple[Program, dict[str, Tensor]]]:
     """The first batch and its program, and the last's if values by prompt meet fewer rows there."""
     own, sizes = by_prompt(chosen), [len(batch["input_ids"]) for batch in batches]
     found = []
@@ -199,7 +200,7 @@ def _programs(
         start = sum(sizes[:number])
         rows = slice(start, start + sizes[number]) if own else slice(None)
         program = narrowed(lower(chosen, model, rows), dtype)
-        found.append(({**program, "embedding": embedding(model)}, batches[number]))
+        found.append((program.replace(embedding=embedding(model)), batches[number]))
     return found
 
 
@@ -230,19 +231,17 @@ class Capture(Backend):
         self.raw = RequestModel.serialize(tracer)
 
 
-def captured(
-    model: Any, program: dict[str, Any], batch: dict[str, Tensor], settings: Decoding
-) -> bytes:
+def captured(model: Any, program: Program, batch: dict[str, Tensor], settings: Decoding) -> bytes:
     """A batch's request, before compression."""
     backend = Capture()
     remote_batch(model, program, batch, settings, backend=backend)
     return backend.raw
 
 
-def parks(program: dict[str, Any]) -> int:
+def parks(program: Program) -> int:
     """How often a forward pass hands a value to the block or takes one: inputs, reads, writes."""
-    writes = sum(any(a["do"] == "write" for a in v["actions"]) for v in program["visits"])
-    return 1 + len(program["visits"]) + writes
+    writes = [any(isinstance(a, Write) for a in visit.actions) for visit in program.visits]
+    return 1 + len(writes) + sum(writes)
 
 
 EVENT = 5 * 8 + 3 * 4
@@ -252,7 +251,7 @@ EVENT = 5 * 8 + 3 * 4
 def result_size(
     model: Any,
     intervention: Intervention,
-    program: dict[str, Any],
+    program: Program,
     batch: dict[str, Tensor],
     settings: Decoding,
 ) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..errors import FileError, RemoteError
 from ..files.container import pack, read, seal, unseal, write
-from ..kernel.program import new_log
 from ..results.provenance import versions
 
 FORMAT, VERSION = "saefeat.job-result", 1
@@ -75,8 +74,8 @@ def load_saved(file: Path, job: str) -> dict[str, Any]:
         spec, flat = unseal(contents, FORMAT, VERSION, "submit"), contents.tensors
         if spec["job"] != job:
             raise ValueError("it is of another job")
-        log = {**new_log(), "passes": spec["passes"], "packed": True}
-        log |= {"view": {"position": flat["position"]}, "events": _events(flat)}
+        view = {"position": flat["position"]}
+        log = {"passes": spec["passes"], "events": _events(flat), "view": view}
         for group in GROUPS:
             keys = [name for name in flat if name.startswith(f"{group}.")]
             log[group] = {int(name.partition(".")[2]): flat[name] for name in keys}

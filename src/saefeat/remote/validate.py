@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RemoteError
+from ..kernel.log import Log
 from ..kernel.pack import unpack
 from ..verbs.base import Intervention
 from ..verbs.steps import numbered
 
-Piece = tuple[dict[str, Any], Tensor, Tensor]
+Piece = tuple[Log, Tensor, Tensor]
 """A batch's log, all its token ids, and the logits after the prompt."""
 
 CHANGES = ("row", "latent", "before", "after", "norm", "position", "step", "token")
@@ -43,8 +44,8 @@ def received(
         wrong(where, f"logits {_of(logits)}", f"{rows} rows, one a prompt")
     log = saved["log"]
     passes = log.get("passes")
-    if type(passes) is not int or not 1 <= passes <= max(new, 1) or not log.get("packed"):
-        wrong(where, f"a log of {passes!r} passes", f"a packed one, of at most {max(new, 1)}")
+    if type(passes) is not int or not 1 <= passes <= max(new, 1):
+        wrong(where, f"a log of {passes!r} passes", f"one of at most {max(new, 1)}")
     _view(where, log.get("view"), rows)
     columns = batch["input_ids"].shape[1] + passes - 1
     wanted: dict[str, set[int]] = {"readings": set(), "masks": set(), "fired": set()}

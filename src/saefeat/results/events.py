@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..kernel.events import changes
+from ..kernel.log import Log
 from ..model.sites import Site
 from .table import frame
 
@@ -114,26 +114,22 @@ class Events:
         return "\n".join(lines + more)
 
 
-def record_events(latents: Latents, numbers: Sequence[int], log: dict[str, Any]) -> Events | None:
+def record_events(latents: Latents, numbers: Sequence[int], log: Log) -> Events | None:
     """The events of one edit, from what the kernel noted under its dictionaries' numbers.
 
     None where the kernel only counted: too many latents, or too much to keep.
     """
     rows, prompts = [], 0
     for place, number in enumerate(numbers):
-        noted, passes = log["fired"].get(number, []), log["events"].get(number, [])
-        if len(passes) != len(noted):
-            return None
+        entries = log.acted.get(number, [])
         index = torch.tensor(latents.parts[place][1])
         offset, size = 0, 0
-        for entry, seen in zip(noted, passes, strict=True):
-            if seen["begins"]:
-                offset, size = offset + size, seen["rows"] if "rows" in seen else len(entry[0])
-            found = seen.get("changes")  # worked out where the run was made
-            if found is None:
-                step, mask = entry
-                found = changes(step, mask, seen, log["directions"][number])
-            rows.append(_columns(place, index, found, offset))
+        for entry in entries:
+            if isinstance(entry, Tensor):
+                return None
+            if entry.begins:
+                offset, size = offset + size, entry.rows
+            rows.append(_columns(place, index, entry.changes(), offset))
         prompts = max(prompts, offset + size)
     columns = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else _empty()
     return Events(tuple(basis.site for basis, _ in latents.parts), prompts, *columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..kernel.trace import whole_run
-from ..shipping.program import Program, register
+from ..shipping.program import Carried, register
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
 
@@ -38,7 +38,7 @@ def edit(model: Any, intervention: Intervention) -> Any:
         >>> logits.ndim
         3
     """
-    program = Program(lower(intervention, model))
+    program = Carried(**vars(lower(intervention, model)))
     register()  # the copy may be traced remotely, when nothing of ours runs any more
     with model.edit() as (_, edited):
         whole_run(edited, program, None)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FiringError, ModelError
-from ..kernel.program import new_log, visit
-from ..kernel.tokens import follow_rows, past_length, remembers, require_sequential, window
+from ..kernel.log import Log, State
+from ..kernel.program import Program, Visit, visit
 from ..kernel.trace import generating
+from ..kernel.view import Memory, follow_rows, past_length, require_sequential, window
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
 from ..verbs.base import Intervention
@@ -25,7 +26,7 @@ from ..verbs.lower import lower
 
 
 @contextmanager
-def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, Any]]:
+def hooked(model: nn.Module, intervention: Intervention) -> Iterator[Log]:
     """Apply an intervention to every forward pass made inside the ``with`` block.
 
     Args:
@@ -57,20 +58,17 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
     """
     module = torch_module(model)
     program = lower(intervention, model)
-    for stop in program["visits"]:
-        require_whole(module, stop["path"], stop["end"])
-    log = new_log()
-    state: dict[str, Any] = {"view": None, "held": {}, "program": program, "left": set()}
-    state["called"] = False
-    state["paths"] = {(stop["path"], stop["end"]) for stop in program["visits"]}
+    for stop in program.visits:
+        require_whole(module, stop.path, stop.end)
+    hooks = _Hooks(program)
     with ExitStack() as stack:
-        start = module.register_forward_pre_hook(partial(_begin, state, log), with_kwargs=True)
+        start = module.register_forward_pre_hook(hooks.begin, with_kwargs=True)
         stack.callback(start.remove)
-        for stop in program["visits"]:
-            stack.callback(_install(module, stop, state, log).remove)
-        stack.callback(module.register_forward_hook(partial(_end, state)).remove)
-        yield log
-    if not state["called"]:
+        for stop in program.visits:
+            stack.callback(_install(module, stop, hooks).remove)
+        stack.callback(module.register_forward_hook(hooks.end).remove)
+        yield hooks.log
+    if not hooks.log.passes:
         raise FiringError(
             "hooked: `model` is never called inside the block, wanted at least one forward pass."
             " Likely cause: results from a cache, or another copy of the model was called. Try:"
@@ -78,42 +76,54 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[dict[str, A
         )
 
 
-def _begin(
-    state: dict[str, Any], log: dict[str, Any], _: nn.Module, args: Any, kwargs: Any
-) -> None:
-    """At the start of a forward pass: where are we in the sequence?"""
-    state["called"] = True
-    require_sequential(kwargs)
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    shown = ids if ids is not None else kwargs["inputs_embeds"]
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    cache, program = kwargs.get("past_key_values"), state["program"]
-    past = past_length(cache)
-    shape = (shown.shape[0], shown.shape[1])
-    before = state["view"] if _continues(state["view"], past, shape, ids, kwargs) else None
-    state["view"] = log["view"] = window(ids, mask, shape, past, before, program["ends"])
-    if remembers(program):
-        follow_rows(cache, state["view"]["memory"])
-    state["held"] = {}
-    state["left"] = set(state["paths"])
-    log["passes"] += 1
+class _Hooks:
+    """What the hooks of one program share."""
 
+    def __init__(self, program: Program) -> None:
+        self.program, self.log = program, Log()
+        self.memory: Memory | None = None
+        self.state: State | None = None
+        self.left: set[tuple[str, str]] = set()
 
-def _end(state: dict[str, Any], module: nn.Module, _: Any, __: Any) -> None:
-    """At the end of a forward pass: was every site reached?"""
-    if not state["left"]:
-        return
-    path, end = min(state["left"])
-    raise ModelError(
-        f"hooked: `model` is a {type(module).__name__} that did not pass through {path}.{end},"
-        " wanted every site of the intervention reached in every forward pass. Likely cause:"
-        " skipped layers, or code compiled before the hooks were there. Try: hooked on the model as"
-        " it was loaded"
-    )
+    def begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """At the start of a forward pass: where are we in the sequence?"""
+        require_sequential(kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        shown = ids if ids is not None else kwargs["inputs_embeds"]
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        cache = kwargs.get("past_key_values")
+        past, shape = past_length(cache), (shown.shape[0], shown.shape[1])
+        if self.memory is None or not _continues(self.memory, past, shape, ids, kwargs):
+            self.memory = Memory()
+        view = window(ids, mask, shape, past, self.memory, self.program.ends)
+        if self.program.remembers:
+            follow_rows(cache, self.memory)
+        self.state = State(view, self.log, self.program.placed)
+        self.left = {(stop.path, stop.end) for stop in self.program.visits}
+        self.log.view = view
+        self.log.passes += 1
+
+    def end(self, module: nn.Module, _: Any, __: Any) -> None:
+        """At the end of a forward pass: was every site reached?"""
+        if not self.left:
+            return
+        path, end = min(self.left)
+        raise ModelError(
+            f"hooked: `model` is a {type(module).__name__} that did not pass through {path}.{end},"
+            " wanted every site of the intervention reached in every forward pass. Likely cause:"
+            " skipped layers, or code compiled before the hooks were there. Try: hooked on the"
+            " model as it was loaded"
+        )
+
+    def visit(self, stop: Visit, x: Tensor) -> Tensor:
+        """At one place."""
+        assert self.state is not None
+        self.left.discard((stop.path, stop.end))
+        return visit(stop.actions, x, self.state)
 
 
 def _continues(
-    view: dict[str, Any] | None, past: int, shape: tuple[int, int], ids: Tensor | None, kwargs: Any
+    memory: Memory, past: int, shape: tuple[int, int], ids: Tensor | None, kwargs: Any
 ) -> bool:
     """Whether a pass goes on with the sequence of the pass before.
 
@@ -121,41 +131,33 @@ def _continues(
     the last sequence with one token more. Beams change rows within a prompt's own, so what is
     compared then is the prompt.
     """
-    if view is None or len(view["real"]) != shape[0]:
+    assert memory.lengths is not None and memory.seen is not None
+    if len(memory.lengths) != shape[0]:
         return False
-    memory = view["memory"]
     if past:
-        return memory["seen"] == past
-    last = memory.get("ids")
-    if not generating(kwargs) or last is None or ids is None or memory["seen"] + 1 != shape[1]:
+        return memory.seen == past
+    last = memory.ids
+    if not generating(kwargs) or last is None or ids is None or memory.seen + 1 != shape[1]:
         return False
-    prompt = memory["prompt"]
-    return torch.equal(ids[:, :prompt], last[:, :prompt])
+    return torch.equal(ids[:, : memory.prompt], last[:, : memory.prompt])
 
 
-def _install(module: nn.Module, stop: dict[str, Any], state: dict[str, Any], log: Any) -> Any:
+def _install(module: nn.Module, stop: Visit, hooks: _Hooks) -> Any:
     """One hook on the module of a visit, at its input or its output."""
-    target = module.get_submodule(stop["path"])
-    if stop["end"] == "input":
-        hook = partial(_on_input, stop, state, log)
-        return target.register_forward_pre_hook(hook, with_kwargs=True)
-    return target.register_forward_hook(partial(_on_output, stop, state, log))
+    target = module.get_submodule(stop.path)
+    if stop.end == "input":
+        return target.register_forward_pre_hook(partial(_on_input, stop, hooks), with_kwargs=True)
+    return target.register_forward_hook(partial(_on_output, stop, hooks))
 
 
-def _on_input(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, kwargs: Any) -> Any:
+def _on_input(stop: Visit, hooks: _Hooks, _: nn.Module, args: tuple, kwargs: Any) -> Any:
     if args:
-        x = _visit(stop, args[0], state, log)
-        return (x, *args[1:]), kwargs
+        return (hooks.visit(stop, args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
-    return args, {**kwargs, name: _visit(stop, kwargs[name], state, log)}
+    return args, {**kwargs, name: hooks.visit(stop, kwargs[name])}
 
 
-def _on_output(stop: Any, state: Any, log: Any, _: nn.Module, args: tuple, output: Any) -> Any:
+def _on_output(stop: Visit, hooks: _Hooks, _: nn.Module, args: tuple, output: Any) -> Any:
     if isinstance(output, Tensor):
-        return _visit(stop, output, state, log)
-    return (_visit(stop, output[0], state, log), *output[1:])
-
-
-def _visit(stop: Any, x: Tensor, state: Any, log: Any) -> Tensor:
-    state["left"].discard((stop["path"], stop["end"]))
-    return visit(stop["actions"], x, state["view"], state["held"], log)
+        return hooks.visit(stop, output)
+    return (hooks.visit(stop, output[0]), *output[1:])

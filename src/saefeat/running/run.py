@@ -17,6 +17,8 @@ from ..files.identity import digest, model_identity, remote_identity
 from ..generation.batch import require_passes, run_batch
 from ..generation.decoding import Decoding, decoding, require_beamable, until_stop, whole_number
 from ..generation.result import Piece, join, pack, piece, provenance, unpack, without_events
+from ..kernel.log import Log
+from ..kernel.program import Program
 from ..remote.batch import remote_batch, require_plain, with_stops
 from ..remote.preflight import inspected, require_light
 from ..remote.validate import received
@@ -235,7 +237,7 @@ class _Job(NamedTuple):
 
     model: Any
     intervention: Intervention
-    program: dict[str, Any] | None
+    program: Program | None
     decoding: Decoding
     checkpoint: Checkpoint
     source: Provenance
@@ -317,8 +319,8 @@ def _one(job: _Job, batch: dict[str, Tensor], start: int) -> Piece:
 
 
 def _executed(
-    job: _Job, program: dict[str, Any], batch: dict[str, Tensor], start: int
-) -> tuple[dict[str, Any], Tensor, Tensor]:
+    job: _Job, program: Program, batch: dict[str, Tensor], start: int
+) -> tuple[Log, Tensor, Tensor]:
     """A batch's log, token ids and logits, from here or from a server."""
     if job.remote is None:
         return run_batch(job.model, program, batch, job.decoding.at(start))

@@ -18,6 +18,8 @@ from ..errors import LatentError
 from ..generation.batch import require_passes, run_batch
 from ..generation.decoding import Decoding, decoding, until_stop, whole_number
 from ..generation.result import Piece, join, piece, provenance
+from ..kernel.log import Log
+from ..kernel.program import Program
 from ..model.route import route
 from ..results.run import Run
 from ..shipping.payload import PAYLOAD_LIMIT
@@ -132,18 +134,18 @@ def _groups(settings: list[Intervention], size: int) -> list[range]:
 
 def _together(
     model: Any,
-    programs: list[dict[str, Any]],
+    programs: list[Program],
     batch: dict[str, Tensor],
     greedy: Decoding,
     allow_unfired: bool,
-) -> list[tuple[dict[str, Any], list[list[int]], Tensor]]:
+) -> list[tuple[Log, list[list[int]], Tensor]]:
     """One batch under several programs: the log, completions and logits of each."""
     rows, width = batch["input_ids"].shape
     shared = {name: value.repeat(len(programs), 1) for name, value in batch.items()}
     log, tokens, logits = run_batch(model, beside(programs, rows), shared, greedy)
     ends = [until_stop(part[:, width:], greedy.stops) for part in tokens.split(rows)]
     passes = [max(1, *(len(row) for row in part)) for part in ends]
-    if not allow_unfired and any(program["visits"] for program in programs):
+    if not allow_unfired and any(program.visits for program in programs):
         require_passes(log, max(passes), "sweep")
     logs = taken_apart(log, len(programs), rows, passes)
     return list(zip(logs, ends, logits.split(rows), strict=True))

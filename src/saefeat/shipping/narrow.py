@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RemoteError
+from ..kernel.frozen import Placed, mapped
+from ..kernel.program import Program
 from .upstream import upstream
 
 
-def narrowed(program: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+def narrowed(program: Program, dtype: torch.dtype | None = None) -> Program:
     """The program with its matrices in the dtype asked for, or the narrowest that holds them.
 
     The kernel computes in float32 all the same. Vectors, thresholds and values stay as they are:
@@ -21,31 +23,25 @@ def narrowed(program: dict[str, Any], dtype: torch.dtype | None = None) -> dict[
         RemoteError: for a dictionary that cannot be sent, or a dtype that cannot hold one.
     """
     require_floating(dtype)
+    for action in program.actions:
+        require_sendable(getattr(action, "columns", {}))
+
+    def lean(name: str, tensor: Tensor) -> Tensor:
+        return narrow(tensor, dtype) if name in MATRICES else tensor
+
     visits = [
-        {**visit, "actions": [_lean(action, dtype) for action in visit["actions"]]}
-        for visit in upstream(program["visits"])
+        visit.replace(actions=tuple(mapped(action, lean) for action in visit.actions))
+        for visit in upstream(program.visits)
     ]
-    return {**program, "visits": visits}
-
-
-def _lean(action: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """An action with narrow matrices, without what an earlier run cached on it."""
-    action = {name: value for name, value in action.items() if name != "placed"}
-    if "tensors" in action:
-        require_sendable(action["tensors"])
-        action["tensors"] = {
-            name: narrow(value, dtype) if name in MATRICES else value
-            for name, value in action["tensors"].items()
-        }
-    return action
+    return program.replace(visits=tuple(visits), placed=Placed())
 
 
 MATRICES = ("encoder", "directions", "decoder")
 
 
-def narrow(value: Any, dtype: torch.dtype | None) -> Any:
+def narrow(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor in ``dtype``, or in bfloat16 or float16 where that loses nothing."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not value.is_floating_point():
         return value
     if dtype is not None:
         return _held(value, dtype)

@@ -11,6 +11,8 @@ from nnsight.intervention.serialization import CustomCloudUnpickler, loads
 from torch import Tensor
 
 from ..errors import RemoteError
+from ..kernel.frozen import Frozen
+from ..kernel.program import Program
 
 PAYLOAD_LIMIT = 64 << 20
 """Bytes a batch's request may have, 64 MiB: some twelve times what 20 latents at 26 sites need."""
@@ -72,9 +74,9 @@ def require_fits(where: str, parts: dict[str, int], payload: int, limit: int) ->
     )
 
 
-def parts_of(program: dict[str, Any]) -> dict[str, int]:
+def parts_of(program: Program) -> dict[str, int]:
     """Bytes of the tensors for each place that a program visits."""
-    return {f"{v['path']}.{v['end']}": weight(v["actions"]) for v in program["visits"]}
+    return {f"{visit.path}.{visit.end}": weight(visit.actions) for visit in program.visits}
 
 
 def compressed(raw: bytes) -> int:
@@ -91,6 +93,8 @@ def tensors(data: Any) -> Iterator[Tensor]:
 
 def leaves(data: Any) -> Iterator[Any]:
     """Everything in nested plain data that is no container."""
+    if isinstance(data, Frozen):
+        data = vars(data)
     if isinstance(data, dict):
         yield from (leaf for value in data.values() for leaf in leaves(value))
     elif isinstance(data, (list, tuple)):

@@ -17,7 +17,7 @@ from nnsight.intervention.serialization import dumps
 
 from ..errors import RemoteError
 from ..kernel.pack import applied
-from ..kernel.tokens import looks_back
+from ..kernel.program import Program
 from ..model.modules import torch_module
 from ..model.requests import Request, request
 from .narrow import narrowed
@@ -31,21 +31,21 @@ def register() -> None:
     nnsight.register(KERNEL)
 
 
-class Program(dict[str, Any]):
+class Carried(Program):
     """A program that an edited copy carries: in a remote request, one that suits a server."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        here = request()
-        return dict, (dict(self) if here is None else shipped(dict(self), here),)
+        here, plain = request(), Program(**vars(self))
+        return (plain if here is None else shipped(plain, here)).__reduce_ex__(protocol)
 
 
-def as_shipped(program: dict[str, Any], here: Request) -> Any:
+def as_shipped(program: Program, here: Request) -> Any:
     """The program as a function of the model that runs without this package."""
     register()
     return partial(applied, shipped(program, here))
 
 
-def shipped(program: dict[str, Any], here: Request) -> dict[str, Any]:
+def shipped(program: Program, here: Request) -> Program:
     """The program as it goes into a request of the user's own.
 
     Raises:
@@ -53,8 +53,8 @@ def shipped(program: dict[str, Any], here: Request) -> dict[str, Any]:
     """
     require_sequential(program, here)
     program = narrowed(program)
-    if not looks_back(program):  # what does must follow beams, which only the cache tells of
-        program["embedding"] = embedding(here.model)
+    if not program.remembers:  # what does must follow beams, which only the cache tells of
+        program = program.replace(embedding=embedding(here.model))
     require_known_functions("intervention(model)", program, here.model)
     parts = parts_of(program)
     if sum(parts.values()) > PAYLOAD_LIMIT:
@@ -68,17 +68,17 @@ def shipped(program: dict[str, Any], here: Request) -> dict[str, Any]:
     return program
 
 
-def require_known_functions(where: str, program: dict[str, Any], model: Any) -> None:
+def require_known_functions(where: str, program: Program, model: Any) -> None:
     """Refuse functions of a program that use what a server does not have; nothing else can.
 
     Raises:
         RemoteError: naming the modules.
     """
-    if any(callable(leaf) for leaf in leaves(program["visits"])):
+    if any(callable(leaf) for leaf in leaves(program.visits)):
         require_known(where, strangers(model, dumps(program)))
 
 
-def require_sequential(program: dict[str, Any], here: Request) -> None:
+def require_sequential(program: Program, here: Request) -> None:
     """Refuse ways of generating whose passes a server's block cannot follow.
 
     Raises:
@@ -91,7 +91,7 @@ def require_sequential(program: dict[str, Any], here: Request) -> None:
         beams = getattr(config, "num_beams", None)
     guesses = ("assistant_model", "prompt_lookup_num_tokens")
     bad = next((name for name in guesses if here.options.get(name) is not None), None)
-    if bad is None and not (looks_back(program) and (beams or 1) > 1):
+    if bad is None and not (program.remembers and (beams or 1) > 1):
         return
     parameter = bad or "num_beams"
     got = "given, in a remote generation" + ("" if bad else " with a held condition or role")

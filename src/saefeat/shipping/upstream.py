@@ -7,29 +7,30 @@ the cache, and later passes would not see its tokens. And the cache would cross 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
+from ..kernel.program import Visit
 from ..model.families import FAMILIES, NESTED
 
 BLOCKS = {*NESTED.values(), *(blocks for blocks, _ in FAMILIES.values())}
 
 
-def upstream(visits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def upstream(visits: Iterable[Visit]) -> list[Visit]:
     """Visits in the same order, those of a block's input but the first one's moved and merged."""
-    found: list[dict[str, Any]] = []
+    merged: list[Visit] = []
     for visit in visits:
-        visit = {**visit, **before(visit["path"], visit["end"])}
-        last = found[-1] if found else {}
-        if (last.get("path"), last.get("end")) == (visit["path"], visit["end"]):
-            found[-1] = {**last, "actions": [*last["actions"], *visit["actions"]]}
+        path, end = before(visit.path, visit.end)
+        last = merged[-1] if merged else None
+        if last is not None and (last.path, last.end) == (path, end):
+            merged[-1] = last.replace(actions=last.actions + visit.actions)
         else:
-            found.append(visit)
-    return found
+            merged.append(visit.replace(path=path, end=end))
+    return merged
 
 
-def before(path: str, end: str) -> dict[str, str]:
-    """Where the value of a block's input comes from, if that is the block before."""
+def before(path: str, end: str) -> tuple[str, str]:
+    """Where the value is found: for a block's input at the block before, if there is one."""
     blocks, _, number = path.rpartition(".")
     if end != "input" or blocks not in BLOCKS or not number.isdecimal() or number == "0":
-        return {}
-    return {"path": f"{blocks}.{int(number) - 1}", "end": "output"}
+        return path, end
+    return f"{blocks}.{int(number) - 1}", "output"

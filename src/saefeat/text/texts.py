@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from ..kernel.tokens import select, window
+from ..kernel.tokens import select
+from ..kernel.view import Memory, window
 from .prompts import role_markers
 from .rules import special_ids
 from .tokens import Tokens
@@ -85,8 +86,7 @@ class Texts:
         found = []
         for row, length in zip(self.ids, self.prompts, strict=True):
             ids = torch.tensor([row], dtype=torch.long)
-            known = {"lengths": torch.tensor([[length]]), "memory": {}}
-            view = window(ids, None, (1, len(row)), 0, known, None)
+            view = window(ids, None, (1, len(row)), 0, Memory(torch.tensor([[length]])), None)
             found.append(select(rule, view)[0])
         return tuple(found)
 

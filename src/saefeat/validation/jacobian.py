@@ -12,17 +12,20 @@ from torch import Tensor
 from ..dictionaries.indices import index_tensor
 from ..dictionaries.latents import Dictionary, Latents, cast
 from ..kernel.encode import encode
-from ..kernel.program import lift, new_log
+from ..kernel.log import Log
+from ..kernel.read import Norm, lift
 from ..kernel.tokens import select
 from ..kernel.trace import whole_run
+from ..kernel.watch import Keep
 from ..model.modules import torch_module
 from ..model.route import Route
 from ..model.sites import Order, Place, Site
 from ..text.rules import plain
 from ..text.tokens import Tokens
 from ..verbs.base import Chain
-from ..verbs.lower import add_stash, add_visit, in_order, lower
+from ..verbs.lower import lower
 from ..verbs.rules import acts_at
+from ..verbs.visits import Visits
 
 
 class Part(NamedTuple):
@@ -31,7 +34,7 @@ class Part(NamedTuple):
     dictionary: Dictionary
     columns: dict[str, Any]
     place: Place
-    transform: dict[str, Any]
+    transform: Norm
     rule: tuple
 
 
@@ -63,7 +66,7 @@ class Graph:
             self._numbers.setdefault(block, (len(self._numbers), order))
         rule = plain(acts_at(where, basis, self._model).rule, self._model)
         columns = basis.columns(index_tensor(indices))
-        transform = {"transform": found.transform, "eps": found.eps}
+        transform = Norm(kind=found.transform, eps=found.eps)
         return Part(basis, columns, place, transform, rule)
 
     def values(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +74,7 @@ class Graph:
         log = self._run(batch)
         with torch.enable_grad():
             sums = torch.cat([self._sum(part, log) for part in self._sinks], -1)  # [b, d]
-        nodes = [log["nodes"][self._numbers[part.place][0]] for part in self._writes]
+        nodes = [log.nodes[self._numbers[part.place][0]] for part in self._writes]
         active, found = [self._active(read, log) for read in self._reads], []
         for j in range(sums.shape[1]):
             slopes = torch.autograd.grad(
@@ -86,52 +89,51 @@ class Graph:
             "downstream": sums.any(),
         }
 
-    def _run(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def _run(self, batch: dict[str, Tensor]) -> Log:
         """One forward pass in which every place's value is kept as a node of the graph."""
         program = lower(Chain(()), self._model)
-        visits: dict[Place, dict[str, Any]] = {}
+        visits = Visits()
         for place, (number, order) in self._numbers.items():
             if place.plus is not None:
-                add_stash(visits, place.plus, self._route.starts[place.plus])
-            action = {"do": "keep", "id": number, "target": None, "plus": place.plus}
-            action |= {"copy": True, "through": None, "source": None}
+                visits.stash(place.plus, self._route.starts[place.plus])
             # what lies before the first written place needs no gradient, and frozen models work
-            action["gradient"] = order >= self._order(self._first)
-            action["first"] = number == self._first
-            add_visit(visits, place, order)["actions"].append(action)
-        program["visits"] = in_order(visits)
+            gradient = order >= self._order(self._first)
+            first = number == self._first
+            keep = Keep(number=number, plus=place.plus, gradient=gradient, first=first)
+            visits.add(place, order, keep)
+        program = program.replace(visits=visits.ordered())
         with torch.enable_grad(), self._model.trace(batch, **self._options):
-            log = nnsight.save(new_log())
+            log = nnsight.save(Log())
             whole_run(self._model, program, log)
         return log
 
     def _order(self, number: int) -> Order:
         return next(order for found, order in self._numbers.values() if found == number)
 
-    def _node(self, place: Place, log: dict[str, Any]) -> Tensor:
+    def _node(self, place: Place, log: Log) -> Tensor:
         """The site's value [b, t, d], in the graph where it can be."""
         number = self._numbers[place][0]
-        if number not in log["nodes"]:
-            return log["kept"][number]
-        x = log["nodes"][number]
+        if number not in log.nodes:
+            return log.kept[number]
+        x = log.nodes[number]
         if place.plus is None:
             return x
         return x + self._node(Place(place.plus, "input"), log)
 
-    def _sum(self, part: Part, log: dict[str, Any]) -> Tensor:
+    def _sum(self, part: Part, log: Log) -> Tensor:
         """[b, k]: each downstream latent's activation, summed over its tokens."""
         x = lift(self._node(part.place, log), part.transform)
         f = encode(cast(part.columns, x.dtype, x.device), x)[0]  # [b, t, k]
-        mask = select(part.rule, log["view"]).to(x.device)
+        mask = select(part.rule, log.view).to(x.device)
         f = torch.where(mask[..., None], f, 0.0)
         return f.sum(1)
 
     @torch.no_grad()
-    def _active(self, read: Part, log: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _active(self, read: Part, log: Log) -> tuple[Tensor, Tensor | None]:
         """[b, t, k]: what upstream latents are at their tokens, and the scale of directions."""
-        x = lift(log["kept"][self._numbers[read.place][0]], read.transform)
+        x = lift(log.kept[self._numbers[read.place][0]], read.transform)
         f, scale = encode(cast(read.columns, x.dtype, x.device), x)
-        return torch.where(select(read.rule, log["view"]).to(x.device)[..., None], f, 0.0), scale
+        return torch.where(select(read.rule, log.view).to(x.device)[..., None], f, 0.0), scale
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
+from ..kernel.values import ByToken
 from .declared import Declared
 
 
@@ -29,7 +30,7 @@ class Value(Declared, ABC):
         """Refuse a value that was made for other latents (``LatentError``)."""
 
     @abstractmethod
-    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> ByToken:
         """The kernel's form, for the latents in ``span`` and the prompts in ``rows``."""
 
     def prompts(self) -> int | None:

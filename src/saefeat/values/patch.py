@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
+from ..kernel.values import Pinned
 from ..results.readings import Readings
 from .base import Value
 from .columns import columns_of, require_readings
@@ -61,13 +62,12 @@ class Patch(Value):
     def prompts(self) -> int:
         return self.readings.values.shape[0]
 
-    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> Pinned:
         index = columns_of(self.readings, latents, "Patch")[span]
         values, known = (t[rows][..., index] for t in (self.readings.values, self.readings.mask))
         assert self.readings.starts is not None
-        return {
-            "kind": "pin",
-            "values": torch.where(known, values, 0.0),  # [b, s, k]
-            "known": known,
-            "starts": self.readings.starts[rows, None].clone(),  # [b, 1]
-        }
+        return Pinned(
+            values=torch.where(known, values, 0.0),  # [b, s, k]
+            known=known,
+            starts=self.readings.starts[rows, None].clone(),  # [b, 1]
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
+from ..kernel.values import Drawn
 from ..results.readings import Readings
 from .base import Value, numbers
 from .columns import columns_of, require_readings
@@ -81,7 +82,7 @@ class Resample(Value):
         index = columns_of(self.activations, latents, "Resample")
         return self.activations.values[..., index][self.activations.mask[..., index].all(-1)]
 
-    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> Drawn:
         values = self._rows(latents)[:, span].clone()
         first = rows.start or 0 if isinstance(rows, slice) else int(rows[0])
-        return {"kind": "resample", "values": values, "seed": self.seed, "first": first}
+        return Drawn(values=values, seed=self.seed, first=first)

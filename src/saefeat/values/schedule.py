@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
+from ..kernel.values import Scheduled
 from .base import Value, numbers
 from .declared import argument
 
@@ -61,8 +62,8 @@ class Schedule(Value):
                     " Schedule([8.0, 4.0, 0.0]), the same for all latents"
                 )
 
-    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
+    def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> Scheduled:
         values, prompt = self.values, self.values[0] if self.prompt is None else self.prompt
         values = values[:, span] if values.ndim == 2 else values[:, None]
         prompt = prompt[span] if prompt.ndim == 1 else prompt[None]
-        return {"kind": "schedule", "values": values.clone(), "prompt": prompt.clone()}
+        return Scheduled(values=values.clone(), prompt=prompt.clone())

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..dictionaries.latents import Latents, selection
 from ..errors import FiringError, LatentError
+from ..kernel.log import Log
 from ..kernel.pack import unpack
-from ..kernel.program import fired, new_log
 from ..kernel.trace import inline
 from ..model.requests import request
 from ..results.events import record_events
@@ -46,7 +46,7 @@ class Intervention(ABC):
     def __or__(self, other: Intervention) -> Chain:
         return Chain((*self.parts(), *other.parts()))
 
-    def __call__(self, model: Any, *, step: int | None = None) -> dict[str, Any]:
+    def __call__(self, model: Any, *, step: int | None = None) -> Log:
         """Apply inside an nnsight block, to the forward pass of a trace or to all of a generation.
 
         Call it before reading any layer. In a loop over ``tracer.iter`` pass the loop's number as
@@ -58,14 +58,14 @@ class Intervention(ABC):
             step: which forward pass of a generation this is, if the block loops over them.
 
         Returns:
-            A plain log, to be kept with ``nnsight.save``; ``readings`` and ``receipt`` read it.
+            The log, to be kept with ``nnsight.save``; ``readings`` and ``receipt`` read it.
 
         Raises:
             SiteError, ModelError: if the model lacks a site, or is in train mode with dropout.
         """
         if step is not None:
             require_memoryless(self)
-        log = new_log()
+        log = Log()
         inline(model, lower(self, model), log, step)
         return log
 
@@ -76,13 +76,13 @@ class Intervention(ABC):
             return super().__reduce_ex__(protocol)
         return as_shipped(lower(self, here.model), here).__reduce__()
 
-    def readings(self, log: dict[str, Any]) -> tuple[Readings, ...]:
+    def readings(self, log: Log | dict[str, Any]) -> tuple[Readings, ...]:
         """What each ``Probe`` of this intervention read, in order."""
-        found, log = [], unpack(log)
+        found, log = [], unpack(log)  # a server's log is packed
         for step, numbers in numbered(self.parts()):
             if step.change is None:
-                values = [join_time(log["readings"][n]).cpu() for n in numbers]
-                counts = [join_time(log["masks"][n]).cpu().unsqueeze(-1) for n in numbers]
+                values = [join_time(log.readings[n]).cpu() for n in numbers]
+                counts = [join_time(log.masks[n]).cpu().unsqueeze(-1) for n in numbers]
                 totals = None
                 if step.reduction == "mean":  # the kernel kept sums
                     pairs = list(zip(values, counts, strict=True))
@@ -94,18 +94,18 @@ class Intervention(ABC):
                 found.append(Readings(step.latents, *joined, starts, totals))
         return tuple(found)
 
-    def receipt(self, log: dict[str, Any]) -> Receipt:
+    def receipt(self, log: Log | dict[str, Any]) -> Receipt:
         """How often each edit acted, and where."""
         rows, log = [], unpack(log)
         for step, numbers in numbered(self.parts()):
             if step.change is not None:
-                counts = [_counts(log["fired"].get(n, [])) for n in numbers]
+                counts = [_counts(log.acted.get(n, [])) for n in numbers]
                 total = torch.stack([c.to("cpu", torch.float64).sum(0) for c in counts])
                 largest = max(float(c[:, 2].max()) for c in counts)
                 tokens, pairs = int(total[:, 0].max()), int(total[:, 1].sum())
                 events = record_events(step.latents, numbers, log)
                 rows.append(Fired(repr(step), tokens, pairs, largest, events))
-        return Receipt(tuple(rows), passes=log["passes"])
+        return Receipt(tuple(rows), passes=log.passes)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -170,14 +170,14 @@ class Chain(Intervention):
         return " | ".join(map(repr, self.steps)) or "Chain(())"
 
 
-def _starts(log: dict[str, Any], columns: int) -> Tensor:
+def _starts(log: Log, columns: int) -> Tensor:
     """[b]: the column of position 0, from where the last column stands in its row's text."""
-    return columns - 1 - log["view"]["position"][:, -1].cpu()
+    return columns - 1 - log.view.position[:, -1].cpu()
 
 
 def _counts(entries: list[Any]) -> Tensor:
     """[passes, 3] from what the kernel noted: counts, or the steps themselves to be counted."""
-    rows = [fired(*entry) if isinstance(entry, tuple) else entry for entry in entries]
+    rows = [entry if isinstance(entry, Tensor) else entry.counts() for entry in entries]
     return torch.stack(rows) if rows else torch.zeros(1, 3)
 
 

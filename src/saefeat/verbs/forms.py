@@ -22,6 +22,7 @@ from ..dictionaries.indices import index_tensor
 from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import ErrorTerm
 from ..errors import LatentError
+from ..kernel.edit import AnyChange, Change, ChangeByToken, Reselect
 from ..model.sites import Site
 
 OPEN = {"topk": "relu", "abstopk": "identity"}
@@ -29,17 +30,28 @@ OPEN = {"topk": "relu", "abstopk": "identity"}
 
 
 class Form(NamedTuple):
-    """Where one dictionary of a step is read, with what columns, and what is written."""
+    """Where one dictionary of a step is read, with what columns, and what is written.
+
+    ``top`` is a topk kind, its k, and which latents are edited, where all compete anew.
+    """
 
     site: Site
     columns: dict[str, Any]
-    written: dict[str, Any]
+    directions: Tensor
+    top: tuple[str, int, Tensor] | None = None
+
+    def changed(self, change: Change | ChangeByToken) -> AnyChange:
+        """The change as it is written: with a selection of the k largest, if there is one."""
+        if self.top is None:
+            return change
+        kind, k, selected = self.top
+        return Reselect(change=change, kind=kind, k=k, selected=selected)
 
 
 def frozen(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     """The selected latents: all that most edits and every probe need."""
     columns = dictionary.columns(index_tensor(indices))
-    return Form(dictionary.site, columns, {"directions": columns.pop("directions")})
+    return Form(dictionary.site, columns, columns.pop("directions"))
 
 
 def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
@@ -57,7 +69,7 @@ def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
             ' another; saved BatchTopK and Matryoshka SAEs are jumprelu. Try: support="frozen", the'
             " default"
         )
-    top = {"activation": kind, "k": columns.pop("k"), "selected": columns.pop("selected")}
+    top = (kind, columns.pop("k"), columns.pop("selected"))
     columns |= {"activation": OPEN[kind]}
     del columns["directions"]
     directions = dictionary.directions()
@@ -68,7 +80,7 @@ def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
             " file, which holds only the latents that were saved. Try: load the dictionary itself,"
             ' or support="frozen"'
         )
-    return Form(dictionary.site, columns, {"directions": directions, "top": top})
+    return Form(dictionary.site, columns, directions, top)
 
 
 def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -> Form:
@@ -90,7 +102,7 @@ def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -
         "bias": basis.new_zeros(len(basis)),
         "norm": "none",
     }
-    return Form(dictionary.write_site, columns, {"directions": basis})
+    return Form(dictionary.write_site, columns, basis)
 
 
 def span(rows: Tensor, before: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Verbs made into the kernel's plain program for one model.
+"""Verbs made into the kernel's program for one model.
 
 All checks that need the model happen here, before anything runs: families, layers, widths, train
-mode. What comes out is nested dictionaries of tensors and strings, with a storage of its own for
-every tensor: a view would drag its whole matrix over the wire.
+mode. Every tensor of a program has a storage of its own: a view would drag its whole matrix over
+the wire.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from torch import Tensor, nn
 from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, ModelError, SiteError
 from ..kernel.encode import scored
+from ..kernel.frozen import Placed
+from ..kernel.program import Program
+from ..kernel.read import Collect, Norm, Read, Test
+from ..kernel.tokens import reads_turns
+from ..kernel.view import Ends
+from ..kernel.write import Write
 from ..model.modules import check_ready, torch_module
 from ..model.route import Route, route
-from ..model.sites import Order, Place, Site
+from ..model.sites import Place, Site
 from ..text.rules import plain
 from ..text.tokens import Tokens
-from .forms import frozen, orthogonal, reselect
+from .forms import Form, frozen, orthogonal, reselect
 from .rules import acts_at
 from .steps import StepLike, numbered
+from .visits import Visits
 from .when import When
 
 
@@ -36,7 +43,7 @@ class HasParts(Protocol):
 
 def lower(
     intervention: HasParts, model: Any, rows: slice | Tensor = slice(None), way: Route | None = None
-) -> dict[str, Any]:
+) -> Program:
     """The program of an intervention on a model, visits sorted in the order they are reached.
 
     ``rows`` picks the prompts of this batch out of values that differ by prompt: a slice, or their
@@ -61,7 +68,12 @@ def lower(
             if step.change is not None:
                 builder.write(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
             start = stop
-    return {"visits": in_order(builder.visits), "ends": _ends(builder.module)}
+    return Program(
+        visits=builder.visits.ordered(),
+        ends=_ends(builder.module),
+        remembers=builder.remembers,
+        placed=Placed(),
+    )
 
 
 def refuse_flat(model: Any) -> None:
@@ -90,14 +102,14 @@ def sites_of(intervention: HasParts) -> Iterator[Site]:
             yield when.site
 
 
-def _ends(module: nn.Module) -> dict[str, Any]:
-    """How the model's own settings end a row, for ``kernel.tokens.finished``."""
+def _ends(module: nn.Module) -> Ends:
+    """How the model's own settings end a row."""
     config = getattr(module, "generation_config", None)
     stops, pad = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
     listed = stops if isinstance(stops, (list, tuple)) else [] if stops is None else [stops]
     if pad is None:  # generate takes the first stop token then
         pad = listed[0] if listed else -1
-    return {"stops": tuple(listed), "pad": pad, "honored": False}
+    return Ends(stops=tuple(listed), pad=pad, honored=False)
 
 
 class _Builder:
@@ -106,8 +118,9 @@ class _Builder:
     def __init__(self, model: Any, rows: slice | Tensor, way: Route) -> None:
         self.model, self.rows, self.route = model, rows, way
         self.module = torch_module(model)
-        self.visits: dict[Place, dict[str, Any]] = {}
-        self._written: dict[int, dict[str, Any]] = {}
+        self.visits = Visits()
+        self.remembers = False  # whether an action must know passes before its own
+        self._forms: dict[int, Form] = {}
         self._edited: dict[int, set[int]] = {}
         self._spans: dict[Site, tuple[Tokens, Tensor]] = {}  # of the step at hand
         self._when: str | None = None  # likewise
@@ -125,15 +138,22 @@ class _Builder:
         rule = acts_at(step.rule, dictionary, self.model)
         if how == "orthogonal":
             form = orthogonal(dictionary, indices, self._before(step, rule, dictionary))
-            place, written = dictionary.write_site, form.written["directions"]
-            self._spans[place] = rule, torch.cat([self._spans[place][1], written])
+            place = dictionary.write_site
+            self._spans[place] = rule, torch.cat([self._spans[place][1], form.directions])
         else:
             form = (reselect if how == "reselect" else frozen)(dictionary, indices)
-        self._written[number] = form.written
-        read = {"do": "read", "id": number, "tensors": form.columns}
-        read["rule"] = plain(rule.rule, self.model)
-        read |= {"record": step.change is None, "reduce": step.reduction}
-        self._reach(form.site, read)
+        self._forms[number] = form
+        tokens = plain(rule.rule, self.model)
+        self.remembers |= reads_turns(tokens)
+        place = self._reach(form.site, form.columns)
+        order = self.route.orders[form.site]
+        read = Read(
+            number=number, key=self._reads, columns=form.columns, rule=tokens, plus=place.plus,
+            norm=Norm(kind=place.transform, eps=place.eps),
+        )  # fmt: skip
+        self.visits.add(place, order, read)
+        if step.change is None:
+            self.visits.add(place, order, Collect(number=number, reduce=step.reduction))
 
     def write(
         self,
@@ -145,15 +165,13 @@ class _Builder:
     ) -> None:
         """Where one dictionary of an edit is written."""
         assert step.change is not None
-        change = step.change.take(step.latents, span, self.rows)
-        write = {"do": "write", "id": number, "tensors": self._written[number] | change}
-        write["varying"] = tuple(name for name, value in change.items() if isinstance(value, dict))
-        write["when"] = self._when
+        form = self._forms[number]
+        change = form.changed(step.change.take(step.latents, span, self.rows))
+        write = Write(number=number, change=change, directions=form.directions, when=self._when)
         if step.condition is not None:
             self._early(step, step.condition, dictionary)
         place = self._writable(step, dictionary)
-        order = self.route.orders[dictionary.write_site]
-        add_visit(self.visits, place, order)["actions"].append(write)
+        self.visits.add(place, self.route.orders[dictionary.write_site], write)
         if dictionary.site != dictionary.write_site:
             self._edited.setdefault(id(dictionary), set()).update(indices)
 
@@ -200,9 +218,10 @@ class _Builder:
     def condition(self, step: StepLike, number: int) -> None:
         """Test actions for a step's condition, after its reads and before it writes anything."""
         when, self._spans = step.condition, {}
-        self._when = None if when is None else f"when-{number}"
+        self._when = None
         if when is None:
             return
+        name = self._when = f"when-{number}"
         tests: list[tuple[Site, dict[str, Any]]] = []
         if when.site is not None:
             own = {"activation": partial(scored, when.scorer), "norm": "none"}
@@ -211,10 +230,15 @@ class _Builder:
             dictionary: Dictionary = basis  # type: ignore[assignment]
             self.route.check(dictionary, "dictionary")
             tests.append((dictionary.site, frozen(dictionary, indices).columns))
-        asked = {name: getattr(when, name) for name in ("above", "below", "match", "hold")}
+        self.remembers |= when.hold
         for site, columns in tests:
-            test = {"do": "test", "id": self._when, "tensors": columns, "of": len(tests)}
-            self._reach(site, test | asked)
+            place = self._reach(site, columns)
+            test = Test(
+                name=name, key=self._reads, columns=columns, plus=place.plus,
+                norm=Norm(kind=place.transform, eps=place.eps), above=when.above, below=when.below,
+                every=when.match == "all", hold=when.hold, of=len(tests),
+            )  # fmt: skip
+            self.visits.add(place, self.route.orders[site], test)
 
     def _early(self, step: StepLike, when: When, edited: Dictionary) -> None:
         """Refuse a condition that the model reaches after the edit."""
@@ -229,32 +253,11 @@ class _Builder:
                 " condition after the edit. Try: condition on an earlier site, or edit a later one"
             )
 
-    def _reach(self, site: Site, action: dict[str, Any]) -> None:
-        """Put an action that reads a site where its value is whole."""
+    def _reach(self, site: Site, columns: dict[str, Any]) -> Place:
+        """Where a site's value is whole, for one more action that reads it."""
         place = self.route.places[site]
-        action |= {"transform": place.transform, "eps": place.eps, "plus": place.plus}
-        action["number"] = self._reads = self._reads + 1  # names it in memories across passes
+        self._reads += 1  # names the action in memories across passes
+        self.remembers |= bool(columns.get("prefix"))
         if place.plus is not None:
-            add_stash(self.visits, place.plus, self.route.starts[place.plus])
-        add_visit(self.visits, place, self.route.orders[site])["actions"].append(action)
-
-
-def add_visit(visits: dict[Place, dict[str, Any]], place: Place, order: Order) -> dict[str, Any]:
-    """The visit to a place; a site with a transform shares it with the plain value."""
-    key = Place(place.path, place.end)
-    new = {"path": place.path, "end": place.end, "order": order, "actions": []}
-    return visits.setdefault(key, new)
-
-
-def add_stash(visits: dict[Place, dict[str, Any]], block: str, order: Order) -> None:
-    """Keep a block's input until its attention's output is there, for resid_mid."""
-    visit = add_visit(visits, Place(block, "input"), order)
-    if not any(action["do"] == "stash" for action in visit["actions"]):
-        visit["actions"].append({"do": "stash", "id": block})
-
-
-def in_order(visits: dict[Place, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Visits as a forward pass reaches them, stashing last: what is kept is what edits left."""
-    for visit in visits.values():
-        visit["actions"].sort(key=lambda action: action["do"] == "stash")
-    return sorted(visits.values(), key=lambda visit: visit["order"])
+            self.visits.stash(place.plus, self.route.starts[place.plus])
+        return place

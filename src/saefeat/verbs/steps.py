@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
+from ..kernel import edit
 from ..text.tokens import Tokens
 from ..values.base import Value
 from .when import When
@@ -32,15 +33,18 @@ class Change(NamedTuple):
     active_only: bool = False
     how: str = "frozen"
 
-    def take(self, latents: Latents, span: slice, rows: slice | Tensor) -> dict[str, Any]:
-        """The kernel's plain form for some latents and some prompts, in storage of its own."""
-        found: dict[str, Any] = {"active_only": self.active_only}
+    def take(
+        self, latents: Latents, span: slice, rows: slice | Tensor
+    ) -> edit.Change | edit.ChangeByToken:
+        """The kernel's form for some latents and some prompts, in storage of its own."""
+        numbers: dict[str, Any] = {"active_only": self.active_only}
         for name, value in zip(("scale", "shift", "low", "high"), self[:4], strict=True):
             if isinstance(value, Value):
-                found[name] = value.plain(latents, span, rows)
+                numbers[name] = value.plain(latents, span, rows)
             else:
-                found[name] = _cut(value, span, rows) if isinstance(value, Tensor) else value
-        return found
+                numbers[name] = _cut(value, span, rows) if isinstance(value, Tensor) else value
+        varying = any(isinstance(value, Value) for value in self[:4])
+        return edit.ChangeByToken(**numbers) if varying else edit.Change(**numbers)
 
     def prompts(self) -> int | None:
         """How many prompts the values are for, or None if they fit any."""

@@ -1,0 +1,172 @@
+"""Actions that read latents: for an edit, for a probe, for a condition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .encode import encode
+from .frozen import Frozen
+from .log import Log, State
+from .prefix import encode_prefix
+from .tokens import selected
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+class Norm(Frozen):
+    """A norm without its weight, where a site is such a value: TransformerLens's ln2.
+
+    Attributes:
+        kind: ``rms``, ``layer``, or None for the value as it is.
+        eps: the norm's epsilon.
+    """
+
+    kind: str | None = None
+    eps: float = 0.0
+
+
+def lift(x: Float[Tensor, "*batch d"], norm: Norm) -> Float[Tensor, "*batch d"]:
+    """X in the compute dtype, through the site's own norm."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm.kind is None:
+        return x
+    if norm.kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)
+
+
+class Read(Frozen):
+    """Encode latents and hold them.
+
+    Attributes:
+        number: of the dictionary in the program, by which a write or a log finds them.
+        key: of the action, by which it finds what it remembers across passes.
+        columns: see ``encode``.
+        norm: the site's.
+        plus: the block whose input is added to the value.
+        rule: which tokens.
+    """
+
+    number: int
+    key: int
+    columns: dict[str, Any]
+    norm: Norm
+    plus: str | None
+    rule: tuple
+
+    def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        f, scale = latents(self, x, state)
+        state.held[self.number] = (f, scale, *selected(self.rule, state.view, x.device))
+        return x
+
+
+class Test(Frozen):
+    """Hold where a condition is met: any or all of its latents within bounds, at a real token.
+
+    A condition may read several dictionaries, one test each. With ``hold`` it stays met for the
+    rest of the sequence, later passes included, once all of its tests have been made.
+
+    Attributes:
+        name: of the condition.
+        every: whether all latents must be within the bounds.
+        of: how many tests the condition has.
+    """
+
+    name: str
+    key: int
+    columns: dict[str, Any]
+    norm: Norm
+    plus: str | None
+    above: float | None
+    below: float | None
+    every: bool
+    hold: bool
+    of: int
+
+    def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        f = latents(self, x, state)[0].detach()
+        within = torch.ones_like(f, dtype=torch.bool)
+        if self.above is not None:
+            within = within & (f > self.above)
+        if self.below is not None:
+            within = within & (f < self.below)
+        hit = within.all(-1, keepdim=True) if self.every else within.any(-1, keepdim=True)
+        hit = hit & state.view.real.unsqueeze(-1).to(f.device)
+        before, made = state.met.get(self.name, (None, 0))
+        if before is not None:
+            before = before.to(f.device)
+            hit = hit & before if self.every else hit | before
+        if self.hold and made + 1 == self.of:
+            kept = state.view.memory.kept
+            hit = hit.int().cummax(1).values.bool()
+            if self.name in kept and not state.view.whole:  # what is shown again is tested again
+                hit = hit | kept[self.name].to(f.device)
+            kept[self.name] = hit[:, -1:]
+        state.met[self.name] = (hit, made + 1)
+        return x
+
+
+def latents(
+    action: Read | Test, x: Float[Tensor, "b t d"], state: State
+) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
+    """What the action's dictionary reads at the site, and the scale of its directions."""
+    columns, value = state.place(action.columns, x), lift(state.whole(x, action.plus), action.norm)
+    if columns.get("prefix"):
+        return encode_prefix(columns, value, state.view, action.key)
+    return encode(columns, value)
+
+
+class Collect(Frozen):
+    """Put what was read into the log: every token of this pass, or one running value a prompt.
+
+    A reduced reading is one tensor [b, 1, k] (for ``mean`` also a count) however long the run, so
+    that reading all latents of a dictionary does not need [b, t, d_sae] of memory.
+
+    Attributes:
+        number: of the dictionary.
+        reduce: max, mean or last over the selected tokens; None keeps every token.
+    """
+
+    number: int
+    reduce: str | None
+
+    def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        if state.log is not None:
+            if state.view.whole:  # a run begins, or shows its whole sequence once more
+                state.log.readings[self.number], state.log.masks[self.number] = [], []
+            f, _, mask, _ = state.held[self.number]
+            record(state.log, self.number, self.reduce, f.detach(), mask)
+        return x
+
+
+def record(
+    log: Log,
+    number: int,
+    reduce: str | None,
+    f: Float[Tensor, "b t k"],
+    mask: Bool[Tensor, "b t 1"],
+) -> None:
+    """Append a pass to a reading, or take it into the running value."""
+    values, masks = log.readings.setdefault(number, []), log.masks.setdefault(number, [])
+    if reduce is None:
+        values.append(f.clone())
+        masks.append(mask.squeeze(-1).clone())
+        return
+    seen = mask.sum(1, keepdim=True)  # [b, 1, 1]
+    if reduce == "max":
+        now = torch.where(mask, f, -torch.inf).amax(1, keepdim=True)
+        now = torch.maximum(values[0], now) if values else now
+    elif reduce == "mean":  # a sum until the run is over
+        now = torch.where(mask, f, 0.0).sum(1, keepdim=True)
+        now = values[0] + now if values else now
+    else:
+        column = torch.arange(f.shape[1], device=f.device)[None, :, None]
+        last = torch.where(mask, column, 0).amax(1, keepdim=True).expand(-1, 1, f.shape[2])
+        now = f.gather(1, last)
+        now = torch.where(seen > 0, now, values[0]) if values else now
+    seen = masks[0] + seen.squeeze(-1) if masks else seen.squeeze(-1)
+    values[:], masks[:] = [now], [seen]
