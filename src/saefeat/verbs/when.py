@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ Scorer = Callable[[Tensor], Tensor]
 """A site's value [batch, tokens, d] → a score [batch, tokens]."""
 
 
-def _subject(given: object, function: str = "When") -> Latents | Scorer:
+def _subject(given: Any, function: str = "When") -> Latents | Scorer:
     scores = callable(given) and not callable(getattr(given, "latents", None))
     return given if scores else as_latents(given, function)
 
