@@ -30,7 +30,7 @@ def random_directions(latents: Latents, *, seed: int) -> Latents:
         1.0
     """
     chosen = as_latents(latents, "random_directions")
-    return Latents(tuple((_Redirected(basis, seed), ix) for basis, ix in chosen.parts))  # type: ignore[arg-type]
+    return Latents(tuple((_Redirected(basis, seed), ix) for basis, ix in chosen.parts))
 
 
 @final

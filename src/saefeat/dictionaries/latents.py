@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Dictionary(ABC):
     d_sae: int
     name: str
     excluded: tuple[int, ...] | str = ()
-    origin: Any = None
+    origin: object = None
     declared: Any = None
     prefix: bool = False
     joint: bool = False
@@ -124,7 +124,7 @@ class Dictionary(ABC):
         parts = self.latents(indices).parts
         return index_tensor(parts[0][1] if parts else ())
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         stay_here(self, "dictionary")
         return super().__reduce_ex__(protocol)
 
@@ -222,7 +222,7 @@ class Latents:
         written = "" if self.written == "frozen" else f".{self.written}()"
         return f"Latents({len(self)}{listed}){written}"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         stay_here(self, "latents")
         return super().__reduce_ex__(protocol)
 

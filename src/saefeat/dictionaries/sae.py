@@ -354,7 +354,7 @@ class ErrorTerm(Dictionary):
         return "error", self._sae.fingerprint()
 
 
-def _one_of(parameter: str, got: str, wanted: Any) -> None:
+def _one_of(parameter: str, got: str, wanted: Iterable[str]) -> None:
     if got not in wanted:
         raise DictionaryError(
             f"SAE: `{parameter}` is {got!r}, wanted one of {', '.join(wanted)}. Likely cause: an"

@@ -142,7 +142,7 @@ def _stateless(sae: Any, norm: str) -> Any:
     return twin
 
 
-def _same(x: Tensor, *_: Any) -> Tensor:
+def _same(x: Tensor, *_: object) -> Tensor:
     return x
 
 

@@ -74,7 +74,7 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
             " dictionary. Likely cause: a selection over several sites. Try: one attribution a"
             " site: activation(latents.at(site))"
         )
-    dictionary: Dictionary = chosen.parts[0][0]  # type: ignore[assignment]
+    dictionary: Dictionary = chosen.parts[0][0]
     _require_tokenwise(dictionary)
 
     def reader(tokenizer: Any) -> Reader:
@@ -106,6 +106,6 @@ def _summed_latents(seen: Seen, chosen: Latents, rule: tuple) -> Tensor:
     """[b]: activations summed over latents and selected tokens."""
     assert seen.value is not None
     x, (dictionary, indices) = seen.value, chosen.parts[0]
-    columns = cast(dictionary.columns(index_tensor(indices)), x.dtype, x.device)  # type: ignore[attr-defined]
+    columns = cast(dictionary.columns(index_tensor(indices)), x.dtype, x.device)
     f = encode(columns, x)[0].sum(-1)
     return torch.where(select(rule, seen.view).to(f.device), f, 0.0).sum(1)

@@ -20,8 +20,12 @@ Scorer = Callable[[Tensor], Tensor]
 
 
 def _subject(given: Any, function: str = "When") -> Latents | Scorer:
-    scores = callable(given) and not callable(getattr(given, "latents", None))
-    return given if scores else as_latents(given, function)
+    return given if _scores(given) else as_latents(given, function)
+
+
+def _scores(given: object) -> bool:
+    """Whether it is a function, and no dictionary that can be called."""
+    return callable(given) and not callable(getattr(given, "latents", None))
 
 
 def _site(given: Site | str | None, function: str = "When") -> Site | None:
