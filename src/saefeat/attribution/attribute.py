@@ -20,8 +20,8 @@ from typing import Any, final
 from tqdm import tqdm
 
 from ..checks import whole
-from ..dictionaries.base import Dictionaries, Dictionary
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.base import Dictionaries
+from ..dictionaries.latents import Dictionary, Latents, as_latents
 from ..errors import PromptError
 from ..files.checkpoint import Checkpoint
 from ..metrics.base import Metric

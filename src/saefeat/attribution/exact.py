@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import cast
-from ..dictionaries.latents import Latents, index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Latents, cast
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.read import lift

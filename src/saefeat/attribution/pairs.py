@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..dictionaries.base import cast
-from ..dictionaries.latents import index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import cast
 from ..kernel.encode import encode
 from .passes import Part
 

@@ -12,8 +12,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import GradientError, SiteError
 from ..files.identity import model_key
 from ..kernel.log import Log

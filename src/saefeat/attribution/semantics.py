@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import DictionaryError
 from ..kernel.read import Norm, lift
 

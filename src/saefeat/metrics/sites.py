@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary, cast
-from ..dictionaries.latents import Latents, as_latents, index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Dictionary, Latents, as_latents, cast
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select
@@ -74,7 +74,7 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
             " dictionary. Likely cause: a selection over several sites. Try: one attribution a"
             " site: activation(latents.at(site))"
         )
-    dictionary: Dictionary = chosen.parts[0][0]  # type: ignore[assignment]
+    dictionary: Dictionary = chosen.parts[0][0]
     _require_tokenwise(dictionary)
 
     def reader(tokenizer: Any) -> Reader:
@@ -106,6 +106,6 @@ def _summed_latents(seen: Seen, chosen: Latents, rule: tuple) -> Tensor:
     """[b]: activations summed over latents and selected tokens."""
     assert seen.value is not None
     x, (dictionary, indices) = seen.value, chosen.parts[0]
-    columns = cast(dictionary.columns(index_tensor(indices)), x.dtype, x.device)  # type: ignore[attr-defined]
+    columns = cast(dictionary.columns(index_tensor(indices)), x.dtype, x.device)
     f = encode(columns, x)[0].sum(-1)
     return torch.where(select(rule, seen.view).to(f.device), f, 0.0).sum(1)

@@ -18,7 +18,7 @@ from ..kernel.tokens import matches, select
 from ..kernel.view import Memory, View, window
 from ..values.patch import Patch
 from ..verbs.base import Intervention
-from ..verbs.steps import StepLike, numbered
+from ..verbs.steps import StepBase, numbered
 
 
 class Expected(NamedTuple):
@@ -78,7 +78,7 @@ def expected(
     )
 
 
-def _of_step(step: StepLike, prompts: list[int], late: list[tuple[int, int]]) -> Expected:
+def _of_step(step: StepBase, prompts: list[int], late: list[tuple[int, int]]) -> Expected:
     """A step's dictionaries together, counted as a receipt does: by the one that acts most."""
     values = () if step.change is None else step.change
     open_ended = step.condition is not None or any(isinstance(v, Patch) for v in values)

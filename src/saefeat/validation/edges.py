@@ -298,7 +298,7 @@ def _sites(up: Latents, down: Latents) -> list[Site]:
 
 def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     """[u, d] bool."""
-    written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]  # type: ignore[attr-defined]
+    written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]
     read = [way.orders[basis.site] for basis, ix in down.parts for _ in ix]
     ordered = torch.tensor([[w < r for r in read] for w in written])
     if bool(ordered.any()):

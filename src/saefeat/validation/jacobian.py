@@ -9,8 +9,8 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary, cast
-from ..dictionaries.latents import Latents, index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Dictionary, Latents, cast
 from ..kernel.encode import encode
 from ..kernel.log import Log
 from ..kernel.read import Norm, lift

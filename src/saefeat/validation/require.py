@@ -29,5 +29,5 @@ def require_upstream_of(metric: Metric, model: Any, latents: Latents, function: 
         SiteError: naming the first such site.
     """
     if metric.site is not None:
-        written: list[Any] = [basis.write_site for basis, _ in latents.parts]  # type: ignore[attr-defined]
+        written = [basis.write_site for basis, _ in latents.parts]
         require_upstream(function, metric, written, route(model, [metric.site, *written]))
