@@ -60,7 +60,9 @@ def expected(
     A condition, or a value that is given for some tokens alone, may leave none of those its rule
     selects. A generated token is fed back but for the last one, unless a stop token comes first.
     """
-    rules = {action.number: action.rule for action in program.actions if isinstance(action, Read)}
+    rules = {
+        action.number: action.tokens.rule for action in program.actions if isinstance(action, Read)
+    }
     prompts: dict[int, int] = dict.fromkeys(rules, 0)
     late: dict[int, tuple[int, int]] = dict.fromkeys(rules, (0, 0))
     for batch in batches:

@@ -19,8 +19,8 @@ from ..errors import LatentError, ModelError, SiteError
 from ..kernel.encode import scored
 from ..kernel.frozen import Placed
 from ..kernel.program import Program
-from ..kernel.read import Collect, Norm, Read, Test
-from ..kernel.tokens import reads_turns
+from ..kernel.read import Collect, LookingBack, Norm, Read, Source, Test
+from ..kernel.tokens import Everywhere, Where, reads_turns
 from ..kernel.view import Ends
 from ..kernel.write import Write
 from ..model.modules import check_ready, torch_module
@@ -143,15 +143,12 @@ class _Builder:
         else:
             form = (reselect if how == "reselect" else frozen)(dictionary, indices)
         self._forms[number] = form
-        tokens = plain(rule.rule, self.model)
-        self.remembers |= reads_turns(tokens)
-        place = self._reach(form.site, form.columns)
-        order = self.route.orders[form.site]
-        read = Read(
-            number=number, key=self._reads, columns=form.columns, rule=tokens, plus=place.plus,
-            norm=Norm(kind=place.transform, eps=place.eps),
-        )  # fmt: skip
-        self.visits.add(place, order, read)
+        wanted = plain(rule.rule, self.model)
+        tokens = Everywhere() if wanted == ("all",) else Where(rule=wanted)
+        self.remembers |= reads_turns(wanted)
+        place, order = self.route.places[form.site], self.route.orders[form.site]
+        source = self._source(form.site, form.columns)
+        self.visits.add(place, order, Read(number=number, source=source, tokens=tokens))
         if step.change is None:
             self.visits.add(place, order, Collect(number=number, reduce=step.reduction))
 
@@ -231,13 +228,11 @@ class _Builder:
             tests.append((dictionary.site, frozen(dictionary, indices).columns))
         self.remembers |= when.hold
         for site, columns in tests:
-            place = self._reach(site, columns)
             test = Test(
-                name=name, key=self._reads, columns=columns, plus=place.plus,
-                norm=Norm(kind=place.transform, eps=place.eps), above=when.above, below=when.below,
+                name=name, source=self._source(site, columns), above=when.above, below=when.below,
                 every=when.match == "all", hold=when.hold, of=len(tests),
             )  # fmt: skip
-            self.visits.add(place, self.route.orders[site], test)
+            self.visits.add(self.route.places[site], self.route.orders[site], test)
 
     def _early(self, step: StepBase, when: When, edited: Dictionary) -> None:
         """Refuse a condition that the model reaches after the edit."""
@@ -252,11 +247,13 @@ class _Builder:
                 " condition after the edit. Try: condition on an earlier site, or edit a later one"
             )
 
-    def _reach(self, site: Site, columns: dict[str, Any]) -> Place:
-        """Where a site's value is whole, for one more action that reads it."""
+    def _source(self, site: Site, columns: dict[str, Any]) -> Source:
+        """Latents, read where the site's value is whole."""
         place = self.route.places[site]
-        self._reads += 1  # names the action in memories across passes
-        self.remembers |= bool(columns.get("prefix"))
         if place.plus is not None:
             self.visits.stash(place.plus, self.route.starts[place.plus])
-        return place
+        norm = Norm(kind=place.transform, eps=place.eps)
+        if not columns.get("prefix"):
+            return Source(columns=columns, norm=norm, plus=place.plus)
+        self.remembers, self._reads = True, self._reads + 1
+        return LookingBack(columns=columns, norm=norm, plus=place.plus, key=self._reads)
