@@ -62,15 +62,18 @@ def main() -> None:
         if asked.remote == "loopback":
             where = stack.enter_context(loopback.serve(model)).url
 
-        print(sf.remote.preflight(model, chats, edits, max_new_tokens=12, remote=where), "\n")
+        print(
+            sf.remote.preflight(model, chats, edits, max_new_tokens=12, on=sf.remote.Server(where)),
+            "\n",
+        )
 
         # One call: prompts in; text, readings and a receipt out.
         # With --job, a second run takes the job up from its file and resends what failed.
         if asked.job is not None and asked.job.exists():
-            job = sf.remote.Job.load(asked.job, model, remote=where).resubmit()
+            job = sf.remote.Job.load(asked.job, model, on=sf.remote.Server(where)).resubmit()
         else:
             job = sf.remote.submit(
-                model, chats, edits, max_new_tokens=12, remote=where, file=asked.job
+                model, chats, edits, max_new_tokens=12, on=sf.remote.Server(where), file=asked.job
             )
         out = job.wait()
         for question, answer in zip(QUESTIONS, out.texts, strict=True):

@@ -8,10 +8,11 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, batch_of, build, forward, hook_count, make_sae, unit, wrapped
+from saefeat.generation import Beams, Sample
 
 WAYS = ["run", "run, sampled", "run, beams", "stream", "edit", "hooked", "inline", "sweep"]
 TROUBLES = {"none": None, "a module that raises": RuntimeError, "Ctrl-C": KeyboardInterrupt}
-SAMPLE = {"max_new_tokens": 4, "temperature": 1.0, "seed": 0}
+SAMPLE = {"max_new_tokens": 4, "decode": Sample(1.0, seed=0)}
 
 
 def chain() -> sf.verbs.base.Chain:
@@ -29,9 +30,9 @@ def use(way: str, nn, batch) -> None:
     elif way == "run, sampled":
         sf.run(nn, batch, chain(), **SAMPLE)
     elif way == "run, beams":
-        sf.run(nn, batch, chain(), max_new_tokens=4, num_beams=2)
+        sf.run(nn, batch, chain(), max_new_tokens=4, decode=Beams(2))
     elif way == "stream":
-        list(sf.running.run.stream(nn, RAGGED, chain(), max_new_tokens=4, batch_size=2))
+        list(sf.run(nn, RAGGED, chain(), max_new_tokens=4, batch_size=2, stream=True))
     elif way == "sweep":
         sf.sweep(nn, batch, {1: chain(), 2: None}, max_new_tokens=4)
     elif way == "hooked":
@@ -105,7 +106,7 @@ def test_nothing_is_left_behind(way, trouble, when):
 def test_a_stream_that_is_dropped_leaves_nothing():
     nn = wrapped(build("llama"))
     before = state(nn)
-    found = sf.running.run.stream(nn, RAGGED, chain(), **SAMPLE, batch_size=1)
+    found = sf.run(nn, RAGGED, chain(), **SAMPLE, batch_size=1, stream=True)
     next(found)
     require_same(before, state(nn))
     del found

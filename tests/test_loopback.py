@@ -24,6 +24,7 @@ import loopback
 import saefeat as sf
 from helpers import RAGGED, D, batch_of, build, eventually, make_sae, unit, wrapped
 from loopback.far.pipe import Gone, Pipe
+from saefeat.remote import Server
 
 NEW = 3
 
@@ -97,7 +98,7 @@ def test_an_edit_in_place_reaches_the_model(model, apart):
 
 def test_what_crosses_is_counted(model, apart):
     """Parks as preflight foresees them; bytes at least those of the values, there and back."""
-    intervention, batch = sf.Clamp(latents(), 3.0), batch_of()
+    intervention, batch = sf.Clamp(latents(), 3.0).bind(model), batch_of()
     with model.trace(batch, remote=apart.url):
         nnsight.save(intervention(model))
     crossed = apart.crossings[-1]
@@ -242,7 +243,7 @@ def test_errors_of_the_model_reach_the_block(model, apart):
     with pytest.raises(RemoteError, match="hook=True"):  # noqa: SIM117
         with model.trace(batch_of(), remote=apart.url):
             model.lm_head(layer(model, 0).output, hook=True)
-    assert torch.isfinite(sf.run(model, RAGGED, remote=apart.url).logits).all()
+    assert torch.isfinite(sf.run(model, RAGGED, on=Server(apart.url)).logits).all()
 
 
 def test_a_block_that_dies_takes_nobody_along(model, apart):
@@ -252,9 +253,9 @@ def test_a_block_that_dies_takes_nobody_along(model, apart):
             layer(model, 0).output  # noqa: B018
             os._exit(7)
     apart.faults.append("die")
-    with pytest.raises(RemoteError, match=r"block's process died \(exit code 9\)"):
-        sf.run(model, RAGGED, remote=apart.url)
-    there = sf.run(model, RAGGED, sf.Ablate(latents()), remote=apart.url)
+    with pytest.raises(sf.errors.RemoteError, match=r"block's process died \(exit code 9\)"):
+        sf.run(model, RAGGED, on=Server(apart.url))
+    there = sf.run(model, RAGGED, sf.Ablate(latents()), on=Server(apart.url))
     assert torch.allclose(
         there.logits, sf.run(model, RAGGED, sf.Ablate(latents())).logits, atol=1e-5
     )
@@ -286,7 +287,7 @@ def test_the_stream_between_blocks_is_edited_where_no_cache_is(name, family, mod
     """In a generation a copied cache would make every later token wrong, and say nothing."""
     nn, server = (model, apart) if family == "llama" else request.getfixturevalue("gpt2")
     both = site(name) | sf.Clamp(latents(), 2.0)
-    there = sf.run(nn, RAGGED, both, max_new_tokens=NEW, remote=server.url)
+    there = sf.run(nn, RAGGED, both, max_new_tokens=NEW, on=Server(server.url))
     here = sf.run(nn, RAGGED, both, max_new_tokens=NEW)
     assert here.completions == there.completions
     for a, b in zip(here.readings, there.readings, strict=True):
@@ -296,10 +297,10 @@ def test_the_stream_between_blocks_is_edited_where_no_cache_is(name, family, mod
 @pytest.mark.parametrize("name", ["resid_pre.0", "model.layers.1.self_attn.input"])
 def test_an_input_beside_the_cache_is_refused_in_a_generation(name, model, apart):
     here = sf.run(model, RAGGED, site(name))
-    there = sf.run(model, RAGGED, site(name), remote=apart.url)
+    there = sf.run(model, RAGGED, site(name), on=Server(apart.url))
     assert torch.allclose(here.logits, there.logits, atol=1e-4)
-    with pytest.raises(RemoteError, match="copy of the key-value cache"):
-        sf.run(model, RAGGED, site(name), max_new_tokens=NEW, remote=apart.url)
+    with pytest.raises(sf.errors.RemoteError, match="copy of the key-value cache"):
+        sf.run(model, RAGGED, site(name), max_new_tokens=NEW, on=Server(apart.url))
 
 
 # ---------------------------------------------------------------- the server's door
@@ -396,8 +397,11 @@ def test_blocks_apart_need_forks(model, monkeypatch):
 
 @pytest.mark.slow
 def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
-    with loopback.serve(tmp_path) as server, pytest.raises(RemoteError, match="exit code 1"):
-        sf.run(model, RAGGED, remote=server.url)
+    with (
+        loopback.serve(tmp_path) as server,
+        pytest.raises(sf.errors.RemoteError, match="exit code 1"),
+    ):
+        sf.run(model, RAGGED, on=Server(server.url))
 
 
 # ---------------------------------------------------------------- hung, killed, left behind
@@ -447,7 +451,7 @@ def test_a_block_that_never_ends_is_ended(model, apart, monkeypatch):
         endless(model, apart.url)
     assert ended(pids)
     monkeypatch.undo()
-    assert torch.isfinite(sf.run(model, RAGGED, remote=apart.url).logits).all()
+    assert torch.isfinite(sf.run(model, RAGGED, on=Server(apart.url)).logits).all()
 
 
 @linux

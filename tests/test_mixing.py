@@ -29,6 +29,7 @@ from helpers import (
     wrapped,
 )
 from saefeat.dictionaries.contract import check_dictionary
+from saefeat.generation import Beams
 from saefeat.kernel.read import Read
 from saefeat.verbs.lower import lower
 from test_ways import every_way
@@ -401,5 +402,5 @@ def test_beams_take_their_memory_along():
     with sf.hooked(model, edit):
         assert torch.equal(model.generate(**batch, **options), wanted)
     assert not torch.equal(model.generate(**batch, **options), wanted)
-    out = sf.run(wrapped(model), RAGGED, edit, max_new_tokens=6, num_beams=3)
+    out = sf.run(wrapped(model), RAGGED, edit, max_new_tokens=6, decode=Beams(3))
     assert [list(c) for c in out.completions] == wanted[:, batch["input_ids"].shape[1] :].tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import pickle
 
 import nnsight
@@ -23,6 +24,7 @@ import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
 from saefeat.kernel.log import Log
 from saefeat.kernel.trace import whole_run
+from saefeat.remote import Server
 from saefeat.remote.batch import embedding
 from saefeat.remote.preflight import Capture, parks, tensors
 from saefeat.shipping.narrow import narrowed
@@ -76,7 +78,7 @@ VERBS = {
     "topk": lambda: sf.Ablate(make_sae("topk", "resid_post.1").latents([1, 2, 3])),
     "schedule": lambda: sf.Clamp(jumprelu(), add=sf.values.Schedule([4.0, 2.0, 0.0])),
     "resample": lambda: sf.Ablate(jumprelu(), to=sf.values.Resample(values(), seed=1)),
-    "orthogonal": lambda: sf.Ablate(jumprelu(), to="orthogonal"),
+    "orthogonal": lambda: sf.Ablate(jumprelu().span()),
     "between": lambda: sf.Clamp(sf.Direction(unit(), site="resid_mid.1"), add=3.0),
 }
 
@@ -128,7 +130,7 @@ def test_every_verb_runs_remotely(verb, where, model, server, boundary):
         model,
         RAGGED,
         intervention,
-        remote={"local": "local", "server": server.url, "boundary": boundary.url}[where],
+        on=Server({"local": "local", "server": server.url, "boundary": boundary.url}[where]),
         **options,
     )
     bare = sf.run(model, RAGGED, **options)
@@ -138,25 +140,28 @@ def test_every_verb_runs_remotely(verb, where, model, server, boundary):
 
 
 def trace(model, batch, intervention, **how):
+    bound = intervention.bind(model)
     with torch.no_grad(), model.trace(batch, **how):
-        log = nnsight.save(intervention(model))
+        log = nnsight.save(bound(model))
         logits = nnsight.save(model.output.logits.detach())
     return log, logits
 
 
 def generate(model, batch, intervention, **how):
+    bound = intervention.bind(model)
     with model.generate(max_new_tokens=NEW, do_sample=False, **how) as tracer:
         with tracer.invoke(batch):
-            log = nnsight.save(intervention(model))
+            log = nnsight.save(bound(model))
         with tracer.invoke():
             tokens = nnsight.save(tracer.result)
     return log, tokens
 
 
 def session(model, batch, intervention, **how):
+    bound = intervention.bind(model)
     with model.session(**how):  # noqa: SIM117  (a trace in a session)
         with model.trace(batch):
-            log = nnsight.save(intervention(model))
+            log = nnsight.save(bound(model))
             logits = nnsight.save(model.output.logits.detach())
     return log, logits
 
@@ -177,11 +182,32 @@ def edited_generation(model, batch, intervention, **how):
 
 def by_hand(model, batch, intervention, **how):
     """An edit that the user records, with the intervention named in its block."""
+    bound = intervention.bind(model)
     with model.edit() as (_, copy):
-        intervention(copy)
+        bound(copy)
     with torch.no_grad(), copy.trace(batch, **how):
         logits = nnsight.save(copy.output.logits.detach())
     return None, logits
+
+
+SEARCH = {"max_new_tokens": 5, "do_sample": False, "num_beams": 4}
+
+
+def beams(model, batch, intervention, **how):
+    bound = intervention.bind(model)
+    with model.generate(**SEARCH, **how) as tracer:
+        with tracer.invoke(batch):
+            nnsight.save(bound(model))
+        with tracer.invoke():
+            tokens = nnsight.save(tracer.result)
+    return tokens
+
+
+def beams_edited(model, batch, intervention, **how):
+    copy = sf.edit(model, intervention)
+    with copy.generate(batch, **SEARCH, **how) as tracer:
+        tokens = nnsight.save(tracer.result)
+    return tokens
 
 
 WAYS = [trace, generate, session, edited, edited_generation, by_hand]
@@ -204,7 +230,7 @@ def test_every_way_runs_remotely(way, verb, where, model, server, boundary):
 
 def test_each_invoke_has_its_own_edit(model, server):
     def two(**how):
-        first, second = sf.Clamp(jumprelu(), 4.0), sf.Ablate(direction())
+        first, second = sf.Clamp(jumprelu(), 4.0).bind(model), sf.Ablate(direction()).bind(model)
         with torch.no_grad(), model.trace(**how) as tracer:
             with tracer.invoke(RAGGED[0]):
                 first(model)
@@ -219,7 +245,7 @@ def test_each_invoke_has_its_own_edit(model, server):
 
 
 def test_a_loop_of_ones_own(model, server):
-    probe, batch = sf.Probe(jumprelu()), batch_of()
+    probe, batch = sf.Probe(jumprelu()).bind(model), batch_of()
 
     def loop(**how):
         with model.generate(max_new_tokens=NEW, do_sample=False, **how) as tracer:  # noqa: SIM117
@@ -234,7 +260,7 @@ def test_a_loop_of_ones_own(model, server):
 
 
 def test_a_held_condition_is_refused_pass_by_pass_there_too(model, server):
-    held, batch = VERBS["held"](), batch_of()
+    held, batch = VERBS["held"]().bind(model), batch_of()
     with pytest.raises(RemoteError, match="look back over the whole sequence"):  # noqa: SIM117
         with model.generate(max_new_tokens=2, do_sample=False, remote=server.url) as tracer:
             with tracer.invoke(batch):
@@ -242,13 +268,27 @@ def test_a_held_condition_is_refused_pass_by_pass_there_too(model, server):
                     held(model, step=step)
 
 
+@pytest.mark.parametrize("way", [beams, beams_edited], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("verb", ["held", "clamp"])
+def test_beams_are_followed_or_refused(way, verb, model, server, boundary):
+    """Where a block runs apart from the model, only copies of the cache tell of beams."""
+    intervention, batch = VERBS[verb](), batch_of()
+    here = way(model, batch, intervention)
+    assert torch.equal(here, way(model, batch, intervention, remote=server.url))
+    if verb == "clamp":
+        assert torch.equal(here, way(model, batch, intervention, remote=boundary.url))
+    else:
+        with pytest.raises(RemoteError, match="changed places"):
+            way(model, batch, intervention, remote=boundary.url)
+
+
 # ---------------------------------------------------------------- what travels
 
 
 def request_of(model, intervention) -> bytes:
-    backend = Capture()
+    backend, bound = Capture(), intervention.bind(model)
     with model.trace(batch_of(), backend=backend):
-        nnsight.save(intervention(model))
+        nnsight.save(bound(model))
     return backend.raw
 
 
@@ -270,10 +310,39 @@ def test_every_tensor_owns_its_storage(verb, model):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_an_intervention_pickles_as_itself_elsewhere():
+@pytest.mark.parametrize("bound", [False, True])
+def test_an_intervention_pickles_as_itself_elsewhere(bound, model):
+    """Also while a request is being built; and a copy brings no model along."""
     intervention = VERBS["clamp"]()
-    again = pickle.loads(pickle.dumps(intervention))
-    assert repr(again) == repr(intervention)
+    named = intervention.bind(model) if bound else intervention
+    subjects = {"intervention": named, "latents": jumprelu(), "sae": jumprelu().parts[0][0]}
+    copies = []
+
+    class Copies:
+        def __reduce__(self):
+            for subject in subjects.values():
+                copies.append((subject, pickle.loads(pickle.dumps(subject))))
+                copies.append((subject, copy.deepcopy(subject)))
+            return list, ()
+
+    meddler = Copies()
+    with model.trace(batch_of(), backend=Capture()):
+        nnsight.save(len(meddler))
+    assert len(copies) == 6
+    for subject, again in copies:
+        assert type(again) is type(subject) and repr(again) == repr(subject)
+        assert "_model" not in vars(again)
+    assert len(pickle.dumps(named)) == len(pickle.dumps(intervention))
+    assert named == intervention and hash(named) == hash(intervention)
+
+
+@pytest.mark.parametrize("verb", ["clamp", "probe", "chain"])
+def test_an_intervention_that_is_not_bound_is_refused_before_anything_is_sent(verb, model, server):
+    sent, intervention = len(server.payloads), VERBS[verb]()
+    with pytest.raises(sf.errors.RemoteError, match=r"intervention\.bind\(model\)"):  # noqa: SIM117
+        with model.trace(batch_of(), remote=server.url):
+            nnsight.save(intervention(model))
+    assert len(server.payloads) == sent
 
 
 def test_dictionaries_named_in_a_block_are_refused(model, server):
@@ -339,7 +408,7 @@ def test_nothing_of_ours_exists_there(model, server):
 
 
 def test_polling_by_hand(model, server):
-    probe, batch = sf.Probe(jumprelu()), batch_of()
+    probe, batch = sf.Probe(jumprelu()).bind(model), batch_of()
     with model.trace(batch, remote=server.url, blocking=False) as tracer:
         log = nnsight.save(probe(model))  # noqa: F841  (comes back under its name)
     saved = None
@@ -350,7 +419,7 @@ def test_polling_by_hand(model, server):
 
 
 def test_async_by_hand(model, server):
-    probe, batch = sf.Probe(jumprelu()), batch_of()
+    probe, batch = sf.Probe(jumprelu()).bind(model), batch_of()
     backend = AsyncRemoteBackend(model.to_model_key(), host=server.url)
     with model.trace(batch, backend=backend):
         log = nnsight.save(probe(model))  # noqa: F841  (comes back under its name)
@@ -365,22 +434,24 @@ def test_async_by_hand(model, server):
 def test_a_submitted_run(model, server):
     intervention = VERBS["chain"]()
     options = {"max_new_tokens": NEW, "batch_size": 1}
-    job = sf.remote.submit(model, RAGGED, intervention, remote=server.url, limit=2, **options)
-    assert job.flying <= 2
+    job = sf.remote.submit(
+        model, RAGGED, intervention, on=Server(server.url, requests=2), **options
+    )
+    assert job.in_flight <= 2
     same_run(sf.run(model, RAGGED, intervention, **options), job.wait())
     assert job.statuses == ("COMPLETED",) * 3
 
 
 def test_a_job_can_be_awaited(model, server):
     async def wait():
-        return await sf.remote.submit(model, RAGGED, remote=server.url)
+        return await sf.remote.submit(model, RAGGED, on=Server(server.url))
 
     same_run(sf.run(model, RAGGED), asyncio.run(wait()))
 
 
 def test_values_by_prompt_follow_their_batch(model, server):
     intervention = VERBS["by prompt"]()
-    job = sf.remote.submit(model, RAGGED, intervention, remote=server.url, batch_size=2)
+    job = sf.remote.submit(model, RAGGED, intervention, on=Server(server.url), batch_size=2)
     same_run(sf.run(model, RAGGED, intervention, batch_size=2), job.wait())
 
 
@@ -400,7 +471,7 @@ def test_a_failed_job_is_named_and_sent_again(fault, said, model, server, faulty
     """One of two batches fails; the same call keeps the other and sends only that one again."""
     file, probe = tmp_path / "job.json", sf.Probe(jumprelu())
     call = lambda: sf.remote.submit(  # noqa: E731
-        model, RAGGED, probe, remote=server.url, batch_size=2, file=file
+        model, RAGGED, probe, on=Server(server.url), batch_size=2, file=file
     )
     faulty += [None, fault]
     with pytest.raises(sf.errors.RemoteError, match=said):
@@ -417,33 +488,33 @@ def test_a_vanished_job_counts_as_lost(model, server, faulty, tmp_path, monkeypa
     monkeypatch.setattr("saefeat.remote.jobs.MISSED", 3)
     file = tmp_path / "job.json"
     faulty += ["vanish"]
-    job = sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+    job = sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
     with pytest.raises(sf.errors.RemoteError, match="unknown to the server"):
         job.wait()
     same_run(
-        sf.run(model, RAGGED), sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+        sf.run(model, RAGGED),
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait(),
     )
 
 
-def test_a_server_that_hangs_up_ends_a_blocking_run(model, server, faulty):
-    import websocket
-
+def test_a_job_that_vanishes_ends_a_run(model, server, faulty, monkeypatch):
+    monkeypatch.setattr("saefeat.remote.jobs.MISSED", 3)
     faulty += ["vanish"]
-    with pytest.raises(websocket.WebSocketException):
-        sf.run(model, RAGGED, remote=server.url)
-    same_run(sf.run(model, RAGGED), sf.run(model, RAGGED, remote=server.url))
+    with pytest.raises(sf.errors.RemoteError, match="unknown to the server"):
+        sf.run(model, RAGGED, on=Server(server.url))
+    same_run(sf.run(model, RAGGED), sf.run(model, RAGGED, on=Server(server.url)))
 
 
 def test_a_failure_there_is_shown_as_nnsight_shows_it(model, server, faulty):
     faulty += ["fail"]
-    with pytest.raises(RemoteError, match="CUDA out of memory"):
-        sf.run(model, RAGGED, remote=server.url)
+    with pytest.raises(sf.errors.RemoteError, match="CUDA out of memory"):
+        sf.run(model, RAGGED, on=Server(server.url))
 
 
 def test_a_slow_job_outlives_a_wait(model, faulty, server):
     faulty += ["slow"]
     with server._order:  # no job begins meanwhile, so none is done however slow this machine is
-        job = sf.remote.submit(model, RAGGED, remote=server.url)
+        job = sf.remote.submit(model, RAGGED, on=Server(server.url))
         with pytest.raises(sf.errors.RemoteError, match="not done after"):
             job.wait(timeout=0.2)
     same_run(sf.run(model, RAGGED), job.wait())
@@ -452,7 +523,7 @@ def test_a_slow_job_outlives_a_wait(model, faulty, server):
 def test_a_server_that_is_gone_loses_nothing(model, tmp_path):
     file = tmp_path / "job.json"
     with loopback.serve(model, faults=["slow"], slow=30) as server:
-        job = sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+        job = sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
     with pytest.raises(sf.errors.RemoteError, match="poll again"):
         job.wait()
     assert job.statuses != ("ERROR",)
@@ -460,50 +531,49 @@ def test_a_server_that_is_gone_loses_nothing(model, tmp_path):
 
 def test_another_version_is_refused(model):
     with loopback.serve(model, version="0.9.0") as server:
-        report = sf.remote.preflight(model, RAGGED, remote=server.url)
+        report = sf.remote.preflight(model, RAGGED, on=Server(server.url))
         assert report.nnsight[1] == "0.9.0"
-        with pytest.raises(RemoteError, match=r"this server runs 0\.9\.0"):
-            sf.run(model, RAGGED, remote=server.url)
+        with pytest.raises(sf.errors.RemoteError, match=r"this server runs 0\.9\.0"):
+            sf.run(model, RAGGED, on=Server(server.url))
 
 
 def test_job_files_hold_no_key(model, server, tmp_path, monkeypatch):
     monkeypatch.setattr(CONFIG.API, "APIKEY", "secret-key")
-    sf.remote.submit(model, RAGGED, remote=server.url, file=tmp_path / "job.json").wait()
+    sf.remote.submit(model, RAGGED, on=Server(server.url), file=tmp_path / "job.json").wait()
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert not any(b"secret-key" in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_a_job_file_belongs_to_one_run(model, server, tmp_path):
     file = tmp_path / "job.json"
-    sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+    sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait()
     with pytest.raises(sf.errors.RemoteError, match="of another run"):
-        sf.remote.submit(model, RAGGED, VERBS["clamp"](), remote=server.url, file=file)
+        sf.remote.submit(model, RAGGED, VERBS["clamp"](), on=Server(server.url), file=file)
     file.write_text("{")
     with pytest.raises(sf.errors.RemoteError, match="not a job file"):
-        sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
 
 
 def test_a_damaged_result_is_named(model, server, tmp_path):
     file = tmp_path / "job.json"
-    sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+    sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait()
     part = next(tmp_path.glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:20])
     with pytest.raises(sf.errors.RemoteError, match="delete it"):
-        sf.remote.submit(model, RAGGED, remote=server.url, file=file)
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file)
     part.unlink()
     same_run(
-        sf.run(model, RAGGED), sf.remote.submit(model, RAGGED, remote=server.url, file=file).wait()
+        sf.run(model, RAGGED),
+        sf.remote.submit(model, RAGGED, on=Server(server.url), file=file).wait(),
     )
 
 
-def test_unknown_faults_and_counts_are_refused(model):
+def test_unknown_faults_are_refused(model):
     with (
         pytest.raises(sf.errors.RemoteError, match="vanish"),
         loopback.serve(model, faults=["explode"]),
     ):
         pass
-    with pytest.raises(sf.errors.PromptError, match="limit"):
-        sf.remote.submit(model, RAGGED, remote="http://127.0.0.1:9", limit=0)
 
 
 # ---------------------------------------------------------------- sweeps
@@ -514,7 +584,9 @@ def settings() -> dict[float, sf.Intervention]:
 
 
 def test_a_sweep_of_jobs_is_throttled(model, server):
-    found = sf.sweep(model, RAGGED, settings(), max_new_tokens=NEW, remote=server.url, limit=2)
+    found = sf.sweep(
+        model, RAGGED, settings(), max_new_tokens=NEW, on=Server(server.url, requests=2)
+    )
     for value, here in sf.sweep(model, RAGGED, settings(), max_new_tokens=NEW).items():
         same_run(here, found[value])
     assert server.most_at_once <= 2
@@ -522,7 +594,7 @@ def test_a_sweep_of_jobs_is_throttled(model, server):
 
 def test_a_sweep_loses_nothing(model, server, faulty, tmp_path):
     """One setting fails: the others arrive, and the same call asks for that one alone."""
-    call = {"remote": server.url, "folder": tmp_path, "limit": 1}
+    call = {"on": Server(server.url, requests=1), "folder": tmp_path}
     faulty += [None, "fail"]
     with pytest.raises(sf.errors.RemoteError, match=r"(?s)setting 2\.0.*CUDA out of memory"):
         sf.sweep(model, RAGGED, settings(), **call)
@@ -567,7 +639,7 @@ def test_no_cache_crosses(model, monkeypatch):
 def test_the_payload_is_what_is_sent(model, server):
     intervention = VERBS["chain"]()
     report = sf.remote.preflight(model, RAGGED, intervention, max_new_tokens=NEW)
-    sf.run(model, RAGGED, intervention, max_new_tokens=NEW, remote=server.url)
+    sf.run(model, RAGGED, intervention, max_new_tokens=NEW, on=Server(server.url))
     assert abs(report.payload - server.payloads[-1]) < 100  # compression of the same content
     assert report.parts["inputs"] == sum(t.nbytes for t in batch_of().values())
 
@@ -597,7 +669,7 @@ def test_expected_tokens_are_those_selected(model):
 
 def test_the_limit_names_the_largest_part(model, server):
     with pytest.raises(sf.errors.RemoteError, match="alone is"):
-        sf.run(model, RAGGED, sf.Ablate(direction()), remote=server.url, payload_limit=1000)
+        sf.run(model, RAGGED, sf.Ablate(direction()), on=Server(server.url, payload_limit=1000))
 
 
 def test_what_travels_by_reference_is_named(model, server):
@@ -610,7 +682,7 @@ def test_what_travels_by_reference_is_named(model, server):
     report = sf.remote.preflight(model, RAGGED, sf.Ablate(own))
     assert report.strangers == ("safetensors",)
     with pytest.raises(sf.errors.RemoteError, match="in need of safetensors"):
-        sf.run(model, RAGGED, sf.Ablate(own), remote=server.url)
+        sf.run(model, RAGGED, sf.Ablate(own), on=Server(server.url))
 
 
 def test_functions_of_ones_own_travel(model, server):
@@ -621,7 +693,7 @@ def test_functions_of_ones_own_travel(model, server):
     rule = sf.Tokens.where(lambda ids, position: position % 2 == 0)
     intervention = sf.Clamp(own, add=2.0, where=rule)
     here = sf.run(model, RAGGED, intervention)
-    same_run(here, sf.run(model, RAGGED, intervention, remote=server.url))
+    same_run(here, sf.run(model, RAGGED, intervention, on=Server(server.url)))
 
 
 def test_preflight_prints_a_table(model):
@@ -640,7 +712,7 @@ def test_a_model_without_weights(server, tmp_path):
         bare = nnsight.TransformersModel(
             str(tmp_path), tokenizer=full.tokenizer, task="text-generation"
         )
-        there = sf.run(bare, RAGGED, intervention, max_new_tokens=NEW, remote=own.url)
+        there = sf.run(bare, RAGGED, intervention, max_new_tokens=NEW, on=Server(own.url))
     assert next(bare._module.parameters()).device.type == "meta"
     same_run(sf.run(full, RAGGED, intervention, max_new_tokens=NEW), there)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -20,14 +21,16 @@ from nnsight.tracing import tracer as tracing
 import loopback
 import saefeat as sf
 from helpers import RAGGED, batch_of, build, make_sae, unit, wrapped
+from saefeat.generation import Beams, Greedy, Sample
 from saefeat.generation.decoding import decoding
+from saefeat.remote import Server
 from saefeat.remote.batch import remote_batch
 from saefeat.remote.preflight import Capture
 from saefeat.remote.validate import received
 from saefeat.verbs.lower import lower
 
 NEW = 4
-SAMPLE = {"max_new_tokens": NEW, "temperature": 1.5, "top_k": 40, "top_p": 0.9, "seed": 3}
+SAMPLE = {"max_new_tokens": NEW, "decode": Sample(1.5, top_k=40, top_p=0.9, seed=3)}
 
 
 pytestmark = pytest.mark.usefixtures("silent")
@@ -66,8 +69,8 @@ def same_run(here: sf.results.Run, there: sf.results.Run) -> None:
 
 def test_a_finished_job_is_loaded_and_asks_nobody(model, server, tmp_path):
     file, options = tmp_path / "job.json", {"max_new_tokens": NEW, "batch_size": 2}
-    sf.remote.submit(model, RAGGED, edits(), remote=server.url, file=file, **options).wait()
-    again = sf.remote.Job.load(file, model, remote="http://127.0.0.1:9")
+    sf.remote.submit(model, RAGGED, edits(), on=Server(server.url), file=file, **options).wait()
+    again = sf.remote.Job.load(file, model, on=Server("http://127.0.0.1:9"))
     assert again.statuses == ("COMPLETED",) * 2
     same_run(sf.run(model, RAGGED, edits(), **options), again.poll())
 
@@ -75,10 +78,10 @@ def test_a_finished_job_is_loaded_and_asks_nobody(model, server, tmp_path):
 def test_a_pending_job_is_polled_from_its_file(model, server, faulty, tmp_path):
     faulty += ["slow"]
     file = tmp_path / "job.json"
-    sf.remote.submit(model, RAGGED, edits(), remote=server.url, file=file)
+    sf.remote.submit(model, RAGGED, edits(), on=Server(server.url), file=file)
     sent = len(server.payloads)
-    again = sf.remote.Job.load(file, model, remote=server.url)
-    assert again.flying == 1 and again.poll() is None
+    again = sf.remote.Job.load(file, model, on=Server(server.url))
+    assert again.in_flight == 1 and again.poll() is None
     same_run(sf.run(model, RAGGED, edits()), again.wait())
     assert len(server.payloads) == sent
 
@@ -87,13 +90,16 @@ def test_a_failed_batch_is_sent_again_from_its_file(model, server, faulty, tmp_p
     """Values by prompt, a sample and stop tokens too: all that was asked is in the file."""
     values = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, 4.0], [9.0, 9.0, 9.0]])
     edit, file = sf.Clamp(jumprelu(), values), tmp_path / "job.json"
-    options = {**SAMPLE, "batch_size": 2, "stop": [7, 8, 9]}
+    sample = replace(SAMPLE["decode"], stop=[7, 8, 9])
+    options = {"max_new_tokens": NEW, "decode": sample, "batch_size": 2}
     faulty += [None, "fail"]
-    job = sf.remote.submit(model, RAGGED, edit, remote=server.url, file=file, limit=1, **options)
+    job = sf.remote.submit(
+        model, RAGGED, edit, on=Server(server.url, requests=1), file=file, **options
+    )
     with pytest.raises(sf.errors.RemoteError, match="resubmit"):
         job.wait()
     sent = len(server.payloads)
-    again = sf.remote.Job.load(file, model, remote=server.url)
+    again = sf.remote.Job.load(file, model, on=Server(server.url))
     assert again.statuses == ("COMPLETED", "ERROR") and "CUDA out of memory" in again.errors[1]
     with pytest.raises(sf.errors.RemoteError, match="CUDA out of memory"):
         again.poll()
@@ -110,8 +116,8 @@ def test_a_skeleton_takes_a_job_up(server, tmp_path):
         str(tmp_path / "model"), tokenizer=full.tokenizer, task="text-generation"
     )
     with loopback.serve(tmp_path / "model") as own:
-        sf.remote.submit(bare, RAGGED, edits(), remote=own.url, file=tmp_path / "job.json")
-        there = sf.remote.Job.load(tmp_path / "job.json", bare, remote=own.url).wait()
+        sf.remote.submit(bare, RAGGED, edits(), on=Server(own.url), file=tmp_path / "job.json")
+        there = sf.remote.Job.load(tmp_path / "job.json", bare, on=Server(own.url)).wait()
     assert next(bare._module.parameters()).is_meta
     same_run(sf.run(full, RAGGED, edits()), there)
 
@@ -126,14 +132,14 @@ def even(ids, position):
 
 def test_what_a_file_cannot_hold_is_said_and_may_be_given(model, server, tmp_path):
     file, edit = tmp_path / "job.json", sf.Clamp(jumprelu(), 3.0, where=sf.Tokens.where(odd))
-    here = sf.remote.submit(model, RAGGED, edit, remote=server.url, file=file).wait()
+    here = sf.remote.submit(model, RAGGED, edit, on=Server(server.url), file=file).wait()
     assert "Tokens.where(odd)" in json.loads(file.read_text())["intervention"]["not kept"]
     with pytest.raises(sf.errors.RemoteError, match=r"no file can hold it.*intervention=\.\.\."):
-        sf.remote.Job.load(file, model, remote=server.url)
-    same_run(here, sf.remote.Job.load(file, model, remote=server.url, intervention=edit).wait())
+        sf.remote.Job.load(file, model, on=Server(server.url))
+    same_run(here, sf.remote.Job.load(file, model, on=Server(server.url), intervention=edit).wait())
     other = sf.Clamp(jumprelu(), 3.0, where=sf.Tokens.where(even))
     with pytest.raises(sf.errors.RemoteError, match="of another run"):
-        sf.remote.Job.load(file, model, remote=server.url, intervention=other)
+        sf.remote.Job.load(file, model, on=Server(server.url), intervention=other)
 
 
 def test_two_functions_of_one_name_are_two_runs(model, server, tmp_path):
@@ -144,9 +150,9 @@ def test_two_functions_of_one_name_are_two_runs(model, server, tmp_path):
         return sf.Clamp(jumprelu(), 3.0, where=sf.Tokens.where(lambda _, at: at % 2 == n))
 
     first, second = parity(0), parity(1)
-    sf.remote.submit(model, RAGGED, first, remote=server.url, file=file).wait()
+    sf.remote.submit(model, RAGGED, first, on=Server(server.url), file=file).wait()
     with pytest.raises(sf.errors.RemoteError, match="of another run"):
-        sf.remote.submit(model, RAGGED, second, remote=server.url, file=file)
+        sf.remote.submit(model, RAGGED, second, on=Server(server.url), file=file)
 
 
 def test_files_of_two_jobs_are_apart(model, server, tmp_path):
@@ -154,34 +160,46 @@ def test_files_of_two_jobs_are_apart(model, server, tmp_path):
     jobs = {v: sf.Clamp(jumprelu(), v) for v in (0.5, 0.7)}
     for value, edit in jobs.items():
         sf.remote.submit(
-            model, RAGGED, edit, remote=server.url, file=tmp_path / f"exp-{value}"
+            model, RAGGED, edit, on=Server(server.url), file=tmp_path / f"exp-{value}"
         ).wait()
     for value, edit in jobs.items():
-        again = sf.remote.Job.load(tmp_path / f"exp-{value}", model, remote=server.url)
+        again = sf.remote.Job.load(tmp_path / f"exp-{value}", model, on=Server(server.url))
         same_run(sf.run(model, RAGGED, edit), again.poll())
     (tmp_path / "exp-0.7.0.safetensors").replace(tmp_path / "exp-0.5.0.safetensors")
     with pytest.raises(sf.errors.RemoteError, match="of another job"):
-        sf.remote.Job.load(tmp_path / "exp-0.5", model, remote=server.url)
+        sf.remote.Job.load(tmp_path / "exp-0.5", model, on=Server(server.url))
 
 
-@pytest.mark.parametrize("remote", ["local", False, "127.0.0.1:80"])
-def test_a_job_needs_a_server(remote, model):
+@pytest.mark.parametrize(
+    "on",
+    [lambda: Server("local"), lambda: None, lambda: Server("127.0.0.1:80"), lambda: "http://x"],
+)
+def test_a_job_needs_a_server(on, model):
     with pytest.raises(sf.errors.RemoteError, match="http://"):
-        sf.remote.submit(model, RAGGED, remote=remote)
+        sf.remote.submit(model, RAGGED, on=on())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"url": False}, {"requests": 0}, {"payload_limit": 1.5}, {"dtype": torch.int8}],
+)
+def test_a_server_checks_what_it_is_given(wrong):
+    with pytest.raises(sf.errors.RemoteError, match=f"`{next(iter(wrong))}`"):
+        Server(**wrong)
 
 
 def test_an_edited_copy_has_no_file(model, server, tmp_path):
     copy = sf.edit(model, sf.Ablate(jumprelu()))
     with pytest.raises(sf.errors.ModelError, match="edited copy"):
-        sf.remote.submit(copy, RAGGED, remote=server.url, file=tmp_path / "job.json")
+        sf.remote.submit(copy, RAGGED, on=Server(server.url), file=tmp_path / "job.json")
 
 
 def test_a_file_is_there_before_anything_is_sent(model, server, tmp_path):
     """So that a job whose first request fails can be taken up as well."""
     file = tmp_path / "job.json"
     with pytest.raises(sf.errors.RemoteError, match="not answered"):
-        sf.remote.submit(model, RAGGED, edits(), remote="http://127.0.0.1:9", file=file)
-    again = sf.remote.Job.load(file, model, remote="http://127.0.0.1:9")
+        sf.remote.submit(model, RAGGED, edits(), on=Server("http://127.0.0.1:9"), file=file)
+    again = sf.remote.Job.load(file, model, on=Server("http://127.0.0.1:9"))
     assert again.statuses == ("new",)
 
 
@@ -191,7 +209,7 @@ def test_a_file_is_there_before_anything_is_sent(model, server, tmp_path):
 @pytest.fixture(scope="module")
 def finished(model, server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    sf.remote.submit(model, RAGGED, edits(), remote=server.url, file=folder / "job.json").wait()
+    sf.remote.submit(model, RAGGED, edits(), on=Server(server.url), file=folder / "job.json").wait()
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -216,16 +234,16 @@ HOSTILE = {
 def test_a_changed_file_is_refused(name, finished, model, server, tmp_path):
     file = written(finished, tmp_path, **{name: HOSTILE[name]})
     with pytest.raises(sf.errors.RemoteError, match=r"job.json|Job\.load"):
-        sf.remote.Job.load(file, model, remote=server.url)
+        sf.remote.Job.load(file, model, on=Server(server.url))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "saefeat-job"}', "\x00", "null"])
 def test_what_is_no_job_file_is_refused(text, model, tmp_path):
     (tmp_path / "job.json").write_text(text)
     with pytest.raises(sf.errors.RemoteError, match="not a job file"):
-        sf.remote.Job.load(tmp_path / "job.json", model, remote=True)
+        sf.remote.Job.load(tmp_path / "job.json", model, on=Server())
     with pytest.raises(sf.errors.RemoteError, match="not a job file"):
-        sf.remote.Job.load(tmp_path / "missing.json", model, remote=True)
+        sf.remote.Job.load(tmp_path / "missing.json", model, on=Server())
 
 
 @pytest.mark.parametrize("name", ["job.prompts.json", "job.edits.safetensors"])
@@ -234,17 +252,17 @@ def test_files_beside_it_belong_to_it(name, finished, model, server, tmp_path):
     with (tmp_path / name).open("ab") as beside:
         beside.write(b" ")
     with pytest.raises(sf.errors.RemoteError, match=f"{name} is changed"):
-        sf.remote.Job.load(file, model, remote=server.url)
+        sf.remote.Job.load(file, model, on=Server(server.url))
     (tmp_path / name).unlink()
     with pytest.raises(sf.errors.RemoteError, match=f"{name} is missing"):
-        sf.remote.Job.load(file, model, remote=server.url)
+        sf.remote.Job.load(file, model, on=Server(server.url))
 
 
 def test_a_file_does_not_say_where_the_key_goes(finished, model, server, tmp_path, monkeypatch):
     """Polling sends the key, and nnsight unpickles what comes back."""
     file = written(finished, tmp_path, host="http://somewhere.else")
     with pytest.raises(
-        sf.errors.RemoteError, match=r"remote='http://somewhere.else'\), if you trust"
+        sf.errors.RemoteError, match=r"on=Server\('http://somewhere.else'\)\), if you trust"
     ):
         sf.remote.Job.load(file, model)
     monkeypatch.setattr(CONFIG.API, "HOST", "http://somewhere.else")
@@ -328,14 +346,14 @@ def test_a_result_that_does_not_fit_is_no_result(case, saved):
 def test_run_holds_results_against_what_it_asked(model, server, monkeypatch):
     spoiled(monkeypatch, later)
     with pytest.raises(sf.errors.RemoteError, match="do not begin with the prompts"):
-        sf.run(model, RAGGED, remote=server.url)
+        sf.run(model, RAGGED, on=Server(server.url))
 
 
 def test_a_result_that_does_not_fit_is_asked_for_again(model, server, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         spoiled(patch, later)
         job = sf.remote.submit(
-            model, RAGGED, edits(), remote=server.url, file=tmp_path / "job.json"
+            model, RAGGED, edits(), on=Server(server.url), file=tmp_path / "job.json"
         )
         with pytest.raises(sf.errors.RemoteError, match="do not begin with the prompts"):
             job.wait()
@@ -345,7 +363,7 @@ def test_a_result_that_does_not_fit_is_asked_for_again(model, server, monkeypatc
 
 def test_completed_without_a_result_is_an_error(model, server, monkeypatch):
     """It was polled for ever."""
-    job = sf.remote.submit(model, RAGGED, remote=server.url)
+    job = sf.remote.submit(model, RAGGED, on=Server(server.url))
     monkeypatch.setattr(RemoteBackend, "download_result", lambda *_: None)
     with pytest.raises(sf.errors.RemoteError, match="completed without a result"):
         job.wait(timeout=600)
@@ -354,7 +372,7 @@ def test_completed_without_a_result_is_an_error(model, server, monkeypatch):
 @pytest.mark.parametrize("code", [401, 429, 503])
 def test_a_refusal_to_answer_loses_nothing(code, model, server, monkeypatch):
     """A busy server, a bad gateway or a missing key says nothing of the job."""
-    job = sf.remote.submit(model, RAGGED, remote=server.url)
+    job = sf.remote.submit(model, RAGGED, on=Server(server.url))
     plain = httpx.Client.get
     monkeypatch.setattr(
         httpx.Client,
@@ -377,42 +395,37 @@ def test_a_sweep_outlives_a_server_that_is_busy(model, server, monkeypatch):
         return plain(self, *args)
 
     monkeypatch.setattr(RemoteBackend, "_post", post)
-    found = sf.sweep(model, RAGGED, settings, remote=server.url, limit=1)
+    found = sf.sweep(model, RAGGED, settings, on=Server(server.url, requests=1))
     for value, edit in settings.items():
         same_run(sf.run(model, RAGGED, edit), found[value])
 
 
 def test_a_sweep_gives_up_on_a_server_that_is_gone(model, server, monkeypatch):
-    monkeypatch.setattr("saefeat.running.sweep_jobs.MISSED", 2)
+    monkeypatch.setattr("saefeat.remote.scheduler.STRIKES", 2)
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
     with pytest.raises(sf.errors.RemoteError, match="2 of 2 settings failed"):
-        sf.sweep(model, RAGGED, settings, remote="http://127.0.0.1:9")
+        sf.sweep(model, RAGGED, settings, on=Server("http://127.0.0.1:9"))
 
 
 def test_a_setting_that_cannot_be_sent_does_not_stop_the_others(model, server, tmp_path):
     settings = {"well": sf.Clamp(jumprelu(), 2.0)}
     settings["deep"] = sf.Ablate(sf.Direction(unit(), site="resid_post.40"))
     with pytest.raises(sf.errors.RemoteError, match=r"(?s)1 of 2.*setting 'deep'.*a layer in 0"):
-        sf.sweep(model, RAGGED, settings, remote=server.url, folder=tmp_path)
-    there = sf.remote.Job.load(tmp_path / "00000.json", model, remote=server.url).poll()
+        sf.sweep(model, RAGGED, settings, on=Server(server.url), folder=tmp_path)
+    there = sf.remote.Job.load(tmp_path / "00000.json", model, on=Server(server.url)).poll()
     same_run(sf.run(model, RAGGED, settings["well"]), there)
 
 
 def test_a_sweeps_requests_have_a_limit(model, server):
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
     with pytest.raises(sf.errors.RemoteError, match=r"payload_limit` is 100 bytes"):
-        sf.sweep(model, RAGGED, settings, remote="http://127.0.0.1:9", payload_limit=100)
-
-
-def test_a_sweep_needs_room_for_a_job(model, server):
-    with pytest.raises(sf.errors.PromptError, match="limit"):  # it waited for ever
-        sf.sweep(model, RAGGED, {0: None}, remote="http://127.0.0.1:9", limit=0)
+        sf.sweep(model, RAGGED, settings, on=Server("http://127.0.0.1:9", payload_limit=100))
 
 
 def test_an_edit_that_never_fired_is_named_by_its_setting(model, server):
     settings = {"never": sf.Clamp(jumprelu(), 2.0, where=sf.Tokens.ids(99)), "bare": None}
     with pytest.raises(sf.errors.FiringError, match=r"(?s)setting 'never'.*selected no token"):
-        sf.sweep(model, RAGGED, settings, remote=server.url)
+        sf.sweep(model, RAGGED, settings, on=Server(server.url))
 
 
 # ---------------------------------------------------------------- samples, stops, checkpoints
@@ -422,8 +435,10 @@ def test_samples_are_those_of_a_run_here(model, server):
     options = {**SAMPLE, "batch_size": 2}
     here = sf.run(model, RAGGED, edits(), **options)
     assert here.completions != sf.run(model, RAGGED, edits(), max_new_tokens=NEW).completions
-    same_run(here, sf.run(model, RAGGED, edits(), remote=server.url, **options))
-    same_run(here, sf.remote.submit(model, RAGGED, edits(), remote=server.url, **options).wait())
+    same_run(here, sf.run(model, RAGGED, edits(), on=Server(server.url), **options))
+    same_run(
+        here, sf.remote.submit(model, RAGGED, edits(), on=Server(server.url), **options).wait()
+    )
     assert here.provenance.generation["seed"] == 3
 
 
@@ -431,7 +446,7 @@ def test_a_sample_that_the_seed_did_not_make_is_refused(model, monkeypatch):
     """Where the block runs apart from the model, seeding it there would change nothing."""
     monkeypatch.setattr(torch, "multinomial", lambda probs, **_: probs.argmax(-1, keepdim=True))
     with pytest.raises(RuntimeError, match="process of their own"):
-        sf.run(model, RAGGED, remote="local", **SAMPLE)
+        sf.run(model, RAGGED, on=Server("local"), **SAMPLE)
 
 
 def test_a_sample_is_right_or_refused_where_values_are_copied(model):
@@ -439,8 +454,8 @@ def test_a_sample_is_right_or_refused_where_values_are_copied(model):
     here = sf.run(model, RAGGED, edits(), **SAMPLE)
     with loopback.serve(model, copies=True) as boundary:
         try:
-            there = sf.run(model, RAGGED, edits(), remote=boundary.url, **SAMPLE)
-        except Refused as error:
+            there = sf.run(model, RAGGED, edits(), on=Server(boundary.url), **SAMPLE)
+        except sf.errors.RemoteError as error:
             assert "process of their own" in str(error)
         else:
             same_run(here, there)
@@ -448,23 +463,23 @@ def test_a_sample_is_right_or_refused_where_values_are_copied(model):
 
 def test_generators_are_left_as_they_were(model):
     state = torch.get_rng_state()
-    sf.run(model, RAGGED, remote="local", **SAMPLE)
+    sf.run(model, RAGGED, on=Server("local"), **SAMPLE)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_stop_tokens_end_a_completion_there(model, server):
     free = sf.run(model, RAGGED, edits(), max_new_tokens=NEW)
     stop = [free.completions[0][1], free.completions[1][0]]
-    options = {"max_new_tokens": NEW, "stop": stop}
+    options = {"max_new_tokens": NEW, "decode": Greedy(stop=stop)}
     here = sf.run(model, RAGGED, edits(), **options)
     assert here.completions != free.completions
-    same_run(here, sf.run(model, RAGGED, edits(), remote=server.url, **options))
+    same_run(here, sf.run(model, RAGGED, edits(), on=Server(server.url), **options))
 
 
 def test_a_checkpoint_keeps_batches_from_a_server(model, server, faulty, tmp_path):
-    options = {"max_new_tokens": 2, "batch_size": 2, "remote": server.url}
+    options = {"max_new_tokens": 2, "batch_size": 2, "on": Server(server.url)}
     faulty += [None, "fail"]
-    with pytest.raises(Refused):
+    with pytest.raises(sf.errors.RemoteError, match="CUDA out of memory"):
         sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", **options)
     sent = len(server.payloads)
     there = sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", **options)
@@ -476,7 +491,7 @@ def test_a_checkpoint_keeps_batches_from_a_server(model, server, faulty, tmp_pat
 
 def test_beams_are_refused_and_say_why(model, server):
     with pytest.raises(sf.errors.RemoteError, match="key-value cache"):
-        sf.run(model, RAGGED, remote="http://127.0.0.1:9", max_new_tokens=2, num_beams=2)
+        sf.run(model, RAGGED, on=Server("http://127.0.0.1:9"), max_new_tokens=2, decode=Beams(2))
 
 
 def test_a_checkpoint_that_searches_beams_of_itself_does_not(server):
@@ -484,7 +499,7 @@ def test_a_checkpoint_that_searches_beams_of_itself_does_not(server):
     own = wrapped(build("gemma2"))
     here = sf.run(own, RAGGED, edits(), max_new_tokens=NEW)
     own._module.generation_config.num_beams = 3
-    same_run(here, sf.run(own, RAGGED, edits(), max_new_tokens=NEW, remote="local"))
+    same_run(here, sf.run(own, RAGGED, edits(), max_new_tokens=NEW, on=Server("local")))
 
 
 # ---------------------------------------------------------------- what crosses at each pass
@@ -513,6 +528,7 @@ def executed(model, raw: bytes, monkeypatch) -> tuple[list[str], dict]:
 def generated(way, model, edit, **how):
     """An intervention in a generation of the user's own: in its block, or carried by a copy."""
     own, inline = sf.edit(model, edit) if way == "edited" else model, way == "inline"
+    edit = edit.bind(model)
     with own.generate(max_new_tokens=NEW, do_sample=False, **how) as tracer:
         with tracer.invoke(batch_of()):
             log = nnsight.save(edit(own) if inline else {})
@@ -534,6 +550,15 @@ def test_no_cache_crosses_in_a_users_own_block(way, model, monkeypatch):
     if way == "inline":
         mine, theirs = (edit.receipt(run["log"]) for run in (here, there))
         assert mine.rows[0].tokens == theirs.rows[0].tokens > 13
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_guessed_tokens_are_refused_there(hold, model, monkeypatch):
+    when = sf.When(sf.Direction(unit(), site="resid_post.0"), above=0.2, hold=hold)
+    edit, backend = sf.Clamp(jumprelu(), 3.0, when=when), Capture()
+    generated("inline", model, edit, backend=backend, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="guess"):
+        executed(model, backend.raw, monkeypatch)
 
 
 def test_a_prompt_fed_in_chunks_is_refused_there(model, monkeypatch):

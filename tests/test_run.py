@@ -19,8 +19,10 @@ from helpers import (
     unit,
     wrapped,
 )
+from saefeat.generation import Beams, Greedy, Sample
 from saefeat.generation.decoding import decoding, seeded
 from saefeat.kernel import trace as kernel_trace
+from saefeat.remote import Server
 
 NEW = 5
 
@@ -79,23 +81,26 @@ def test_a_generate_that_goes_around_the_model_is_noticed():
 def test_rows_that_all_stop_early_are_no_missed_passes():
     model = build("llama")
     first = sf.run(wrapped(model), RAGGED[:1], PUSH, max_new_tokens=NEW).completions[0]
-    out = sf.run(wrapped(model), RAGGED[:1], PUSH, max_new_tokens=NEW, stop=(first[1],))
+    out = sf.run(
+        wrapped(model), RAGGED[:1], PUSH, max_new_tokens=NEW, decode=Greedy(stop=(first[1],))
+    )
     assert out.completions[0] == first[: first.index(first[1]) + 1]
     assert out.receipt.passes == len(out.completions[0]) < NEW
 
 
 # ---------------------------------------------------------------- sampling
 
-SAMPLE = {"max_new_tokens": NEW, "temperature": 0.9, "seed": 3}
+SAMPLE = {"max_new_tokens": NEW, "decode": Sample(0.9, seed=3)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_seeded_sample_is_that_of_plain_transformers(family):
     model, batch = build(family), batch_of()
     options = {"top_p": 0.95, "top_k": 20}
-    out = sf.run(wrapped(model), batch, PUSH, **SAMPLE, **options)
+    cut = Sample(0.9, seed=3, **options)
+    out = sf.run(wrapped(model), batch, PUSH, max_new_tokens=NEW, decode=cut)
     with torch.random.fork_rng(), raw_hooks(model, {1: push}):
-        torch.manual_seed(decoding(model, **SAMPLE).at(0).seed)
+        torch.manual_seed(decoding(model, NEW, cut).at(0).seed)
         wanted = model.generate(
             **batch, max_new_tokens=NEW, do_sample=True, temperature=0.9, **options
         )
@@ -107,7 +112,7 @@ def test_seeds_decide_and_nothing_else():
     first = sf.run(nn, RAGGED, PUSH, **SAMPLE)
     torch.rand(7)
     assert sf.run(nn, RAGGED, PUSH, **SAMPLE).completions == first.completions
-    other = sf.run(nn, RAGGED, PUSH, **{**SAMPLE, "seed": 4})
+    other = sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW, decode=Sample(0.9, seed=4))
     greedy = sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW)
     assert len({first.completions, other.completions, greedy.completions}) == 3
     assert torch.equal(first.logits, greedy.logits)
@@ -145,42 +150,57 @@ def test_no_hidden_top_k():
     """transformers samples from 50 tokens unless told otherwise."""
     model = build("llama")
     model.generation_config.top_k = 1
-    hot = {**SAMPLE, "temperature": 3.0}
+    hot = {**SAMPLE, "decode": Sample(3.0, seed=3)}
     assert len(set(sf.run(wrapped(model), [RAGGED[0]] * 6, **hot).completions)) > 1
+
+
+@pytest.mark.parametrize(
+    ("decode", "name"),
+    [
+        (lambda: Sample(0.7), "seed"),
+        (lambda: Sample(top_p=0.9), "seed"),
+        (lambda: Sample(0.0, seed=0), "temperature"),
+        (lambda: Sample(float("nan"), seed=0), "temperature"),
+        (lambda: Sample(float("inf"), seed=0), "temperature"),
+        (lambda: Sample("hot", seed=0), "temperature"),
+        (lambda: Sample(1.0, seed=0, top_p=90), "top_p"),
+        (lambda: Sample(1.0, seed=0, top_p=0), "top_p"),
+        (lambda: Sample(1.0, seed=0, top_k=0), "top_k"),
+        (lambda: Sample(1.0, seed=0, num_beams=0), "num_beams"),
+        (lambda: Sample(1.0, seed=-1), "seed"),
+        (lambda: Sample(1.0, seed=True), "seed"),
+        (lambda: Beams(0), "num_beams"),
+        (lambda: Greedy(stop=("w1",)), "stop"),
+        (lambda: Sample(seed=0, stop=(-1,)), "stop"),
+    ],
+)
+def test_ways_of_decoding_that_mean_nothing_are_refused_where_they_are_given(decode, name):
+    with pytest.raises(sf.SaefeatError, match=f"`{name}`"):
+        decode()
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"temperature": 0.7}, "seed"),
-        ({"seed": 3}, "seed"),
-        ({"top_p": 0.9}, "top_p"),
-        ({"top_k": 5}, "top_k"),
-        ({"temperature": 0.0, "seed": 0}, "temperature"),
-        ({"temperature": float("nan"), "seed": 0}, "temperature"),
-        ({"temperature": "hot", "seed": 0}, "temperature"),
-        ({"temperature": 1.0, "seed": 0, "top_p": 90}, "top_p"),
-        ({"temperature": 1.0, "seed": 0, "top_p": 0}, "top_p"),
-        ({"temperature": 1.0, "seed": 0, "top_k": 0}, "top_k"),
-        ({"temperature": 1.0, "seed": -1}, "seed"),
-        ({"temperature": 1.0, "seed": True}, "seed"),
-        ({"num_beams": 0}, "num_beams"),
-        ({"num_beams": 2, "max_new_tokens": 0}, "num_beams"),
-        ({"temperature": 1.0, "seed": 0, "max_new_tokens": 0}, "temperature"),
-        ({"stop": ("w1",)}, "stop"),
+        ({"decode": Beams(2), "max_new_tokens": 0}, "decode"),
+        ({"decode": Sample(seed=0), "max_new_tokens": 0}, "decode"),
+        ({"decode": 0.7}, "decode"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )
-@pytest.mark.parametrize("function", [sf.run, sf.running.run.stream])
-def test_settings_that_mean_nothing_are_refused(options, name, function):
+@pytest.mark.parametrize("stream", [False, True])
+def test_settings_that_mean_nothing_are_refused(options, name, stream):
     with pytest.raises(sf.SaefeatError, match=f"`{name}`"):
-        function(wrapped(build("llama")), RAGGED, **{"max_new_tokens": 2, **options})
+        sf.run(wrapped(build("llama")), RAGGED, **{"max_new_tokens": 2, **options}, stream=stream)
 
 
 def test_provenance_holds_how_tokens_were_chosen():
     model = build("llama")
     model.generation_config.repetition_penalty = 1.3
-    found = sf.run(wrapped(model), RAGGED, PUSH, **SAMPLE, stop=(7,)).provenance.to_dict()
+    found = sf.run(
+        wrapped(model), RAGGED, PUSH, max_new_tokens=NEW, decode=Sample(0.9, seed=3, stop=(7,))
+    ).provenance.to_dict()
     generation = found["generation"]
     own = generation.pop("model")
     chosen = {"temperature": 0.9, "top_p": 1.0, "top_k": 0, "seed": 3, "stops": [100, 7]}
@@ -193,7 +213,7 @@ def test_stops_end_rows_for_edits_too():
     nn = wrapped(build("llama"))
     free = sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW)
     stop = free.completions[1][1]
-    out = sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW, stop=(stop,))
+    out = sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW, decode=Greedy(stop=(stop,)))
     for row, wanted in zip(out.completions, free.completions, strict=True):
         assert row == (wanted[: wanted.index(stop) + 1] if stop in wanted else wanted)
     fed = sum(len(row) - 1 for row in out.completions)
@@ -207,11 +227,12 @@ def test_seeding_is_refused_where_it_cannot_be_undone():
 
 # ---------------------------------------------------------------- beams
 
-BEAMS = {"max_new_tokens": NEW, "num_beams": 3}
+BEAMS = {"max_new_tokens": NEW, "decode": Beams(3)}
+SEARCH = {"max_new_tokens": NEW, "num_beams": 3}
 
 
 def by_beams(model, batch, **options) -> torch.Tensor:
-    return model.generate(**batch, **BEAMS, do_sample=False, **options)[:, 6:]
+    return model.generate(**batch, **SEARCH, do_sample=False, **options)[:, 6:]
 
 
 def ways_with_beams(model, batch, step) -> dict[str, torch.Tensor]:
@@ -220,12 +241,12 @@ def ways_with_beams(model, batch, step) -> dict[str, torch.Tensor]:
         found["hooked"] = by_beams(model, batch)
     with sf.hooked(model, step):
         found["hooked, no cache"] = by_beams(model, batch, use_cache=False)
-    with nn.generate(**BEAMS, do_sample=False) as tracer:
+    with nn.generate(**SEARCH, do_sample=False) as tracer:
         with tracer.invoke(batch):
             nnsight.save(step(nn))
         with tracer.invoke():
             found["inline"] = nnsight.save(tracer.result)
-    with sf.edit(nn, step).generate(**batch, **BEAMS, do_sample=False) as tracer:
+    with sf.edit(nn, step).generate(**batch, **SEARCH, do_sample=False) as tracer:
         found["edit"] = nnsight.save(tracer.result)
     found["inline"], found["edit"] = (found[name][:, 6:] for name in ("inline", "edit"))
     rows = sf.run(nn, batch, step, **BEAMS).completions
@@ -389,13 +410,20 @@ def test_values_pinned_to_a_clean_run_reach_every_beam():
 def test_what_a_server_cannot_do_is_refused():
     """Samples, stop tokens and checkpoints it can do: see test_remote_jobs.py."""
     with pytest.raises(sf.errors.RemoteError, match="`num_beams`"):
-        sf.run(wrapped(build("llama")), RAGGED, PUSH, max_new_tokens=2, remote="local", num_beams=2)
+        sf.run(
+            wrapped(build("llama")),
+            RAGGED,
+            PUSH,
+            max_new_tokens=2,
+            on=Server("local"),
+            decode=Beams(2),
+        )
 
 
 @pytest.mark.parametrize("call", [sf.run, sf.remote.submit])
 def test_a_model_in_memory_is_not_on_any_server(call):
     with pytest.raises(sf.errors.RemoteError, match="a model in memory or in a folder"):
-        call(wrapped(build("llama")), RAGGED, PUSH, remote="http://127.0.0.1:9")
+        call(wrapped(build("llama")), RAGGED, PUSH, on=Server("http://127.0.0.1:9"))
 
 
 def test_beams_that_finish_early():
@@ -405,7 +433,7 @@ def test_beams_that_finish_early():
         free = by_beams(model, batch)
         stop = int(free[0, 2])
         wanted = by_beams(model, batch, eos_token_id=[100, stop])
-    out = sf.run(nn, batch, PUSH, **BEAMS, stop=(stop,))
+    out = sf.run(nn, batch, PUSH, max_new_tokens=NEW, decode=Beams(3, stop=(stop,)))
     ends = [(row.tolist().index(stop) + 1) if stop in row else NEW for row in wanted]
     assert [list(row) for row in out.completions] == [
         row[:end].tolist() for row, end in zip(wanted, ends, strict=True)
@@ -415,8 +443,10 @@ def test_beams_that_finish_early():
 
 def test_sampled_beams_can_be_drawn_again():
     nn = wrapped(build("llama"))
-    first = sf.run(nn, RAGGED, PUSH, num_beams=2, **SAMPLE)
-    assert first.completions == sf.run(nn, RAGGED, PUSH, num_beams=2, **SAMPLE).completions
+    options = {"max_new_tokens": NEW, "decode": Sample(0.9, seed=3, num_beams=2)}
+    first = sf.run(nn, RAGGED, PUSH, **options)
+    assert first.completions == sf.run(nn, RAGGED, PUSH, **options).completions
+    assert first.provenance.generation["num_beams"] == 2
 
 
 # ---------------------------------------------------------------- stream
@@ -430,7 +460,7 @@ def test_a_stream_is_the_run_batch_by_batch():
     nn = wrapped(build("llama"))
     prompts = [*RAGGED, "w20 w21", "w5"]
     whole = sf.run(nn, prompts, both(), **SAMPLE, batch_size=2)
-    parts = list(sf.running.run.stream(nn, iter(prompts), both(), **SAMPLE, batch_size=2))
+    parts = list(sf.run(nn, iter(prompts), both(), **SAMPLE, batch_size=2, stream=True))
     assert [len(part.prompts) for part in parts] == [2, 2, 1]
     assert sum((part.completions for part in parts), ()) == whole.completions
     assert torch.equal(torch.cat([part.logits for part in parts]), whole.logits)
@@ -443,21 +473,21 @@ def test_a_stream_is_the_run_batch_by_batch():
 def test_a_stream_takes_what_run_takes():
     nn, batch = wrapped(build("llama")), batch_of()
     wanted = [
-        out.completions for out in sf.running.run.stream(nn, batch, max_new_tokens=2, batch_size=2)
+        out.completions for out in sf.run(nn, batch, max_new_tokens=2, batch_size=2, stream=True)
     ]
     ids = [tokenizer()(prompt)["input_ids"] for prompt in RAGGED]
     for prompts in (RAGGED, tuple(RAGGED), (prompt for prompt in RAGGED), ids, iter(ids)):
         found = [
             out.completions
-            for out in sf.running.run.stream(nn, prompts, max_new_tokens=2, batch_size=2)
+            for out in sf.run(nn, prompts, max_new_tokens=2, batch_size=2, stream=True)
         ]
         assert found == wanted
     for prompts in (RAGGED[0], ids[0]):
-        (out,) = sf.running.run.stream(nn, prompts, max_new_tokens=2)
+        (out,) = sf.run(nn, prompts, max_new_tokens=2, stream=True)
         assert out.completions[0] == wanted[0][0]
     for prompts in ([], iter([]), iter(ids[0]), 3):
         with pytest.raises(sf.errors.PromptError):
-            list(sf.running.run.stream(nn, prompts, max_new_tokens=2))
+            list(sf.run(nn, prompts, max_new_tokens=2, stream=True))
 
 
 def test_a_stream_takes_prompts_when_it_needs_them():
@@ -468,7 +498,7 @@ def test_a_stream_takes_prompts_when_it_needs_them():
             taken.append(number)
             yield f"w{number % 50} w1"
 
-    found = sf.running.run.stream(wrapped(build("llama")), lines(), both(), batch_size=4)
+    found = sf.run(wrapped(build("llama")), lines(), both(), batch_size=4, stream=True)
     assert taken == []
     next(found)
     next(found)
@@ -478,7 +508,7 @@ def test_a_stream_takes_prompts_when_it_needs_them():
 
 def test_a_bad_prompt_loses_nothing_that_was_yielded():
     prompts = iter([*RAGGED, "w1", "", "w2"])
-    found, seen = sf.running.run.stream(wrapped(build("llama")), prompts, both(), batch_size=2), []
+    found, seen = sf.run(wrapped(build("llama")), prompts, both(), batch_size=2, stream=True), []
     with pytest.raises(sf.errors.PromptError, match=r"prompts 4\.\.5.*no tokens"):
         seen.extend(found)
     assert not seen or len(seen) == 2
@@ -489,27 +519,25 @@ def test_a_bad_prompt_loses_nothing_that_was_yielded():
 def test_an_edit_that_never_acts_is_known_at_the_end():
     nn = wrapped(build("llama"))
     rare = sf.Ablate(make_sae().latents([1]), where=sf.Tokens.ids(14))  # w10, in the last prompt
-    assert len(list(sf.running.run.stream(nn, RAGGED, rare, batch_size=1))) == 3
+    assert len(list(sf.run(nn, RAGGED, rare, batch_size=1, stream=True))) == 3
     never = sf.Ablate(make_sae().latents([1]), where=sf.Tokens.ids(99))
     seen = []
-    with pytest.raises(sf.errors.FiringError, match="stream"):
-        for out in sf.running.run.stream(nn, RAGGED, never, batch_size=1):
+    with pytest.raises(sf.errors.FiringError, match="selected no token"):
+        for out in sf.run(nn, RAGGED, never, batch_size=1, stream=True):
             seen.append(out)
     assert len(seen) == 3
-    assert (
-        len(list(sf.running.run.stream(nn, RAGGED, never, batch_size=1, allow_unfired=True))) == 3
-    )
+    assert len(list(sf.run(nn, RAGGED, never, batch_size=1, allow_unfired=True, stream=True))) == 3
 
 
 def test_values_by_prompt_in_a_stream():
     nn = wrapped(build("llama"))
     step = sf.Clamp(direction(), add=torch.tensor([[1.0], [9.0], [-9.0]]))
     whole = sf.run(nn, RAGGED, step, max_new_tokens=3)
-    parts = sf.running.run.stream(nn, iter(RAGGED), step, max_new_tokens=3, batch_size=2)
+    parts = sf.run(nn, iter(RAGGED), step, max_new_tokens=3, batch_size=2, stream=True)
     assert sum((part.completions for part in parts), ()) == whole.completions
     for prompts in (RAGGED[:2], [*RAGGED, "w1"]):
         with pytest.raises(sf.SaefeatError, match="3 prompts"):
-            list(sf.running.run.stream(nn, iter(prompts), step, batch_size=2))
+            list(sf.run(nn, iter(prompts), step, batch_size=2, stream=True))
 
 
 # ---------------------------------------------------------------- long lists of chats
@@ -576,5 +604,5 @@ def test_the_mean_of_reduced_means_weighs_tokens(size):
 def test_a_stop_token_of_the_model_still_ends_rows():
     model = build("llama")
     model.generation_config.eos_token_id = EOS
-    assert decoding(model, max_new_tokens=1, stop=[9, EOS]).stops == (EOS, 9)
+    assert decoding(model, 1, Greedy(stop=[9, EOS])).stops == (EOS, 9)
     assert hook_count(model) == 0

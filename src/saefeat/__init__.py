@@ -1,8 +1,8 @@
 """saefeat: attribute, ablate, clamp and probe SAE latents inside nnsight.
 
 The names here are what most work needs; the rest stands in public submodules: ``attribution``,
-``metrics``, ``validation``, ``controls``, ``values``, ``dictionaries``, ``results``, ``remote``,
-``hub`` and ``errors``.
+``metrics``, ``validation``, ``controls``, ``values``, ``generation``, ``dictionaries``,
+``results``, ``remote``, ``hub`` and ``errors``.
 
 >>> import saefeat as sf
 >>> sf.Site.parse("blocks.3.hook_resid_post")
@@ -14,6 +14,7 @@ from . import (  # noqa: F401 (public submodules)
     controls,
     dictionaries,
     errors,
+    generation,
     hub,
     metrics,
     remote,

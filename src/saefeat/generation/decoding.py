@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import whole
 from ..errors import ModelError, PromptError, SaefeatError
 from ..model.modules import torch_module
 from ..values.resample import Resample
 from ..verbs.base import Intervention
+from .decode import Beams, Decode, Greedy, Sample
 
 
 class Decoding(NamedTuple):
@@ -50,98 +51,51 @@ class Decoding(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """For transformers' ``generate``. What is left out there is the model's own habit."""
-        found: dict[str, Any] = {"max_new_tokens": self.new, "num_beams": self.beams}
-        found |= {"num_return_sequences": 1, "do_sample": self.temperature is not None}
+        given: dict[str, Any] = {"max_new_tokens": self.new, "num_beams": self.beams}
+        given |= {"num_return_sequences": 1, "do_sample": self.temperature is not None}
         if self.temperature is not None:
-            found |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return found | ({"eos_token_id": list(self.stops)} if self.stops else {})
+            given |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return given | ({"eos_token_id": list(self.stops)} if self.stops else {})
 
     def to_dict(self, model: Any) -> dict[str, Any]:
         """Plain data for provenance, with the model's own settings that ``generate`` applies."""
         config: Any = getattr(torch_module(model), "generation_config", None)
         own = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
         own.pop("transformers_version", None)
-        found = {**self._asdict(), "stops": list(self.stops), "model": own}
-        return {"max_new_tokens": found.pop("new"), "num_beams": found.pop("beams"), **found}
+        said = {**self._asdict(), "stops": list(self.stops), "model": own}
+        return {"max_new_tokens": said.pop("new"), "num_beams": said.pop("beams"), **said}
 
 
-def decoding(
-    model: Any,
-    *,
-    max_new_tokens: int = 0,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-    num_beams: int = 1,
-    stop: Sequence[int] = (),
-) -> Decoding:
-    """``run``'s arguments, checked.
+def decoding(model: Any, max_new_tokens: int = 0, decode: Decode | None = None) -> Decoding:
+    """``max_new_tokens`` and ``decode``, checked for this model.
 
     Raises:
-        PromptError: for a count that is none.
-        SaefeatError: for sampling without a seed, or settings that would have no effect.
+        PromptError: for a count of tokens that is not one.
+        SaefeatError: for a way of decoding that is not one, or would have no effect.
     """
-    whole_number("max_new_tokens", max_new_tokens, 0)
-    whole_number("num_beams", num_beams, 1)
-    if top_k is not None:
-        whole_number("top_k", top_k, 1)
-    if seed is not None:
-        whole_number("seed", seed, 0)
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    _require_sampling(given)
-    options = [name for name, value in given.items() if value is not None]
-    options += ["num_beams"] if num_beams > 1 else []
-    if options and not max_new_tokens:
-        raise _refused(options[0], "given", "max_new_tokens above 0", "nothing is generated",
-                       "max_new_tokens=20")  # fmt: skip
-    for token in stop:
-        whole_number("stop", token, 0)
-    stops = tuple(dict.fromkeys((*_own_stops(model), *stop)))
-    heat = None if temperature is None else float(temperature)
-    return Decoding(max_new_tokens, heat, top_p or 1.0, top_k or 0, seed, num_beams, stops)
-
-
-def _require_sampling(given: dict[str, Any]) -> None:
-    """A temperature and a seed, or neither."""
-    heat, mass = given["temperature"], given["top_p"]
-    if heat is not None and not (isinstance(heat, int | float) and 0 < heat < math.inf):
-        raise _refused("temperature", repr(heat), "a number above 0",
-                       "0 for greedy decoding", "no temperature, which is greedy")  # fmt: skip
-    if mass is not None and not (isinstance(mass, int | float) and 0 < mass <= 1):
-        raise _refused("top_p", repr(mass), "a probability above 0, up to 1",
-                       "a percentage", "top_p=0.9")  # fmt: skip
-    if heat is None:
-        others = [name for name, value in given.items() if value is not None]
-        if others:
-            raise _refused(others[0], "given, without temperature", "both, or neither",
-                           "decoding is greedy without a temperature",
-                           "temperature=1.0, seed=0")  # fmt: skip
-    elif given["seed"] is None:
-        raise _refused("seed", "not given", "a seed, since a temperature is",
-                       "a sample nobody can draw again is no result",
-                       f"temperature={heat}, seed=0")  # fmt: skip
-
-
-def whole_number(name: str, number: Any, least: int) -> None:
-    """A whole number from a least value on.
-
-    Raises:
-        PromptError: naming the parameter.
-    """
-    if type(number) is int and number >= least:
-        return
-    raise PromptError(
-        f"run: `{name}` is {number!r}, wanted an integer from {least}. Try: run(model, prompts,"
-        f" {name}={max(least, 8)})"
-    )
-
-
-def _refused(name: str, got: str, wanted: str, cause: str, call: str) -> SaefeatError:
-    call = call if call.startswith("no ") else f"run(model, prompts, {call}, ...)"
-    return SaefeatError(
-        f"run: `{name}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
-    )
+    whole("run", "max_new_tokens", max_new_tokens, 0, error=PromptError)
+    chosen = Greedy() if decode is None else decode
+    if not isinstance(chosen, Greedy | Sample | Beams):
+        raise SaefeatError(
+            f"run: `decode` is {decode!r}, wanted a Greedy, Sample or Beams, or None, which is"
+            " greedy. Try: run(model, prompts, max_new_tokens=20, decode=Sample(0.8, seed=0))"
+        )
+    stops = tuple(dict.fromkeys((*_own_stops(model), *chosen.stop)))
+    plain = Decoding(max_new_tokens, None, 1.0, 0, None, 1, stops)
+    if isinstance(chosen, Greedy):
+        return plain
+    if not max_new_tokens:
+        raise SaefeatError(
+            f"run: `decode` is {chosen}, without max_new_tokens, wanted max_new_tokens above 0."
+            f" Likely cause: nothing is generated. Try: run(..., max_new_tokens=20,"
+            f" decode={chosen})"
+        )
+    plain = plain._replace(beams=chosen.num_beams)
+    if isinstance(chosen, Beams):
+        return plain
+    top_p, top_k = chosen.top_p or 1.0, chosen.top_k or 0
+    heat = float(chosen.temperature)
+    return plain._replace(temperature=heat, top_p=top_p, top_k=top_k, seed=chosen.seed)
 
 
 def _own_stops(model: Any) -> tuple[int, ...]:
@@ -160,10 +114,12 @@ def require_beamable(intervention: Intervention, settings: Decoding) -> None:
         return
     for step in intervention.parts():
         if step.change is not None and any(isinstance(v, Resample) for v in step.change):
-            raise _refused("num_beams", f"{settings.beams}, with {step!r}",
-                           "no Resample where beams are searched",
-                           "it draws for each prompt, and beams change places between passes",
-                           "no num_beams, or activations of your own, [prompts, k]")  # fmt: skip
+            raise SaefeatError(
+                f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no Resample where"
+                " beams are searched. Likely cause: it draws for each prompt, and beams change"
+                " places between passes. Try: no num_beams, or activations of your own, [prompts,"
+                " k]"
+            )
         if step.change is None:
             raise SaefeatError(
                 f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no Probe where beams"

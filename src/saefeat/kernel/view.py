@@ -25,6 +25,7 @@ class Memory:
         ids: [b, s], the tokens shown so far.
         stopped: [b, 1], rows that have come to their end.
         copied: whether a module goes on with a copy of the key-value cache.
+        keys: columns that the key-value cache held, and a number [b, s] for each.
         kept: what actions remember, by their keys: tensors by row, or tuples of them.
         parts: the memories of some rows alone.
     """
@@ -36,6 +37,7 @@ class Memory:
     ids: Tensor | None = None
     stopped: Tensor | None = None
     copied: bool = False
+    keys: tuple[int, Tensor] | None = None
 
     def __init__(self, lengths: Tensor | None = None) -> None:
         self.lengths = lengths
@@ -225,6 +227,32 @@ def follow_rows(cache: Any, memory: Memory) -> None:
         cache.reorder_cache = reorder_all
     if not any(follower is memory for follower in followers):
         followers.append(memory)
+        require_unmoved(cache, memory)
+
+
+def require_unmoved(cache: Any, memory: Memory) -> None:
+    """Refuse a generation whose rows have changed places unseen.
+
+    A block that runs apart from the model is given another copy of the cache at each pass, and no
+    copy tells of a reordering. But it shows one: what the cache holds of earlier tokens stays as it
+    was in every row, unless beam search has put another row there.
+    """
+    layers = getattr(cache, "layers", ())
+    keys = next((k for k in (getattr(x, "keys", None) for x in layers) if k is not None), None)
+    if not isinstance(keys, Tensor) or keys.ndim != 4:
+        return
+    before, memory.keys = memory.keys, (past_length(cache), keys[:, 0, :, 0].clone())
+    if before is None:
+        return
+    total, now = memory.keys
+    old, kept = before[1], now[:, : now.shape[1] - (total - before[0])]
+    columns = min(old.shape[1], kept.shape[1])  # a sliding window drops the oldest
+    if not torch.equal(old[:, old.shape[1] - columns :], kept[:, kept.shape[1] - columns :]):
+        raise RuntimeError(
+            "saefeat: rows have changed places between two passes, and this block, which runs apart"
+            " from the model, cannot follow them. Likely cause: num_beams, with a held condition, a"
+            " chat role or a temporal SAE. Try: greedy decoding or sampling; or a trusted key."
+        )
 
 
 def reordered(value: Any, rows: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, final
 
@@ -18,18 +18,12 @@ from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..errors import RemoteError
 from ..files.identity import model_key
+from ..results.run import Run
+from ..shipping.server import NDIF, Server
 from ..verbs.base import Intervention
-from .jobfile import (
-    Held,
-    Part,
-    kept_intervention,
-    kept_prompts,
-    not_ours,
-    read_job,
-    result_of,
-    write_job,
-)
-from .request import Call, Plan, Post
+from .call import Call
+from .jobfile import JobFile, Part, not_ours
+from .request import Requests
 from .saved import load_saved, save_saved
 
 
@@ -48,22 +42,30 @@ class Job:
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
         >>> with loopback.serve(model) as server:
-        ...     job = sf.remote.submit(model, ["hello"], remote=server.url, max_new_tokens=2)
+        ...     there = sf.remote.Server(server.url)
+        ...     job = sf.remote.submit(model, ["hello"], max_new_tokens=2, on=there)
         ...     out = job.wait()
         >>> job.statuses, len(out.texts)
         (('COMPLETED',), 1)
     """
 
-    def __init__(
-        self, plan: Plan, file: Path | None, limit: int, parts: list[Part] | None = None
-    ) -> None:
-        self._plan, self._file, self._limit = plan, file, limit
-        self._parts = [Part() for _ in range(plan.parts)] if parts is None else parts
-        self._saved: dict[int, dict[str, Any]] = {}
-        for number, part in enumerate(self._parts):
-            if part.status == "COMPLETED" and file is not None:
-                self._saved[number] = load_saved(result_of(file, number), plan.fingerprint)
-                plan.check(number, self._saved[number])
+    def __init__(self, requests: Requests, *, arrived: Collection[int] = ()) -> None:
+        """A job without a file; batches that have arrived are not asked for."""
+        self._requests = requests
+        self._parts = [Part() for _ in requests.batches]
+        self._file: JobFile | None = None
+        for number in arrived:
+            self._parts[number].status = "COMPLETED"
+
+    @classmethod
+    def resumed(cls, requests: Requests, file: JobFile) -> Job:
+        """A job as its file has it, with the results that have arrived."""
+        job = cls(requests)
+        job._file, job._parts = file, file.parts
+        for number, part in enumerate(job._parts):
+            if part.status == "COMPLETED":
+                requests.accept(number, load_saved(file.result(number), file.fingerprint))
+        return job
 
     @classmethod
     def load(
@@ -71,7 +73,7 @@ class Job:
         file: str | Path,
         model: Any,
         *,
-        remote: bool | str | None = None,
+        on: Server | None = None,
         intervention: Intervention | None = None,
     ) -> Job:
         """A job from its file, in a new process too: to be polled, or sent again where it failed.
@@ -83,8 +85,8 @@ class Job:
         Args:
             file: what ``submit`` was given; the files beside it are needed too.
             model: the model the job was for; its weights need not be loaded.
-            remote: where the job is: True for the configured NDIF host, or a server's URL; None
-                takes the file's host, if it is the configured one.
+            on: where the job is; of the server its address counts alone, the rest is the file's.
+                None takes the file's host, if it is the configured one.
             intervention: the intervention, where the file could not hold it.
 
         Raises:
@@ -96,25 +98,25 @@ class Job:
             >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False
             >>> model = tiny.model("chat")
             >>> with loopback.serve(model) as server:
-            ...     job = sf.remote.submit(model, ["hello"], remote=server.url, file="hello.json")
-            ...     out = sf.remote.Job.load("hello.json", model, remote=server.url).wait()
+            ...     there = sf.remote.Server(server.url)
+            ...     job = sf.remote.submit(model, ["hello"], on=there, file="hello.json")
+            ...     out = sf.remote.Job.load("hello.json", model, on=there).wait()
             >>> out.receipt.passes
             1
         """
-        file = Path(file)
-        held = read_job(file)
-        if held.about.get("model") != model_key(model):
-            raise not_ours(file, f"of the model {held.about.get('model')!r:.200}")
-        where = _trusted(file, held) if remote is None else remote
-        chosen = intervention or kept_intervention(file, held, model)
-        call = Call.read(held.about.get("call"))
-        post = Post.of(model, kept_prompts(file, held), chosen, call, where)
-        same = intervention is None or post.fingerprint() == held.fingerprint
-        if not same or len(post.batches) != len(held.parts):
-            raise not_ours(file, "of another run")
-        plan = post.plan(held.fingerprint)
-        plan.about.update({n: v for n, v in held.about.items() if n not in ("host", "call")})
-        return cls(plan, file, call.limit, held.parts)
+        file = JobFile.read(Path(file))
+        if file.about.get("model") != model_key(model):
+            raise not_ours(file.path, f"of the model {file.about.get('model')!r:.200}")
+        server = _trusted(file) if on is None else on
+        chosen = intervention or file.intervention(model)
+        call, prompts = Call.read(file.about.get("call"), server.url), file.prompts()
+        requests = call.requests(model, prompts, chosen)
+        given = intervention is not None
+        if given and call.fingerprint(model, prompts, chosen) != file.fingerprint:
+            raise not_ours(file.path, "of another run")
+        if len(requests.batches) != len(file.parts):
+            raise not_ours(file.path, "of another run")
+        return cls.resumed(requests, file)
 
     @property
     def statuses(self) -> tuple[str, ...]:
@@ -127,9 +129,9 @@ class Job:
         return tuple(part.error for part in self._parts)
 
     @property
-    def flying(self) -> int:
+    def in_flight(self) -> int:
         """How many batches are queued or running on the server."""
-        return sum(part.flying for part in self._parts)
+        return sum(part.in_flight for part in self._parts)
 
     def resubmit(self) -> Job:
         """Send the batches that failed or were lost once more; the others go on as they are.
@@ -140,14 +142,14 @@ class Job:
         Raises:
             RemoteError: if the server cannot be reached.
         """
-        for number, part in enumerate(self._parts):
+        for part in self._parts:
             if part.status == "ERROR":
-                self._parts[number] = Part()
+                part.id, part.status, part.error, part.missed = None, "new", "", 0
         self._write()  # before anything is sent: a job whose first request fails has its file too
-        self._send()
+        self._send(self._requests.on.requests - self.in_flight)
         return self
 
-    def poll(self) -> Any:
+    def poll(self) -> Run | None:
         """Ask once how the job stands; send what is still to be sent.
 
         Returns:
@@ -157,51 +159,87 @@ class Job:
             RemoteError: if a batch failed, its result cannot be read or does not fit, or the server
                 no longer knows it: ``resubmit`` sends it again. And if the server does not answer:
                 the job goes on, and may be polled again.
+            FiringError: as ``run``.
         """
-        for number, part in enumerate(self._parts):
-            if part.flying:
-                self._ask(number, part)
-        self._send()
-        for part in self._parts:
-            if part.status == "ERROR":
-                raise self._error(part.error, "the request, the server or its limits", RESEND)
-        if len(self._saved) < len(self._parts):
-            return None
-        return self._plan.finish([self._saved[n] for n in range(len(self._parts))])
+        self.advance(self._requests.on.requests - self.in_flight)
+        return self.result()
 
-    def wait(self, timeout: float | None = None) -> Any:
-        """Poll until the job is done.
+    def result(self) -> Run | None:
+        """The ``Run``, if all batches have arrived; nobody is asked.
+
+        Raises:
+            RemoteError, FiringError: as ``poll``.
+        """
+        self._raise_failed()
+        return self._requests.run() if self._arrived() else None
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Poll until the job is done. Batches in flight arrive before an error is raised.
 
         Args:
             timeout: seconds; None waits as long as it takes.
 
         Raises:
-            RemoteError: as ``poll``, and when the time is over. The job goes on.
+            RemoteError, FiringError: as ``poll``, and when the time is over. The job goes on.
+        """
+        for _ in self.arrivals(timeout):
+            pass
+        return self._requests.run()
+
+    def arrivals(self, timeout: float | None = None) -> Iterator[int]:
+        """The numbers of the batches, each when it has arrived; ``wait`` without the result.
+
+        Raises:
+            RemoteError: as ``wait``.
         """
         for pause in pauses(timeout):
-            found = self.poll()
-            if found is not None:
-                return found
-            time.sleep(pause)
+            yield from self.advance(self._requests.on.requests - self.in_flight)
+            if self._arrived():
+                return
+            if not self.in_flight:
+                self._raise_failed()
+            if not self._requests.on.is_local:
+                time.sleep(pause)
         raise self._error(f"not done after {timeout} s", "a queue; the job goes on", POLL)
 
-    def __await__(self) -> Generator[Any, None, Any]:
+    def advance(self, most: int) -> list[int]:
+        """Ask for what is in flight, and send at most so many batches; what has arrived.
+
+        Nothing new is sent once a batch has failed.
+
+        Raises:
+            RemoteError: if the server does not answer.
+        """
+        flying = [(number, part) for number, part in enumerate(self._parts) if part.in_flight]
+        arrived = [number for number, part in flying if self._ask(number, part)]
+        if not any(part.status == "ERROR" for part in self._parts):
+            self._send(most + len(flying) - self.in_flight)
+        return arrived
+
+    def _arrived(self) -> bool:
+        return all(part.status == "COMPLETED" for part in self._parts)
+
+    def _raise_failed(self) -> None:
+        for part in self._parts:
+            if part.status == "ERROR":
+                raise self._error(part.error, "the request, the server or its limits", RESEND)
+
+    def __await__(self) -> Generator[Any, None, Run]:
         return self._wait().__await__()
 
-    async def _wait(self) -> Any:
-        for pause in pauses(None):
-            found = self.poll()
-            if found is not None:
-                return found
-            await asyncio.sleep(pause)
+    async def _wait(self) -> Run:
+        pause = pauses(None)
+        while (result := self.poll()) is None:
+            await asyncio.sleep(next(pause))
+        return result
 
-    def _ask(self, number: int, part: Part) -> None:
-        """Poll one batch and keep what came."""
+    def _ask(self, number: int, part: Part) -> bool:
+        """Poll one batch and keep what came; whether it has arrived."""
         assert part.id is not None
         try:
-            saved, status = self._plan.fetch(part.id)
+            saved, status = self._requests.fetch(number, part.id)
             if saved is not None:
-                self._plan.check(number, saved)
+                self._requests.accept(number, saved)
         except (Refused, RemoteError) as error:
             return self._note(part, "ERROR", f"failed: {error}")
         except Exception as error:  # an expired address, or what torch.load makes of half a file
@@ -213,31 +251,33 @@ class Job:
             return self._note(part, "ERROR", "unknown to the server")
         if status == "COMPLETED" and saved is None:
             return self._note(part, "ERROR", "completed without a result")
-        if saved is not None:
-            self._saved[number] = saved
-            if self._file is not None:
-                save_saved(result_of(self._file, number), saved, self._plan.fingerprint)
+        if saved is not None and self._file is not None:
+            save_saved(self._file.result(number), saved, self._file.fingerprint)
+        status = "COMPLETED" if saved is not None else status
         if status is not None:
             self._note(part, status, "")
+        return saved is not None
 
-    def _send(self) -> None:
-        """Send batches that are not under way, at most ``limit`` at once."""
-        for number, part in enumerate(self._parts):
-            if part.status == "new" and self.flying < self._limit:
-                try:
-                    part.id = self._plan.send(number)
-                except Refused as error:
-                    raise self._unreached(error) from error
-                self._note(part, "RECEIVED", "")
+    def _send(self, most: int) -> None:
+        """Send batches that are not under way, in order, at most so many."""
+        waiting = [(n, part) for n, part in enumerate(self._parts) if part.status == "new"]
+        for number, part in waiting[: max(0, most)]:
+            try:
+                part.id = self._requests.send(number)
+            except Refused as error:
+                raise self._unreached(error) from error
+            self._note(part, "RECEIVED", "")
 
-    def _note(self, part: Part, status: str, error: str) -> None:
+    def _note(self, part: Part, status: str, error: str) -> bool:
+        """Keep how a batch stands, in the file too; no batch has arrived by that."""
         if (part.status, part.error) != (status, error):
             part.status, part.error = status, error
             self._write()
+        return False
 
     def _write(self) -> None:
         if self._file is not None:
-            write_job(self._file, Held(self._plan.fingerprint, self._plan.about, self._parts))
+            self._file.write()
 
     def _unreached(self, error: Exception) -> Unreached:
         return Unreached(self._said(f"not answered: {error}", "the network, or the host", POLL))
@@ -246,8 +286,8 @@ class Job:
         return RemoteError(self._said(got, cause, call))
 
     def _said(self, got: str, cause: str, call: str) -> str:
-        name = "job" if self._file is None else f"job {self._file}"
-        return f"{name}: `remote` is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
+        name = "job" if self._file is None else f"job {self._file.path}"
+        return f"{name}: a request is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
 
 
 MISSED = 20
@@ -256,20 +296,20 @@ POLL = "poll again: job.poll(), or Job.load(file, model) with the job's file"
 RESEND = "job.resubmit(), which sends again what failed and keeps what has arrived"
 
 
-def _trusted(file: Path, held: Held) -> bool:
-    """Whether a file's host is the configured one, to which the key belongs.
+def _trusted(file: JobFile) -> Server:
+    """The configured host, to which the key belongs, if it is the file's.
 
     Raises:
         RemoteError: for another.
     """
-    host = held.about.get("host")
+    host = file.about.get("host")
     if host == CONFIG.API.HOST:
-        return True
+        return NDIF
     raise RemoteError(
-        f"Job.load: `remote` is not given, and {file} was sent to {host!r:.200}, wanted the"
+        f"Job.load: `on` is not given, and {file.path} was sent to {host!r:.200}, wanted the"
         f" configured host, {CONFIG.API.HOST}, or one that you name. Likely cause: a job on a"
         " server of your own, or a file from somebody else. Try: Job.load(file, model,"
-        f" remote={host!r:.200}), if you trust that server"
+        f" on=Server({host!r:.200})), if you trust that server"
     )
 
 

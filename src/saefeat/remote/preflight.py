@@ -14,6 +14,7 @@ from nnsight.tracing.backend import Backend
 from torch import Tensor
 
 from ..errors import RemoteError
+from ..generation.decode import Decode
 from ..generation.decoding import Decoding, decoding
 from ..kernel.program import Program
 from ..kernel.write import MOST_LATENTS, Write
@@ -29,6 +30,7 @@ from ..shipping.payload import (
     weight,
 )
 from ..shipping.program import embedding
+from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
@@ -108,9 +110,9 @@ def preflight(
     intervention: Intervention | None = None,
     *,
     max_new_tokens: int = 0,
+    decode: Decode | None = None,
     batch_size: int = 32,
-    dtype: torch.dtype | None = None,
-    remote: bool | str = False,
+    on: Server | None = None,
 ) -> Preflight:
     """Build the request of a remote run, try it on fake tensors, and send nothing.
 
@@ -128,9 +130,10 @@ def preflight(
         prompts: as in ``run``.
         intervention: as in ``run``.
         max_new_tokens: as in ``run``.
+        decode: as in ``run``.
         batch_size: as in ``run``.
-        dtype: as in ``run``.
-        remote: True or a URL to ask that server for its nnsight version; False asks nobody.
+        on: as in ``run``: the server that is asked for its nnsight version. None, and
+            ``Server("local")``, ask nobody.
 
     Returns:
         A ``Preflight``.
@@ -149,9 +152,10 @@ def preflight(
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     require_rows(chosen, len(encoded["input_ids"]))
     with_stops(model)
-    settings = decoding(model, max_new_tokens=max_new_tokens)
+    settings = decoding(model, max_new_tokens, decode)
+    dtype = None if on is None else on.dtype
     report = inspected(model, split(encoded, batch_size), chosen, settings, dtype)
-    return replace(report, nnsight=(NNSIGHT, server_version(model, remote)))
+    return replace(report, nnsight=(NNSIGHT, server_version(model, on)))
 
 
 def inspected(
@@ -277,14 +281,14 @@ ANSWER = 120.0
 """Seconds a server has to say what it runs: a busy one lists its packages slowly."""
 
 
-def server_version(model: Any, remote: bool | str) -> str | None:
+def server_version(model: Any, on: Server | None) -> str | None:
     """The nnsight that a server runs, or None."""
-    if not remote or remote == "local":
+    if on is None or on.is_local:
         return None
     import httpx  # as late as nnsight imports it
 
     try:
-        answer = httpx.get(f"{backend_of(model, remote).host}/env", timeout=ANSWER)
+        answer = httpx.get(f"{backend_of(model, on.remote).host}/env", timeout=ANSWER)
         return answer.raise_for_status().json()["packages"].get("nnsight")
     except (httpx.HTTPError, ValueError, KeyError):
         return None

@@ -1,197 +1,106 @@
-"""A run's batches on their way to a server and back, and the arguments they were sent with."""
+"""A run's batches as requests to a server, and what comes back of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import RemoteError
-from ..files.identity import digest, model_key
-from ..generation.batch import require_passes
-from ..generation.decoding import Decoding, decoding, until_stop, whole_number
-from ..generation.result import join, piece, provenance
+from ..generation.result import Piece
+from ..generation.task import Task
 from ..results.run import Run
-from ..shipping.payload import PAYLOAD_LIMIT
-from ..text.prompts import split
-from ..verbs.base import Intervention, by_prompt, require_fired, require_rows
-from ..verbs.lower import lower
-from .batch import backend_of, remote_batch, require_plain, with_stops
+from ..shipping.server import Server
+from .batch import backend_of, remote_batch
 from .preflight import inspected, require_light
-from .validate import Piece, received
+from .validate import Piece as Outputs
+from .validate import received
 
 
-class Call(NamedTuple):
-    """``submit``'s arguments that are plain: they stand in the job's file."""
+class Requests:
+    """A run's batches, each a request to a server.
 
-    max_new_tokens: int = 0
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[int, ...] = ()
-    batch_size: int = 32
-    allow_unfired: bool = False
-    dtype: str | None = None
-    payload_limit: int = PAYLOAD_LIMIT
-    limit: int = 4
-
-    def settings(self, model: Any, remote: bool | str) -> Decoding:
-        """How tokens are chosen, checked."""
-        for name in ("batch_size", "limit", "payload_limit"):
-            whole_number(name, getattr(self, name), 1)
-        with_stops(model)
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-        found = decoding(model, **{name: getattr(self, name) for name in names})
-        require_plain(model, found, remote)
-        return found
-
-    @classmethod
-    def read(cls, said: Any) -> Call:
-        """The arguments in a job's file.
-
-        Raises:
-            RemoteError: for others than ``submit`` has.
-        """
-        if not isinstance(said, dict) or set(said) != set(cls._fields):
-            got = sorted(said) if isinstance(said, dict) else type(said).__name__
-            raise RemoteError(
-                f"Job.load: `file` is one with arguments {got}, wanted those of submit:"
-                f" {', '.join(cls._fields)}. Likely cause: a file from another version of saefeat."
-                " Try: submit(...) again, with a new file"
-            )
-        return cls(**{**said, "stop": tuple(said["stop"])})
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a job needs of the run it belongs to.
-
-    ``send(i)`` posts batch i and returns its id; ``fetch(id)`` polls once, giving the saved values
-    and the status; ``check(i, saved)`` refuses what does not fit batch i; ``finish`` makes a result
-    of all the saved values.
+    Args:
+        task: what is run.
+        batches: ``input_ids`` and ``attention_mask`` of each.
+        on: the server.
+        start: the number of the first prompt, which seeds and values by prompt go by.
     """
 
-    parts: int
-    fingerprint: str
-    about: dict[str, Any]
-    send: Callable[[int], str]
-    fetch: Callable[[str], tuple[dict[str, Any] | None, str | None]]
-    check: Callable[[int, Any], object]
-    finish: Callable[[list[dict[str, Any]]], Any]
+    def __init__(
+        self, task: Task, batches: Sequence[dict[str, Tensor]], on: Server, start: int = 0
+    ) -> None:
+        self.task, self.batches, self.on = task, batches, on
+        self._start = start
+        self._run_here: dict[int, Any] = {}
+        self._outputs: dict[int, Outputs] = {}
 
-
-def require_server(remote: Any) -> None:
-    """Refuse what is no server that a job could be left with.
-
-    Raises:
-        RemoteError: for ``"local"``, False, or a host without its scheme.
-    """
-    if remote is True or (isinstance(remote, str) and remote.startswith(("http://", "https://"))):
-        return
-    raise RemoteError(
-        f"submit: `remote` is {remote!r}, wanted True, or a server's URL with http:// or https://."
-        " Likely cause: a job is left with a server, which a run here is not. Try: run(model,"
-        ' prompts, intervention, remote="local"), which waits'
-    )
-
-
-class Post(NamedTuple):
-    """A run's batches, and where they go."""
-
-    model: Any
-    intervention: Intervention
-    prompts: dict[str, Tensor]
-    batches: list[dict[str, Tensor]]
-    call: Call
-    settings: Decoding
-    remote: bool | str
-
-    @classmethod
-    def of(
-        cls,
-        model: Any,
-        prompts: dict[str, Tensor],
-        intervention: Intervention,
-        call: Call,
-        remote: bool | str,
-    ) -> Post:
-        """Checked, but for the preflight."""
-        require_server(remote)
-        require_rows(intervention, len(prompts["input_ids"]))
-        settings = call.settings(model, remote)
-        prompts = {name: tensor.long() for name, tensor in prompts.items()}  # as a file has them
-        batches = split(prompts, call.batch_size)
-        return cls(model, intervention, prompts, batches, call, settings, remote)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of the matrices that are sent."""
-        return None if self.call.dtype is None else getattr(torch, self.call.dtype)
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def require_light(self) -> None:
-        """Refuse what would fail there, or weighs too much."""
-        given = (self.model, self.batches, self.intervention, self.settings, self.dtype)
-        require_light(inspected(*given), self.call.payload_limit, "submit")
-
-    def plan(self, fingerprint: str = "") -> Plan:
-        """What a job needs."""
-        said = {"model": model_key(self.model), "call": self.call._asdict()}
-        said["host"] = backend_of(self.model, self.remote).host
-        size = len(self.batches)
-        return Plan(size, fingerprint, said, self.send, self.fetch, self.check, self.finish)
-
-    def fingerprint(self) -> str:
-        """A hash of all that decides the result, and not of where or how it is asked for.
+        """Refuse, before anything is sent, what would fail there or weighs too much.
 
         Raises:
-            CheckpointError: for a function that cannot be told from another.
+            RemoteError: see ``remote.preflight``.
         """
-        asked = self.call._replace(limit=1, payload_limit=1, allow_unfired=False)
-        return digest(self.prompts, self.intervention, asked._asdict(), model_key(self.model))
-
-    def start(self, number: int) -> int:
-        """The number of a batch's first prompt."""
-        return number * self.call.batch_size
+        task = self.task
+        given = task.model, self.batches, task.intervention, task.decoding, self.on.dtype
+        require_light(inspected(*given), self.on.payload_limit, task.function)
 
     def send(self, number: int) -> str:
-        """Post a batch; the id of its job."""
-        batch, start = self.batches[number], self.start(number)
-        own = by_prompt(self.intervention)
-        rows = slice(start, start + len(batch["input_ids"])) if own else slice(None)
-        program = lower(self.intervention, self.model, rows)
-        how: dict[str, Any] = {"dtype": self.dtype, "remote": self.remote, "blocking": False}
-        _, backend = remote_batch(self.model, program, batch, self.settings.at(start), **how)
-        return backend.job_id
+        """Post a batch; the id of its request.
 
-    def fetch(self, job: str) -> tuple[dict[str, Any] | None, str | None]:
-        """Poll once: what was saved there, if it has ended, and the status, if there is one."""
-        backend = backend_of(self.model, self.remote, job)
-        found = backend.poll()
-        saved = found.get("saved") if isinstance(found, dict) else found
+        A request to ``"local"`` has been run when this returns.
+        """
+        batch = self.batches[number]
+        start = self._start + sum(len(b["input_ids"]) for b in self.batches[:number])
+        how = {} if self.on.is_local else {"blocking": False}
+        saved, backend = remote_batch(
+            self.task.model,
+            self.task.program(start, len(batch["input_ids"])),
+            batch,
+            self.task.decoding.at(start),
+            dtype=self.on.dtype,
+            remote=self.on.remote,
+            **how,
+        )
+        if not self.on.is_local:
+            return backend.job_id
+        self._run_here[number] = saved
+        return f"local-{number}"
+
+    def fetch(self, number: int, request: str) -> tuple[Any, str | None]:
+        """Ask for a batch once: what was saved there, if it has ended, and its status, if any."""
+        if self.on.is_local:
+            return self._run_here.pop(number), "COMPLETED"
+        backend = backend_of(self.task.model, self.on.remote, request)
+        answer = backend.poll()
+        saved = answer.get("saved") if isinstance(answer, dict) else answer
         return saved, None if backend.status is None else backend.status.value
 
-    def check(self, number: int, saved: Any) -> Piece:
-        """A batch's result, if it fits."""
-        new = self.settings.new
-        return received(saved, self.intervention, self.batches[number], new, "submit")
+    def accept(self, number: int, saved: Any) -> None:
+        """Keep what a batch's block saved, if it fits.
 
-    def finish(self, saved: list[dict[str, Any]]) -> Run:
-        """All batches as one result."""
-        found = [self.check(number, one) for number, one in enumerate(saved)]
-        generation = {**self.settings.to_dict(self.model), "batch_size": self.call.batch_size}
-        source = provenance(self.model, self.intervention, generation)
-        pieces = []
-        for batch, (log, tokens, logits) in zip(self.batches, found, strict=True):
-            late = tokens[:, batch["input_ids"].shape[1] :]
-            if self.intervention.parts() and not self.call.allow_unfired:
-                require_passes(log, max(1, late.shape[1]), "submit")
-            new = until_stop(late, self.settings.stops)
-            pieces.append(piece(self.intervention, self.model, batch, (log, new, logits), source))
-        result = join(pieces)
-        if not self.call.allow_unfired:
-            require_fired(result.receipt, "submit")
-        return result
+        Raises:
+            RemoteError: naming what does not.
+        """
+        task, batch = self.task, self.batches[number]
+        new = task.decoding.new
+        self._outputs[number] = received(saved, task.intervention, batch, new, task.function)
+
+    def piece(self, number: int) -> Piece:
+        """The result of a batch that was accepted.
+
+        Raises:
+            FiringError: if an edit missed forward passes.
+        """
+        return self.task.piece(self.batches[number], *self._outputs[number])
+
+    def run(self) -> Run:
+        """All batches as one result.
+
+        Raises:
+            FiringError: if an edit missed forward passes, or selected no token in any batch.
+        """
+        return self.task.join([self.piece(number) for number in range(len(self))])

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..files.identity import require_unedited
-from ..shipping.narrow import require_floating
-from ..shipping.payload import PAYLOAD_LIMIT
+from ..files.identity import model_key, require_unedited
+from ..generation.decode import Decode, Greedy
+from ..shipping.server import NDIF, Server
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Chain, Intervention
-from .jobfile import Part, keep_call, not_ours, read_job
+from .batch import backend_of
+from .call import Call
+from .jobfile import JobFile, Part, not_ours
 from .jobs import Job
-from .request import Call, Post
 
 
 def submit(
@@ -23,18 +21,11 @@ def submit(
     prompts: Prompts,
     intervention: Intervention | None = None,
     *,
-    remote: bool | str = True,
     max_new_tokens: int = 0,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-    stop: Sequence[int] = (),
+    decode: Decode | None = None,
     batch_size: int = 32,
     allow_unfired: bool = False,
-    dtype: torch.dtype | None = None,
-    payload_limit: int = PAYLOAD_LIMIT,
-    limit: int = 4,
+    on: Server = NDIF,
     file: str | Path | None = None,
 ) -> Job:
     """Send a run to a server and return at once.
@@ -47,13 +38,11 @@ def submit(
         model: as in ``run``; its weights need not be loaded.
         prompts: as in ``run``.
         intervention: as in ``run``.
-        remote: True for the configured NDIF host, or a server's URL.
-        max_new_tokens: as in ``run``, and so are the next five.
+        max_new_tokens: as in ``run``.
+        decode: as in ``run``.
         batch_size: as in ``run``; each batch is a request.
         allow_unfired: as in ``run``.
-        dtype: as in ``run``.
-        payload_limit: as in ``run``.
-        limit: how many requests may be queued or running at once.
+        on: the server, the NDIF host that nnsight is set to by default.
         file: a JSON file for the job's state. Beside it lie the prompts, the intervention (unless
             it has a function, which no file can hold) and results that have arrived.
 
@@ -71,36 +60,37 @@ def submit(
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
         >>> with loopback.serve(model) as server:
-        ...     job = sf.remote.submit(model, ["hello"], remote=server.url)
+        ...     job = sf.remote.submit(model, ["hello"], on=sf.remote.Server(server.url))
         ...     job.wait().receipt.passes
         1
     """
-    require_floating(dtype)
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    call = Call(
-        max_new_tokens, temperature, top_p, top_k, seed, tuple(stop), batch_size, allow_unfired,
-        name, payload_limit, limit,
-    )  # fmt: skip
+    call = Call(max_new_tokens, decode or Greedy(), batch_size, allow_unfired, on)
     chosen = intervention if intervention is not None else Chain(())
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
-    post = Post.of(model, encoded, chosen, call, remote)
-    post.require_light()
-    return _job(post, None if file is None else Path(file)).resubmit()
-
-
-def _job(post: Post, file: Path | None) -> Job:
-    """The job, as its file has it if there is one."""
+    encoded = {name: tensor.long() for name, tensor in encoded.items()}  # as a file has them
+    requests = call.requests(model, encoded, chosen)
+    requests.require_light()
     if file is None:
-        return Job(post.plan(), None, post.call.limit)
-    require_unedited(post.model)
-    plan = post.plan(post.fingerprint())
-    parts = [Part() for _ in post.batches]
-    if file.exists():
-        held = read_job(file)
-        if held.fingerprint != plan.fingerprint or len(held.parts) != len(parts):
-            raise not_ours(file, "of another run")
-        parts = held.parts
-        plan.about.update({n: v for n, v in held.about.items() if n not in plan.about})
-    else:
-        plan.about.update(keep_call(file, post.prompts, post.intervention, post.model))
-    return Job(plan, file, post.call.limit, parts)
+        return Job(requests).resubmit()
+    require_unedited(model)
+    fingerprint = call.fingerprint(model, encoded, chosen)
+    about = {"model": model_key(model), "call": call.to_dict()}
+    about["host"] = backend_of(model, on.remote).host
+    new = JobFile(Path(file), fingerprint, about, [Part() for _ in requests.batches])
+    if new.path.exists():
+        return Job.resumed(requests, _same_run(new)).resubmit()
+    new.keep_call(encoded, chosen, model)
+    return Job.resumed(requests, new).resubmit()
+
+
+def _same_run(new: JobFile) -> JobFile:
+    """The file that is there already, with this call's own address and limits.
+
+    Raises:
+        RemoteError: if it is of another run.
+    """
+    old = JobFile.read(new.path)
+    if old.fingerprint != new.fingerprint or len(old.parts) != len(new.parts):
+        raise not_ours(new.path, "of another run")
+    old.about |= new.about
+    return old

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -53,13 +54,17 @@ def versions() -> dict[str, str]:
         >>> sorted(sf.results.versions())[:2]
         ['nnsight', 'python']
     """
-    by_name = {"python": platform.python_version()}
-    for name in ("saefeat", "nnsight", "torch", "transformers", "sae-lens", "safetensors"):
-        try:
-            by_name[name] = version(name)
-        except PackageNotFoundError:
-            by_name[name] = "not installed"
-    return by_name
+    names = ("saefeat", "nnsight", "torch", "transformers", "sae-lens", "safetensors")
+    return {"python": platform.python_version(), **{name: installed(name) for name in names}}
+
+
+@cache
+def installed(name: str) -> str:
+    """A package's version, read once: parsing six packages' metadata takes longer than a pass."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def now() -> str:

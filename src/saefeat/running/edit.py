@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kernel.trace import whole_run
-from ..shipping.program import Carried, register
+from ..shipping.program import Carried
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
 
@@ -38,8 +37,7 @@ def edit(model: Any, intervention: Intervention) -> Any:
         >>> logits.ndim
         3
     """
-    program = Carried(**vars(lower(intervention, model)))
-    register()  # the copy may be traced remotely, when nothing of ours runs any more
+    carried = Carried(lower(intervention, model), model)
     with model.edit() as (_, edited):
-        whole_run(edited, program, None)
+        carried(edited)
     return edited

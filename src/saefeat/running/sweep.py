@@ -6,28 +6,31 @@ one: the model's own passes, which are most of the time, are shared.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import LatentError
+from ..errors import FiringError, LatentError, RemoteError
 from ..generation.batch import require_passes, run_batch
-from ..generation.decoding import Decoding, decoding, until_stop, whole_number
+from ..generation.decoding import Decoding, decoding, until_stop
 from ..generation.result import Piece, join, piece, provenance
 from ..kernel.log import Log
 from ..kernel.program import Program
 from ..model.route import route
+from ..remote.jobs import Job
+from ..remote.scheduler import Scheduler
+from ..remote.submit import submit
 from ..results.run import Run
-from ..shipping.payload import PAYLOAD_LIMIT
+from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
 from ..verbs.lower import lower, sites_of
 from ..verbs.placement import beside, taken_apart
-from .sweep_jobs import sweep_jobs
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -41,11 +44,8 @@ def sweep(
     batch_size: int = 32,
     allow_unfired: bool = False,
     progress: bool = False,
-    remote: bool | str = False,
-    limit: int = 4,
+    on: Server | None = None,
     folder: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    payload_limit: int = PAYLOAD_LIMIT,
 ) -> dict[Key, Run]:
     """Run the same prompts under many interventions, several to a batch.
 
@@ -60,12 +60,10 @@ def sweep(
         batch_size: rows a batch; prompts x settings rows are run in all.
         allow_unfired: accept edits that selected no token at all.
         progress: show a progress bar.
-        remote: True or a server's URL makes a job of each setting (``submit``).
-        limit: how many requests may be queued or running at once. Only with ``remote``.
+        on: as in ``run``; each setting is a job (``submit``), and all together have at most the
+            server's ``requests`` in flight.
         folder: a folder for the jobs' files: the same call with it asks again only for what has
-            not arrived. Only with ``remote``.
-        dtype: as in ``run``. Only with ``remote``.
-        payload_limit: as in ``run``, for each request. Only with ``remote``.
+            not arrived. Only with ``on``.
 
     Returns:
         Name → ``Run``, in the order given.
@@ -85,12 +83,13 @@ def sweep(
         ([0.0, 2.0, 4.0], True)
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
-    _require_settings(chosen, limit)
-    if remote:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        options |= {"allow_unfired": allow_unfired, "remote": remote, "dtype": dtype}
-        options["payload_limit"] = payload_limit
-        return sweep_jobs(model, prompts, chosen, options, limit, folder, progress)
+    _require_settings(chosen)
+    if on is not None:
+        submitted = partial(
+            submit, model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            allow_unfired=allow_unfired,
+        )  # fmt: skip
+        return _on_server(submitted, chosen, on, folder, progress)
     encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
     total = len(encoded["input_ids"])
     for one in chosen.values():
@@ -151,11 +150,36 @@ def _together(
     return list(zip(logs, ends, logits.split(rows), strict=True))
 
 
-def _require_settings(settings: Mapping[Any, Intervention], limit: int) -> None:
-    whole_number("limit", limit, 1)
+def _require_settings(settings: Mapping[Any, Intervention]) -> None:
     if settings:
         return
     raise LatentError(
         "sweep: `settings` is empty, wanted at least one intervention. Likely cause: a search space"
         ' without points. Try: sweep(model, prompts, {"ablate": Ablate(latents)})'
+    )
+
+
+def _on_server(
+    submitted: Callable[..., Job],
+    settings: Mapping[Key, Intervention],
+    on: Server,
+    folder: str | Path | None,
+    progress: bool,
+) -> dict[Key, Run]:
+    """A job for each setting, all under the server's limit on requests in flight."""
+    one, starts = replace(on, requests=1), {}
+    for number, (key, intervention) in enumerate(settings.items()):
+        file = None if folder is None else Path(folder) / f"{number:05d}.json"
+        starts[key] = partial(submitted, intervention, on=one, file=file)
+    jobs = Scheduler[Key](starts, on.requests)
+    for _ in tqdm(jobs.ended(), total=len(starts), disable=not progress, desc="sweep"):
+        pass
+    if not jobs.failed:
+        return {key: jobs.results[key] for key in settings}
+    key, error = next(iter(jobs.failed.items()))
+    unfired = all(isinstance(error, FiringError) for error in jobs.failed.values())
+    kept = f"The others lie in {folder}: the same call sends only these again." if folder else ""
+    raise (FiringError if unfired else RemoteError)(
+        f"sweep: {len(jobs.failed)} of {len(settings)} settings failed. The first, setting"
+        f" {key!r}: {error}. {kept}"
     )

@@ -1,25 +1,25 @@
 """How an intervention crosses to a server: as the kernel and a plain program, nothing else.
 
-A block in a remote trace travels as source with the names it reads, so ``intervention(model)`` in
-it ships the object itself. Pickled for a request, the object becomes its own program for the model
-that is being traced, bound to a kernel function; the kernel's functions travel as source, since no
-server has them. The program that an edited copy carries does the same.
+Pickled for a request, an intervention that is bound to a model becomes its program for that model,
+together with the kernel function that applies it; the kernel's functions travel as source, since no
+server has them. What an edited copy carries does the same.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import nnsight
 from nnsight.intervention.serialization import dumps
 
-from ..errors import RemoteError
 from ..kernel.pack import applied
 from ..kernel.program import Program
+from ..kernel.trace import whole_run
 from ..model.modules import torch_module
-from ..model.requests import Request, request
+from ..model.requests import in_requests
 from .narrow import narrowed
 from .payload import PAYLOAD_LIMIT, leaves, parts_of, require_known, strangers
 
@@ -31,31 +31,42 @@ def register() -> None:
     nnsight.register(KERNEL)
 
 
-class Carried(Program):
-    """A program that an edited copy carries: in a remote request, one that suits a server."""
+@dataclass(frozen=True)
+class Carried:
+    """What an edited copy of a model applies to every pass of every run."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        here, plain = request(), Program(**vars(self))
-        return (plain if here is None else shipped(plain, here)).__reduce_ex__(protocol)
+    program: Program
+    model: Any
+
+    def __call__(self, copy: Any) -> None:
+        whole_run(copy, self.program, None)
 
 
-def as_shipped(program: Program, here: Request) -> Any:
+def _carried(edit: Carried) -> Any:
+    """The same in a request: the kernel, and a program that suits a server."""
+    register()
+    return partial(whole_run, program=shipped(edit.program, edit.model), log=None).__reduce__()
+
+
+in_requests(Carried, _carried)
+
+
+def as_shipped(program: Program, model: Any) -> Any:
     """The program as a function of the model that runs without this package."""
     register()
-    return partial(applied, shipped(program, here))
+    return partial(applied, shipped(program, model))
 
 
-def shipped(program: Program, here: Request) -> Program:
+def shipped(program: Program, model: Any) -> Program:
     """The program as it goes into a request of the user's own.
 
     Raises:
         RemoteError: for what no server can run.
     """
-    require_sequential(program, here)
     program = narrowed(program)
     if not program.remembers:  # what does must follow beams, which only the cache tells of
-        program = program.replace(embedding=embedding(here.model))
-    require_known_functions("intervention(model)", program, here.model)
+        program = program.replace(embedding=embedding(model))
+    require_known_functions("intervention(model)", program, model)
     parts = parts_of(program)
     if sum(parts.values()) > PAYLOAD_LIMIT:
         largest = max(parts, key=lambda name: parts[name])
@@ -76,31 +87,6 @@ def require_known_functions(where: str, program: Program, model: Any) -> None:
     """
     if any(callable(leaf) for leaf in leaves(program.visits)):
         require_known(where, strangers(model, dumps(program)))
-
-
-def require_sequential(program: Program, here: Request) -> None:
-    """Refuse ways of generating whose passes a server's block cannot follow.
-
-    Raises:
-        RemoteError: for guessed tokens, and for beams where rows must be followed.
-    """
-    module: Any = torch_module(here.model)
-    beams = here.options.get("num_beams")
-    if beams is None:
-        config = here.options.get("generation_config", getattr(module, "generation_config", None))
-        beams = getattr(config, "num_beams", None)
-    guesses = ("assistant_model", "prompt_lookup_num_tokens")
-    bad = next((name for name in guesses if here.options.get(name) is not None), None)
-    if bad is None and not (program.remembers and (beams or 1) > 1):
-        return
-    parameter = bad or "num_beams"
-    got = "given, in a remote generation" + ("" if bad else " with a held condition or role")
-    raise RemoteError(
-        f"intervention(model): `{parameter}` is {got}, wanted greedy decoding or sampling. Likely"
-        " cause: guesses that are taken back, and beams that change places, show in the key-value"
-        " cache, and a block on a server has no more than a copy of it. Try: model.generate(...,"
-        " remote=...) without it"
-    )
 
 
 def embedding(model: Any) -> str | None:

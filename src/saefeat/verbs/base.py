@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, final
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.latents import Latents
-from ..errors import FiringError, LatentError
+from ..dictionaries.latents import Latents, selection
+from ..errors import FiringError, LatentError, RemoteError
 from ..kernel.log import Log
 from ..kernel.pack import unpack
 from ..kernel.trace import inline
-from ..model.requests import request
+from ..model.requests import in_requests
 from ..results.events import record_events
 from ..results.readings import Readings, join_time
 from ..results.receipt import Fired, Receipt
 from ..shipping.program import as_shipped
 from ..text.tokens import Tokens
-from ..values.base import Value, same
+from ..values.base import Value
+from ..values.declared import Declared, argument
 from .lower import lower
 from .steps import Change, numbered
 from .when import When
@@ -68,12 +70,35 @@ class Intervention(ABC):
         inline(model, lower(self, model), log, step)
         return log
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """In a remote request, the intervention is its program, bound to a kernel function."""
-        here = request()
-        if here is None:
-            return super().__reduce_ex__(protocol)
-        return as_shipped(lower(self, here.model), here).__reduce__()
+    def bind(self, model: Any) -> Self:
+        """The same intervention, which may be named in a remote block on this model.
+
+        In a remote request it becomes its own program for the model. Everything else it does as
+        before; copies of it, and what ``|`` makes of it, are not bound.
+
+        Args:
+            model: the nnsight model that the block traces; its weights need not be loaded.
+
+        Examples:
+            >>> from saefeat.studies.refusal import tiny
+            >>> model = tiny.model("chat")
+            >>> bound = sf.Ablate(sf.Direction(torch.ones(64), site="resid_post.1")).bind(model)
+            >>> with model.trace("hello", remote="local"):
+            ...     log = nnsight.save(bound(model))
+            >>> bound.receipt(log).passes
+            1
+        """
+        bound = copy(self)
+        bound.__dict__["_model"] = model
+        return bound
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model it is bound to, which no copy or pickle should bring along."""
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        in_requests(cls, _shipped)
 
     def readings(self, log: Log | dict[str, Any]) -> tuple[Readings, ...]:
         """What each ``Probe`` of this intervention read, in order."""
@@ -107,20 +132,40 @@ class Intervention(ABC):
         return Receipt(tuple(rows), passes=log.passes)
 
 
-@dataclass(frozen=True, eq=False)
-class Step(Intervention):
+def _shipped(intervention: Intervention) -> Any:
+    """What a request has in an intervention's place: its program, applied by the kernel.
+
+    Raises:
+        RemoteError: if it is not bound to a model.
+    """
+    model = intervention.__dict__.get("_model")
+    if model is None:
+        raise RemoteError(
+            f"remote trace: the block names {intervention!r}, which is not bound to a model, wanted"
+            " an intervention that is. Try: bound = intervention.bind(model) before the block, and"
+            " bound(model) in it"
+        )
+    return as_shipped(lower(intervention, model), model).__reduce__()
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Step(Declared, Intervention):
     """One verb on one selection. Subclasses are ``Ablate``, ``Clamp`` and ``Probe``."""
 
-    latents: Latents
+    latents: Latents = argument(converter=selection)
 
-    def __eq__(self, other: object) -> bool:
-        """Equal in every argument; values that are tensors must be equal too."""
-        return type(self) is type(other) and all(
-            same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
-        )
+    WRITTEN: ClassVar[tuple[str, ...]] = ("frozen",)
+    """How the verb may write a selection: what ``Latents.written`` may be."""
 
-    def __hash__(self) -> int:
-        return hash((type(self), self.latents))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents.written not in self.WRITTEN:
+            verb, plain = type(self).__name__, replace(self.latents, written="frozen")
+            raise LatentError(
+                f"{verb}: `latents` is {self.latents!r}, wanted {plain!r}. Likely cause: span()"
+                " belongs to Ablate, and reselect() to Ablate and Clamp: they say how an edit is"
+                f" written. Try: {verb}(latents)"
+            )
 
     @property
     @abstractmethod

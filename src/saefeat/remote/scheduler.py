@@ -1,0 +1,105 @@
+"""Several jobs under one limit on requests in flight, none of them lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from ..errors import SaefeatError
+from ..results.run import Run
+from .jobs import Job, Unreached, pauses
+
+Key = TypeVar("Key", bound=Hashable)
+STRIKES = 20
+"""Times in a row that a server may not answer before a job is given up."""
+
+
+class Scheduler(Generic[Key]):
+    """Jobs that are started and polled in turn; one that fails does not stop the others.
+
+    A job is started, which sends its first request, when it is its turn.
+
+    Args:
+        starts: for each job, the call that submits it.
+        requests: how many requests of all jobs together may be queued or running.
+
+    Attributes:
+        results: the runs that have arrived.
+        failed: what the others failed of.
+    """
+
+    def __init__(self, starts: Mapping[Key, Callable[[], Job]], requests: int) -> None:
+        self._waiting = dict(starts)
+        self._requests = requests
+        self._active: dict[Key, Job] = {}
+        self._strikes: dict[Key, int] = {}
+        self.results: dict[Key, Run] = {}
+        self.failed: dict[Key, SaefeatError] = {}
+
+    def ended(self) -> Iterator[Key]:
+        """Every job's key, when it has ended, well or badly.
+
+        Raises:
+            SaefeatError: of the first job, if it cannot be sent: nothing is lost by saying so.
+        """
+        pause = pauses(None)
+        while self._waiting or self._active:
+            before = len(self.results) + len(self.failed)
+            yield from self._start()
+            yield from self._poll()
+            if len(self.results) + len(self.failed) > before:
+                pause = pauses(None)
+            if self._waiting or self._active:
+                time.sleep(next(pause))
+
+    def _free(self) -> int:
+        return self._requests - sum(job.in_flight for job in self._active.values())
+
+    def _start(self) -> Iterator[Key]:
+        """Submit jobs while there is room for a request."""
+        for key in list(self._waiting):
+            if self._free() <= 0:
+                return
+            try:
+                self._active[key] = self._waiting[key]()
+            except Unreached as error:
+                if self._given_up(key, error):
+                    del self._waiting[key]
+                    yield key
+                else:  # the others' turn comes first
+                    self._waiting[key] = self._waiting.pop(key)
+                return
+            except SaefeatError as error:
+                if not (self._active or self.results):
+                    raise
+                self.failed[key] = error
+                yield key
+            del self._waiting[key]
+
+    def _poll(self) -> Iterator[Key]:
+        """Ask each job once; it may send what the limit leaves."""
+        for key, job in list(self._active.items()):
+            try:
+                job.advance(self._free())
+                result = None if job.in_flight else job.result()
+            except Unreached as error:
+                if not self._given_up(key, error):
+                    continue
+            except SaefeatError as error:
+                self.failed[key] = error
+            else:
+                self._strikes.pop(key, None)
+                if result is None:
+                    continue
+                self.results[key] = result
+            del self._active[key]
+            yield key
+
+    def _given_up(self, key: Key, error: SaefeatError) -> bool:
+        """Whether a server has not answered for so long that the job is given up."""
+        self._strikes[key] = self._strikes.get(key, 0) + 1
+        if self._strikes[key] < STRIKES:
+            return False
+        self.failed[key] = error
+        return True

@@ -1,0 +1,69 @@
+"""Where a run takes place, if not here: a server, and what its requests may be."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+
+from ..checks import whole
+from ..errors import RemoteError
+from .narrow import require_floating
+from .payload import PAYLOAD_LIMIT
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server to run on: NDIF, another one, or this process by way of a request.
+
+    Args:
+        url: a server's address, with http:// or https://; None is the NDIF host that nnsight is
+            set to; ``"local"`` makes requests and runs them here, one after another.
+        dtype: of the matrices that are sent; None sends each in the narrowest dtype that holds it
+            exactly.
+        payload_limit: the most bytes a request may have.
+        requests: how many requests may be queued or running at once.
+
+    Raises:
+        RemoteError: for an address without its scheme, a dtype that is not a floating one, or a
+            count below 1.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> here = sf.run(model, "hello", max_new_tokens=2)
+        >>> there = sf.run(model, "hello", max_new_tokens=2, on=sf.remote.Server("local"))
+        >>> here.texts == there.texts
+        True
+    """
+
+    url: str | None = None
+    _: KW_ONLY
+    dtype: torch.dtype | None = None
+    payload_limit: int = PAYLOAD_LIMIT
+    requests: int = 4
+
+    def __post_init__(self) -> None:
+        known = self.url is None or self.is_local
+        if not (known or str(self.url).startswith(("http://", "https://"))):
+            raise RemoteError(
+                f"Server: `url` is {self.url!r}, wanted an address with http:// or https://,"
+                ' "local", or None for NDIF. Try: Server("http://127.0.0.1:8001")'
+            )
+        require_floating(self.dtype)
+        for name in ("payload_limit", "requests"):
+            whole("Server", name, getattr(self, name), error=RemoteError)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether requests are made and run in this process."""
+        return self.url == "local"
+
+    @property
+    def remote(self) -> bool | str:
+        """The same for nnsight's ``remote=``."""
+        return True if self.url is None else self.url
+
+
+NDIF = Server()
+"""The host that nnsight is set to."""
