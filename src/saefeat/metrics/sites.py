@@ -16,7 +16,7 @@ from ..kernel.tokens import select
 from ..model.sites import Site
 from ..text.rules import plain
 from ..text.tokens import Tokens
-from .base import Metric, Reader, Seen, real
+from .base import Metric, Reader, Seen, real, require_tokenwise
 
 
 def at_site(
@@ -75,27 +75,16 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
             " site: activation(latents.at(site))"
         )
     dictionary: Dictionary = chosen.parts[0][0]
-    _require_tokenwise(dictionary)
+    require_tokenwise("activation", "latents", dictionary)
 
     def reader(tokenizer: Any) -> Reader:
-        bound = plain(rule.rule, _Known(tokenizer))
+        bound = plain(rule.rule, _Tokenizer(tokenizer))
         return lambda seen: _summed_latents(seen, chosen, bound)
 
     return Metric(f"activation({chosen!r}, {rule!r})", reader, site=dictionary.site)
 
 
-def _require_tokenwise(dictionary: Dictionary) -> None:
-    """Refuse latents that depend on earlier tokens: padding would be among them."""
-    if dictionary.prefix:
-        raise LatentError(
-            f"activation: `latents` is of {dictionary!r}, which look back over the text, wanted"
-            " latents that depend on their own token's value alone. Likely cause: a temporal SAE,"
-            " or a function with prefix=True. Try: run(model, prompts, Probe(latents)), which reads"
-            " each row without padding"
-        )
-
-
-class _Known:
+class _Tokenizer:
     """What lowering a token rule asks of a model: its tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
