@@ -105,7 +105,7 @@ def ship_plain_functions() -> None:
             for name, value in bare.__globals__.items()
             if "jaxtyping" not in (getattr(value, "__module__", None) or "")
         }
-        if bare.__module__.startswith("saefeat."):
+        if (bare.__module__ or "").startswith("saefeat."):  # none if it came in a request
             copy = types.FunctionType(
                 bare.__code__, names, bare.__name__, bare.__defaults__, bare.__closure__
             )

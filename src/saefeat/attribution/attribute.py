@@ -22,7 +22,7 @@ from ..dictionaries.latents import Latents, as_latents
 from ..files.checkpoint import Checkpoint
 from ..metrics.base import Metric
 from ..model.modules import torch_module
-from ..shipping.payload import PAYLOAD_LIMIT
+from ..shipping.server import Server
 from ..text.prompts import Prompts
 from ..text.texts import texts_of
 from ..text.tokens import Tokens
@@ -102,8 +102,7 @@ class Attribute:
         steps_at_once: AtOnce = "auto",
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = False,
-        remote: bool | str = False,
-        payload_limit: int = PAYLOAD_LIMIT,
+        on: Server | None = None,
     ) -> Attribution:
         """Attribute over prompts, a batch at a time.
 
@@ -117,10 +116,9 @@ class Attribute:
             checkpoint: a folder for finished batches: an interrupted call, made again, goes on
                 from there. It belongs to this call; another's is refused.
             progress: show a progress bar.
-            remote: as in ``run``: each pass is a job, one with gradients two. A server that runs
-                blocks in a process of their own has no gradients; ``Exact`` and
-                ``FiniteDifference`` need none.
-            payload_limit: the most bytes of tensors that a job may bring. Only with ``remote``.
+            on: as in ``run``, of which the address and the ``payload_limit`` count: each pass is a
+                job, waited for, and one with gradients two. A server that runs blocks in a process
+                of their own has no gradients; ``Exact`` and ``FiniteDifference`` need none.
 
         Returns:
             An ``Attribution``, on the CPU.
@@ -136,6 +134,8 @@ class Attribute:
                 fit it.
             SiteError, ModelError: as in ``run``.
         """
+        server = Server("local") if on is None else on  # its limit alone counts then
+        remote = on is not None and on.remote
         if not self.method.moves() and not remote:
             require_gradients(torch_module(model))
         require_whole("Attribute", "batch_size", batch_size)
@@ -143,7 +143,7 @@ class Attribute:
         require_few(self.method, latents)
         require_at_once(steps_at_once)
         how: dict[str, Any] = {"semantics": self.semantics, "backward": self.backward}
-        watch = Watch(latents, model, self.metric, remote=remote, limit=payload_limit, **how)
+        watch = Watch(latents, model, self.metric, remote=remote, limit=server.payload_limit, **how)
         data = prepare(self, model, prompts)
         who = {} if checkpoint is None else identity(self, model, data, batch_size, remote)
         pieces, receipts = [], []
