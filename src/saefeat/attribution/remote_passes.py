@@ -62,9 +62,9 @@ def run_afar(errand: Errand) -> tuple[Log, Tensor]:
         with tracer.invoke(batch):
             seen = Log()
             whole_run(model, own, seen, lengths)
-            log = nnsight.save(pack_pass(seen))
         with tracer.invoke():
             logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
+            log = nnsight.save(pack_pass(seen))
     require_pass(errand, log, logits)
     return unpack_pass(log), logits
 

@@ -55,12 +55,11 @@ def remote_batch(
         with tracer.invoke(batch):
             draws, log = seeded(seed), Log()
             whole_run(model, program, log)
-            packed = pack(log)
         with tracer.invoke():
             logits = model.output.logits[:, -1].clone()
             tokens = tracer.result
             require_drawn(draws)
-            saved = nnsight.save({"log": packed, "tokens": tokens, "logits": logits})
+            saved = nnsight.save({"log": pack(log), "tokens": tokens, "logits": logits})
     return saved, tracer.backend
 
 

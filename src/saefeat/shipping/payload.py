@@ -27,6 +27,8 @@ class Inspector(CustomCloudUnpickler):
         named = self.persistent_objects["saefeat"]
         named.add(module)
         found = super().find_class(module, name)
+        if name == "_make_skeleton_class":  # by its id it would fill our own class with copies
+            return lambda *about: found(*about[:4], None, *about[5:])
         if name != "subimport":
             return found
         return lambda wanted: named.add(wanted) or found(wanted)
