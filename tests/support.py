@@ -341,7 +341,7 @@ BASES = """
 ## Dictionaries
 
 Edits, readings and scores of three latents on a Llama-type model. All edits keep the other latents'
-part of the value as it is, TopK kinds too unless `support="reselect"` asks for more. What no one
+part of the value as it is, TopK kinds too unless `latents.reselect()` asks for more. What no one
 can reconstruct from (a direction has no decoder) is marked –.
 """
 

@@ -636,13 +636,13 @@ def test_top_is_the_best_of_the_mean(result, k):
 
 @pytest.mark.parametrize("k", [1, 6])
 def test_top_per_prompt(result, k):
-    for row, top in enumerate(result.top_per_prompt(k)):
+    for row, top in enumerate(result.top(k, per="prompt")):
         values = brute(result)[row]
         best = values.flatten().topk(k).indices.tolist()
         wanted = {(str(result.dictionaries[b // D_SAE].site), b % D_SAE) for b in best}
         assert {(str(site), i) for site, i in top} == wanted
-    assert len(result.top_per_prompt(k)) == 3
-    assert len({str(top) for top in result.top_per_prompt(k)}) > 1
+    assert len(result.top(k, per="prompt")) == 3
+    assert len({str(top) for top in result.top(k, per="prompt")}) > 1
 
 
 def test_top_within(result):

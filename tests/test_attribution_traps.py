@@ -140,9 +140,9 @@ def test_a_rule_that_scores_no_token():
 @pytest.mark.parametrize("size", [0, -1, 2.0, "all", True])
 def test_batch_sizes(size):
     nn = wrapped(build("llama"))
-    with pytest.raises(sf.errors.PromptError, match=r"`batch_size`.*whole number"):
+    with pytest.raises(sf.errors.PromptError, match=r"`batch_size`.*integer"):
         sf.Attribute(make_sae(), METRIC)(nn, RAGGED, batch_size=size)
-    with pytest.raises(sf.errors.PromptError, match=r"`batch_size`.*whole number"):
+    with pytest.raises(sf.errors.PromptError, match=r"`batch_size`.*integer"):
         sf.metrics.measure(nn, RAGGED, METRIC, batch_size=size)
 
 

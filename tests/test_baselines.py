@@ -308,7 +308,7 @@ def test_the_published_endpoint_needs_an_intervention():
 
 def test_the_baselines_own_tokens_for_others_to_check_against():
     """``BASELINE_TOP`` resolved outside an attribution, as audits need it."""
-    from saefeat.attribution.batch import baseline_top
+    from saefeat.attribution.batch import baseline_logits
 
     nn, sae = wrapped(build("llama")), make_sae()
     starts = (
@@ -319,7 +319,8 @@ def test_the_baselines_own_tokens_for_others_to_check_against():
     )
     for start in starts:
         job = sf.Attribute(sae, sf.metrics.logit(sf.metrics.BASELINE_TOP), start)
-        top = baseline_top(job, nn, CLEAN, batch_size=2)
+        logits = torch.cat(list(baseline_logits(job.job, nn, CLEAN, batch_size=2)))
+        top = logits.argmax(-1)
         scores = job(nn, CLEAN)
         again = sf.Attribute(sae, sf.metrics.logit(sf.metrics.PerPrompt(top.tolist())), start)(
             nn, CLEAN

@@ -130,10 +130,12 @@ def check_names(code: str) -> None:
     unknown = []
     for node in ast.walk(ast.parse(code)):
         text = ast.unparse(node).split(".") if isinstance(node, ast.Attribute) else []
-        if len(text) == 2 and text[0] in {"sf", "saefeat"} and text[1] not in top:
+        if not text or text[0] not in {"sf", "saefeat"} or text[-1] == "__all__":
+            continue
+        if len(text) == 2 and text[1] not in top:
             unknown.append(".".join(text))
-        if len(text) == 3 and text[0] in {"sf", "saefeat"} and text[1] in names:
-            unknown += [".".join(text)] if text[2] not in names[text[1]] else []
+        if len(text) == 3 and text[1] in names and text[2] not in names[text[1]]:
+            unknown.append(".".join(text))
     assert not unknown, f"not public: {', '.join(sorted(unknown))}"
 
 

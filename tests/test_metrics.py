@@ -326,16 +326,13 @@ def test_degenerate_samples_are_counted():
     assert not moved.degenerate.any() and "degenerate" not in repr(moved)
 
 
-def test_bind_is_for_the_last_logits_alone():
-    scorer = sf.logit_diff(sf.metrics.PerPrompt([0, 1]), 2).bind(None)
-    assert scorer(torch.eye(4)[:2], torch.zeros(2, dtype=torch.long)).tolist() == [1.0, 1.0]
-    with pytest.raises(
-        sf.errors.PromptError, match="2 prompts"
-    ):  # rows would meet the wrong values
-        scorer(torch.eye(4), torch.zeros(4, dtype=torch.long))
-    for metric in (sf.metrics.log_prob([5]), sf.metrics.kl(), sf.metrics.activation(NEURONS)):
-        with pytest.raises(sf.SaefeatError, match="measure"):
-            metric.bind(None)
+def test_values_by_prompt_meet_their_own_prompts():
+    nn, metric = wrapped(build("llama")), sf.logit_diff(sf.metrics.PerPrompt([0, 1]), 2)
+    logits = sf.run(nn, RAGGED[:2]).logits
+    found = sf.metrics.measure(nn, RAGGED[:2], metric, batch_size=1)
+    torch.testing.assert_close(found, logits[[0, 1], [0, 1]] - logits[:, 2], atol=1e-5, rtol=1e-5)
+    with pytest.raises(sf.errors.PromptError, match="2 prompts"):
+        sf.metrics.measure(nn, RAGGED, metric)
 
 
 def test_pads_do_not_matter():

@@ -107,21 +107,19 @@ def test_greedy_pruning_written_out(where, kept):
     )
     metric = sf.logit_diff([5, 9], 7)
     top = sf.Attribute(saes, metric)(nn, RAGGED).top(7)
-    scorer = metric.bind(None)
     whole = saes.latents({0: range(48), 2: range(48)})
+
+    def scorer(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, [5, 9]].logsumexp(-1) - logits[:, 7]
 
     def value(chosen: sf.Latents) -> torch.Tensor:
         ablated = whole - chosen if kept else chosen
         edit = sf.Ablate(ablated, where=where) if len(ablated) else None
-        return scorer(sf.run(nn, RAGGED, edit).logits, torch.zeros(3, dtype=torch.long))
+        return scorer(sf.run(nn, RAGGED, edit).logits)
 
     bounds = sorted([float(value(top).mean()), float(value(sf.Latents(())).mean())])
     sign = 1.0 if float(value(top).mean()) == bounds[1] else -1.0
-    signed = (
-        metric
-        if sign > 0
-        else sf.metrics.custom(lambda logits: -scorer(logits, logits[:, 0].long()))
-    )
+    signed = metric if sign > 0 else sf.metrics.custom(lambda logits: -scorer(logits))
     limit = sign * (0.6 * float(value(top).mean()) + 0.4 * float(value(sf.Latents(())).mean()))
     left, removed = top, []
     while True:
@@ -241,7 +239,8 @@ def test_interactions_are_those_of_single_runs(where):
 
     def value(latents) -> torch.Tensor:
         edit = sf.Ablate(latents, where=where) if len(latents) else None
-        return metric.bind(None)(sf.run(nn, RAGGED, edit).logits, torch.zeros(3).long())
+        logits = sf.run(nn, RAGGED, edit).logits
+        return logits[:, 5] - logits[:, 7]
 
     one, clean = chosen.singles(), value(sf.Latents(()))
     assert found.by_prompt.abs().max() > 1e-4

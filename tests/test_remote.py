@@ -78,7 +78,7 @@ VERBS = {
     "topk": lambda: sf.Ablate(make_sae("topk", "resid_post.1").latents([1, 2, 3])),
     "schedule": lambda: sf.Clamp(jumprelu(), add=sf.values.Schedule([4.0, 2.0, 0.0])),
     "resample": lambda: sf.Ablate(jumprelu(), to=sf.values.Resample(values(), seed=1)),
-    "orthogonal": lambda: sf.Ablate(jumprelu(), to="orthogonal"),
+    "orthogonal": lambda: sf.Ablate(jumprelu().span()),
     "between": lambda: sf.Clamp(sf.Direction(unit(), site="resid_mid.1"), add=3.0),
 }
 

@@ -118,7 +118,7 @@ def test_values_given_for_some_tokens_are_an_interval(model):
 @pytest.mark.parametrize("new", [0, NEW])
 def test_a_skeleton_is_tried_without_weights(new, skeleton):
     edits = sf.Clamp(jumprelu(), 3.0, when=sf.When(direction(0), above=0.2, hold=True))
-    edits = edits | sf.Probe(jumprelu(2), reduce="max") | sf.Ablate(direction(2), to="orthogonal")
+    edits = edits | sf.Probe(jumprelu(2), reduce="max") | sf.Ablate(direction(2).latents().span())
     report = sf.remote.preflight(skeleton, RAGGED, edits, max_new_tokens=new)
     assert (report.fails, report.untried, report.device) == ("", "", "meta")
     assert next(skeleton._module.parameters()).is_meta  # still
@@ -133,7 +133,7 @@ def test_every_family_is_tried(family):
 
 KINDS = {
     "topk": lambda: sf.Ablate(topk()),
-    "reselect": lambda: sf.Clamp(topk(), 2.0, support="reselect"),
+    "reselect": lambda: sf.Clamp(topk().reselect(), 2.0),
     "error": lambda: sf.Clamp(
         sf.dictionaries.ErrorTerm(make_sae("jumprelu", "resid_post.1")), scale=0.5
     ),

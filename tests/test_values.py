@@ -6,6 +6,8 @@ formulas in float64, and the integer mixing written out on Python's own integers
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import nnsight
 import pytest
 import torch
@@ -66,17 +68,15 @@ def verbs(nn) -> dict[str, sf.Intervention]:
         "schedule": sf.Clamp(V, add=sf.values.Schedule([8.0, -8.0, 4.0], prompt=1.0)),
         "pin": push | sf.Ablate(some, to=sf.values.Patch(clean)),
         "resample": sf.Ablate(some, to=sf.values.Resample(clean, seed=3)),
-        "orthogonal": sf.Ablate(some, to="orthogonal"),
+        "orthogonal": sf.Ablate(some.span()),
         "scorer": sf.Clamp(V, add=9.0, when=sf.When(norm, site="resid_post.0", above=17.5)),
         "held": sf.Clamp(
             V,
             add=sf.values.Schedule([9.0, 3.0]),
             when=sf.When(norm, site="resid_mid.0", below=15.0, hold=True),
         ),
-        "reselect": sf.Ablate(top, support="reselect"),
-        "reselect, scheduled": sf.Clamp(
-            top, scale=sf.values.Schedule([3.0, 0.0, 2.0]), support="reselect"
-        ),
+        "reselect": sf.Ablate(top.reselect()),
+        "reselect, scheduled": sf.Clamp(top.reselect(), scale=sf.values.Schedule([3.0, 0.0, 2.0])),
     }
 
 
@@ -440,7 +440,7 @@ def test_orthogonal_ablation_is_the_projection(architecture, repeated):
         tensors["W_dec"][8] = tensors["W_dec"][3] + tensors["W_dec"][40]
         sae = sf.SAE.from_tensors(tensors, site="resid_post.1", architecture=architecture, k=7)
     indices = [3, 40, 17, 8, 22]
-    edit = sf.Ablate(sae.latents(indices), to="orthogonal")
+    edit = sf.Ablate(sae.latents(indices).span())
     rows = sae.directions(indices)
     batch = batch_of()
     after = []
@@ -464,7 +464,7 @@ def test_it_acts_where_the_latents_are_zero_and_zero_ablation_does_not(traced):
     x = sf.Neurons("resid_post.1", D)
     rarest = read(traced, RAGGED, sae).active().argsort()[:2]
     silent = sae.latents(rarest)
-    zero, orthogonal = (sf.Ablate(silent, to=to) for to in ("zero", "orthogonal"))
+    zero, orthogonal = sf.Ablate(silent, to="zero"), sf.Ablate(silent.span())
     assert sf.run(traced, RAGGED, zero).receipt.rows[0].changed < 13
     out = sf.run(traced, RAGGED, sf.Probe(x) | orthogonal | sf.Probe(x))
     before, after = (r.values[r.mask].reshape(-1, D) for r in out.readings)
@@ -480,7 +480,7 @@ def test_dictionaries_of_one_site_span_one_space(traced):
     chosen = a.latents([3, 5, 9]) | b.latents([2, 4])
     nn = wrapped(build("llama", torch.float64))
     x = sf.Neurons("resid_post.1", D)
-    out = sf.run(nn, RAGGED, sf.Probe(x) | sf.Ablate(chosen, to="orthogonal") | sf.Probe(x))
+    out = sf.run(nn, RAGGED, sf.Probe(x) | sf.Ablate(chosen.span()) | sf.Probe(x))
     before, after = (r.values[r.mask].reshape(-1, D) for r in out.readings)
     rows = torch.cat([a.directions([3, 5, 9]), b.directions([2, 4])])
     torch.testing.assert_close(after, projected(before, rows), atol=1e-6, rtol=1e-6)
@@ -489,15 +489,15 @@ def test_dictionaries_of_one_site_span_one_space(traced):
 def test_different_default_rules_cannot_share_a_span(traced):
     chosen = make_sae(seed=1).latents([0]) | make_sae(seed=2, excluded=(5,)).latents([0])
     with pytest.raises(sf.errors.LatentError, match=r"skip different tokens.*where="):
-        sf.run(traced, RAGGED, sf.Ablate(chosen, to="orthogonal"))
-    sf.run(traced, RAGGED, sf.Ablate(chosen, to="orthogonal", where=sf.Tokens.all()))
+        sf.run(traced, RAGGED, sf.Ablate(chosen.span()))
+    sf.run(traced, RAGGED, sf.Ablate(chosen.span(), where=sf.Tokens.all()))
 
 
 def test_the_dictionarys_own_rule_holds_and_a_transcoder_acts_where_it_writes(traced):
     first = batch_of()["input_ids"][1, 0].item()
     skipping = make_sae("transcoder", excluded=(first,))
     indices = [3, 40, 17]
-    edit = sf.Ablate(skipping.latents(indices), to="orthogonal")
+    edit = sf.Ablate(skipping.latents(indices).span())
     out = sf.Neurons("mlp_out.1", D)
     done = sf.run(traced, RAGGED, sf.Probe(out) | edit | sf.Probe(out))
     before, after = (r.values for r in done.readings)
@@ -513,14 +513,14 @@ def test_the_dictionarys_own_rule_holds_and_a_transcoder_acts_where_it_writes(tr
 
 def test_more_latents_than_dimensions_leave_nothing(traced):
     x = sf.Neurons("resid_post.1", D)
-    edit = sf.Ablate(make_sae(), to="orthogonal")
+    edit = sf.Ablate(make_sae().latents().span())
     after = sf.run(traced, RAGGED, edit | sf.Probe(x)).readings[0]
     assert after.values[after.mask].abs().max() < 1e-5
 
 
 def test_orthogonal_to_the_error_term_is_refused(traced):
     with pytest.raises(sf.errors.LatentError, match="another at every token"):
-        sf.run(traced, RAGGED, sf.Ablate(make_sae().error(), to="orthogonal"))
+        sf.run(traced, RAGGED, sf.Ablate(make_sae().error().latents().span()))
 
 
 # ---------------------------------------------------------------- conditions
@@ -686,11 +686,11 @@ def dense(sae: sf.SAE, x: torch.Tensor, change, signed: bool, how: str) -> torch
 
 
 CHANGES = {
-    "ablate": (lambda how, s: sf.Ablate(s, support=how), lambda f: f * 0),
-    "set": (lambda how, s: sf.Clamp(s, 0.9, support=how), lambda f: f * 0 + 0.9),
-    "scale": (lambda how, s: sf.Clamp(s, scale=1.7, support=how), lambda f: f * 1.7),
-    "add": (lambda how, s: sf.Clamp(s, add=0.4, support=how), lambda f: f + 0.4),
-    "invert": (lambda how, s: sf.Clamp(s, scale=-1.0, support=how), lambda f: -f),
+    "ablate": (sf.Ablate, lambda f: f * 0),
+    "set": (lambda s: sf.Clamp(s, 0.9), lambda f: f * 0 + 0.9),
+    "scale": (lambda s: sf.Clamp(s, scale=1.7), lambda f: f * 1.7),
+    "add": (lambda s: sf.Clamp(s, add=0.4), lambda f: f + 0.4),
+    "invert": (lambda s: sf.Clamp(s, scale=-1.0), lambda f: -f),
 }
 KINDS = [
     ("topk", {}),
@@ -715,7 +715,7 @@ def test_topk_kinds_equal_the_dense_formulas(name, architecture, options, how):
 
     with raw_hooks(model, {1: by_hand}):
         wanted = forward(model, batch)
-    with torch.no_grad(), sf.hooked(model, make(how, sae.latents(CHOSEN))):
+    with torch.no_grad(), sf.hooked(model, make(replace(sae.latents(CHOSEN), written=how))):
         found = forward(model, batch)
     torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
     assert (wanted - forward(model, batch)).abs().max() > 1e-4
@@ -726,10 +726,11 @@ def test_reselect_lets_others_in_and_frozen_does_not(traced):
     sae = make_sae("topk")
     x = sf.Neurons("resid_post.1", D)
     runs = {
-        how: sf.run(
-            traced, RAGGED, sf.Probe(x) | sf.Ablate(sae.latents(CHOSEN), support=how) | sf.Probe(x)
-        )
-        for how in ("frozen", "reselect")
+        how: sf.run(traced, RAGGED, sf.Probe(x) | sf.Ablate(latents) | sf.Probe(x))
+        for how, latents in {
+            "frozen": sae.latents(CHOSEN),
+            "reselect": sae.latents(CHOSEN).reselect(),
+        }.items()
     }
     a, b = (run.receipt.rows[0] for run in runs.values())
     assert (a.tokens, a.changed, a.largest) == (b.tokens, b.changed, b.largest)
@@ -745,8 +746,8 @@ def test_reselecting_nothing_is_bit_for_bit_the_bare_model():
         for architecture in ("topk", "abstopk"):
             latents = sae_latents(architecture)
             edits = (
-                sf.Clamp(latents, scale=1.0, support="reselect"),
-                sf.Clamp(latents, add=0.0, support="reselect"),
+                sf.Clamp(latents.reselect(), scale=1.0),
+                sf.Clamp(latents.reselect(), add=0.0),
             )
             for edit in edits:
                 with torch.no_grad(), sf.hooked(model, edit):
@@ -756,7 +757,7 @@ def test_reselecting_nothing_is_bit_for_bit_the_bare_model():
 def test_reselect_with_active_only_moves_none_that_was_not_selected():
     model, batch = build("llama", torch.float64), batch_of()
     sae = exact("topk")
-    edit = sf.Clamp(sae.latents(CHOSEN), 5.0, active_only=True, support="reselect")
+    edit = sf.Clamp(sae.latents(CHOSEN).reselect(), 5.0, active_only=True)
     after = []
     blocks_of(model)[2].register_forward_pre_hook(lambda _, args: after.append(args[0].clone()))
     forward(model, batch)
@@ -774,13 +775,13 @@ def test_reselect_with_active_only_moves_none_that_was_not_selected():
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
 def test_reselect_is_refused_where_nothing_is_selected(architecture, traced):
-    edit = sf.Ablate(sae_latents(architecture), support="reselect")
+    edit = sf.Ablate(sae_latents(architecture).reselect())
     with pytest.raises(sf.errors.LatentError, match=r"wanted a topk or abstopk dictionary.*frozen"):
         sf.run(traced, RAGGED, edit)
     generic = sf.dictionaries.Function(lambda x: x, torch.eye(D), site="resid_post.1", width=D)
-    for other in (generic.latents([0]), V, make_sae("topk").error()):
+    for other in (generic.latents([0]), V.latents(), make_sae("topk").error().latents()):
         with pytest.raises(sf.errors.LatentError, match="topk or abstopk"):
-            sf.run(traced, RAGGED, sf.Clamp(other, 1.0, support="reselect"))
+            sf.run(traced, RAGGED, sf.Clamp(other.reselect(), 1.0))
 
 
 def test_reselect_needs_all_directions_and_says_so(traced):
@@ -788,7 +789,7 @@ def test_reselect_needs_all_directions_and_says_so(traced):
     some = Excerpt.of(make_sae("topk"), [tuple(CHOSEN)]).latents()
     sf.run(traced, RAGGED, sf.Ablate(some))
     with pytest.raises(sf.errors.LatentError, match=r"holds 6 of its directions.*frozen"):
-        sf.run(traced, RAGGED, sf.Ablate(some, support="reselect"))
+        sf.run(traced, RAGGED, sf.Ablate(some.reselect()))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -859,11 +860,16 @@ BAD = {
     ),
     "the mean": (lambda: sf.Ablate(V, to="mean"), r"readings.mean\(\)"),
     "a bound": (lambda: sf.Clamp(V, low=sf.values.Schedule([1.0])), "bounds do not change"),
-    "support": (lambda: sf.Ablate(V, support="thawed"), '"frozen" or "reselect"'),
-    "both": (
-        lambda: sf.Ablate(V, to="orthogonal", support="reselect"),
-        'with to="orthogonal"',
+    "a way of writing": (
+        lambda: sf.Latents(V.latents().parts, "thawed"),
+        '"frozen" or "reselect" or "span"',
     ),
+    "both": (lambda: sf.Ablate(V.latents().span() | V.latents().reselect()), "in the same way"),
+    "a value in a span": (lambda: sf.Ablate(V.latents().span(), to=1.0), "wanted no value"),
+    "a span set": (lambda: sf.Clamp(V.latents().span(), 1.0), r"span\(\) belongs to Ablate"),
+    "a span read": (lambda: sf.Probe(V.latents().span()), r"span\(\) belongs to Ablate"),
+    "a condition on a span": (lambda: sf.When(V.latents().span()), "this is no edit"),
+    "the old word": (lambda: sf.Ablate(V, to="orthogonal"), r"Ablate\(latents.span\(\)\)"),
 }  # fmt: skip
 
 
@@ -912,8 +918,8 @@ def test_equal_values_are_equal_and_others_are_not():
             assert (sf.Ablate(V, to=a) == sf.Ablate(V, to=b)) is (i == j)
         assert hash(a) == hash(second[i])
         assert hash(sf.Ablate(V, to=a)) == hash(sf.Ablate(V, to=second[i]))
-    assert sf.Ablate(V, to="orthogonal") != sf.Ablate(V)
-    assert sf.Ablate(V, support="reselect") != sf.Ablate(V)
+    assert sf.Ablate(V.latents().span()) != sf.Ablate(V)
+    assert sf.Ablate(V.latents().reselect()) != sf.Ablate(V)
     a, b = (sf.When(norm, site="resid_post.0", above=t) for t in (1.0, 2.0))
     assert a == sf.When(norm, site="resid_post.0", above=1.0) and a != b
     assert len({a, b, sf.When(norm, site="resid_post.0", above=1.0)}) == 2
@@ -926,8 +932,9 @@ def test_values_print_as_they_were_made_and_large_ones_by_their_content():
     assert eval(
         repr(sf.values.Schedule([1, 0.7])), {"Schedule": sf.values.Schedule}
     ) == sf.values.Schedule([1, 0.7])
-    assert repr(sf.Ablate(V, to="orthogonal")).endswith(", to='orthogonal')")
-    assert repr(sf.Clamp(V, 2.0, support="reselect")).endswith("value=2.0, support='reselect')")
+    assert repr(sf.Ablate(V.latents().span())) == "Ablate(Latents(1: resid_post.1 [0]).span())"
+    assert repr(sf.Clamp(V.latents().reselect(), 2.0)).endswith("[0]).reselect(), value=2.0)")
+    assert repr(sf.Clamp(V, torch.tensor([0.7]))).endswith("value=[0.7])")
     assert repr(sf.values.Patch(reading(torch.ones(1, 2, 1)))).startswith(
         "Patch(<[1, 2, 1] of Latents(1: resid_post.1 [0]), "
     )

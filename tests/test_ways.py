@@ -840,7 +840,7 @@ def test_provenance_names_every_latent_and_condition():
     verb = sf.Ablate(a.latents(range(9)), when=sf.When(b.latents([4]), above=-1.0))
     found = sf.run(wrapped(build("llama")), RAGGED, verb).provenance
     assert found.latents == ({"resid_post.1": list(range(9))},)
-    assert b.fingerprint() in found.dictionaries["resid_post.0"]
+    assert b.fingerprint([4]) in found.dictionaries["resid_post.0"]
 
 
 # ---------------------------------------------------------------- (g) readings
@@ -1093,7 +1093,7 @@ def test_a_result_says_where_it_comes_from():
     found = sf.run(wrapped(model), RAGGED, step).provenance.to_dict()
     assert found["dtype"] == "bfloat16" and "Llama" in found["model"]
     assert found["intervention"] == repr(step)
-    assert found["dictionaries"]["resid_post.1"].endswith(sae.fingerprint())
+    assert found["dictionaries"]["resid_post.1"].endswith(sae.fingerprint([3]))
     assert found["versions"]["nnsight"] == "0.8.1"
 
 
@@ -1101,7 +1101,7 @@ def test_provenance_names_both_dictionaries_of_a_site():
     a, b = make_sae("standard", seed=1), make_sae("jumprelu", seed=2)
     out = sf.run(wrapped(build("llama")), RAGGED, sf.Ablate(a.latents([3])) | sf.Probe(b))
     text = str(out.provenance.dictionaries)
-    assert a.fingerprint() in text and b.fingerprint() in text
+    assert a.fingerprint([3]) in text and b.fingerprint() in text
 
 
 # ---------------------------------------------------------------- open

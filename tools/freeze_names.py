@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -23,8 +24,14 @@ from torch import Tensor, nn
 
 import saefeat as sf
 from saefeat.dictionaries.weights import InMemory
+from saefeat.running.run import stream as stream_of
 from saefeat.studies.refusal import tiny
 from saefeat.studies.refusal.cli import main as study_main
+from saefeat.text import prompts as text
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+import loopback
 
 CONFIG.APP.REMOTE_LOGGING = False  # else every local request prints its states
 
@@ -36,13 +43,13 @@ Values = dict[str, Any]
 
 def wrap(module: nn.Module, tokenizer: Any) -> Any:
     """A Hugging Face model as an nnsight model."""
-    return sf.wrap(module, tokenizer)
+    return nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")
 
 
 @cache
 def chat_model() -> Any:
     """The chat model that the package ships."""
-    return sf.wrap(*tiny.load("chat"))
+    return tiny.model("chat")
 
 
 @cache
@@ -69,7 +76,7 @@ def openings() -> tuple[list[str], list[str]]:
 
 def encode_prompts(model: Any, prompts: Any) -> dict[str, Tensor]:
     """Prompts as one left-padded batch."""
-    return sf.encode_prompts(model.tokenizer, prompts)
+    return text.encode_prompts(model.tokenizer, prompts)
 
 
 # ---------------------------------------------------------------- dictionaries and latents
@@ -92,7 +99,7 @@ def random_direction(width: int, site: str, seed: int) -> Any:
 
 def direction_at(vector: Tensor, sites: Sequence[str]) -> Any:
     """The same direction at several sites."""
-    return sf.direction(vector, sites=sites)
+    return sf.Direction.at_sites(vector, sites=sites)
 
 
 def neurons(site: str, width: int) -> Any:
@@ -102,17 +109,17 @@ def neurons(site: str, width: int) -> Any:
 
 def error_term(dictionary: Any) -> Any:
     """What an SAE leaves unexplained, as a dictionary."""
-    return sf.ErrorTerm(dictionary)
+    return sf.dictionaries.ErrorTerm(dictionary)
 
 
 def from_function(encode: Callable[[Tensor], Tensor], rows: Tensor, **options: Any) -> Any:
     """A dictionary from a function and directions."""
-    return sf.Generic(encode, rows, **options)
+    return sf.dictionaries.Function(encode, rows, **options)
 
 
 def together(dictionaries: Sequence[Any]) -> Any:
     """One dictionary a site."""
-    return sf.Dictionaries(dictionaries)
+    return sf.dictionaries.Dictionaries(dictionaries)
 
 
 def pick(dictionary: Any, indices: Any = None) -> Any:
@@ -122,7 +129,7 @@ def pick(dictionary: Any, indices: Any = None) -> Any:
 
 def joined(selections: Sequence[Any]) -> tuple[Any, Tensor]:
     """The union of selections, and which of its latents each holds."""
-    return sf.stack(selections)
+    return sf.values.per_prompt(selections)
 
 
 def members(latents: Any) -> dict[str, list[int]]:
@@ -132,12 +139,12 @@ def members(latents: Any) -> dict[str, list[int]]:
 
 def matched(latents: Any, statistics: Any, *, seed: int, within: float) -> Any:
     """Controls: other latents, as long and as active."""
-    return sf.matched(latents, statistics, seed=seed, within=within)
+    return sf.controls.matched(latents, statistics, seed=seed, within=within)
 
 
 def random_directions(latents: Any, *, seed: int) -> Any:
     """Controls: the same latents, writing random directions."""
-    return sf.random_directions(latents, seed=seed)
+    return sf.controls.random_directions(latents, seed=seed)
 
 
 def dictionary_values(dictionary: Any, x: Tensor, indices: Sequence[int]) -> Values:
@@ -208,12 +215,18 @@ def where(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
 
 def ablate(latents: Any, to: Any = "zero", **options: Any) -> Any:
     """Set latents to zero or to values, or take out their span; at, when and support as options."""
-    return sf.Ablate(latents, to=to, **_verb(options))
+    latents, to = (latents.span(), 0.0) if to == "orthogonal" else (latents, to)
+    return sf.Ablate(_written(latents, options), to=to, **_verb(options))
 
 
 def clamp(latents: Any, value: Any = None, **options: Any) -> Any:
     """Set, scale, shift or bound latents."""
-    return sf.Clamp(latents, value, **_verb(options))
+    return sf.Clamp(_written(latents, options), value, **_verb(options))
+
+
+def _written(latents: Any, options: dict[str, Any]) -> Any:
+    """``support`` is a property of the selection."""
+    return latents.reselect() if options.pop("support", "frozen") == "reselect" else latents
 
 
 def probe(latents: Any, reduce: str | None = None, **options: Any) -> Any:
@@ -233,17 +246,17 @@ def condition(subject: Any, **options: Any) -> Any:
 
 def patch(readings: Any) -> Any:
     """What latents were in a clean run."""
-    return sf.Pin(readings)
+    return sf.values.Patch(readings)
 
 
 def resample(activations: Any, seed: int) -> Any:
     """What latents were at a token drawn from data."""
-    return sf.Resample(activations, seed=seed)
+    return sf.values.Resample(activations, seed=seed)
 
 
 def schedule(values: Any, prompt: Any = None) -> Any:
     """Values by generated token."""
-    return sf.Schedule(values, prompt=prompt)
+    return sf.values.Schedule(values, prompt=prompt)
 
 
 def mean_of(readings: Any) -> Tensor:
@@ -293,7 +306,7 @@ def stream(
     unfired: bool = True,
 ) -> Iterator[Any]:
     """A run's results, batch by batch."""
-    return sf.stream(
+    return stream_of(
         model, prompts, verb, max_new_tokens=new, temperature=temperature, seed=seed,
         batch_size=batch, checkpoint=folder, allow_unfired=unfired,
     )  # fmt: skip
@@ -310,7 +323,7 @@ def sweep(
 
 def submitted(model: Any, prompts: Any, verb: Any, *, url: str, new: int, batch: int) -> Any:
     """A run left with a server, and waited for."""
-    job = sf.submit(
+    job = sf.remote.submit(
         model, prompts, verb, remote=url, max_new_tokens=new, batch_size=batch, allow_unfired=True
     )
     return job.wait()
@@ -319,8 +332,8 @@ def submitted(model: Any, prompts: Any, verb: Any, *, url: str, new: int, batch:
 @contextmanager
 def server(model: Any) -> Iterator[str]:
     """A server on this machine; its URL."""
-    with sf.serve(model) as found:
-        yield found.url
+    with loopback.serve(model) as server:
+        yield server.url
 
 
 def inline_trace(model: Any, batch: dict[str, Tensor], verb: Any) -> Values:
@@ -467,7 +480,7 @@ def event_totals(result: Any) -> Values:
 
 def request_report(model: Any, prompts: Any, verb: Any, **options: Any) -> tuple[Values, Values]:
     """What a request would do, and how large it is."""
-    report = sf.preflight(model, prompts, verb, **options)
+    report = sf.remote.preflight(model, prompts, verb, **options)
     does = {
         "batches": report.batches,
         "parks": report.parks,
@@ -492,52 +505,54 @@ def logit_diff(positive: Any, negative: Any) -> Any:
 
 def logit(token: Any) -> Any:
     """A token's logit."""
-    return sf.logit(token)
+    return sf.metrics.logit(token)
 
 
 def log_prob(continuation: Any) -> Any:
     """The log-probability of a continuation."""
-    return sf.log_prob(continuation)
+    return sf.metrics.log_prob(continuation)
 
 
 def kl(to: Any = "clean") -> Any:
     """The divergence from a reference."""
-    return sf.kl(to)
+    return sf.metrics.kl(to)
 
 
 def activation(latents: Any, at: Any = None) -> Any:
     """The activation of later latents."""
-    return sf.activation(latents, at)
+    return sf.metrics.activation(latents, at)
 
 
 def metric(function: Any, tokens: str = "last") -> Any:
     """Any function of logits."""
-    return sf.metric(function, "own", tokens=tokens)
+    return sf.metrics.custom(function, "own", tokens=tokens)
 
 
 def site_metric(site: str, function: Any) -> Any:
     """Any function of a site's value."""
-    return sf.site_metric(site, function, "own")
+    return sf.metrics.at_site(site, function, "own")
 
 
 def baseline_top() -> Any:
     """The baseline run's most likely token."""
-    return sf.BASELINE_TOP
+    return sf.metrics.BASELINE_TOP
 
 
 def per_prompt(values: Sequence[Any]) -> Any:
     """One value a prompt."""
-    return sf.PerPrompt(values)
+    return sf.metrics.PerPrompt(values)
 
 
 def measure(model: Any, prompts: Any, what: Any, verb: Any = None, *, batch: int = 32) -> Tensor:
     """[prompts]: a metric of a run."""
-    return sf.measure(model, prompts, what, verb, batch_size=batch)
+    return sf.metrics.measure(model, prompts, what, verb, batch_size=batch)
 
 
 def continuation_loss(model: Any, result: Any, verb: Any, *, batch: int) -> Tensor:
     """[prompts]: nats a token of a run's own completions, under a verb."""
-    return sf.continuation_loss(model, result.prompts, result.completions, verb, batch_size=batch)
+    log_prob = sf.metrics.log_prob(sf.metrics.PerPrompt(result.completions))
+    total = sf.metrics.measure(model, result.prompts, log_prob, verb, batch_size=batch)
+    return -total / torch.tensor([len(tokens) for tokens in result.completions])
 
 
 # ---------------------------------------------------------------- attribution
@@ -545,7 +560,7 @@ def continuation_loss(model: Any, result: Any, verb: Any, *, batch: int) -> Tens
 
 def one_gradient() -> Any:
     """Attribution patching."""
-    return sf.AtP()
+    return sf.attribution.AtP()
 
 
 def path(steps: int, rule: str = "left", published: bool = False) -> Any:
@@ -555,32 +570,32 @@ def path(steps: int, rule: str = "left", published: bool = False) -> Any:
 
 def exact(per: str = "latent") -> Any:
     """Each latent moved for real."""
-    return sf.Exact(per=per)
+    return sf.attribution.Exact(per=per)
 
 
 def small_steps(step: float, per: str = "latent") -> Any:
     """Finite differences."""
-    return sf.FiniteDifference(step, per=per)
+    return sf.attribution.FiniteDifference(step, per=per)
 
 
 def fixed(latents: Any, values: Any) -> Any:
     """Baseline: given values."""
-    return sf.Fixed(latents, values)
+    return sf.attribution.Fixed(latents, values)
 
 
 def paired(prompts: Any, align: Any = None) -> Any:
     """Baseline: other prompts."""
-    return sf.Paired(prompts, align=align)
+    return sf.attribution.Paired(prompts, align=align)
 
 
 def relevance() -> Any:
     """Relevance propagation in place of the gradient."""
-    return sf.RelP()
+    return sf.attribution.RelP()
 
 
 def dropped_layers() -> Any:
     """Gradients with one layer left out at a time."""
-    return sf.GradDrop()
+    return sf.attribution.GradDrop()
 
 
 def attribute(target: Any, what: Any, *, at: Any = None, **options: Any) -> Any:
@@ -696,7 +711,7 @@ def audit(verb: Any, model: Any, prompts: Any, found: Any, **options: Any) -> Va
 
 def stability(found: Any, k: int, **options: Any) -> Values:
     """The top set under prompts drawn again."""
-    result = sf.stability(found, k, **options)
+    result = sf.validation.stability(found, k, **options)
     return {
         "keys": result.keys,
         "mean": result.mean,
@@ -711,7 +726,7 @@ def stability(found: Any, k: int, **options: Any) -> Values:
 
 def faithfulness(verb: Any, model: Any, prompts: Any, found: Any, **options: Any) -> Values:
     """Sets kept and removed, beside controls."""
-    result = sf.faithfulness(verb, model, prompts, found, **options)
+    result = sf.validation.faithfulness(verb, model, prompts, found, **options)
     curves = {
         f"{measure} of {of}": [list(point) for point in result.curve(measure, of)]
         for measure in ("faithfulness", "completeness")
@@ -734,7 +749,7 @@ def faithfulness(verb: Any, model: Any, prompts: Any, found: Any, **options: Any
 
 def minimal_set(model: Any, prompts: Any, latents: Any, what: Any, **options: Any) -> Values:
     """What is left of a set when nothing more can be dropped."""
-    result = sf.minimal_set(model, prompts, latents, what, **options)
+    result = sf.validation.minimal_set(model, prompts, latents, what, **options)
     return {
         "left": members(result.latents),
         "removed": [members(one) for one in result.removed],
@@ -747,7 +762,7 @@ def minimal_set(model: Any, prompts: Any, latents: Any, what: Any, **options: An
 
 def interactions(model: Any, prompts: Any, latents: Any, what: Any, **options: Any) -> Values:
     """Second differences."""
-    result = sf.interactions(model, prompts, latents, what, **options)
+    result = sf.validation.interactions(model, prompts, latents, what, **options)
     return {
         "clean": result.clean,
         "alone": result.alone,
@@ -759,7 +774,7 @@ def interactions(model: Any, prompts: Any, latents: Any, what: Any, **options: A
 
 def edges(model: Any, prompts: Any, up: Any, down: Any, **options: Any) -> Values:
     """Which latents drive which."""
-    result = sf.edges(model, prompts, up, down, **options)
+    result = sf.validation.edges(model, prompts, up, down, **options)
     found = {
         "ordered": result.ordered,
         "by prompt": result.by_prompt,
@@ -827,7 +842,7 @@ def intervention_values(verb: Any) -> Values:
 
 def steering_vectors(verb: Any) -> Values:
     """What a verb adds to each site."""
-    return {str(site): vector for site, vector in sf.steering_vector(verb).items()}
+    return {str(site): vector for site, vector in sf.hub.steering_vector(verb).items()}
 
 
 # ---------------------------------------------------------------- the study

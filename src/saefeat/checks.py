@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import SaefeatError
+import torch
+
+from .errors import GradientError, PromptError, SaefeatError
 
 
 def one_of(
@@ -52,4 +54,48 @@ def whole(
     raise error(
         f"{function}: `{parameter}` is {given!r}, wanted an integer from {least}. Try:"
         f" {function}(..., {parameter}={max(least, 8)})"
+    )
+
+
+def wholes(
+    function: str, *, error: type[SaefeatError] = SaefeatError, **given: tuple[Any, int]
+) -> None:
+    """Refuse anything but whole numbers: parameter → (what was given, the least accepted).
+
+    Raises:
+        SaefeatError: or ``error``, naming the first parameter that is not one.
+    """
+    for parameter, (value, least) in given.items():
+        whole(function, parameter, value, least, error=error)
+
+
+def gradients_on(function: str) -> None:
+    """Refuse a context in which nothing has a gradient, which would read as "no effect".
+
+    Raises:
+        GradientError: under ``torch.no_grad`` or ``torch.inference_mode``.
+    """
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return
+    raise GradientError(
+        f"{function}: `context` is gradients switched off, wanted torch.is_grad_enabled(). Likely"
+        " cause: a surrounding torch.no_grad() or torch.inference_mode(), or a generation. Try:"
+        f" with torch.enable_grad(): {function}(...)"
+    )
+
+
+def one_a_prompt(function: str, parameter: str, made_for: int | None, prompts: int) -> None:
+    """Refuse values made for another number of prompts: they would meet the wrong ones.
+
+    ``made_for`` is None for what fits any prompts.
+
+    Raises:
+        PromptError: naming both numbers.
+    """
+    if made_for in (None, prompts):
+        return
+    raise PromptError(
+        f"{function}: `{parameter}` is made for {made_for} prompts, wanted values for the {prompts}"
+        " prompts given. Likely cause: the prompts were filtered, repeated or batched after the"
+        " values were made. Try: make the values from the same prompts, in the same order"
     )

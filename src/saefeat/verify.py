@@ -31,7 +31,7 @@ from .verbs.probe import Probe
 
 @dataclass(frozen=True)
 class Check:
-    """What was found for one dictionary.
+    """How well one dictionary explains its site.
 
     Attributes:
         name: the dictionary.
@@ -44,8 +44,9 @@ class Check:
         notes: in what else the declarations differ from the model and the measurements.
 
     Examples:
+        >>> from saefeat.verify import Check
         >>> site = sf.Site("resid_post", 1)
-        >>> sf.Check("sae", site, fvu=0.1, l0=12.0, best=site, best_fvu=0.1).right
+        >>> Check("sae", site, fvu=0.1, l0=12.0, best=site, best_fvu=0.1).right
         True
     """
 
@@ -73,7 +74,8 @@ class Verification:
         tokens: how many tokens were measured.
 
     Examples:
-        >>> sf.Verification((), tokens=0).right
+        >>> from saefeat.verify import Verification
+        >>> Verification((), tokens=0).right
         True
     """
 
@@ -104,9 +106,9 @@ class Verification:
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (head, *rows)
         ]
-        said = [f"note: {check.name}: {note}" for check in self.checks for note in check.notes]
+        notes = [f"note: {check.name}: {note}" for check in self.checks for note in check.notes]
         head_line = f"verified on {self.tokens} tokens"
-        return "\n".join([head_line, *(line.rstrip() for line in lines), *said])
+        return "\n".join([head_line, *(line.rstrip() for line in lines), *notes])
 
 
 def verify(
@@ -154,19 +156,19 @@ def verify(
     wanted = {site for sae in listed for site in (*_candidates(module, sae), sae.write_site)}
     seen = _values(model, route(model, wanted), prompts)
     checks = tuple(_check(module, sae, seen) for sae in listed)
-    found = Verification(checks, tokens=int(sum(kept.sum() for kept in seen.kept)))
-    if strict and not found.right:
-        raise SiteError(_wrong(found))
-    return found
+    verification = Verification(checks, tokens=int(sum(kept.sum() for kept in seen.kept)))
+    if strict and not verification.right:
+        raise SiteError(_wrong(verification))
+    return verification
 
 
-def _wrong(found: Verification) -> str:
-    wrong = next(check for check in found.checks if not check.right)
+def _wrong(verification: Verification) -> str:
+    wrong = next(check for check in verification.checks if not check.right)
     return (
         f"verify: `saes` is {wrong.name} at {wrong.site}, where it leaves {wrong.fvu:.0%}"
         f" unexplained, wanted a site it explains; at {wrong.best} it leaves {wrong.best_fvu:.0%}."
         " Likely cause: another layer or hook, another model, or another dtype or normalization."
-        f' Try: load_sae(folder, site="{wrong.best}")\n{found!r}\n'
+        f' Try: load_sae(folder, site="{wrong.best}")\n{verification!r}\n'
     )
 
 
@@ -187,25 +189,25 @@ def _candidates(module: nn.Module, sae: Any) -> list[Site]:
     """The declared site, the layers beside it, and sites of its layer of the same width."""
     site = sae.site
     if site.layer is None:
-        return [site, *_beside(module, site)]
+        return [site, *_neighbors(module, site)]
     layers = layer_count(module)
-    beside = [Site(site.kind, n) for n in (site.layer - 1, site.layer + 1) if 0 <= n < layers]
+    near = [Site(site.kind, n) for n in (site.layer - 1, site.layer + 1) if 0 <= n < layers]
     same = [Site(kind, site.layer) for kind in HOOKS if kind in family(module)[1]]
-    return [site, *beside, *(s for s in same if s != site and width_at(module, s) == sae.d_in)]
+    return [site, *near, *(s for s in same if s != site and width_at(module, s) == sae.d_in)]
 
 
-def _beside(module: nn.Module, site: Site) -> list[Site]:
+def _neighbors(module: nn.Module, site: Site) -> list[Site]:
     """The same module of the layers beside; a path's first number is its layer."""
     names = {name for name, _ in module.named_modules()}
-    found = re.search(r"(?<=\.)\d+(?=\.)", site.kind)
-    if found is None:
+    number = re.search(r"(?<=\.)\d+(?=\.)", site.kind)
+    if number is None:
         return []
-    near = [int(found[0]) - 1, int(found[0]) + 1]
-    paths = [f"{site.kind[: found.start()]}{n}{site.kind[found.end() :]}" for n in near]
+    near = [int(number[0]) - 1, int(number[0]) + 1]
+    paths = [f"{site.kind[: number.start()]}{n}{site.kind[number.end() :]}" for n in near]
     return [Site(path) for path in paths if path.rpartition(".")[0] in names]
 
 
-class Seen(NamedTuple):
+class SiteValues(NamedTuple):
     """What was read: prompt by prompt, the values at each site and which tokens count."""
 
     values: dict[Site, list[Tensor]]
@@ -213,26 +215,26 @@ class Seen(NamedTuple):
     prompts: tuple[tuple[int, ...], ...]
     bos: int | None
 
-    def measured(self, site: Site, of: Callable[[Tensor], Tensor], whole: bool) -> Tensor:
+    def measured(self, site: Site, of: Callable[[Tensor], Tensor], by_prompt: bool) -> Tensor:
         """``of`` the values, [n, ...], at the tokens that count.
 
-        ``whole`` gives it one prompt at a time, from its first token: for a dictionary whose
+        ``by_prompt`` gives it one prompt at a time, from its first token: for a dictionary whose
         latents depend on earlier tokens.
         """
         rows = self.values[site]
-        if whole:
+        if by_prompt:
             return torch.cat([of(x)[kept] for x, kept in zip(rows, self.kept, strict=True)])
         return of(torch.cat([x[kept] for x, kept in zip(rows, self.kept, strict=True)]))
 
 
-def _values(model: Any, way: Route, prompts: Prompts) -> Seen:
+def _values(model: Any, past: Route, prompts: Prompts) -> SiteValues:
     """The value at each site, float32 or wider. All tokens count but BOS.
 
     Raises:
         ModelError: for values that are not finite.
     """
-    sites = list(way.places)
-    run_of = run(model, prompts, Chain(tuple(Probe(Neurons(s, way.widths[s])) for s in sites)))
+    sites = list(past.places)
+    run_of = run(model, prompts, Chain(tuple(Probe(Neurons(s, past.widths[s])) for s in sites)))
     values = {
         site: [x[shown] for x, shown in zip(reading.values, reading.mask[..., 0], strict=True)]
         for site, reading in zip(sites, run_of.readings, strict=True)
@@ -243,7 +245,7 @@ def _values(model: Any, way: Route, prompts: Prompts) -> Seen:
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     # BOS is an outlier in many models; it would be most of the variance, explained or not.
     kept = [torch.tensor([token != bos for token in prompt]) for prompt in run_of.prompts]
-    return Seen(values, kept, run_of.prompts, bos)
+    return SiteValues(values, kept, run_of.prompts, bos)
 
 
 def _not_finite(site: Site, dtype: str) -> str:
@@ -254,7 +256,7 @@ def _not_finite(site: Site, dtype: str) -> str:
     )
 
 
-def _check(module: nn.Module, sae: Any, seen: Seen) -> Check:
+def _check(module: nn.Module, sae: Any, seen: SiteValues) -> Check:
     scores = {}
     for site in _candidates(module, sae):
         target = site if sae.site == sae.write_site else sae.write_site
@@ -263,9 +265,9 @@ def _check(module: nn.Module, sae: Any, seen: Seen) -> Check:
     best = min(scores, key=lambda site: scores[site])
     active = seen.measured(sae.site, lambda x: (sae.encode(x) != 0).sum(-1), sae.prefix)
     l0, fvu = float(active.float().mean()), scores[sae.site]
-    said = notes(sae, module, seen.prompts, seen.bos, l0, fvu)
+    differences = notes(sae, module, seen.prompts, seen.bos, l0, fvu)
     declared = getattr(sae.declared, "l0", None)
-    return Check(sae.name, sae.site, fvu, l0, best, scores[best], declared, said)
+    return Check(sae.name, sae.site, fvu, l0, best, scores[best], declared, differences)
 
 
 def _fvu(target: Tensor, guess: Tensor) -> float:

@@ -60,7 +60,7 @@ def test_everything_is_escaped_and_inline(results):
     page = report.report(results)
     check_page(page)
     assert page.count("data:image/png;base64,") == 3
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;quoted&quot;" in page
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;quoted&#34;" in page
     assert "<td class='complied'>base &lt;script" in page
 
 

@@ -105,7 +105,7 @@ def test_cosim_ap_is_the_best_of_the_candidates(lab, vector):
     order = values.argsort(descending=True)[:3]
     listed = list(near)
     assert set(scores.top(3, within=near)) == {listed[i] for i in order.tolist()}
-    assert len(scores.top_per_prompt(3, within=near)) == len(lab.sets.harmful_test)
+    assert len(scores.top(3, per="prompt", within=near)) == len(lab.sets.harmful_test)
 
 
 def test_random_sets_match_in_number_and_layer_and_share_nothing(lab):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-    from ..tiny import Which
+    from saefeat.studies.refusal.tiny import Which
 
 Edit = Callable[["torch.Tensor"], "torch.Tensor"]
 
@@ -293,7 +293,7 @@ def measure(which: "Which", data: Path, layers: Sequence[int] | None = None) -> 
     Args:
         layers: whose refusal directions to try; all, if not given.
     """
-    from ..tiny import load, saes_folder
+    from saefeat.studies.refusal.tiny import load, saes_folder
 
     model, tokenizer = load(which, data)
     pairs = said(model, tokenizer)

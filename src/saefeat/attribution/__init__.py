@@ -1,13 +1,15 @@
 """Attribution: which latents carry a metric, at the price of the bare model's passes.
 
-* ``attribute``: ``Attribute`` and its job over batches; ``batch``, one of them.
+* ``attribute``: ``Attribute``, and its loop over batches; ``job``, its settings as plain values.
+* ``prepare``: what is asked, checked; ``batch``, one batch; ``pieces``, batches kept and joined.
 * ``passes``: the sites watched in a model, and the passes made there.
 * ``methods``, ``baselines``, ``semantics``, ``backward``: what can be chosen.
-* ``endpoint``, ``integrate``: where a path ends, and gradients along it.
+* ``endpoint``, ``path``: where a path ends, and gradients along it.
 * ``pairs``, ``readout``: the latents that move, and their scores.
 * ``exact``: scores by moving latents for real.
 * ``in_trace``: attribution inside a trace of the user's own.
-* ``scores``: ``Attribution``, the result; ``totals``, ``show``, ``plots``, ``file`` are its parts.
+* ``scores``: ``Attribution``, the result: ``columns``, and below it ``totals``, ``show``, ``plots``
+  and ``file``, which take columns.
 """
 
 from ..text.texts import Texts

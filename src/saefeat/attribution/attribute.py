@@ -5,39 +5,44 @@ The dictionary is never in the graph. With the error term kept and a linear deco
 values [b, t, d_model], averaged over the path, and only then read through the dictionary, a block
 of latents at a time, into a sparse result. Memory does not grow with the dictionary's width.
 
-``prepare`` makes batches, ``watch`` the passes, ``ends`` the baseline, ``path`` the gradients;
-``score`` reads them out, ``exact`` does without them, ``inside`` works in a trace of the user's.
+``prepare`` makes batches, ``passes`` the passes, ``endpoint`` the baseline, ``path`` the
+gradients; ``readout`` reads them out, ``exact`` does without them, ``in_trace`` works in a trace of
+the user's own.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, final
 
 from tqdm import tqdm
 
+from ..checks import whole
 from ..dictionaries.base import Dictionaries, Dictionary
 from ..dictionaries.latents import Latents, as_latents
+from ..errors import PromptError
 from ..files.checkpoint import Checkpoint
 from ..metrics.base import Metric
 from ..model.modules import torch_module
+from ..results.receipt import join_receipts
 from ..shipping.server import Server
 from ..text.prompts import Prompts
 from ..text.texts import texts_of
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention, require_fired
 from .backward import Backward
+from .baselines import Baseline
 from .batch import attribute_batch
-from .endpoint import Baseline
 from .exact import require_few
 from .in_trace import Watching, begin
-from .integrate import AtOnce, require_at_once
-from .join import join_attributions
+from .job import Job
 from .methods import AtP, Method
 from .passes import Watch
-from .pieces import identity, plain_piece, restored
-from .prepare import prepare, require_gradients, require_scored, require_sense, require_whole
+from .path import AtOnce, require_at_once
+from .pieces import identity, join_attributions, plain_piece, restored
+from .prepare import prepare, require_gradients, require_scored, require_sense
 from .scores import Attribution
 
 
@@ -91,7 +96,14 @@ class Attribute:
     keep: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_sense(self)
+        require_sense(self.job)
+
+    @cached_property
+    def job(self) -> Job:
+        """These settings as plain values, for what carries them out."""
+        latents = as_latents(self.target, "Attribute")
+        path = (self.semantics, self.one_site, self.backward, self.keep)
+        return Job(latents, self.metric, self.baseline, self.method, self.where, *path)
 
     def __call__(
         self,
@@ -135,35 +147,35 @@ class Attribute:
             SiteError, ModelError: as in ``run``.
         """
         server = Server("local") if on is None else on  # its limit alone counts then
-        remote = on is not None and on.remote
-        if not self.method.moves() and not remote:
+        remote, job = on is not None and on.remote, self.job
+        if not job.method.moves() and not remote:
             require_gradients(torch_module(model))
-        require_whole("Attribute", "batch_size", batch_size)
-        latents = as_latents(self.target, "Attribute")
-        require_few(self.method, latents)
+        whole("Attribute", "batch_size", batch_size, error=PromptError)
+        require_few(job.method, job.target)
         require_at_once(steps_at_once)
         how: dict[str, Any] = {"semantics": self.semantics, "backward": self.backward}
-        watch = Watch(latents, model, self.metric, remote=remote, limit=server.payload_limit, **how)
-        data = prepare(self, model, prompts)
-        who = {} if checkpoint is None else identity(self, model, data, batch_size, remote)
+        limit = server.payload_limit
+        watch = Watch(job.target, model, self.metric, remote=remote, limit=limit, **how)
+        data = prepare(job, model, prompts)
+        who = {} if checkpoint is None else identity(job, model, data, batch_size, remote)
         pieces, receipts = [], []
         with Checkpoint(checkpoint, who, "Attribute") as done:
             batches = tqdm(
                 data.batches(batch_size), disable=not progress, desc="attribute", unit="batch"
             )
             for number, pair in enumerate(batches):
-                found = restored(done.load(number), watch)
-                if found is None:
-                    found = attribute_batch(self, watch, *pair, steps_at_once)
-                    done.save(number, *plain_piece(*found))
-                pieces.append(found[0])
-                receipts.append(found[1])
-        require_fired(sum(receipts[1:], receipts[0]), "Attribute")  # over all of the data set
-        found = join_attributions(pieces)
-        require_scored(found.tokens, "Attribute")
+                piece = restored(done.load(number), watch)
+                if piece is None:
+                    piece = attribute_batch(job, watch, *pair, steps_at_once)
+                    done.save(number, *plain_piece(*piece))
+                pieces.append(piece[0])
+                receipts.append(piece[1])
+        require_fired(join_receipts(receipts), "Attribute")  # over all of the data set
+        scores = join_attributions(pieces)
+        require_scored(scores.tokens, "Attribute")
         texts = texts_of(model, data.inputs, data.lengths)
         signed = self.backward is None or self.backward.signed
-        return replace(found, texts=texts, metric=repr(self.metric), signed=signed)
+        return replace(scores, texts=texts, metric=repr(self.metric), signed=signed)
 
     def watch(self, model: Any, intervention: Intervention | None = None) -> Watching:
         """Attribute inside an nnsight trace of your own, for the invoke it is called in.
@@ -195,4 +207,4 @@ class Attribute:
             >>> isinstance(scores.top(3), sf.Latents)
             True
         """
-        return begin(self, model, intervention)
+        return begin(self.job, model, intervention)

@@ -49,7 +49,7 @@ def plain_slopes(
 ) -> dict[int, Tensor]:
     """The gradient as it is."""
     order = sorted(nodes)
-    found = torch.autograd.grad(
+    slopes = torch.autograd.grad(
         total, [nodes[n] for n in order], materialize_grads=True, retain_graph=keep
     )
-    return dict(zip(order, found, strict=True))
+    return dict(zip(order, slopes, strict=True))

@@ -17,7 +17,7 @@ from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, PromptError
 from ..text.prompts import Prompts
 from ..values.base import Value
-from ..verbs.base import per_latent
+from ..verbs.base import Intervention, per_latent
 
 Alignment = str | Sequence[Sequence[int | None]] | None
 
@@ -48,15 +48,15 @@ class Fixed:
 
     def __init__(self, latents: Any, values: float | Tensor) -> None:
         chosen = as_latents(latents, "Fixed")
-        found = per_latent("Fixed", "values", values, chosen)
-        if found is None or isinstance(found, Value):
+        checked = per_latent("Fixed", "values", values, chosen)
+        if checked is None or isinstance(checked, Value):
             raise LatentError(
                 f"Fixed: `values` is {values!r}, wanted a number, [{len(chosen)}] or [prompts,"
                 f" {len(chosen)}] values. Likely cause: a Schedule, Patch or Resample, which differ"
                 " by step or position. Try: Fixed(latents, readings.mean())"
             )
         object.__setattr__(self, "latents", chosen)
-        object.__setattr__(self, "values", found)
+        object.__setattr__(self, "values", checked)
 
     @property
     def prompts(self) -> int | None:
@@ -67,12 +67,12 @@ class Fixed:
 
     def _places(self, dictionary: Any) -> dict[int, int]:
         """A dictionary's latents → their columns in the values."""
-        found, start = {}, 0
+        places, start = {}, 0
         for basis, indices in self.latents.parts:
             if basis is dictionary:
-                found |= {index: start + n for n, index in enumerate(indices)}
+                places |= {index: start + n for n, index in enumerate(indices)}
             start += len(indices)
-        return found
+        return places
 
     def of(self, dictionary: Any, indices: Sequence[int], prompt: Tensor) -> Tensor:
         """[1 or n, k]: the values of a dictionary's latents, for n tokens of these prompts."""
@@ -134,6 +134,9 @@ class Paired:
         return f"Paired({shown}{align})"
 
 
+Baseline = Intervention | Fixed | Paired | None
+
+
 def counterparts(
     align: Alignment, lengths: Sequence[int], others: Sequence[int], start: int
 ) -> tuple[list[list[int]], list[list[bool]]]:
@@ -145,7 +148,7 @@ def counterparts(
     Raises:
         PromptError: naming the first pair that does not fit.
     """
-    found: list[list[int]] = []
+    positions: list[list[int]] = []
     free: list[list[bool]] = []
     for n, (length, other) in enumerate(zip(lengths, others, strict=True)):
         if align == "end":
@@ -157,9 +160,9 @@ def counterparts(
             row = list(align[start + n])  # type: ignore[arg-type]
             fits = len(row) == length and all(p is None or 0 <= p < other for p in row)
             _require(fits, start + n, length, other, f"a map of {length} positions below {other}")
-        found.append([-1 if p is None else p for p in row])
+        positions.append([-1 if p is None else p for p in row])
         free.append([p is None for p in row])
-    return found, free
+    return positions, free
 
 
 def require_pairs(baseline: Paired, prompts: int, others: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -12,31 +12,29 @@ from torch import Tensor
 from ..errors import PromptError
 from ..kernel.read import lift
 from ..verbs.base import Intervention
-from .baselines import Fixed, Paired, counterparts
-from .pairs import Goal, at_tokens, moved_by
-from .passes import Batch, Pass, Watch
-
-Baseline = Intervention | Fixed | Paired | None
+from .baselines import Baseline, Fixed, Paired, counterparts
+from .pairs import Target, at_tokens, moved_by
+from .passes import Batch, Part, Pass, Watch
 
 
 @dataclass(frozen=True)
-class End:
+class Endpoint:
     """Where the path of a batch ends.
 
-    ``targets`` [b, t, d] a written place, ``goals`` a part, ``scored`` [b, t] a part; ``batch`` is
+    ``values`` [b, t, d] a written place, ``targets`` a part, ``scored`` [b, t] a part; ``batch`` is
     what the baseline run is made with, which is another for paired prompts.
     """
 
-    targets: dict[int, Tensor]
-    goals: tuple[Goal, ...]
+    values: dict[int, Tensor]
+    targets: tuple[Target, ...]
     scored: tuple[Tensor, ...]
     batch: Batch
-    made: Callable[[], Pass]
+    make: Callable[[], Pass]
 
     @cached_property
-    def here(self) -> Pass:
+    def run(self) -> Pass:
         """The baseline run; made when asked for, so that it need not lie beside another's graph."""
-        return self.made()
+        return self.make()
 
 
 def run_baseline(
@@ -48,52 +46,64 @@ def run_baseline(
     return None if other is None else watch.run(other)
 
 
-def end(
+def endpoint(
     watch: Watch,
     baseline: Baseline,
     batch: Batch,
     other: Batch | None,
     clean: Pass,
-    scored: Sequence[Tensor],
-    here: Pass | None,
-) -> End:
+    scored: tuple[Tensor, ...],
+    run: Pass | None,
+) -> Endpoint:
     """The end of the path, from the clean run and the baseline's."""
     with torch.no_grad():
-        if here is None:
-            return _still(watch, baseline, batch, clean, tuple(scored))
-        values, before, masks = here.values, here.before, tuple(scored)
+        if run is None:
+            return _moved_endpoint(watch, baseline, batch, clean, scored)
+        values = run.values
         if isinstance(baseline, Paired) and other is not None:
-            values, masks = _aligned(baseline, batch, other, clean, here, masks)
-        parts = zip(watch.parts, masks, strict=True)
-        goals = tuple(Goal(lift(at_tokens(values[p.read], mask), p.transform)) for p, mask in parts)
-        targets = {n: (before or values)[n] for n in watch.written}
-        return End(targets, goals, masks, other or batch, lambda: here)
+            values, scored = _aligned(baseline, batch, other, clean, run, scored)
+        targets = tuple(
+            Target(lift(at_tokens(values[part.read], mask), part.transform))
+            for part, mask in zip(watch.parts, scored, strict=True)
+        )
+        written = {n: (run.before or values)[n] for n in watch.written}
+        return Endpoint(written, targets, scored, other or batch, lambda: run)
 
 
-def _still(
+def _moved_endpoint(
     watch: Watch, baseline: Baseline, batch: Batch, clean: Pass, scored: tuple[Tensor, ...]
-) -> End:
+) -> Endpoint:
     """Latents at zero or at fixed values, each site moved from its own clean value."""
-    goals = []
+    targets: list[Target] = []
+    values: dict[int, Tensor] = {}
     for part, mask in zip(watch.parts, scored, strict=True):
         prompt = batch.numbers[mask.nonzero()[:, 0].cpu()]
-        fixed = None
-        if isinstance(baseline, Fixed):
-            fixed = baseline.of(part.dictionary, part.indices, prompt)
-        goals.append(Goal(fixed=fixed))
-    targets: dict[int, Tensor] = {}
-    for n, (part, mask) in enumerate(zip(watch.parts, scored, strict=True)):
-        out = targets.get(part.write, clean.values[part.write]).clone()
+        out = values.get(part.write, clean.values[part.write]).clone()
         before = lift(at_tokens(clean.values[part.read], mask), part.transform)
-        own = mask.to(out.device)
-        out[own], goals[n] = moved_by(part, before, goals[n], out[own])
-        targets[part.write] = out
-    run = partial(watch.run, batch, targets=targets, copy=False)
-    return End(targets, tuple(goals), scored, batch, run)
+        on_site = mask.to(out.device)
+        out[on_site], target = moved_by(
+            part, before, Target(fixed=fixed_values(baseline, part, prompt)), out[on_site]
+        )
+        targets.append(target)
+        values[part.write] = out
+    make = partial(watch.run, batch, targets=values, copy=False)
+    return Endpoint(values, tuple(targets), scored, batch, make)
+
+
+def fixed_values(baseline: Baseline, part: Part, prompt: Tensor) -> Tensor | None:
+    """[1 or n, k]: what a ``Fixed`` baseline gives for n tokens of these prompts; None for zero."""
+    if not isinstance(baseline, Fixed):
+        return None
+    return baseline.of(part.dictionary, part.indices, prompt)
 
 
 def _aligned(
-    baseline: Paired, batch: Batch, other: Batch, clean: Pass, here: Pass, scored: tuple
+    baseline: Paired,
+    batch: Batch,
+    other: Batch,
+    clean: Pass,
+    run: Pass,
+    scored: tuple[Tensor, ...],
 ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
     """The paired run's values at this batch's columns, and what can be scored of it."""
     columns, free = _columns(baseline, batch, other)
@@ -101,11 +111,11 @@ def _aligned(
     for mask in scored:
         _require_counterparts(mask & (missing & ~free).to(mask.device), batch)
     rows = torch.arange(len(columns))[:, None]
-    found = {}
+    values = {}
     for n, value in clean.values.items():
-        across = here.values[n][rows, columns.clamp(min=0)]
-        found[n] = torch.where(missing.to(value.device).unsqueeze(-1), value, across)
-    return found, tuple(mask & ~free.to(mask.device) for mask in scored)
+        across = run.values[n][rows, columns.clamp(min=0)]
+        values[n] = torch.where(missing.to(value.device).unsqueeze(-1), value, across)
+    return values, tuple(mask & ~free.to(mask.device) for mask in scored)
 
 
 def _columns(baseline: Paired, batch: Batch, other: Batch) -> tuple[Tensor, Tensor]:
@@ -120,11 +130,10 @@ def _columns(baseline: Paired, batch: Batch, other: Batch) -> tuple[Tensor, Tens
     columns = torch.full(shape, -1)
     asked = torch.zeros(shape, dtype=torch.bool)
     for n, ((length, more, pad), (theirs, _, their_pad)) in enumerate(zip(*sizes, strict=True)):
-        found = torch.tensor([p + their_pad if p >= 0 else -1 for p in rows[n]])
-        columns[n, pad : pad + length] = found
+        met = [position + their_pad if position >= 0 else -1 for position in rows[n]]
+        columns[n, pad : pad + length] = torch.tensor(met)
         asked[n, pad : pad + length] = torch.tensor(free[n])
-        behind = torch.arange(more) + their_pad + theirs
-        columns[n, pad + length :] = behind
+        columns[n, pad + length :] = torch.arange(more) + their_pad + theirs
     return columns, asked
 
 

@@ -12,10 +12,10 @@ from ..dictionaries.latents import Latents, index_tensor
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.read import lift
-from .integrate import Runs
 from .methods import Method
-from .pairs import Goal, at_tokens
+from .pairs import Target, at_tokens
 from .passes import Part
+from .path import Path
 from .readout import Rows, moved_rows
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -37,35 +37,35 @@ def require_few(method: Method, latents: Latents) -> None:
         )
 
 
-def effects(runs: Runs, part: Part, mask: Tensor, goal: Goal) -> Columns:
+def effects(path: Path, part: Part, mask: Tensor, target: Target) -> Columns:
     """One part's scores: what the metric does when each latent is moved alone."""
-    before = lift(at_tokens(runs.clean.values[part.read], mask), part.transform)
-    rows = moved_rows(part, before, goal)
-    where = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
-    prompt, position = where[:, 0], runs.clean.view.position[mask].to(where.device)
-    whole = getattr(runs.method, "per", "latent") == "latent"
-    group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, whole)
+    before = lift(at_tokens(path.clean.values[part.read], mask), part.transform)
+    rows = moved_rows(part, before, target)
+    cell = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
+    prompt, position = cell[:, 0], path.clean.view.position[mask].to(cell.device)
+    per_latent = getattr(path.method, "per", "latent") == "latent"
+    group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, per_latent)
     owner = prompt[rows.token[first]]
-    found = [torch.zeros(0, device=owner.device)]
-    for some, members in _batches(group, len(first), runs.copies() * len(runs.batch.numbers)):
-        steps = _steps(part, before, goal, rows.at(members))  # [m, d_out]
-        at = (group[members] - some.start, where[rows.token[members], 1])
-        found.append(_effect(runs, part.write, owner[some], at, steps))
-    scored = torch.stack(runs.end.scored).any(0).sum(1)  # the prompt's, whatever this part skips
-    count = scored.to(owner.device)[owner] if whole else torch.ones_like(owner)
+    scores = [torch.zeros(0, device=owner.device)]
+    for some, members in _batches(group, len(first), path.copies * len(path.batch.numbers)):
+        steps = _steps(part, before, target, rows.at(members))  # [m, d_out]
+        at = (group[members] - some.start, cell[rows.token[members], 1])
+        scores.append(_effect(path, part.write, owner[some], at, steps))
+    scored = torch.stack(path.end.scored).any(0).sum(1)  # the prompt's, whatever this part skips
+    count = scored.to(owner.device)[owner] if per_latent else torch.ones_like(owner)
     activation, change = (
         column.new_zeros(len(first)).index_add_(0, group, column) / count
         for column in (rows.activation, rows.change)
     )
-    place = torch.full_like(owner, -1) if whole else position[rows.token[first]]
-    score = torch.cat(found)
+    place = torch.full_like(owner, -1) if per_latent else position[rows.token[first]]
+    score = torch.cat(scores)
     return owner, place, rows.latent[first], score.float(), activation.float(), change.float()
 
 
-def _groups(key: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+def _groups(key: Tensor, per_latent: bool) -> tuple[Tensor, Tensor]:
     """What is moved together: the group of each row [m], and one row of each group [g]."""
     every = torch.arange(len(key), device=key.device)
-    if not whole:
+    if not per_latent:
         return every, every
     unique, group = torch.unique(key, return_inverse=True)
     first = group.new_zeros(len(unique)).scatter_(0, group.flip(0), every.flip(0))
@@ -81,7 +81,7 @@ def _batches(group: Tensor, count: int, size: int) -> Iterator[tuple[slice, Tens
         yield slice(start, start + size), order[bounds[n] : bounds[n + 1]]
 
 
-def _steps(part: Part, before: Tensor, goal: Goal, rows: Rows) -> Tensor:
+def _steps(part: Part, before: Tensor, target: Target, rows: Rows) -> Tensor:
     """[m, d_out]: what each row's move adds to the written site."""
     one = part.dictionary.columns(index_tensor(part.indices[:1]))
     columns = cast(one, before.dtype, before.device)
@@ -90,27 +90,27 @@ def _steps(part: Part, before: Tensor, goal: Goal, rows: Rows) -> Tensor:
     directions = part.dictionary.directions(unique.cpu()).to(before)[place]
     if scale is None:
         return rows.change[:, None] * directions
-    then = scale if goal.after is None else encode(columns, goal.after)[1]
+    then = scale if target.after is None else encode(columns, target.after)[1]
     assert then is not None
     will = (rows.activation + rows.change)[:, None] * then[rows.token]
     return (will - rows.activation[:, None] * scale[rows.token]) * directions
 
 
 def _effect(
-    runs: Runs, write: int, owner: Tensor, at: tuple[Tensor, Tensor], steps: Tensor
+    path: Path, write: int, owner: Tensor, at: tuple[Tensor, Tensor], steps: Tensor
 ) -> Tensor:
     """[g]: the metric summed over the method's moves, weighted; row g is prompt owner[g] again."""
-    home, owner = owner.device, owner.cpu()
-    many = runs.batch.take(owner)
-    start = runs.clean.values[write][owner]
+    device, owner = owner.device, owner.cpu()
+    many = path.batch.take(owner)
+    start = path.clean.values[write][owner]
     at, steps = (at[0].to(start.device), at[1].to(start.device)), steps.to(start.device)
     total = torch.zeros(len(owner))
-    for fraction, weight in runs.method.moves():
+    for fraction, weight in path.method.moves():
         if fraction == 0:
-            found = runs.of_clean()[owner]
+            values = path.metric_at_clean()[owner]
         else:
-            target = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
-            here = runs.watch.run(many, targets={write: target.to(start.dtype)}, copy=False)
-            found = runs.metric(here, many, owner)
-        total = total.to(found) + weight * found.detach()
-    return total.to(home)
+            moved = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
+            run = path.watch.run(many, targets={write: moved.to(start.dtype)}, copy=False)
+            values = path.metric(run, many, owner)
+        total = total.to(values) + weight * values.detach()
+    return total.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,25 +16,25 @@ from ..errors import SaefeatError
 from ..files.container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
 from ..results.provenance import versions
 from ..text.texts import Texts, flat
-
-if TYPE_CHECKING:
-    from .scores import Attribution
+from .columns import Columns
 
 FORMAT = "saefeat.attribution"
 VERSION = 1
 PLAIN = ("dictionaries", "texts", "metric", "signed")
-"""Fields of ``Attribution`` that are no tensors; every other field is one, or None."""
+"""Fields of ``Columns`` that are not tensors; every other field is one, or None."""
+
+Result = TypeVar("Result", bound=Columns)
 
 
-def save(found: Attribution, path: str | Path) -> Path:
+def save(columns: Columns, path: str | Path) -> Path:
     """Write a result whole or not at all; the same result gives the same bytes."""
-    names = [field.name for field in fields(found) if field.name not in PLAIN]
-    tensors = {name: getattr(found, name) for name in names if getattr(found, name) is not None}
-    spec: dict[str, Any] = {"metric": found.metric, "texts": None}
-    spec["dictionaries"] = [_entry(dictionary) for dictionary in found.dictionaries]
-    if not found.signed:
+    names = [field.name for field in fields(columns) if field.name not in PLAIN]
+    tensors = {name: getattr(columns, name) for name in names if getattr(columns, name) is not None}
+    spec: dict[str, Any] = {"metric": columns.metric, "texts": None}
+    spec["dictionaries"] = [_entry(dictionary) for dictionary in columns.dictionaries]
+    if not columns.signed:
         spec["signed"] = False
-    texts = found.texts
+    texts = columns.texts
     if texts is not None:
         tensors["texts.ids"], tensors["texts.lengths"] = flat(texts.ids)
         roles = None if texts.roles is None else {r: list(m) for r, m in texts.roles.items()}
@@ -60,25 +60,25 @@ def _entry(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def load(
-    cls: type[Attribution],
+    cls: type[Result],
     path: str | Path,
     saes: Dictionaries | Iterable[Dictionary] | None,
     max_bytes: int = MAX_BYTES,
-) -> Attribution:
+) -> Result:
     """Read a result; see ``Attribution.load``."""
     contents = read(path, "Attribution.load", max_bytes)
-    where = f"Attribution.load({str(path)!r})"
-    spec = unseal(contents, FORMAT, VERSION, where)
+    function = f"Attribution.load({str(path)!r})"
+    spec = unseal(contents, FORMAT, VERSION, function)
     if set(spec) - {"metric", "dictionaries", "texts", "signed"}:
-        raise broken(where, f"entries {brief(sorted(spec))}", "those of an Attribution")
+        raise broken(function, f"entries {brief(sorted(spec))}", "those of an Attribution")
     tensors = dict(contents.tensors)
     entries = spec.get("dictionaries")
     if not isinstance(entries, list) or len(entries) > 65_536:
-        raise broken(where, f"dictionaries {brief(entries)}", "a list of at most 65,536")
-    held = saes.values() if isinstance(saes, Mapping) else saes
-    live = None if held is None else list(held)
-    dictionaries = tuple(_dictionary(entry, live, where) for entry in entries)
-    texts = _texts(spec.get("texts"), tensors, where)
+        raise broken(function, f"dictionaries {brief(entries)}", "a list of at most 65,536")
+    given = saes.values() if isinstance(saes, Mapping) else saes
+    live = None if given is None else list(given)
+    dictionaries = tuple(_dictionary(entry, live, function) for entry in entries)
+    texts = _texts(spec.get("texts"), tensors, function)
     metric, signed = spec.get("metric"), spec.get("signed", True)
     known = {field.name for field in fields(cls)} - set(PLAIN)
     missing = _REQUIRED - set(tensors)
@@ -87,8 +87,8 @@ def load(
         odd = sorted(missing or set(tensors) - known)
         got = f"{'no' if missing else 'an unknown'} {brief(odd)}, metric {brief(metric)}"
         got += f", signed {brief(signed)}"
-        raise broken(where, got, "the fields of an Attribution")
-    _check(tensors, dictionaries, texts, where)
+        raise broken(function, got, "the fields of an Attribution")
+    _check(tensors, dictionaries, texts, function)
     plain_fields: dict[str, Any] = {"texts": texts, "metric": metric, "signed": signed}
     return cls(dictionaries, **tensors, **plain_fields)
 
@@ -100,14 +100,14 @@ _REQUIRED = {*_INDEX, *_VALUES, *_PROMPTS}
 
 
 def _check(
-    tensors: dict[str, Tensor], dictionaries: tuple[Dictionary, ...], texts: Any, where: str
+    tensors: dict[str, Tensor], dictionaries: tuple[Dictionary, ...], texts: Any, function: str
 ) -> None:
     """Every column as long as the others, and every index within what it points at."""
     n, prompts = tensors["score"].numel(), tensors["clean"].numel()
     shaped: dict[str, tuple[int, ...]] = dict.fromkeys((*_INDEX, *_VALUES), (n,))
     shaped |= dict.fromkeys(_PROMPTS, (prompts,))
     if texts is not None and len(texts.ids) != prompts:
-        raise broken(where, f"tokens of {len(texts.ids)} prompts", f"of {prompts}")
+        raise broken(function, f"tokens of {len(texts.ids)} prompts", f"of {prompts}")
     optional = {"ends": (prompts, len(dictionaries)), "dropped": (prompts, 2)}
     shaped |= {name: shape for name, shape in optional.items() if name in tensors}
     if "scored" in tensors:
@@ -119,12 +119,12 @@ def _check(
         right = tensor.dtype == wanted if wanted else tensor.is_floating_point()
         if tuple(tensor.shape) != shape or not right:
             got = f"{name} of {tensor.dtype} {list(tensor.shape)}"
-            raise broken(where, got, f"{list(shape)} of {wanted or 'floats'}")
+            raise broken(function, got, f"{list(shape)} of {wanted or 'floats'}")
     width = torch.tensor([d.d_sae for d in dictionaries] or [0])
     long = torch.tensor([len(row) for row in texts.ids] if texts else [2**53] * prompts)
     for name, most in (("prompt", prompts), ("dictionary", len(dictionaries))):
         if n and not (int(tensors[name].min()) >= 0 and int(tensors[name].max()) < most):
-            raise broken(where, f"{name} out of range", f"0..{most - 1}")
+            raise broken(function, f"{name} out of range", f"0..{most - 1}")
     bounds = (
         ("latent", 0, width[tensors["dictionary"]]),
         ("position", -1, long[tensors["prompt"]]),
@@ -132,24 +132,26 @@ def _check(
     for name, least, most in bounds if n else ():
         column = tensors[name]
         if bool(((column < least) | (column >= most)).any()):
-            raise broken(where, f"{name} out of range", "indices into what the file describes")
+            raise broken(function, f"{name} out of range", "indices into what the file describes")
 
 
-def _dictionary(entry: Any, live: list[Dictionary] | None, where: str) -> Dictionary:
+def _dictionary(entry: Any, live: list[Dictionary] | None, function: str) -> Dictionary:
     """The live dictionary an entry means, or a stand-in that knows its name and width."""
     keys = {"site", "write_site", "d_in", "d_out", "d_sae", "name", "fingerprint"}
     sizes = ("d_in", "d_out", "d_sae")
     if not isinstance(entry, dict) or set(entry) != keys:
-        raise broken(where, f"a dictionary {brief(entry)}", ", ".join(sorted(keys)))
+        raise broken(function, f"a dictionary {brief(entry)}", ", ".join(sorted(keys)))
     texts = [entry[key] for key in keys - set(sizes)]
     whole = all(type(entry[key]) is int and 0 < entry[key] <= 2**31 for key in sizes)
     if not whole or not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
-        raise broken(where, f"a dictionary {brief(entry)}", "widths, and names of 4,096 characters")
+        raise broken(
+            function, f"a dictionary {brief(entry)}", "widths, and names of 4,096 characters"
+        )
     if live is None:
         try:
             return Excerpt({}, **entry, excluded=(), origin=None)
         except (SaefeatError, ValueError) as error:
-            raise broken(where, f"a dictionary that cannot be ({error})", "a site") from error
+            raise broken(function, f"a dictionary that cannot be ({error})", "a site") from error
     for dictionary in live:
         if (
             str(dictionary.site) == entry["site"]
@@ -161,10 +163,10 @@ def _dictionary(entry: Any, live: list[Dictionary] | None, where: str) -> Dictio
     )
     wanted = "the dictionaries the scores were made with"
     cause = "another release, width or revision of the SAEs"
-    raise refuse(where, got, wanted, cause, "Attribution.load(path), for tables alone", "saes")
+    raise refuse(function, got, wanted, cause, "Attribution.load(path), for tables alone", "saes")
 
 
-def _texts(spec: Any, tensors: dict[str, Tensor], where: str) -> Texts | None:
+def _texts(spec: Any, tensors: dict[str, Tensor], function: str) -> Texts | None:
     """The prompts' tokens; takes their tensors out."""
     ids, sizes = tensors.pop("texts.ids", None), tensors.pop("texts.lengths", None)
     if spec is None and ids is None and sizes is None:
@@ -178,13 +180,13 @@ def _texts(spec: Any, tensors: dict[str, Tensor], where: str) -> Texts | None:
         or ids.dtype != torch.int64
         or ids.ndim != 1
     ):
-        raise broken(where, "tokens of another form", "texts with ids and lengths")
+        raise broken(function, "tokens of another form", "texts with ids and lengths")
     good = sizes.dtype == torch.int64 and sizes.ndim == 1 and bool((sizes >= 0).all())
     if not good or int(sizes.double().sum()) != len(ids):
-        raise broken(where, "lengths that do not add up", f"{len(ids)} tokens")
+        raise broken(function, "lengths that do not add up", f"{len(ids)} tokens")
     rows = tuple(tuple(row.tolist()) for row in ids.split(sizes.tolist())) if len(sizes) else ()
     words, special, roles = (spec[name] for name in ("words", "special", "roles"))
-    lengths = _lengths(spec.get("prompts"), rows, where)
+    lengths = _lengths(spec.get("prompts"), rows, function)
     try:
         named = {int(i): word for i, word in words.items()}
         marks = roles if roles is None else {r: _marks(m) for r, m in roles.items()}
@@ -193,11 +195,13 @@ def _texts(spec: Any, tensors: dict[str, Tensor], where: str) -> Texts | None:
     except (AttributeError, TypeError, ValueError):
         good, named, marks = False, {}, None
     if not good:
-        raise broken(where, "words, special tokens or roles of another form", "ids and texts")
+        raise broken(function, "words, special tokens or roles of another form", "ids and texts")
     return Texts(rows, named, tuple(special), marks, lengths)
 
 
-def _lengths(given: Any, rows: tuple[tuple[int, ...], ...], where: str) -> tuple[int, ...] | None:
+def _lengths(
+    given: Any, rows: tuple[tuple[int, ...], ...], function: str
+) -> tuple[int, ...] | None:
     """How many of each row's tokens are the prompt's."""
     if given is None:
         return None
@@ -206,7 +210,7 @@ def _lengths(given: Any, rows: tuple[tuple[int, ...], ...], where: str) -> tuple
         type(n) is int and 0 <= n <= len(row) for n, row in zip(given, rows, strict=True)
     ):
         return tuple(given)
-    raise broken(where, f"prompts of lengths {brief(given)}", "no more than each row's tokens")
+    raise broken(function, f"prompts of lengths {brief(given)}", "no more than each row's tokens")
 
 
 def _marks(pair: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

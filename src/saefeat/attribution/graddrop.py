@@ -128,7 +128,7 @@ def _dropped_in_turn(
     own = {n: layer_around(sites[n], drop.blocks) for n in nodes}
     counted = {n: [k for k in range(drop.layers) if k != own[n]] or [-1] for n in nodes}
     order = sorted({layer for layers in counted.values() for layer in layers})
-    found: dict[int, list[Tensor]] = {n: [] for n in nodes}
+    slopes: dict[int, list[Tensor]] = {n: [] for n in nodes}
     for layer in order:
         drop.state["closed"] = layer
         for n, slope in plain_slopes(total, nodes, sites, keep=layer != order[-1]).items():
@@ -136,10 +136,10 @@ def _dropped_in_turn(
                 continue
             if drop.signed:
                 part = slope.to(torch.promote_types(slope.dtype, torch.float32)) / len(counted[n])
-                found[n] = [found[n][0].add_(part)] if found[n] else [part]
+                slopes[n] = [slopes[n][0].add_(part)] if slopes[n] else [part]
             else:
-                found[n].append(slope)
-    return {n: some[0] if drop.signed else torch.stack(some, 2) for n, some in found.items()}
+                slopes[n].append(slope)
+    return {n: some[0] if drop.signed else torch.stack(some, 2) for n, some in slopes.items()}
 
 
 def layer_around(site: Site, blocks: str) -> int | None:

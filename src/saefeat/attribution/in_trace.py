@@ -20,8 +20,9 @@ from ..verbs.base import Intervention
 from ..verbs.lower import lower
 from .backward import plain_slopes
 from .baselines import Fixed
-from .batch import read_out, scored
-from .pairs import Goal
+from .batch import read_out, scored_tokens
+from .endpoint import fixed_values
+from .pairs import Target
 from .passes import NOTHING, Moved, Watch
 from .prepare import (
     require_count,
@@ -81,10 +82,13 @@ class Watching:
             values, name = self.places.reader(Seen(values, None, rows, view)), repr(job.metric)
         slopes = self._slopes(values)
         with torch.no_grad():
-            masks = scored(job.where, self.places, view, False)
-            goals = [Goal(fixed=self._fixed(n, mask)) for n, mask in enumerate(masks)]
+            masks = scored_tokens(job.where, self.places, view, False)
             parts, kept = self.places.parts, self.log.kept
-            columns, dropped = read_out(parts, masks, goals, kept, slopes, view, job.keep)
+            targets = [
+                Target(fixed=fixed_values(job.baseline, part, mask.nonzero()[:, 0]))
+                for part, mask in zip(parts, masks, strict=True)
+            ]
+            columns, dropped = read_out(parts, masks, targets, kept, slopes, view, job.keep)
             clean = require_finite(values.detach(), "clean", rows).float().cpu()
             require_finite_scores(columns, rows)
             chosen = torch.stack(masks).any(0)
@@ -131,12 +135,6 @@ class Watching:
             " values of another invoke, or of a site read before the watched ones. Try:"
             " watching.scores(model.output.logits[:, -1, token])"
         )
-
-    def _fixed(self, number: int, mask: Tensor) -> Tensor | None:
-        if not isinstance(self.job.baseline, Fixed):
-            return None
-        part, prompt = self.places.parts[number], mask.nonzero()[:, 0]
-        return self.job.baseline.of(part.dictionary, part.indices, prompt)
 
     def __repr__(self) -> str:
         return f"Watching({self.job!r})"

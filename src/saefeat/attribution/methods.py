@@ -185,11 +185,11 @@ class FiniteDifference(Method):
         return ((self.step, weight), (-self.step, -weight))
 
 
-def _require_moves(where: str, per: str, limit: int, step: float) -> None:
+def _require_moves(function: str, per: str, limit: int, step: float) -> None:
     if per in ("latent", "token") and type(limit) is int and limit > 0 and 0 < step <= 1:
         return
     raise SaefeatError(
-        f'{where}: `per, limit and step` is {per!r}, {limit!r} and {step!r}, wanted "latent" or'
-        f" \"token\", at least 1 latent, and a step in (0, 1]. Try: {where}(per='latent',"
+        f'{function}: `per, limit and step` is {per!r}, {limit!r} and {step!r}, wanted "latent" or'
+        f" \"token\", at least 1 latent, and a step in (0, 1]. Try: {function}(per='latent',"
         " limit=4096)"
     )

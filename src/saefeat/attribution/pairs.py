@@ -25,21 +25,21 @@ TOKENS = 1024
 REMEMBERED = 512
 """Pairs a token that are remembered from the path's end to the scores; more are encoded again."""
 DENSE = 64
-"""Of so many pairs one must be wanted for a matrix product of all of them to be the cheaper."""
+"""Above one wanted pair in so many a dense product is faster than a gather."""
 
 Span = tuple[int, int]
 
 
-class Goal(NamedTuple):
+class Target(NamedTuple):
     """What one part's latents are moved to, at n scored tokens.
 
     ``after`` [n, d_in] is what the dictionary reads in the baseline run; ``fixed`` [1 or n, k]
-    are given values; with neither it is zero. ``known`` are the pairs, once they were found.
+    are given values; with neither it is zero. ``pairs`` are those that move, once they were found.
     """
 
     after: Tensor | None = None
     fixed: Tensor | None = None
-    known: Known | None = None
+    pairs: Pairs | None = None
 
 
 class Block(NamedTuple):
@@ -93,7 +93,7 @@ class Block(NamedTuple):
         )
 
 
-class Known(NamedTuple):
+class Pairs(NamedTuple):
     """All pairs of one part, block after block: its span of latents → where its pairs end."""
 
     ends: dict[Span, int]
@@ -102,7 +102,7 @@ class Known(NamedTuple):
     then: Tensor | None
 
 
-class Pile:
+class GrowingColumns:
     """Columns that grow by pieces, in storage that doubles.
 
     Small tensors kept between large passing ones leave a heap in holes that none of the large ones
@@ -119,14 +119,14 @@ class Pile:
     def add(self, columns: Sequence[Tensor]) -> None:
         """Add rows: one tensor [m] a column."""
         stop = self._size + len(columns[0])
-        room = len(self._columns[0]) if self._columns else -1
-        if stop > room:
-            grown = [column.new_empty(max(stop, 2 * room, 1024)) for column in columns]
+        capacity = len(self._columns[0]) if self._columns else -1
+        if stop > capacity:
+            grown = [column.new_empty(max(stop, 2 * capacity, 1024)) for column in columns]
             for new, old in zip(grown, self._columns, strict=bool(self._columns)):
                 new[: self._size] = old[: self._size]
             self._columns = grown
-        for held, column in zip(self._columns, columns, strict=True):
-            held[self._size : stop] = column
+        for stored, column in zip(self._columns, columns, strict=True):
+            stored[self._size : stop] = column
         self._size = stop
 
     def columns(self) -> list[Tensor]:
@@ -142,24 +142,25 @@ def at_tokens(values: Tensor, mask: Tensor) -> Tensor:
     return values[mask.to(values.device)]
 
 
-def blocks(part: Part, before: Tensor, goal: Goal) -> Iterator[Block]:
+def blocks(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
     """What moves, block by block; ``before`` [n, d_in] is what is read in the clean run."""
-    if goal.known is None:
-        yield from _found(part, before, goal)
+    if target.pairs is None:
+        yield from _encoded(part, before, target)
         return
-    known, start = goal.known, 0
+    pairs, start = target.pairs, 0
     dtype = torch.promote_types(before.dtype, torch.float32)
-    for span, stop in known.ends.items():
+    for span, stop in pairs.ends.items():
         latents = index_tensor(part.indices[slice(*span)])
-        token, column, was, will = (rows[start:stop] for rows in known.columns)
+        token, column, was, will = (rows[start:stop] for rows in pairs.columns)
         directions = part.dictionary.directions(latents).to(before.device, dtype)
         everything = slice(0, len(before))
-        ends = (known.scale, known.then)
-        yield Block(everything, span, latents, directions, token, column, was, will, *ends)
+        scales = (pairs.scale, pairs.then)
+        yield Block(everything, span, latents, directions, token, column, was, will, *scales)
         start = stop
 
 
-def _found(part: Part, before: Tensor, goal: Goal) -> Iterator[Block]:
+def _encoded(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
+    """The blocks of pairs that move, by encoding both runs."""
     dtype = torch.promote_types(before.dtype, torch.float32)
     most = CHUNK if before.device.type == "cpu" else ELSEWHERE
     # A joint dictionary computes all of its latents for any of them: one block has them all.
@@ -171,15 +172,26 @@ def _found(part: Part, before: Tensor, goal: Goal) -> Iterator[Block]:
         width = columns["encoder"].shape[1] if "encoder" in columns else part.dictionary.d_sae
         tokens = max(1, most * TOKENS // max(width, most))
         for start in range(0, max(len(before), 1), tokens):
-            yield _pairs(columns, latents, before, goal, slice(start, start + tokens), span)
+            yield _block(columns, latents, before, target, slice(start, start + tokens), span)
 
 
-def _pairs(
-    columns: dict[str, Any], latents: Tensor, before: Tensor, goal: Goal, tokens: slice, span: Span
+def _block(
+    columns: dict[str, Any],
+    latents: Tensor,
+    before: Tensor,
+    target: Target,
+    tokens: slice,
+    span: Span,
 ) -> Block:
     """One block's pairs that move."""
     was, scale = encode(columns, before[tokens])
-    will, then = _reached(columns, goal, tokens, span, was, scale)
+    # At the zero baseline the latent is zero, though x − f · directions may encode to more.
+    will, then = was.new_zeros(()).expand_as(was), scale
+    if target.after is not None:
+        will, then = encode(columns, target.after[tokens])
+    elif target.fixed is not None:
+        fixed = target.fixed if len(target.fixed) == 1 else target.fixed[tokens]
+        will = fixed[:, slice(*span)].to(was).expand_as(was)
     # A scaled direction moves itself, though its latent may not.
     moved = will != was if scale is None else (will != 0) | (was != 0)
     token, column = moved.nonzero(as_tuple=True)
@@ -189,42 +201,24 @@ def _pairs(
     )
 
 
-def _reached(
-    columns: dict[str, Any],
-    goal: Goal,
-    tokens: slice,
-    span: Span,
-    was: Tensor,
-    scale: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The latents at the baseline, and the scale of their directions there."""
-    if goal.after is not None:
-        return encode(columns, goal.after[tokens])
-    if goal.fixed is not None:
-        fixed = goal.fixed if len(goal.fixed) == 1 else goal.fixed[tokens]
-        return fixed[:, slice(*span)].to(was).expand_as(was), scale
-    # At the zero baseline the latent is zero, though x − f · directions may encode to more.
-    return was.new_zeros(()).expand_as(was), scale
-
-
-def moved_by(part: Part, before: Tensor, goal: Goal, out: Tensor) -> tuple[Tensor, Goal]:
-    """The written site's value ``out`` [n, d_out] with everything moved, and the goal with pairs.
+def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[Tensor, Target]:
+    """The written site's value ``out`` [n, d_out] with everything moved, and the target with pairs.
 
     The pairs are remembered unless they are many, so that scores need not encode again.
     """
-    out, pile, limit = out.clone(), Pile(), REMEMBERED * len(before)
+    out, kept, limit = out.clone(), GrowingColumns(), REMEMBERED * len(before)
     ends: dict[Span, int] = {}
     scales: dict[int, tuple[Tensor, Tensor]] = {}
-    for block in blocks(part, before, goal):
-        here = out[block.tokens]
-        out[block.tokens] = here + block.step(len(here)).to(out)
+    for block in blocks(part, before, target):
+        value = out[block.tokens]
+        out[block.tokens] = value + block.step(len(value)).to(out)
         if block.scale is not None and block.then is not None:
             scales[block.tokens.start] = block.scale, block.then
-        if len(pile) <= limit:
+        if len(kept) <= limit:
             token = block.token + block.tokens.start
-            pile.add((token, block.column, block.was, block.will))
-            ends[block.span] = len(pile)
-    if len(pile) > limit or not ends:
-        return out, goal
+            kept.add((token, block.column, block.was, block.will))
+            ends[block.span] = len(kept)
+    if len(kept) > limit or not ends:
+        return out, target
     scale, then = map(torch.cat, zip(*scales.values(), strict=True)) if scales else (None, None)
-    return out, goal._replace(known=Known(ends, pile.columns(), scale, then))
+    return out, target._replace(pairs=Pairs(ends, kept.columns(), scale, then))

@@ -1,20 +1,19 @@
-"""An attribution's finished batches as plain tensors, and what tells its job from another."""
+"""An attribution's batches: as plain tensors for a checkpoint, and joined to one result."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..dictionaries.latents import as_latents
 from ..files.identity import digest, model_identity, remote_identity
 from ..results.receipt import Fired, Receipt
+from .job import Job
 from .passes import Watch
 from .prepare import Data
 from .scores import Attribution
-
-if TYPE_CHECKING:
-    from .attribute import Attribute
 
 _ALWAYS = (
     *("prompt", "dictionary", "position", "latent", "score", "activation", "change"),
@@ -24,13 +23,13 @@ _SOMETIMES = ("ends", "dropped", "scored")
 
 
 def identity(
-    job: Attribute, model: Any, data: Data, batch_size: int, remote: bool | str = False
+    job: Job, model: Any, data: Data, batch_size: int, remote: bool | str = False
 ) -> dict[str, Any]:
     """Everything that scores depend on; how many nodes share a pass is not among it."""
     paths = ("method", "where", "semantics", "one_site", "backward", "keep")
     return {
         **(remote_identity(model, remote) if remote else model_identity(model)),
-        "target": digest(as_latents(job.target, "Attribute")),
+        "target": digest(job.target),
         **{name: digest(getattr(job, name)) for name in ("metric", "baseline", *paths)},
         "prompts": digest(*data),
         "batch_size": batch_size,
@@ -46,13 +45,26 @@ def plain_piece(piece: Attribution, receipt: Receipt) -> tuple[dict[str, Tensor]
 
 
 def restored(
-    held: tuple[dict[str, Tensor], dict[str, Any]] | None, watch: Watch
+    saved: tuple[dict[str, Tensor], dict[str, Any]] | None, watch: Watch
 ) -> tuple[Attribution, Receipt] | None:
     """A batch that was finished before, or None."""
-    if held is None:
+    if saved is None:
         return None
-    tensors: dict[str, Any] = held[0]
-    meta = held[1]
-    found = Attribution(tuple(part.dictionary for part in watch.parts), **tensors)
+    tensors: dict[str, Any] = saved[0]
+    meta = saved[1]
+    piece = Attribution(tuple(part.dictionary for part in watch.parts), **tensors)
     rows = tuple(Fired(*row) for row in meta["rows"])
-    return found, Receipt(rows, meta["passes"])
+    return piece, Receipt(rows, meta["passes"])
+
+
+def join_attributions(pieces: Sequence[Attribution]) -> Attribution:
+    """Batches of prompts as one result; prompts are renumbered in order."""
+
+    def joined(name: str) -> Tensor | None:
+        columns = [getattr(piece, name) for piece in pieces]
+        return None if any(column is None for column in columns) else torch.cat(columns)
+
+    starts = torch.tensor([0] + [len(piece.tokens) for piece in pieces]).cumsum(0)
+    prompt = torch.cat([p.prompt + start for p, start in zip(pieces, starts[:-1], strict=True)])
+    columns: dict[str, Any] = {name: joined(name) for name in (*_ALWAYS[1:], *_SOMETIMES)}
+    return Attribution(pieces[0].dictionaries, prompt, **columns)

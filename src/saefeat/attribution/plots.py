@@ -2,65 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..errors import SaefeatError
+from ..results.plot import new_figure
+from .columns import Columns
 from .show import heat
+from .totals import by_latent
 
 if TYPE_CHECKING:
-    from .scores import Attribution
+    from matplotlib.axes import Axes
 
 
-def axes(given: Any, where: str, size: tuple[float, float]) -> Any:
-    """The axes to draw on; a figure of its own, outside pyplot's list of figures, by default."""
+def _axes(given: Axes | None, function: str, size: tuple[float, float]) -> Axes:
+    """The axes to draw on; a new figure's by default."""
     if given is not None:
         return given
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SaefeatError(
-            f"{where}: `matplotlib` is not installed, wanted matplotlib 3.9 or later. Likely cause:"
-            " it is an extra. Try: pip install 'saefeat[plots]'"
-        ) from error
-    return Figure(figsize=size, layout="constrained").add_subplot()
+    return new_figure(function, size).add_subplot()
 
 
-def some(found: Attribution, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The totals of a result that has any.
+def _means(columns: Columns, function: str) -> tuple[Tensor, Tensor]:
+    """Keys [m, 2] and mean scores [m].
 
     Raises:
-        SaefeatError: for one without a score.
+        SaefeatError: for a result without a score.
     """
-    if len(found):
-        return found.totals()[:2]
+    if len(columns):
+        return by_latent(columns)[:2]
     raise SaefeatError(
-        f"{where}: `scores` is empty, wanted at least one score. Likely cause: no latent moved"
+        f"{function}: `scores` is empty, wanted at least one score. Likely cause: no latent moved"
         " between the clean and the baseline run. Try: another baseline, or where="
     )
 
 
-def latents(found: Attribution, k: int, ax: Any) -> Any:
+def latents(columns: Columns, k: int, ax: Axes | None) -> Axes:
     """The k latents with the largest mean scores, site by latent, as a heat map."""
-    keys, values = some(found, "Attribution.plot_latents")
+    keys, values = _means(columns, "Attribution.plot_latents")
     order = values.abs().argsort(descending=True, stable=True)[:k]
-    sites = list(dict.fromkeys(d.site for d in found.dictionaries))
+    sites = list(dict.fromkeys(d.site for d in columns.dictionaries))
     grid = torch.full((len(sites), len(order)), torch.nan)
     for column, row in enumerate(order.tolist()):
-        site = found.dictionaries[int(keys[row, 0])].site
+        site = columns.dictionaries[int(keys[row, 0])].site
         grid[sites.index(site), column] = values[row]
-    ax = axes(ax, "Attribution.plot_latents", (max(4.0, 0.35 * len(order)), 1 + 0.4 * len(sites)))
-    _image(ax, grid, "mean score" if found.signed else "mean size of score")
+    ax = _axes(ax, "Attribution.plot_latents", (max(4.0, 0.35 * len(order)), 1 + 0.4 * len(sites)))
+    _image(ax, grid, "mean score" if columns.signed else "mean size of score")
     ax.set_xticks(range(len(order)), [str(int(keys[i, 1])) for i in order], rotation=90)
     ax.set_yticks(range(len(sites)), [str(site) for site in sites])
     ax.set_xlabel("latent")
     return ax
 
 
-def tokens(found: Attribution, prompt: int, ax: Any) -> Any:
+def tokens(columns: Columns, prompt: int, ax: Axes | None) -> Axes:
     """One prompt's tokens by their summed scores; tokens that were not scored have none."""
-    words, sums, scored = heat(found)
+    words, sums, scored = heat(columns, "Attribution.plot_tokens")
     if not 0 <= prompt < len(words):
         raise SaefeatError(
             f"Attribution.plot_tokens: `prompt` is {prompt!r}, wanted a number in"
@@ -68,19 +65,19 @@ def tokens(found: Attribution, prompt: int, ax: Any) -> Any:
             " scores.plot_tokens(0)"
         )
     values = torch.where(scored[prompt], sums[prompt], torch.nan)
-    ax = axes(ax, "Attribution.plot_tokens", (max(4.0, 0.4 * len(values)), 1.8))
+    ax = _axes(ax, "Attribution.plot_tokens", (max(4.0, 0.4 * len(values)), 1.8))
     _image(ax, values[None], "score")
     ax.set_xticks(range(len(values)), [_plain(w) for w in words[prompt]], rotation=90)
     ax.set_yticks([])
     return ax
 
 
-def cumulative(found: Attribution, ax: Any) -> Any:
+def cumulative(columns: Columns, ax: Axes | None) -> Axes:
     """How much of all scores' size the n largest latents hold, n from 0."""
-    _, values = some(found, "Attribution.plot_cumulative")
+    _, values = _means(columns, "Attribution.plot_cumulative")
     sizes = values.abs().sort(descending=True).values.double()
     share = torch.cat([torch.zeros(1).double(), sizes.cumsum(0)]) / sizes.sum().clamp(min=1e-30)
-    ax = axes(ax, "Attribution.plot_cumulative", (4.5, 3.0))
+    ax = _axes(ax, "Attribution.plot_cumulative", (4.5, 3.0))
     ax.plot(range(len(share)), share.numpy())
     ax.set_xlabel("latents, largest first")
     ax.set_ylabel("share of Σ |mean score|")
@@ -88,7 +85,7 @@ def cumulative(found: Attribution, ax: Any) -> Any:
     return ax
 
 
-def _image(ax: Any, grid: torch.Tensor, label: str) -> None:
+def _image(ax: Axes, grid: Tensor, label: str) -> None:
     """A heat map whose white is zero."""
     finite = grid[grid.isfinite()].abs()
     most = float(finite.max()) if len(finite) and bool(finite.max() > 0) else 1.0

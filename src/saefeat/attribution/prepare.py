@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FiringError, GradientError, PromptError, SaefeatError
-from ..metrics.base import require_prompts
+from ..checks import gradients_on, one_a_prompt
+from ..errors import FiringError, GradientError, SaefeatError
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_rows
 from .baselines import Fixed, Paired, require_pairs
+from .job import Job
 from .passes import Batch, Pass, Watch
 from .semantics import SEMANTICS
-
-if TYPE_CHECKING:
-    from .attribute import Attribute
 
 
 class Data(NamedTuple):
@@ -51,7 +49,7 @@ def _batches(inputs: dict[str, Tensor], lengths: Tensor | None, size: int) -> It
         yield Batch(cut, index, None if lengths is None else lengths[start : start + size])
 
 
-def prepare(job: Attribute, model: Any, prompts: Prompts) -> Data:
+def prepare(job: Job, model: Any, prompts: Prompts) -> Data:
     """Prompts encoded, continued where the metric wants it, and checked against what is per prompt.
 
     Raises:
@@ -87,20 +85,15 @@ def continued(
     return encode_prompts(tokenizer, joined), mask.sum(1, keepdim=True)
 
 
-def require_count(job: Attribute, count: int) -> None:
+def require_count(job: Job, count: int) -> None:
     """Refuse values made for another number of prompts.
 
     Raises:
         PromptError: naming both numbers.
     """
-    require_prompts("Attribute", job.metric, count)
-    number = job.baseline.prompts if isinstance(job.baseline, Fixed) else None
-    if number not in (None, count):
-        raise PromptError(
-            f"Attribute: `baseline` is made for {number} prompts, wanted values for the {count}"
-            " prompts given. Likely cause: the prompts were filtered or batched after the values"
-            " were made. Try: make the values from the same prompts, in the same order"
-        )
+    one_a_prompt("Attribute", "metric", job.metric.prompts, count)
+    if isinstance(job.baseline, Fixed):
+        one_a_prompt("Attribute", "baseline", job.baseline.prompts, count)
 
 
 def require_gradients(module: nn.Module) -> None:
@@ -109,12 +102,10 @@ def require_gradients(module: nn.Module) -> None:
     Raises:
         GradientError: with gradients switched off, tensors of inference mode, or no weights.
     """
-    cause, got, call = "", "", "with torch.enable_grad(): attribute(model, prompts)"
+    gradients_on("Attribute")
+    got = ""
     first = next(iter(module.parameters()), torch.zeros(0))
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        got = "gradients switched off"
-        cause = "a surrounding torch.no_grad() or torch.inference_mode(), or a generation"
-    elif first.is_meta:
+    if first.is_meta:
         got, cause = "a model without weights", "a model meant for remote runs, or not yet loaded"
         call = "TransformersModel(..., dispatch=True), or method=FiniteDifference()"
     elif any(p.is_inference() for p in module.parameters()):
@@ -122,21 +113,21 @@ def require_gradients(module: nn.Module) -> None:
         cause = "it was loaded or moved under torch.inference_mode()"
         call = "load the model outside torch.inference_mode()"
     if got:
-        wanted = "torch.is_grad_enabled() and weights that gradients can pass"
         raise GradientError(
-            f"Attribute: `context` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
+            f"Attribute: `model` is {got}, wanted weights that gradients can pass. Likely cause:"
+            f" {cause}. Try: {call}"
         )
 
 
 def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
-    """The metric of a run [b], refused where it is NaN or infinite: so would every score be.
+    """The metric of a run [b], float32 on the CPU; refused where it is NaN or infinite.
 
     Raises:
         GradientError: naming the first such prompt.
     """
     bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
     if not bad:
-        return values
+        return values.float().cpu()
     raise GradientError(
         f"Attribute: `metric` is {float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the"
         f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in the"
@@ -145,20 +136,7 @@ def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
     )
 
 
-def require_whole(where: str, name: str, number: Any) -> None:
-    """Refuse anything but a whole number from 1.
-
-    Raises:
-        PromptError: naming the parameter.
-    """
-    if type(number) is int and number > 0:
-        return
-    raise PromptError(
-        f"{where}: `{name}` is {number!r}, wanted a whole number from 1. Try: {name}=8"
-    )
-
-
-def require_scored(tokens: Tensor, where: str) -> None:
+def require_scored(tokens: Tensor, function: str) -> None:
     """Refuse a result in which no token was scored: it would read as "no effect".
 
     ``tokens`` [prompts] are the counts.
@@ -169,8 +147,8 @@ def require_scored(tokens: Tensor, where: str) -> None:
     if bool(tokens.any()):
         return
     raise FiringError(
-        f"{where}: `where` is a rule that selects no token in any of {len(tokens)} prompts, wanted"
-        " at least one token to score. Likely cause: ids or a role that these prompts do not have,"
+        f"{function}: `where` is a rule that selects no token in any of {len(tokens)} prompts,"
+        " wanted at least one token to score. Likely cause: ids or a role these prompts lack,"
         " or tokens the dictionary was not trained on. Try: where=Tokens.all(), or"
         " Texts.select(rule) to see what a rule selects"
     )
@@ -180,7 +158,7 @@ LARGE = 1 << 26
 """Logits of a metric that reads every token may be gigabytes: more than these are not copied."""
 
 
-def require_apart(watch: Watch, batch: Batch, here: Pass, base: Tensor | None) -> None:
+def require_apart(watch: Watch, batch: Batch, clean: Pass, base: Tensor | None) -> None:
     """Refuse a metric whose number for one prompt depends on another of its batch.
 
     Its shape is right, and a batch's gradient would still be no prompt's own. It is asked of the
@@ -192,12 +170,12 @@ def require_apart(watch: Watch, batch: Batch, here: Pass, base: Tensor | None) -
     count = len(batch.numbers)
     if count < 2 or int(batch.numbers[0]) or torch.is_inference_mode_enabled():
         return
-    if here.logits.numel() > LARGE:
+    if clean.logits.numel() > LARGE:
         return
     with torch.enable_grad():
-        read = {"logits": here.logits, "site": here.site}
+        read = {"logits": clean.logits, "site": clean.site}
         leaves = {n: x.detach().requires_grad_() for n, x in read.items() if x is not None}
-        values = watch.read(batch, here._replace(**leaves), here.last, base)
+        values = watch.read(batch, clean._replace(**leaves), clean.last, base)
         if values.shape != (count,) or not values.requires_grad:
             return  # refused where its gradient is taken; without one, it may do for Exact
         slopes = [
@@ -237,7 +215,7 @@ def require_finite_scores(columns: Sequence[Tensor], numbers: Tensor) -> None:
     )
 
 
-def require_sense(job: Attribute) -> None:
+def require_sense(job: Job) -> None:
     """Refuse combinations that would not mean what they say.
 
     Raises:
@@ -245,13 +223,11 @@ def require_sense(job: Attribute) -> None:
     """
     for bad, parameter, got, wanted in _nonsense(job):
         if bad:
-            cause = "two settings that exclude each other, or a typing error"
-            call = "leave one of them at its default"
             raise SaefeatError(
-                f"Attribute: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try:"
-                f" {call}"
+                f"Attribute: `{parameter}` is {got}, wanted {wanted}. Likely cause: two settings"
+                " that exclude each other. Try: leave one of them at its default"
             )
-    if job.metric.flat and [alpha for alpha, _ in job.method.nodes()] == [0.0]:
+    if job.metric.flat and job.at_clean_alone:
         raise GradientError(
             f"Attribute: `metric` is {job.metric!r} with {job.method!r}, wanted a method that looks"
             " beyond the clean run. Likely cause: a divergence from the clean run has no slope"
@@ -259,7 +235,7 @@ def require_sense(job: Attribute) -> None:
         )
 
 
-def _nonsense(job: Attribute) -> Iterator[tuple[bool, str, str, str]]:
+def _nonsense(job: Job) -> Iterator[tuple[bool, str, str, str]]:
     """(wrong, parameter, got, wanted) of each combination."""
     gradients, keep = bool(job.method.nodes()), job.keep
     plain = job.semantics == "pass_through"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pairs import Block, Goal, Pile, blocks
+from .pairs import Block, GrowingColumns, Target, blocks
 from .passes import Part
 
 
@@ -26,14 +26,14 @@ class Rows(NamedTuple):
 
 
 def score(
-    part: Part, before: Tensor, goal: Goal, gradient: Tensor, keep: int | None = None
+    part: Part, before: Tensor, target: Target, gradient: Tensor, keep: int | None = None
 ) -> tuple[Rows, Tensor]:
     """Rows of latents that moved, and each token's sums of what ``keep`` left out.
 
     Args:
         part: the latents.
         before: [n, d_in], what they read in the clean run.
-        goal: what they are moved to.
+        target: what they are moved to.
         gradient: [n, d_out], the metric's at the written site; of [n, ways, d_out] the scores'
             sizes are averaged.
         keep: how many rows a token, those with the largest scores.
@@ -41,36 +41,38 @@ def score(
     Returns:
         The rows; and [n, 2], the sum of the scores left out and of their sizes.
     """
-    pile, left = Pile(), before.new_zeros(len(before), 2)
-    for block in blocks(part, before, goal):
-        found = _scored(block, gradient[block.tokens].to(before))
+    rows, left = GrowingColumns(), before.new_zeros(len(before), 2)
+    for block in blocks(part, before, target):
+        scored = _scored(block, gradient[block.tokens].to(before))
         if keep is not None:
-            found, dropped = _largest(_joined(pile, found), keep)
+            earlier = rows.columns() or [column[:0] for column in scored]
+            every = Rows(*map(torch.cat, zip(earlier, scored, strict=True)))
+            scored, dropped = _largest(every, keep)
             left.index_add_(0, dropped.token, _sums(dropped).to(left))
-            pile = Pile()
-        pile.add(found)
-    return Rows(*pile.columns()), left
+            rows = GrowingColumns()
+        rows.add(scored)
+    return Rows(*rows.columns()), left
 
 
-def moved_rows(part: Part, before: Tensor, goal: Goal) -> Rows:
+def moved_rows(part: Part, before: Tensor, target: Target) -> Rows:
     """Rows of latents that move, without scores."""
-    pile = Pile()
-    for block in blocks(part, before, goal):
-        pile.add(_row(block, torch.zeros_like(block.was)))
-    return Rows(*pile.columns())
+    rows = GrowingColumns()
+    for block in blocks(part, before, target):
+        rows.add(_rows(block, torch.zeros_like(block.was)))
+    return Rows(*rows.columns())
 
 
-def _row(block: Block, found: Tensor) -> Rows:
-    where = block.latents.to(block.column.device)[block.column]
+def _rows(block: Block, score: Tensor) -> Rows:
+    latent = block.latents.to(block.column.device)[block.column]
     token = block.token + block.tokens.start
-    return Rows(token, where, found, block.was, block.will - block.was)
+    return Rows(token, latent, score, block.was, block.will - block.was)
 
 
 def _scored(block: Block, gradient: Tensor) -> Rows:
     if gradient.ndim == 2:
-        return _row(block, _effect(block, gradient))
+        return _rows(block, _effect(block, gradient))
     sizes = (_effect(block, one).abs() for one in gradient.unbind(1))
-    return _row(block, sum(sizes, torch.zeros_like(block.was)) / gradient.shape[1])
+    return _rows(block, sum(sizes, torch.zeros_like(block.was)) / gradient.shape[1])
 
 
 def _effect(block: Block, gradient: Tensor) -> Tensor:
@@ -78,8 +80,8 @@ def _effect(block: Block, gradient: Tensor) -> Tensor:
     if block.scale is None or block.then is None:
         return (block.will - block.was) * block.dot(gradient)
     # the difference of two contributions
-    found = block.will * block.dot(gradient * block.then)
-    return found - block.was * block.dot(gradient * block.scale)
+    after = block.will * block.dot(gradient * block.then)
+    return after - block.was * block.dot(gradient * block.scale)
 
 
 def _largest(rows: Rows, keep: int) -> tuple[Rows, Rows]:
@@ -89,12 +91,6 @@ def _largest(rows: Rows, keep: int) -> tuple[Rows, Rows]:
     token = rows.token[order]
     rank = torch.arange(len(token), device=token.device) - torch.searchsorted(token, token)
     return rows.at(order[rank < keep]), rows.at(order[rank >= keep])
-
-
-def _joined(pile: Pile, found: Rows) -> Rows:
-    if not len(pile):
-        return found
-    return Rows(*map(torch.cat, zip(pile.columns(), found, strict=True)))
 
 
 def _sums(rows: Rows) -> Tensor:

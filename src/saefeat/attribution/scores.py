@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..checks import one_of
 from ..dictionaries.base import Dictionaries, Dictionary
 from ..dictionaries.latents import Latents
-from ..errors import LatentError, SaefeatError
 from ..files.container import MAX_BYTES
 from ..model.sites import Site
-from ..text.texts import Texts
 from ..text.tokens import Tokens
 from . import file, plots, show, totals
+from .columns import Columns
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class Attribution:
+@dataclass(frozen=True, repr=False)
+class Attribution(Columns):
     """Scores by (prompt, site, position, latent), for latents that moved; all else is zero.
 
     A score estimates the change of the metric when the latent alone goes from its clean to its
@@ -62,24 +64,6 @@ class Attribution:
         Latents(1: resid_post.0 [0])
     """
 
-    dictionaries: tuple[Dictionary, ...]
-    prompt: Tensor
-    dictionary: Tensor
-    position: Tensor
-    latent: Tensor
-    score: Tensor
-    activation: Tensor
-    change: Tensor
-    clean: Tensor
-    baseline: Tensor
-    tokens: Tensor
-    ends: Tensor | None = None
-    dropped: Tensor | None = None
-    scored: Tensor | None = None
-    texts: Texts | None = None
-    metric: str = ""
-    signed: bool = True
-
     @property
     def slope(self) -> Tensor:
         """[n]: score over change, the mean gradient's dot product with the latent's direction.
@@ -87,10 +71,7 @@ class Attribution:
         The size of that product for scores without a sign. NaN where the activation is the same
         in both runs and the direction itself moved, as with SAEs that normalize their input.
         """
-        moved = self.change if self.signed else self.change.abs()
-        # a score of all tokens together stands beside their mean change
-        moved = torch.where(self.position < 0, moved * self.tokens[self.prompt], moved)
-        return torch.where(moved != 0, self.score / moved, torch.nan)
+        return totals.slope(self)
 
     @property
     def gap(self) -> Tensor:
@@ -103,10 +84,7 @@ class Attribution:
         Raises:
             SaefeatError: for scores without a sign, which do not add up to a change.
         """
-        totals.require_signed(self, "Attribution.gap")
-        total = torch.zeros_like(self.clean).index_add_(0, self.prompt, self.score)
-        left = 0.0 if self.dropped is None else self.dropped[:, 0]
-        return total + left - (self.baseline - self.clean)
+        return totals.gap(self)
 
     @property
     def gap_by_site(self) -> Tensor:
@@ -120,19 +98,7 @@ class Attribution:
             SaefeatError: without ``one_site=True``, where ``keep`` left scores out, or for scores
                 without a sign.
         """
-        totals.require_signed(self, "Attribution.gap_by_site")
-        if self.ends is None or self.dropped is not None:
-            raise SaefeatError(
-                "Attribution.gap_by_site: `scores` is made on a path that moves all sites, or"
-                " without its smaller scores, wanted a path for each site, and all scores. Likely"
-                " cause: one_site=True was not asked for, or keep= was. Try: Attribute(saes,"
-                " metric, method=IG(8, 'gauss'), one_site=True)"
-            )
-        place = self.prompt * self.ends.shape[1] + self.dictionary
-        total = torch.zeros(self.ends.numel()).index_add_(0, place, self.score).view_as(self.ends)
-        sites = [dictionary.write_site for dictionary in self.dictionaries]
-        shared = torch.tensor([[float(one == other) for other in sites] for one in sites])
-        return total @ shared - (self.ends - self.clean[:, None])
+        return totals.gap_by_site(self)
 
     @property
     def degenerate(self) -> Tensor:
@@ -162,16 +128,7 @@ class Attribution:
             SaefeatError: for a rule on a result that does not know its tokens, or whose scores
                 belong to none.
         """
-        one_of("Attribution.totals", "per", per, ("dataset", "prompt"))
-        kept, tokens = totals.kept(self, where)
-        rows = self.prompt if per == "prompt" else torch.zeros_like(self.prompt)
-        keys = torch.stack([rows, self.dictionary, self.latent], 1)[kept]
-        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
-        share = (self.score / tokens.clamp(min=1)[self.prompt])[kept]
-        if per != "prompt":
-            share = share / len(self.tokens)
-        values = torch.zeros(len(unique)).index_add_(0, inverse, share)
-        return unique[:, 1:], values, unique[:, 0]
+        return totals.by_latent(self, per, where)
 
     def by_site(self, *, where: Tokens | None = None) -> dict[Site, float]:
         """Σ scores of each site over latents and tokens, mean over prompts.
@@ -252,10 +209,6 @@ class Attribution:
             for p in range(len(self.tokens))
         )
 
-    def top_per_prompt(self, k: int, *, within: Latents | None = None) -> tuple[Latents, ...]:
-        """The k latents with the highest score for each prompt on its own."""
-        return self.top(k, per="prompt", within=within)
-
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file, with fingerprints in place of dictionaries.
 
@@ -290,14 +243,14 @@ class Attribution:
         """
         return file.load(cls, path, saes, max_bytes)
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame, one row a score: prompt, position, token, site, dictionary, latent, score,
         activation, change, slope. A score of a whole prompt has position −1 and no token.
 
         Raises:
             SaefeatError: without pandas.
         """
-        return show.frame(self)
+        return show.table(self)
 
     def to_html(self, *, prompts: int = show.PROMPTS) -> str:
         """A self-contained page: the best latents, and prompts with their tokens shaded by score.
@@ -310,7 +263,7 @@ class Attribution:
     def _repr_html_(self) -> str:
         return self.to_html()
 
-    def plot_latents(self, k: int = 20, *, ax: Any = None) -> Any:
+    def plot_latents(self, k: int = 20, *, ax: Axes | None = None) -> Axes:
         """The k latents with the largest mean scores as a heat map, sites by latents.
 
         Args:
@@ -322,7 +275,7 @@ class Attribution:
         """
         return plots.latents(self, k, ax)
 
-    def plot_tokens(self, prompt: int = 0, *, ax: Any = None) -> Any:
+    def plot_tokens(self, prompt: int = 0, *, ax: Axes | None = None) -> Axes:
         """One prompt's tokens by their scores, summed over sites and latents.
 
         Args:
@@ -334,7 +287,7 @@ class Attribution:
         """
         return plots.tokens(self, prompt, ax)
 
-    def plot_cumulative(self, *, ax: Any = None) -> Any:
+    def plot_cumulative(self, *, ax: Axes | None = None) -> Axes:
         """The share of all mean scores' size that the n largest latents hold.
 
         Args:
@@ -359,55 +312,15 @@ class Attribution:
         keys, values, _ = self.totals()
         return tuple(
             (Latents(((self.dictionaries[d], (i,)),)), score)
-            for d, i, score in self._ranked(keys, values, k, within)
+            for d, i, score in totals.ranked(self, keys, values, k, within)
         )
 
     def _best(self, keys: Tensor, values: Tensor, k: int, within: Latents | None) -> Latents:
         chosen: dict[Dictionary, list[int]] = {}
-        for number, index, _ in self._ranked(keys, values, k, within):
+        for number, index, _ in totals.ranked(self, keys, values, k, within):
             chosen.setdefault(self.dictionaries[number], []).append(index)
         ordered = sorted(chosen.items(), key=lambda item: item[0].site.order)
         return Latents(tuple((basis, tuple(indices)) for basis, indices in ordered))
 
-    def _ranked(
-        self, keys: Tensor, values: Tensor, k: int, within: Latents | None
-    ) -> list[tuple[int, int, float]]:
-        """(dictionary, latent, score) of the k highest positive scores, best first."""
-        if type(k) is not int or k < 1:
-            raise LatentError(
-                f"Attribution.top: `k` is {k!r}, wanted a whole number, at least 1. Likely cause: a"
-                " budget of no latents, or a share of them. Try: scores.top(20)"
-            )
-        allowed = None if within is None else set(totals.members(self.dictionaries, within))
-        found: list[tuple[int, int, float]] = []
-        for row in values.argsort(descending=True, stable=True).tolist():
-            pair = (int(keys[row, 0]), int(keys[row, 1]))
-            if len(found) == k or values[row] <= 0:
-                break
-            if allowed is None or pair in allowed:
-                found.append((*pair, float(values[row])))
-        return found
-
-    def __len__(self) -> int:
-        return len(self.score)
-
     def __repr__(self) -> str:
-        sites = ", ".join(str(d.site) for d in self.dictionaries[:4])
-        more = ", ..." if len(self.dictionaries) > 4 else ""
-        one_run = bool(self.baseline.isnan().all())  # made in a trace: there is nothing to go to
-        end = "" if one_run else f" → {self.baseline.mean():.3f}"
-        head = (
-            f"Attribution({len(self)} scores, {len(self.tokens)} prompts, at {sites}{more}; "
-            f"metric {self.clean.mean():.3f}{end}{self._warnings()})"
-        )
-        return "\n  ".join([head, *show.lines(self)])
-
-    def _warnings(self) -> str:
-        """What a reader must know before trusting the scores."""
-        blind = int(self.degenerate.sum())
-        found = "" if self.signed else "; sizes without sign"
-        found += f"; {blind} degenerate" if blind else ""
-        if self.dropped is not None and bool(self.dropped[:, 1].any()):
-            every = self.dropped[:, 1].sum() + self.score.abs().sum()
-            found += f"; {self.dropped[:, 1].sum() / every:.1%} of the scores' size dropped"
-        return found
+        return "\n  ".join(show.lines(self))

@@ -1,158 +1,179 @@
-"""A result as a screen of text, an HTML page and a pandas table."""
+"""An attribution as lines of text, an HTML page and a pandas table."""
 
 from __future__ import annotations
 
-from html import escape
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..errors import SaefeatError
-from .totals import by_token, lengths, token_mask
+from ..results.html import render
+from ..results.table import frame
+from .columns import Columns, known_texts
+from .totals import by_latent, by_token, gap, ranked, slope, token_counts, token_mask
 
 if TYPE_CHECKING:
-    from .scores import Attribution
+    import pandas
 
 TOP = 5
 PROMPTS = 20
 TOKENS = 400
 
-
-def lines(found: Attribution) -> list[str]:
-    """What a reader needs to know before the scores: the best latents, the gap, what is blind."""
-    shown = []
-    if found.metric:
-        shown.append(f"metric: {' '.join(found.metric.split())}")  # a name of one's own may break
-    best = found.ranking(TOP) if len(found) else ()
-    if best:
-        named = (
-            f"{next(iter(latents))[0]} {next(iter(latents))[1]}: {s:+.3g}" for latents, s in best
-        )
-        shown.append("top, mean score over tokens: " + ", ".join(named))
-    if len(found.clean) and found.signed and not bool(found.baseline.isnan().all()):
-        moved = (found.baseline - found.clean).abs().mean()
-        share = f", {found.gap.abs().mean() / moved:.0%} of the metric's change" if moved else ""
-        sites = len({dictionary.site for dictionary in found.dictionaries})
-        if sites > 1:
-            share = f", over {sites} sites, each of which carries the effect"
-        shown.append(f"mean |gap| {found.gap.abs().mean():.3g}{share}")
-    return shown
-
-
-def frame(found: Attribution) -> Any:
-    """One row a score, in long format."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise SaefeatError(
-            "Attribution.to_pandas: `pandas` is not installed, wanted pandas 2.2 or later. Likely"
-            " cause: it is an extra. Try: pip install 'saefeat[pandas]'"
-        ) from error
-    sites = [str(dictionary.site) for dictionary in found.dictionaries]
-    names = [dictionary.name for dictionary in found.dictionaries]
-    number = found.dictionary.tolist()
-    table = {
-        "prompt": found.prompt.numpy(),
-        "position": found.position.numpy(),
-        "token": _words(found),
-        "site": [sites[n] for n in number],
-        "dictionary": [names[n] for n in number],
-        "latent": found.latent.numpy(),
-        "score": found.score.numpy(),
-        "activation": found.activation.numpy(),
-        "change": found.change.numpy(),
-        "slope": found.slope.numpy(),
-    }
-    return pandas.DataFrame(table)
-
-
-def _words(found: Attribution) -> list[str | None]:
-    """Each row's token as text; None where it is not known, or the score is of all tokens."""
-    if found.texts is None:
-        return [None] * len(found)
-    words = [found.texts.tokens(prompt) for prompt in range(len(found.tokens))]
-    places = zip(found.prompt.tolist(), found.position.tolist(), strict=True)
-    return [words[prompt][at] if at >= 0 else None for prompt, at in places]
-
-
-def page(found: Attribution, prompts: int) -> str:
-    """A self-contained HTML fragment: the head, the best latents, the shaded prompts."""
-    head, *rest = repr(found).splitlines()
-    parts = [f"<p><b>{escape(head)}</b></p>", *(f"<p>{escape(line.strip())}</p>" for line in rest)]
-    best = found.ranking(10) if len(found) else ()
-    rows = "".join(
-        f"<tr><td>{escape(str(site))}</td><td>{index}</td><td>{score:+.4g}</td></tr>"
-        for latents, score in best
-        for site, index in latents
-    )
-    parts.append(f"<table><tr><th>site</th><th>latent</th><th>mean score</th></tr>{rows}</table>")
-    whole = bool((found.position < 0).any())
-    if whole:
-        parts.append(
-            "<p><small>Each latent was moved at all scored tokens together: no token has"
-            " a score of its own.</small></p>"
-        )
-    elif found.texts is not None and found.scored is not None:
-        parts.append(_prompts(found, prompts))
-    body = "".join(parts)
-    return f'<div class="saefeat-attribution" style="font-family:sans-serif">{body}</div>'
-
-
 _UP, _DOWN = "31,119,180", "214,96,77"
 """Blue raises the metric, red lowers it; both with transparency, so that text stays as it is."""
 
 
-def _prompts(found: Attribution, most: int) -> str:
-    """Prompts token by token, shaded by their summed score on one scale."""
-    sums = by_token(found, "Attribution.to_html")
-    scored = token_mask(found, None, "Attribution.to_html")
-    largest = float(sums.abs().max()) if len(sums) else 0.0
-    shown, starts = [], (lengths(found).cumsum(0) - lengths(found)).tolist()
-    assert found.texts is not None
-    for prompt in range(min(most, len(starts))):
-        words = found.texts.tokens(prompt)[:TOKENS]
-        place = range(starts[prompt], starts[prompt] + len(words))
-        cells = [
-            _token(word, float(sums[at]), largest, bool(scored[at]))
-            for word, at in zip(words, place, strict=True)
-        ]
-        left = len(found.texts.ids[prompt]) - len(words)
-        more = f" … {left} more tokens" if left else ""
-        base = found.baseline[prompt]
-        change = f"{found.clean[prompt]:+.3f}" + ("" if base.isnan() else f" → {base:+.3f}")
-        shown.append(
-            f'<p style="line-height:1.8"><small>{prompt}: metric {change}</small><br>'
-            f"{''.join(cells)}{more}</p>"
-        )
-    if len(starts) > most:
-        shown.append(f"<p>… {len(starts) - most} more prompts</p>")
-    up = f'<span style="background:rgba({_UP},0.6)">'
-    ways = f'{up}raises</span> or <span style="background:rgba({_DOWN},0.6)">lowers</span>'
-    ways = ways if found.signed else f"{up}moves</span>, either way,"
-    note = (
-        "Tokens are shaded by the sum of their scores over sites and latents: going to the "
-        f"baseline {ways} the metric; tokens in gray were not scored."
+def lines(columns: Columns) -> list[str]:
+    """What a reader needs to know before the scores: the best latents, the gap, what is blind."""
+    sites = ", ".join(str(d.site) for d in columns.dictionaries[:4])
+    more = ", ..." if len(columns.dictionaries) > 4 else ""
+    one_run = bool(columns.baseline.isnan().all())  # made in a trace: there is nothing to go to
+    end = "" if one_run else f" → {columns.baseline.mean():.3f}"
+    shown = [
+        f"Attribution({len(columns)} scores, {len(columns.tokens)} prompts, at {sites}{more}; "
+        f"metric {columns.clean.mean():.3f}{end}{_warnings(columns)})"
+    ]
+    if columns.metric:
+        shown.append(f"metric: {' '.join(columns.metric.split())}")  # a user's name may break
+    best = _best(columns, TOP)
+    if best:
+        named = (f"{site} {latent}: {score:+.3g}" for site, latent, score in best)
+        shown.append("top, mean score over tokens: " + ", ".join(named))
+    if len(columns.clean) and columns.signed and not one_run:
+        shown.append(_gap_line(columns))
+    return shown
+
+
+def _warnings(columns: Columns) -> str:
+    """What a reader must know before trusting the scores."""
+    degenerate = int((columns.clean == columns.baseline).sum())
+    text = "" if columns.signed else "; sizes without sign"
+    text += f"; {degenerate} degenerate" if degenerate else ""
+    if columns.dropped is not None and bool(columns.dropped[:, 1].any()):
+        every = columns.dropped[:, 1].sum() + columns.score.abs().sum()
+        text += f"; {columns.dropped[:, 1].sum() / every:.1%} of the scores' size dropped"
+    return text
+
+
+def _gap_line(columns: Columns) -> str:
+    mean_gap = gap(columns).abs().mean()
+    moved = (columns.baseline - columns.clean).abs().mean()
+    share = f", {mean_gap / moved:.0%} of the metric's change" if moved else ""
+    sites = len({dictionary.site for dictionary in columns.dictionaries})
+    if sites > 1:
+        share = f", over {sites} sites, each of which carries the effect"
+    return f"mean |gap| {mean_gap:.3g}{share}"
+
+
+def _best(columns: Columns, k: int) -> list[tuple[str, int, float]]:
+    """(site, latent, mean score) of the k best latents."""
+    if not len(columns):
+        return []
+    keys, values, _ = by_latent(columns)
+    best = ranked(columns, keys, values, k, None)
+    return [(str(columns.dictionaries[number].site), i, score) for number, i, score in best]
+
+
+def table(columns: Columns) -> pandas.DataFrame:
+    """One row a score, in long format.
+
+    Raises:
+        SaefeatError: without pandas.
+    """
+    sites = [str(dictionary.site) for dictionary in columns.dictionaries]
+    names = [dictionary.name for dictionary in columns.dictionaries]
+    number = columns.dictionary.tolist()
+    by_name = {
+        "prompt": columns.prompt.numpy(),
+        "position": columns.position.numpy(),
+        "token": _words(columns),
+        "site": [sites[n] for n in number],
+        "dictionary": [names[n] for n in number],
+        "latent": columns.latent.numpy(),
+        "score": columns.score.numpy(),
+        "activation": columns.activation.numpy(),
+        "change": columns.change.numpy(),
+        "slope": slope(columns).numpy(),
+    }
+    return frame(by_name, "Attribution.to_pandas")
+
+
+def _words(columns: Columns) -> list[str | None]:
+    """Each row's token as text; None where it is not known, or the score is of all tokens."""
+    if columns.texts is None:
+        return [None] * len(columns)
+    words = [columns.texts.tokens(prompt) for prompt in range(len(columns.tokens))]
+    rows = zip(columns.prompt.tolist(), columns.position.tolist(), strict=True)
+    return [words[prompt][position] if position >= 0 else None for prompt, position in rows]
+
+
+class Token(NamedTuple):
+    """One token of a page."""
+
+    text: str
+    style: str
+    title: str
+
+
+class Prompt(NamedTuple):
+    """One prompt of a page; ``more`` tokens are not shown."""
+
+    number: int
+    change: str
+    tokens: list[Token]
+    more: int
+
+
+def page(columns: Columns, most: int) -> str:
+    """A self-contained HTML fragment: the head, the best latents, the shaded prompts."""
+    of_prompts = bool((columns.position < 0).any())
+    known = columns.texts is not None and columns.scored is not None and not of_prompts
+    return render(
+        Path(__file__).with_name("page.jinja").read_text(encoding="utf-8"),
+        lines=lines(columns),
+        best=_best(columns, 10),
+        of_prompts=of_prompts,
+        prompts=_prompts(columns, most) if known else [],
+        more=max(0, len(columns.tokens) - most),
+        signed=columns.signed,
+        up=_UP,
+        down=_DOWN,
     )
-    return f"<p><small>{note}</small></p>{''.join(shown)}"
 
 
-def _token(word: str, value: float, largest: float, scored: bool) -> str:
+def _prompts(columns: Columns, most: int) -> list[Prompt]:
+    """Prompts token by token, shaded by their summed score on one scale."""
+    words, sums, scored = heat(columns, "Attribution.to_html")
+    largest = max((float(row.abs().max()) for row in sums if len(row)), default=0.0)
+    prompts = []
+    for number in range(min(most, len(words))):
+        shown = words[number][:TOKENS]
+        baseline = columns.baseline[number]
+        change = f"{columns.clean[number]:+.3f}"
+        change += "" if baseline.isnan() else f" → {baseline:+.3f}"
+        rows = zip(shown, sums[number].tolist(), scored[number].tolist(), strict=False)
+        tokens = [_token(*row, largest) for row in rows]
+        prompts.append(Prompt(number, change, tokens, len(words[number]) - len(shown)))
+    return prompts
+
+
+def _token(word: str, value: float, scored: bool, largest: float) -> Token:
     """One token; white space is shown, so that a token of nothing else can be seen."""
-    text = escape(word.replace("\n", "⏎")) or "∅"
-    style = "white-space:pre-wrap;border-radius:2px;"
+    text = word.replace("\n", "⏎") or "∅"
     if not scored:
-        return f'<span style="{style}opacity:0.45" title="not scored">{text}</span> '
+        return Token(text, "opacity:0.45", "not scored")
     shade = 0.75 * abs(value) / largest if largest else 0.0
     color = f"background:rgba({_UP if value > 0 else _DOWN},{shade:.3f})"
-    return f'<span style="{style}{color}" title="{value:+.4g}">{text}</span> '
+    return Token(text, color, f"{value:+.4g}")
 
 
-def heat(found: Attribution) -> tuple[list[tuple[str, ...]], list[Tensor], list[Tensor]]:
+def heat(
+    columns: Columns, function: str
+) -> tuple[list[tuple[str, ...]], Sequence[Tensor], Sequence[Tensor]]:
     """Each prompt's tokens, summed scores and whether they were scored."""
-    sizes = lengths(found).tolist()
-    assert found.texts is not None
-    words = [found.texts.tokens(prompt) for prompt in range(len(sizes))]
-    scored = token_mask(found, None, "Attribution.plot_tokens")
-    sums = by_token(found, "Attribution.plot_tokens")
-    return words, list(torch.split(sums, sizes)), list(torch.split(scored, sizes))
+    sizes = token_counts(columns, function).tolist()
+    texts, _ = known_texts(columns, function)
+    words = [texts.tokens(prompt) for prompt in range(len(sizes))]
+    scored, sums = token_mask(columns, None, function), by_token(columns, function)
+    return words, sums.split(sizes), scored.split(sizes)

@@ -58,5 +58,5 @@ class _Redirected(Dictionary):
         number = (self._seed * 1_000_003 + index) % 2**63
         return torch.randn(self.d_out, generator=torch.Generator().manual_seed(number))
 
-    def fingerprint(self) -> str:
-        return f"{self._inner.fingerprint()}-random-{self._seed}"
+    def content(self, indices: Tensor) -> object:
+        return self._inner.fingerprint(indices), indices.tolist(), self._seed

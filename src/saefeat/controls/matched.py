@@ -63,11 +63,11 @@ def matched(
     _require_factor(within)
     given = [statistics] if isinstance(statistics, Readings | Mapping) else list(statistics)
     generator = random.Random(seed)
-    found: list[tuple[Any, tuple[int, ...]]] = []
+    parts: list[tuple[Any, tuple[int, ...]]] = []
     for basis, indices in chosen.parts:
         rows = _statistics(basis, given)  # type: ignore[arg-type]
-        found.append((basis, _drawn(basis, indices, rows, within, generator)))
-    return Latents(tuple(found))
+        parts.append((basis, _drawn(basis, indices, rows, within, generator)))
+    return Latents(tuple(parts))
 
 
 def _statistics(basis: Dictionary, given: Sequence[Statistic]) -> Tensor:
@@ -122,7 +122,7 @@ def _drawn(
     free = torch.ones(basis.d_sae, dtype=torch.bool)
     free[list(indices)] = False
     like = {index: _like(rows, index, within) & free for index in indices}
-    found: dict[int, int] = {}
+    chosen: dict[int, int] = {}
     for index in sorted(indices, key=lambda i: (int(like[i].sum()), i)):
         candidates = (like[index] & free).nonzero()[:, 0].tolist()
         if not candidates:
@@ -133,9 +133,9 @@ def _drawn(
                 "a latent unlike the rest, a dead one, or too few tokens read",
                 f"matched(..., within={2 * within:g}), or statistics of more text",
             )
-        found[index] = generator.choice(candidates)
-        free[found[index]] = False
-    return tuple(found[index] for index in indices)
+        chosen[index] = generator.choice(candidates)
+        free[chosen[index]] = False
+    return tuple(chosen[index] for index in indices)
 
 
 def _like(rows: Tensor, index: int, within: float) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError, SiteError
+from ..hashing import digest
 from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
@@ -63,9 +64,28 @@ class Dictionary(ABC):
     def columns(self, indices: Tensor) -> dict[str, Any]:
         """The kernel's plain tensors for these latents, float32 (see ``kernel.encode``)."""
 
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A short hash of the content, for provenance."""
+    def content(self, indices: Tensor) -> object:
+        """All that encoding and directions of these latents are computed from, to be hashed.
+
+        Their columns, unless a subclass has what they are made of: that is the same on every
+        machine, where a product may round otherwise.
+        """
+        return self.columns(indices)
+
+    def fingerprint(self, indices: Iterable[int] | Tensor | None = None) -> str:
+        """A short hash of content, sites and excluded tokens; without an argument, of all latents.
+
+        Whatever changes ``encode`` or ``directions`` of the latents changes it, and the same
+        dictionary has the same one from a file and from memory. Of some latents it reads no
+        others, so it costs as much as an edit of them.
+        """
+        where = (str(self.site), str(self.write_site), self.excluded, self.prefix)
+        return digest(where, self.content(self._index(indices)))
+
+    @property
+    def source(self) -> str:
+        """Where it came from, for provenance: its origin, or else its name."""
+        return str(self.origin or self.name)
 
     def latents(self, indices: Iterable[int] | Tensor | None = None) -> Latents:
         """Select latents by index; without an argument, all of them.

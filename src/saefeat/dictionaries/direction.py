@@ -6,7 +6,6 @@ same verbs on the same kernel as editing an SAE latent.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -125,9 +124,6 @@ class Direction(Dictionary):
             "norm": "none",
         }
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._rows.to(torch.float32).cpu().numpy().tobytes()).hexdigest()[:16]
-
     @classmethod
     def at_sites(
         cls, vector: Tensor, *, sites: Iterable[Site | str], name: str = "direction"
@@ -180,8 +176,8 @@ class Neurons(Dictionary):
             "norm": "none",
         }
 
-    def fingerprint(self) -> str:
-        return f"identity-{self.d_in}"
+    def content(self, indices: Tensor) -> object:
+        return self.d_in, indices.tolist()
 
 
 def _basis(rows: Tensor) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -168,21 +166,13 @@ class Excerpt(Dictionary):
             found["selected"] = torch.arange(width) if whole else indices.clone()
         return {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
+    def fingerprint(self, indices: Iterable[int] | Tensor | None = None) -> str:
+        """Of some latents, a hash of the columns held; of all, the original's, as it was told."""
+        return self._fingerprint if indices is None else super().fingerprint(indices)
 
-    @cached_property
-    def digest(self) -> str:
-        """A short hash of the columns held; ``fingerprint`` is that of the original."""
-        found = hashlib.sha256()
-        for indices, columns in self._selections.items():
-            found.update(repr(indices).encode())
-            for name in sorted(columns):
-                value = columns[name]
-                plain = isinstance(value, Tensor)
-                found.update(f"{name}={list(value.shape) if plain else value}".encode())
-                found.update(value.double().numpy().tobytes() if plain else b"")
-        return found.hexdigest()[:16]
+    @property
+    def source(self) -> str:
+        return f"{super().source} {self._fingerprint}"
 
     def _gathered(self, wanted: tuple[int, ...]) -> dict[str, Any]:
         """Columns for latents held in other selections, one by one."""

@@ -8,7 +8,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ..errors import DictionaryError
+from ..errors import CheckpointError, DictionaryError
+from ..hashing import digest
 from ..kernel.encode import picked
 from ..model.sites import Site
 from .base import Dictionary
@@ -28,7 +29,9 @@ class Function(Dictionary):
         site: where it reads.
         width: d_in.
         write_site: where it writes; the read site by default.
-        name: a label for reports, and its fingerprint.
+        name: a label for reports. The fingerprint is a hash of the function's code and of what it
+            encloses; where that cannot be hashed, it is this name, which should then change when
+            the function does.
         prefix: f depends on earlier tokens: ``encode`` is then given [1, tokens, d_in], one row's
             real tokens from the start of its sequence, and must not look ahead. Exact under
             padding and in generation with a cache, where the whole sequence is encoded anew at
@@ -77,5 +80,9 @@ class Function(Dictionary):
             "prefix": self.prefix,
         }
 
-    def fingerprint(self) -> str:
-        return f"generic-{self.name}"
+    def content(self, indices: Tensor) -> object:
+        try:
+            function = digest(self._encode)
+        except CheckpointError:  # it holds an object that cannot be read: the name stands for it
+            function = ""
+        return self.name, function, indices.tolist(), self._directions[indices]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError
-from .weights import Weights, file_hash, up
+from .weights import Weights, stamp_of, up
 
 
 @final
@@ -58,8 +58,8 @@ class Npz(Weights):
     def columns(self, name: str, index: Tensor) -> Tensor:
         return self._take(name, (slice(None), index.numpy()))
 
-    def fingerprint(self) -> str:
-        return file_hash(self.path)
+    def stamp(self) -> object:
+        return stamp_of(self.path)
 
     def _take(self, name: str, key: tuple[Any, ...]) -> Tensor:
         """A copy of part of an array, so that nothing stays mapped."""

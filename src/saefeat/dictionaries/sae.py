@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError
+from ..hashing import digest
 from ..kernel.encode import decode, encode
 from ..model.sites import Site
 from .base import Dictionary, cast, require_shape
@@ -97,7 +98,7 @@ class SAE(Dictionary):
         self.subtract_bias, self.centered, self.rescale = subtract_bias, centered, rescale
         self.excluded, self.name = excluded, name
         self._weights = weights
-        self._fingerprint: str | None = None
+        self._hashed: tuple[object, str] | None = None
         self.joint = ACTIVATIONS.get(architecture) in ("topk", "abstopk")
         self._check()
         self.d_in, self.d_sae = weights.shape("W_enc")
@@ -142,7 +143,7 @@ class SAE(Dictionary):
             encoder = encoder - encoder.mean(0, keepdim=True)
         if self.joint:
             columns |= {"k": self.k, "selected": indices.clone()}
-        if self.joint and self.rescale:
+        if self._rescaled:
             norms = self._weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
         return columns | {"encoder": encoder, "directions": self._rows(indices)}
@@ -153,7 +154,7 @@ class SAE(Dictionary):
     def _rows(self, indices: Tensor) -> Tensor:
         """[k, d_out]: decoder rows, of unit norm where activations were rescaled by it."""
         rows = self._weights.rows("W_dec", indices)
-        if self.joint and self.rescale:
+        if self._rescaled:
             return rows / rows.norm(dim=1, keepdim=True)
         return rows
 
@@ -212,18 +213,42 @@ class SAE(Dictionary):
             "centered": self.centered,
         }
 
-    def fingerprint(self) -> str:
-        if self._fingerprint is None:  # hashes every tensor: once is enough
-            self._fingerprint = self._weights.fingerprint()
-        return self._fingerprint
+    def content(self, indices: Tensor) -> object:
+        every = len(indices) == self.d_sae
+        encoded = torch.arange(self.d_sae) if self.joint else indices
+        weights, settings = self._weights, self._settings()
+        tensors = {
+            "W_enc": digest(weights.columns("W_enc", encoded)),
+            "W_dec": digest(weights.rows("W_dec", encoded if self._rescaled else indices)),
+            "b_dec": digest(weights.read("b_dec")),
+        }
+        for name in self._wanted() - {"W_enc", "W_dec", "b_dec", "W_skip"}:
+            tensors[name] = digest(weights.rows(name, encoded))
+        if every and "W_skip" in self._wanted():
+            tensors["W_skip"] = digest(weights.read("W_skip"))
+        return settings, tensors, indices.tolist() if self.joint else len(indices)
+
+    def _settings(self) -> tuple[object, ...]:
+        """What decides, beside the tensors, what is computed."""
+        joint = (self.k, self.rescale) if self.joint else ()
+        return (self.activation, self.norm, self.subtract_bias, self.centered, *joint)
+
+    def fingerprint(self, indices: Iterable[int] | Tensor | None = None) -> str:
+        every = indices is None or (isinstance(indices, range) and len(indices) == self.d_sae)
+        if not every:
+            return super().fingerprint(indices)
+        stamp = self._weights.stamp()
+        if stamp is None:
+            return super().fingerprint()
+        known = (stamp, self._settings(), self.excluded)
+        if self._hashed is None or self._hashed[0] != known:  # a file is hashed once
+            self._hashed = known, super().fingerprint()
+        return self._hashed[1]
 
     def _check(self) -> None:
         _one_of("architecture", self.architecture, ACTIVATIONS)
         _one_of("norm", self.norm, NORMS)
-        bias = () if self.activation == "gated" else ("b_enc",)
-        skip = ("W_skip",) if "skip" in self.architecture else ()
-        wanted = {"W_enc", "W_dec", "b_dec", *bias, *_EXTRA.get(self.activation, ())}
-        wanted |= set(skip)
+        wanted = self._wanted()
         missing = sorted(wanted - self._weights.names())
         if missing or (self.joint and not self.k):
             parameter = "weights" if missing else "k"
@@ -236,6 +261,17 @@ class SAE(Dictionary):
         self._check_unused(wanted)
         self._check_shapes(wanted)
         self._check_ends()
+
+    def _wanted(self) -> set[str]:
+        """The tensors that an SAE of this architecture has."""
+        bias = () if self.activation == "gated" else ("b_enc",)
+        skip = ("W_skip",) if "skip" in self.architecture else ()
+        return {"W_enc", "W_dec", "b_dec", *bias, *skip, *_EXTRA.get(self.activation, ())}
+
+    @property
+    def _rescaled(self) -> bool:
+        """Whether activations are multiplied by the norms of all decoder rows."""
+        return self.joint and self.rescale
 
     def _check_unused(self, wanted: set[str]) -> None:
         """Refuse tensors that would change the latents, had the architecture been declared."""
@@ -313,8 +349,8 @@ class ErrorTerm(Dictionary):
         own = {"inner": columns["activation"], "activation": "error"}
         return columns | own | {"directions": torch.ones(len(indices), self.d_in)}
 
-    def fingerprint(self) -> str:
-        return f"error-{self._sae.fingerprint()}"
+    def content(self, indices: Tensor) -> object:
+        return "error", self._sae.fingerprint()
 
 
 def _one_of(parameter: str, got: str, wanted: Any) -> None:

@@ -6,7 +6,6 @@ sae-lens's names.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,9 +44,9 @@ class Weights(ABC):
         itself if that is all of it: not to be written to.
         """
 
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A short hash of the content."""
+    def stamp(self) -> object:
+        """What changes whenever the file behind it does; None in memory, where nothing tells."""
+        return None
 
 
 @final
@@ -76,13 +75,6 @@ class InMemory(Weights):
             return up(tensor[:, index].contiguous())
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
         return up(tensor if alone and len(index) == tensor.shape[1] else tensor[:, run].clone())
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name in sorted(self._tensors):
-            digest.update(name.encode())
-            digest.update(self._tensors[name].to(torch.float32).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 @final
@@ -141,9 +133,8 @@ class OnDisk(Weights):
                 return up(part[:, run]).clone()
             return up(torch.cat([part[:, i : i + 1] for i in index.tolist()], dim=1))
 
-    def fingerprint(self) -> str:
-        """Hash of the size and of the first and last MiB: header, shapes and some weights."""
-        return file_hash(self.path)
+    def stamp(self) -> object:
+        return stamp_of(self.path)
 
 
 @dataclass(frozen=True)
@@ -228,18 +219,8 @@ class Mapped(Weights):
             part = self._source.columns(view.name, index)
         return _scaled(part, view.scale)
 
-    def fingerprint(self) -> str:
-        """The file's own, mixed with every factor that is not 1 and every constant."""
-        factors = {
-            name: torch.as_tensor(view.scale)
-            for name, view in self._views.items()
-            if isinstance(view.scale, Tensor) or view.scale != 1.0
-        }
-        found = factors | {name: self._constants.read(name) for name in self._constants.names()}
-        if not found:
-            return self._source.fingerprint()
-        both = self._source.fingerprint() + InMemory(found).fingerprint()
-        return hashlib.sha256(both.encode()).hexdigest()[:16]
+    def stamp(self) -> object:
+        return self._source.stamp()
 
 
 def _scaled(part: Tensor, scale: float | Tensor) -> Tensor:
@@ -248,15 +229,10 @@ def _scaled(part: Tensor, scale: float | Tensor) -> Tensor:
     return part if scale == 1.0 else part * scale
 
 
-def file_hash(path: Path) -> str:
-    """Hash of the size and of the first and last MiB: header, shapes and some weights."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+def stamp_of(path: Path) -> tuple[object, ...]:
+    """A file's path, size, time of change and inode."""
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns, about.st_ino
 
 
 def _run_of(index: Tensor) -> slice | None:

@@ -1,28 +1,29 @@
 """Checkpoints: a long job's finished batches in a folder, so that it can go on where it stopped.
 
 A folder belongs to one job. ``identity.json`` says which, as hashes, and a call that differs is
-refused by the name of what differs. Each finished batch is one safetensors file, whose header
-holds the batch's plain data as JSON and a hash of both. Files are written beside their place and
-moved there, so a batch is either whole or absent; nothing is ever unpickled.
+refused by the name of what differs. Each finished batch is one file of the library's container:
+tensors, plain data as JSON, and a hash of both. Files are written beside their place and moved
+there, so a batch is either whole or absent; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .identity import digest
+from ..errors import CheckpointError, FileError
+from .container import PARTIAL, pack, read, seal, unseal, write
+
+FORMAT, VERSION = "saefeat.checkpoint", 1
+LARGEST = 1 << 40
+"""Bytes that are read: a batch's file is as large as what this library wrote."""
 
 
 @final
@@ -69,7 +70,7 @@ class Checkpoint:
         elif any(not _partial(entry) for entry in folder.iterdir()):
             raise _no_folder(self.where, folder)
         else:
-            _write(name, json.dumps(wanted, indent=1).encode())
+            write(name, json.dumps(wanted, indent=1).encode(), self.where)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,54 +83,28 @@ class Checkpoint:
         """
         if self.folder is None or not self._file(number).exists():
             return None
-        content = self._file(number).read_bytes()
         try:
-            tensors, (meta, wanted) = load(content), json.loads(_header(content)["saefeat"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            return _damaged(self._file(number), repr(error))
-        if wanted != digest(tensors, meta):
-            return _damaged(self._file(number), "its content does not match its hash")
-        return tensors, json.loads(meta)
+            contents = read(self._file(number), self.where, LARGEST)
+            meta = unseal(contents, FORMAT, VERSION, self.where)["meta"]
+        except (FileError, KeyError) as error:
+            return _damaged(self._file(number), str(error))
+        return contents.tensors, json.loads(meta)
 
     def save(self, number: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Keep a finished batch: named tensors, and anything JSON can hold."""
         if self.folder is None:
             return
-        # copies on the CPU: safetensors refuses tensors that share storage
-        plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        plain = {name: tensor.contiguous() for name, tensor in plain.items()}
-        text = json.dumps(dict(meta))
-        header = json.dumps([text, digest(plain, text)])  # one entry: safetensors shuffles several
-        _write(self._file(number), save(plain, metadata={"saefeat": header}))
+        # Plain data as a text: a NaN is a result too, and the document itself has none.
+        document = seal(FORMAT, VERSION, {"meta": json.dumps(dict(meta))}, tensors, {})
+        write(self._file(number), pack(document, tensors, self.where), self.where)
 
     def _file(self, number: int) -> Path:
         return Path(self.folder or "") / f"batch-{number:06d}.safetensors"
 
 
-def _header(content: bytes) -> dict[str, str]:
-    """The text a safetensors file carries beside its tensors."""
-    size = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + size])["__metadata__"]
-
-
-def _write(name: Path, content: bytes) -> None:
-    """Write beside the place, then move there: a reader finds all of it or nothing."""
-    with tempfile.NamedTemporaryFile(
-        dir=name.parent, prefix=f".{name.name}.", suffix=".partial", delete=False
-    ) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, name)
-        except BaseException:  # Ctrl-C as well
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
 def _partial(entry: Path) -> bool:
     """What an interrupted write may have left."""
-    return entry.suffix == ".partial"
+    return entry.suffix == PARTIAL
 
 
 def _identity(where: str, name: Path) -> dict[str, Any]:

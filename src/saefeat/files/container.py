@@ -8,7 +8,6 @@ because the order of the library's header may change and ours must not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
+from ..hashing import canonical, content_hash, raw
 
 MAX_HEADER = 16 * 2**20
 """Bytes of header a reader accepts; a header is parsed whole."""
@@ -50,6 +50,9 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 KEY = "saefeat"
 
+PARTIAL = ".partial"
+"""How the name of a file ends while it is written."""
+
 
 class Contents(NamedTuple):
     """What a file holds: its JSON document and its tensors, on the CPU."""
@@ -65,17 +68,6 @@ def refuse(
     return FileError(
         f"{where}: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
     )
-
-
-def canonical(document: Any) -> str:
-    """JSON with one spelling: sorted keys, no spaces, no NaN."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def raw(tensor: Tensor) -> bytes:
-    """A tensor's bytes, row after row, little-endian."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def seal(
@@ -126,16 +118,6 @@ def only(entry: Mapping[str, Any], known: Iterable[str], where: str, what: str) 
         raise refuse(where, got, wanted, cause, "pip install --upgrade saefeat")
 
 
-def content_hash(said: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the document's meaning and of every tensor."""
-    found = hashlib.sha256(canonical(said).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(raw(tensor))
-    return found.hexdigest()
-
-
 def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> bytes:
     """The bytes of a file; the same bytes for the same contents.
 
@@ -183,7 +165,7 @@ def write(path: str | Path, data: bytes, where: str) -> Path:
     """
     try:
         target = Path(path)
-        beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
         try:
             with beside.open("xb") as file:
                 file.write(data)

@@ -80,8 +80,8 @@ def provenance(
     found: dict[str, list[str]] = {}
     for step in intervention.parts():
         conditions = () if step.condition is None else step.condition.latents.parts
-        for basis, _ in (*step.latents.parts, *conditions):
-            text = f"{basis.origin or basis.name} {basis.fingerprint()}"  # type: ignore[attr-defined]
+        for basis, indices in (*step.latents.parts, *conditions):
+            text = f"{basis.source} {basis.fingerprint(indices)}"  # type: ignore[attr-defined]
             names = found.setdefault(str(basis.site), [])
             if text not in names:
                 names.append(text)

@@ -1,18 +1,24 @@
-"""What a file may hold: classes by name, and which kinds of value each of their fields may have.
+"""What a file may hold: a list of classes, and the kinds of value their fields may have.
 
-Nothing outside this table is ever constructed from a file. A new verb or value is one line here:
-its class and, for every constructor argument, the kinds it may have. Kinds are ``none``, ``bool``,
-``int``, ``number``, ``text``, ``tensor``, ``latents``, ``tokens``, or the name of another form.
-Constructors check the rest, so a file cannot make what a call could not.
+Nothing outside ``FORMS`` is ever constructed from a file. The kinds are read off the fields'
+annotations, so a new argument of a verb is written down in its class and nowhere else. Kinds are
+``none``, ``bool``, ``int``, ``number``, ``text``, ``tensor``, ``latents``, ``tokens``, or the name
+of another form; a site and a function have none. Constructors check the rest, so a file cannot
+make what a call could not.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import fields
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
+from torch import Tensor
+
+from ..dictionaries.latents import Latents
 from ..results.readings import Readings
+from ..text.tokens import Tokens
+from ..values.base import Value
 from ..values.patch import Patch
 from ..values.resample import Resample
 from ..values.schedule import Schedule
@@ -37,87 +43,48 @@ MAX_TEXT = 4_096
 MAX_SITE = 256
 MAX_WIDTH = 2**31
 
+STEPS = ("Ablate", "Clamp", "Probe")
+"""Forms that are steps; the others are values of a step's fields."""
 
-ARGUMENTS = {("When", "latents"): "subject"}
-"""(Form, field) → the constructor's argument, where it has another name than the field."""
+_CLASSES: tuple[type, ...] = (Ablate, Clamp, Probe, When, Schedule, Patch, Resample, Readings)
+_KINDS: dict[object, tuple[str, ...]] = {
+    float: ("number",),
+    Tensor: ("tensor",),
+    str: ("text",),
+    bool: ("bool",),
+    int: ("int",),
+    Latents: ("latents",),
+    Tokens: ("tokens",),
+    When: ("When",),
+    Value: ("Schedule", "Patch", "Resample"),
+    Readings: ("Readings",),
+    NoneType: ("none",),
+}
+"""Type in an annotation → what it is called in a file."""
 
 
 class Form(NamedTuple):
-    """A class that a file may name."""
+    """A class that a file may name, and the kinds of each of its fields."""
 
     cls: type
     kinds: dict[str, tuple[str, ...]]
 
-    def argument(self, name: str) -> str:
-        """The constructor's name for a field."""
-        return ARGUMENTS.get((self.cls.__name__, name), name)
-
-    def default(self, name: str) -> Any:
-        """The constructor's default of a field; fields at their default are not written."""
-        found = inspect.signature(self.cls).parameters.get(self.argument(name))
-        return None if found is None else found.default
+    def defaults(self) -> dict[str, Any]:
+        """Field → its default; fields at their default are not written."""
+        return {field.name: field.default for field in fields(self.cls)}
 
 
-def _form(cls: type, **kinds: str) -> Form:
-    return Form(cls, {name: tuple(text.split(" | ")) for name, text in kinds.items()})
+def _form(cls: type) -> Form:
+    hints = get_type_hints(cls, localns={"Latents": Latents})  # ``Readings`` imports it for types
+    kinds = {}
+    for field in fields(cls):
+        hint = hints[field.name]
+        types = get_args(hint) or (hint,)
+        kinds[field.name] = tuple(kind for one in types for kind in _KINDS.get(one, ()))
+    return Form(cls, kinds)
 
 
-_MOVING = "Schedule | Patch | Resample"
-_VALUE = f"number | tensor | none | {_MOVING}"
-_WHERE = "tokens | none"
-
-FORMS = {
-    form.cls.__name__: form
-    for form in (
-        _form(
-            Ablate,
-            latents="latents",
-            to=f"number | tensor | text | {_MOVING}",
-            where=_WHERE,
-            when="When | none",
-            support="text",
-        ),
-        _form(
-            Clamp,
-            latents="latents",
-            **dict.fromkeys(("value", "scale", "add", "low", "high"), _VALUE),
-            active_only="bool",
-            where=_WHERE,
-            when="When | none",
-            support="text",
-        ),
-        _form(Probe, latents="latents", where=_WHERE, reduce="text | none"),
-        _form(
-            When,
-            latents="latents",
-            scorer="none",  # a Python function is code
-            site="none",
-            above="number | none",
-            below="number | none",
-            match="text",
-            hold="bool",
-        ),
-        _form(Schedule, values="tensor", prompt="tensor | none"),
-        _form(Patch, readings="Readings"),
-        _form(Resample, activations="Readings | tensor", seed="int"),
-        _form(
-            Readings,
-            latents="latents",
-            values="tensor",
-            mask="tensor",
-            **dict.fromkeys(("starts", "counts"), "tensor | none"),
-        ),
-    )
-}
-STEPS = ("Ablate", "Clamp", "Probe")
-"""Forms that are steps of their own; the others are values of a step's fields."""
-
-
-def unlisted() -> dict[str, set[str]]:
-    """Form → dataclass fields the table forgets: they would be lost without a word."""
-    found = {n: {f.name for f in fields(form.cls)} - set(form.kinds) for n, form in FORMS.items()}
-    return {name: missing for name, missing in found.items() if missing}
-
+FORMS = {cls.__name__: _form(cls) for cls in _CLASSES}
 
 RULES = {
     "all": (),

@@ -82,13 +82,13 @@ class Reader:
                 "pip install --upgrade saefeat",
             )
         values = {
-            form.argument(field): self.value(value, form.kinds[field], f"{name}({field}=...)")
+            field: self.value(value, form.kinds[field], f"{name}({field}=...)")
             for field, value in given.items()
         }
-        found = self._build(form.cls, values, name)
-        if isinstance(found, Readings):
-            self._sound(found)
-        return found
+        built = self._build(form.cls, values, name)
+        if isinstance(built, Readings):
+            self._sound(built)
+        return built
 
     def _sound(self, found: Readings) -> None:
         """Refuse readings whose tensors do not fit each other; ``Readings`` itself checks none."""
@@ -127,8 +127,8 @@ class Reader:
         kind, inner = next(iter(value.items())) if len(value) == 1 else ("object", None)
         if kind == "tensor":
             return kind, self._tensor(inner)
-        if kind == "latents":
-            return kind, self._latents(inner)
+        if kind in ("latents", "span"):
+            return "latents", self._latents(inner, "span" if kind == "span" else "frozen")
         if kind == "tokens":
             return kind, Tokens(self._rule(inner))
         if kind == "infinite" and type(inner) is int and abs(inner) == 1:
@@ -157,7 +157,7 @@ class Reader:
         parts = zip(wanted, found[1:], strict=True)
         return (kind, *(inner[need](part) if need in inner else part for need, part in parts))
 
-    def _latents(self, found: Any) -> Latents:
+    def _latents(self, found: Any, written: str) -> Latents:
         """The selections that [dictionary, selection] pairs name."""
         parts, seen = [], set()
         for pair in listed(found, self.where, "latents", forms.MAX_DICTIONARIES):
@@ -176,7 +176,7 @@ class Reader:
                 raise broken(self.where, f"a latent of {dictionary.site} twice", "each once")
             seen.update((pair[0], i) for i in indices)
             parts.append((dictionary, indices))
-        return Latents(tuple(parts))
+        return Latents(tuple(parts), written)
 
     def _dictionary(self, number: int, entry: Any) -> Dictionary:
         """One entry of ``dictionaries``, and the selections made from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from ..errors import LatentError
 from ..files.container import refuse, write
 from ..model.sites import Site
 from ..text.tokens import Tokens
+from ..values.declared import same
 from ..verbs.base import Intervention, Step
 from ..verbs.edits import Clamp
-from .fields import FORMS
 
 
 def steering_vector(
@@ -75,15 +76,14 @@ def _constant(step: Step) -> Tensor:
     Raises:
         LatentError: naming what else it does.
     """
-    _require(type(step) is Clamp, step, "another verb than Clamp")
-    form, add = FORMS["Clamp"], step.add  # type: ignore[attr-defined]
-    for name in form.kinds:
-        given = getattr(step, name)
-        if name in ("latents", "add", "where") or given is form.default(name):
-            continue
-        _require(
-            given == form.default(name) if isinstance(given, bool) else False, step, f"{name}="
-        )
+    _require(isinstance(step, Clamp), step, "another verb than Clamp")
+    assert isinstance(step, Clamp)
+    add = step.add
+    for field in fields(step):
+        if field.name not in ("latents", "add", "where"):
+            given = getattr(step, field.name)
+            _require(same(given, field.default), step, f"{field.name}=")
+    _require(step.latents.written == "frozen", step, f"latents.{step.latents.written}()")
     plain = isinstance(add, (int, float, Tensor))
     _require(plain, step, "no add=" if add is None else f"add={type(add).__name__}")
     found = torch.as_tensor(add)

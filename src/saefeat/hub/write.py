@@ -15,6 +15,7 @@ from ..dictionaries.latents import Latents
 from ..errors import FileError
 from ..files.container import MAX_DEPTH, depth, refuse
 from ..text.tokens import Tokens
+from ..values.declared import same
 from ..verbs.base import Chain, Intervention
 from .fields import FORMS, MAX_LATENTS, MAX_NAMED, MAX_SITE, MAX_TEXT, RULES, STEPS
 
@@ -54,18 +55,10 @@ class Writer:
                 "a class that a file has no name for",
                 "save the steps that have one, and make the others in code",
             )
-        if getattr(value, "support", "frozen") == "reselect":
-            raise cannot(
-                f'one with {what}: support="reselect"',
-                'support="frozen"',
-                "which latents enter the selection depends on all of the dictionary",
-                "make the edit in code, with the dictionary",
-            )
-        written = {}
+        defaults, written = form.defaults(), {}
         for field, kinds in form.kinds.items():
             given = getattr(value, field)
-            default = form.default(field)
-            if not (given is default or (type(given) is type(default) and given == default)):
+            if not same(given, defaults[field]):
                 written[field] = self.value(given, kinds, f"{name}({field}=...)")
         return {"form": name, "fields": written}
 
@@ -82,7 +75,7 @@ class Writer:
             self.tensors[name] = sound(value, name, what)
             return {"tensor": name}
         if kind == "latents":
-            return {"latents": self._latents(value)}
+            return {"span" if value.written == "span" else "latents": self._latents(value)}
         if kind == "tokens":
             if depth(value.rule) > MAX_DEPTH - 10:  # what stands around it nests too
                 most, call = f"at most {MAX_DEPTH} levels", "Tokens.ids(*ids), not a | b | c"
@@ -98,6 +91,10 @@ class Writer:
 
     def _latents(self, latents: Latents) -> list[list[int]]:
         """[dictionary, selection] for each part; equal selections are written once."""
+        if latents.written == "reselect":
+            cause = "which latents enter the selection depends on all of the dictionary"
+            call = "make the edit in code, with the dictionary"
+            raise cannot(f"one of {latents!r}", "latents without reselect()", cause, call)
         found = []
         for basis, indices in latents.parts:
             self._named += len(indices)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..dictionaries.base import Dictionaries
 from ..dictionaries.sae import SAE
@@ -13,15 +15,22 @@ from ..model.sites import Site
 from . import directory, native
 from .entries import Entry, Ids, Sites, choose
 from .facts import Origin, Source
+from .from_object import from_object
 from .layouts import detect, folders, read, whole
 from .released import Released
 from .whole import Whole
 
 
 def load_sae(
-    folder: str | Path, *, site: Site | str | None = None, write_site: Site | str | None = None
+    folder: str | Path | Any,
+    *,
+    site: Site | str | None = None,
+    write_site: Site | str | None = None,
 ) -> SAE | Whole:
-    """An SAE or transcoder from a folder; tensors are read when selected.
+    """An SAE or transcoder from a folder, or from a sae-lens object.
+
+    Tensors of a folder are read when selected; those of an object are shared, its state is never
+    used.
 
     The layout is recognized by its files: sae-lens (``cfg.json``, ``sae_weights.safetensors``),
     Gemma Scope (``params.npz``, or ``params.safetensors`` for the second), Llama Scope
@@ -30,7 +39,7 @@ def load_sae(
     Matching-pursuit and temporal SAEs, of sae-lens alone, are read and encoded by sae-lens.
 
     Args:
-        folder: holds the files of one SAE.
+        folder: holds the files of one SAE; or a ``sae_lens.SAE``, also one just trained.
         site: overrides the hook name the files declare; needed where they declare none.
         write_site: overrides the output hook a transcoder declares.
 
@@ -45,6 +54,8 @@ def load_sae(
         >>> sae.site.hook, sae.d_sae
         ('blocks.1.hook_resid_post', 512)
     """
+    if not isinstance(folder, str | os.PathLike):
+        return from_object(folder, site=site, write_site=write_site)
     folder = Path(folder)
     layout = detect(folder)
     if layout is None:

@@ -26,7 +26,7 @@ def notes(
     l0: float,
     fvu: float,
 ) -> tuple[str, ...]:
-    """Everything in which a dictionary's declarations and the facts disagree, in plain words.
+    """Everything in which a dictionary's declarations and what was measured disagree.
 
     Args:
         sae: the dictionary.
@@ -36,35 +36,35 @@ def notes(
         l0: measured.
         fvu: measured.
     """
-    said = getattr(sae, "declared", None)
-    if said is None:
+    declared = getattr(sae, "declared", None)
+    if declared is None:
         return ()
-    found = [
-        _model(said.model, module),
-        _width(said.width, sae.d_sae),
-        _l0(said.l0, l0),
-        _explained(said.explained, 1 - fvu),
-        _bos(said.prepend_bos, prompts, bos),
+    noted = [
+        _model(declared.model, module),
+        _width(declared.width, sae.d_sae),
+        _l0(declared.l0, l0),
+        _explained(declared.explained, 1 - fvu),
+        _bos(declared.prepend_bos, prompts, bos),
     ]
-    return tuple(note for note in found if note)
+    return tuple(note for note in noted if note)
 
 
 def _model(declared: str | None, module: nn.Module) -> str | None:
     name = getattr(getattr(module, "config", None), "name_or_path", "") or ""
     if not declared or not name or Path(name).is_dir():  # a folder may be called anything
         return None
-    trained, here = _short(declared), _short(name)
-    if trained == here:
+    trained, loaded = _short(declared), _short(name)
+    if trained == loaded:
         return None
-    if _CHAT.sub("", trained) == _CHAT.sub("", here):
+    if _CHAT.sub("", trained) == _CHAT.sub("", loaded):
         return f"trained on {declared}, and this is {name}: one of them is tuned further"
     return f"trained on {declared}, and this model is called {name}"
 
 
 def _short(name: str) -> str:
     """A model's name without its owner."""
-    own = name.rsplit("/", 1)[-1].lower()
-    return _SAME.get(own, own)
+    short = name.rsplit("/", 1)[-1].lower()
+    return _SAME.get(short, short)
 
 
 def _width(declared: int | None, width: int) -> str | None:

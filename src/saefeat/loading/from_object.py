@@ -25,10 +25,6 @@ def from_object(
     Raises:
         DictionaryError: for an architecture this version cannot compute.
         SiteError: for a hook name this version has no place for.
-
-    Examples:
-        >>> sf.load_sae.__name__
-        'from_sae_lens'
     """
     name = sae.get_name()
     facts = declared(sae.cfg.to_dict(), name)

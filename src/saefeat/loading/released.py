@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, final
 
@@ -96,8 +97,11 @@ class Released(Dictionary):
     def columns(self, indices: Tensor) -> dict[str, Any]:
         return self.sae.columns(indices)
 
-    def fingerprint(self) -> str:
-        return self.sae.fingerprint()
+    def content(self, indices: Tensor) -> object:
+        return self.sae.content(indices)
+
+    def fingerprint(self, indices: Iterable[int] | Tensor | None = None) -> str:
+        return self.sae.fingerprint(indices)
 
     def __getattr__(self, name: str) -> Any:
         """Widths, ``reconstruct`` and whatever else the SAE has."""

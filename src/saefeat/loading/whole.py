@@ -7,7 +7,6 @@ SAE predicts a token from those before it. Both are encoded by sae-lens's own co
 from __future__ import annotations
 
 import copy
-import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -21,6 +20,8 @@ from ..model.sites import Site
 from .facts import Facts, Origin, declared_by, no_site
 
 ARCHITECTURES = ("matching_pursuit", "temporal")
+_ASIDE = ("metadata", "device", "dtype")
+"""Settings of sae-lens that say where an SAE came from, or where it lies."""
 
 
 @final
@@ -60,7 +61,6 @@ class Whole(Dictionary):
         self._factor = 1.0
         if sae.cfg.normalize_activations == "constant_scalar_rescale":
             self._factor = float(sae.cfg.activation_normalization_factor)
-        self._hash = _hash(sae)
 
     def columns(self, indices: Tensor) -> dict[str, Any]:
         return {
@@ -98,8 +98,11 @@ class Whole(Dictionary):
         sequences = z.reshape(-1, *z.shape[-2:])
         return self._sae(sequences).reshape(z.shape)
 
-    def fingerprint(self) -> str:
-        return self._hash
+    def content(self, indices: Tensor) -> object:
+        config = self._sae.cfg.to_dict()
+        settings = {name: config[name] for name in sorted(config) if name not in _ASIDE}
+        tensors = self._sae.state_dict()
+        return settings, self.norm, self.centered, self._factor, tensors, indices.tolist()
 
 
 def load(
@@ -151,11 +154,3 @@ def _encode(sae: Any, centered: bool, indices: Tensor, x: Tensor) -> Tensor:
         f = sae.encode(sequences.to(sae.W_dec.device))
     f = f[..., indices.to(f.device)].to(x.device, x.dtype)
     return f.reshape(*x.shape[:-1], len(indices))
-
-
-def _hash(sae: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.to(torch.float32).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

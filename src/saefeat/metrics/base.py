@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor
 
-from ..errors import PromptError, SaefeatError
-from ..kernel.view import Memory, View, window
+from ..errors import PromptError
+from ..kernel.view import View
 from ..model.sites import Site
 
 
@@ -100,10 +99,6 @@ Reader = Callable[[Seen], Tensor]
 """``reader(seen) -> [b]``, differentiable."""
 
 
-Scorer = Callable[[Tensor, Tensor], Tensor]
-"""``scorer(logits [b, vocabulary], top [b]) -> [b]``; ``top`` is the baseline run's argmax."""
-
-
 @final
 @dataclass(frozen=True)
 class Metric:
@@ -136,28 +131,6 @@ class Metric:
     reference: str | None = None
     baseline_top: bool = False
 
-    def bind(self, tokenizer: Any) -> Scorer:
-        """The metric as a function of last logits [b, vocabulary] and the baseline's argmax [b].
-
-        Raises:
-            SaefeatError: for a metric that reads more than the last logits; when called, for
-                ``PerPrompt`` values and another number of rows than there are values.
-        """
-        if self.columns != "last" or self.site is not None or self.reference:
-            raise SaefeatError(
-                f"Metric.bind: `metric` is {self!r}, which reads more than the last token's logits,"
-                " wanted logit, logit_diff or metric of last logits. Likely cause: logits of one"
-                " position do not hold what it looks at. Try: measure(model, prompts, metric)"
-            )
-        read = self.reader(tokenizer)
-
-        def scorer(logits: Tensor, top: Tensor) -> Tensor:
-            require_prompts("metric", self, len(logits))
-            view = window(None, None, (len(logits), 1), 0, Memory(), None)
-            return read(Seen(logits.unsqueeze(1), top, torch.arange(len(logits)), view))
-
-        return scorer
-
     @property
     def needs_baseline(self) -> bool:
         """Whether it says nothing without a baseline run."""
@@ -178,22 +151,7 @@ def real(seen: Seen) -> Tensor:
     return seen.view.real.to(read.device)
 
 
-def require_prompts(where: str, metric: Metric, prompts: int) -> None:
-    """Refuse values made for another number of prompts: they would meet the wrong ones.
-
-    Raises:
-        PromptError: naming both numbers.
-    """
-    if metric.prompts in (None, prompts):
-        return
-    raise PromptError(
-        f"{where}: `metric` is made for {metric.prompts} prompts, wanted values for the {prompts}"
-        " prompts given. Likely cause: the prompts were filtered, repeated or batched after the"
-        " values were made. Try: PerPrompt values from the same prompts, in the same order"
-    )
-
-
-def same_count(where: str, *values: Any) -> int | None:
+def same_count(function: str, *values: Any) -> int | None:
     """How many prompts ``PerPrompt`` values are for; None if there are none.
 
     Raises:
@@ -202,8 +160,8 @@ def same_count(where: str, *values: Any) -> int | None:
     counts = {len(value.values) for value in values if isinstance(value, PerPrompt)}
     if len(counts) > 1:
         raise PromptError(
-            f"{where}: `PerPrompt` is {' and '.join(map(str, sorted(counts)))} values, wanted one"
-            " value a prompt in each. Likely cause: lists made from different prompts. Try:"
-            f" {where}(PerPrompt(correct), PerPrompt(wrong))"
+            f"{function}: `PerPrompt` is {' and '.join(map(str, sorted(counts)))} values, wanted"
+            " one value a prompt in each. Likely cause: lists made from different prompts. Try:"
+            f" {function}(PerPrompt(correct), PerPrompt(wrong))"
         )
     return counts.pop() if counts else None

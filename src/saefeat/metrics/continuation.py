@@ -56,11 +56,11 @@ def log_prob(continuation: str | Sequence[int] | PerPrompt) -> Metric:
 def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
     """A continuation's ids."""
     if isinstance(text, str) and tokenizer is not None:
-        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        found = [] if isinstance(text, (str, int)) else list(text)
-    if found and all(type(token) is int for token in found):
-        return tuple(found)
+        ids = [] if isinstance(text, (str, int)) else list(text)
+    if ids and all(type(token) is int for token in ids):
+        return tuple(ids)
     raise PromptError(
         f"log_prob: `continuation` is {text!r:.80}, which is not a sequence of tokens, wanted text,"
         " or token ids. Likely cause: an empty text, a single id, or text for a model without its"

@@ -59,5 +59,5 @@ def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """[b]: KL of the first distribution from the second, in at least float32."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     wanted = reference.detach().to(logits.device, dtype).log_softmax(-1)
-    found = logits.to(dtype).log_softmax(-1)
-    return (wanted.exp() * (wanted - found)).sum(-1)
+    log_probs = logits.to(dtype).log_softmax(-1)
+    return (wanted.exp() * (wanted - log_probs)).sum(-1)

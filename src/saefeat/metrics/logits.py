@@ -39,9 +39,8 @@ def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
         PromptError: when bound, for a string that is not one token.
 
     Examples:
-        >>> scorer = sf.logit_diff([0, 1], 2).bind(None)
-        >>> scorer(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))
-        tensor([0.6931, 0.6931])
+        >>> sf.logit_diff([0, 1], 2)
+        logit_diff([0, 1], 2)
     """
     name = f"logit_diff({positive!r}, {negative!r})"
 
@@ -60,9 +59,11 @@ def logit(token: TokenSpec) -> Metric:
         token: as in ``logit_diff``.
 
     Examples:
-        >>> scorer = sf.metrics.logit(2).bind(None)
-        >>> scorer(torch.arange(4.0)[None], torch.zeros(1, dtype=torch.long))
-        tensor([2.])
+        >>> from saefeat.studies.refusal import tiny
+        >>> logits = sf.run(tiny.model("chat"), ["hello"]).logits
+        >>> value = sf.metrics.measure(tiny.model("chat"), ["hello"], sf.metrics.logit(5))
+        >>> torch.allclose(value, logits[:, 5], atol=1e-4)
+        True
     """
 
     def reader(tokenizer: Any) -> Reader:

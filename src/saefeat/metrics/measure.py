@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..attribution.passes import NOTHING, Watch
-from ..attribution.prepare import Data, continued, require_whole
+from ..attribution.prepare import Data, continued
+from ..checks import one_a_prompt, whole
 from ..dictionaries.latents import Latents
-from ..errors import SaefeatError
+from ..errors import PromptError, SaefeatError
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_fired, require_rows
-from .base import Metric, require_prompts
+from .base import Metric
 
 
 def measure(
@@ -49,7 +50,7 @@ def measure(
         >>> sf.metrics.measure(model, ["hello", "how do i bake bread"], metric).shape
         torch.Size([2])
     """
-    require_whole("measure", "batch_size", batch_size)
+    whole("measure", "batch_size", batch_size, error=PromptError)
     chosen = NOTHING if intervention is None else intervention
     tokenizer = getattr(model, "tokenizer", None)
     inputs, lengths = encode_prompts(tokenizer, prompts), None
@@ -69,7 +70,7 @@ def measure(
 
 
 def _require(metric: Metric, prompts: int) -> None:
-    require_prompts("measure", metric, prompts)
+    one_a_prompt("measure", "metric", metric.prompts, prompts)
     if metric.reference == "baseline":
         raise SaefeatError(
             f"measure: `metric` is {metric!r}, wanted a metric that needs no baseline run. Likely"

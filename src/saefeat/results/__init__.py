@@ -4,20 +4,20 @@
 * ``readings``: the activations a probe read.
 * ``receipt``, ``events``: what each edit did, counted and token by token.
 * ``provenance``: versions, model, dictionaries and settings a result depends on.
+* ``html``, ``table``: results as pages and as pandas tables.
 """
 
-from .events import Events
+from .html import render
 from .provenance import Provenance, versions
 from .readings import Readings
-from .receipt import Fired, Receipt
+from .receipt import Receipt
 from .run import Run
 
 __all__ = [
-    "Events",
-    "Fired",
     "Provenance",
     "Readings",
     "Receipt",
     "Run",
+    "render",
     "versions",
 ]

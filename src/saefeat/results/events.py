@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..errors import SaefeatError
 from ..kernel.log import Log
 from ..model.sites import Site
+from .table import frame
 
 if TYPE_CHECKING:
     import pandas
@@ -164,19 +164,3 @@ def join_events(pieces: Sequence[Events | None]) -> Events | None:
     joined = {name: torch.cat(column) for name, column in columns.items()}
     order = joined["dictionary"].argsort(stable=True)  # dictionaries first, as in one batch
     return Events(kept[0].sites, start, **{name: col[order] for name, col in joined.items()})
-
-
-def frame(columns: dict[str, Any], where: str) -> pandas.DataFrame:
-    """A pandas table.
-
-    Raises:
-        SaefeatError: without pandas.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise SaefeatError(
-            f"{where}: `pandas` is not installed, wanted pandas 2.2 or later. Likely cause: it is"
-            " an optional part of saefeat. Try: pip install 'saefeat[pandas]'"
-        ) from error
-    return pandas.DataFrame(columns)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class Provenance:
             model's own generation configuration that are not transformers' defaults.
 
     Examples:
-        >>> found = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
-        >>> found.to_dict()["dtype"]
+        >>> origin = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
+        >>> origin.to_dict()["dtype"]
         'float32'
     """
 
@@ -56,13 +54,17 @@ def versions() -> dict[str, str]:
         >>> sorted(sf.results.versions())[:2]
         ['nnsight', 'python']
     """
-    found = {"python": platform.python_version()}
-    for name in ("saefeat", "nnsight", "torch", "transformers", "sae-lens", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = ("saefeat", "nnsight", "torch", "transformers", "sae-lens", "safetensors")
+    return {"python": platform.python_version(), **{name: installed(name) for name in names}}
+
+
+@cache
+def installed(name: str) -> str:
+    """A package's version, read once: parsing six packages' metadata takes longer than a pass."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def now() -> str:

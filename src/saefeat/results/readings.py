@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .events import frame
+from .table import frame
 
 if TYPE_CHECKING:
     import pandas
@@ -67,8 +67,8 @@ class Readings:
         """[prompts, k]: the value at each prompt's last selected token, NaN without any."""
         tokens = torch.arange(self.mask.shape[1], device=self.mask.device)[None, :, None]
         place = torch.where(self.mask, tokens, 0).amax(1, keepdim=True)  # [prompts, 1, k]
-        found = self.values.gather(1, place).squeeze(1)
-        return torch.where(self.mask.any(1), found, torch.nan)
+        values = self.values.gather(1, place).squeeze(1)
+        return torch.where(self.mask.any(1), values, torch.nan)
 
     def active(self) -> Tensor:
         """[k]: the share of selected tokens at which the latent is above zero.

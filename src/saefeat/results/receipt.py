@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .events import Events, frame, join_events
+from .events import Events, join_events
+from .table import frame
 
 if TYPE_CHECKING:
     import pandas
@@ -26,7 +27,8 @@ class Fired:
             (token, latent) pairs). ``stream`` keeps them batch by batch.
 
     Examples:
-        >>> sf.results.Fired("Ablate(...)", tokens=6, changed=2, largest=1.5).changed
+        >>> from saefeat.results.receipt import Fired
+        >>> Fired("Ablate(...)", tokens=6, changed=2, largest=1.5).changed
         2
     """
 

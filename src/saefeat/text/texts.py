@@ -83,12 +83,12 @@ class Texts:
             PromptError: for a role that no chat template is known for.
         """
         rule = self._plain(where.rule)
-        found = []
+        masks = []
         for row, length in zip(self.ids, self.prompts, strict=True):
             ids = torch.tensor([row], dtype=torch.long)
             view = window(ids, None, (1, len(row)), 0, Memory(torch.tensor([[length]])), None)
-            found.append(select(rule, view)[0])
-        return tuple(found)
+            masks.append(select(rule, view)[0])
+        return tuple(masks)
 
     @property
     def prompts(self) -> tuple[int, ...]:
@@ -123,13 +123,13 @@ def texts_of(model: Any, batch: Mapping[str, Tensor], lengths: Tensor | None = N
 
 def _roles(tokenizer: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """The roles that the tokenizer's template can render."""
-    found = {}
+    markers = {}
     for role in ROLES if getattr(tokenizer, "chat_template", None) else ():
         try:
-            found[role] = role_markers(tokenizer, role)
+            markers[role] = role_markers(tokenizer, role)
         except PromptError:
             continue
-    return found
+    return markers
 
 
 def flat(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

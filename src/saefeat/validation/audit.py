@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ..attribution.attribute import Attribute
+from ..attribution.columns import require_signed
 from ..attribution.scores import Attribution
-from ..attribution.totals import require_signed
+from ..checks import wholes
 from ..errors import SaefeatError
 from ..text.prompts import Prompts
 from .audited import Audit
-from .bench import Folder, bench_of
 from .effects import effects, require_movable
+from .experiment import Experiment, Folder
 from .ranking import by_prompt, ranking
-from .require import require, require_same
 
 
 def audit(
@@ -76,18 +76,18 @@ def audit(
         >>> found.exact.shape, found.top.n
         (torch.Size([8]), 4)
     """
-    require("audit", budget=(budget, 2), seed=(seed, 0))
+    wholes("audit", budget=(budget, 2), seed=(seed, 0))
     wanted = _at_the_top(k, budget)
     require_signed(scores, "audit")
     ranked = ranking(scores, "audit")
     require_movable(scores, "audit")
     asked = {"scores": scores, "k": wanted, "budget": budget, "seed": seed}
-    bench = bench_of(
-        attribute, model, prompts, where="audit", batch_size=batch_size, checkpoint=checkpoint,
+    experiment = Experiment.of_attribute(
+        attribute, model, prompts, function="audit", batch_size=batch_size, checkpoint=checkpoint,
         **asked,
     )  # fmt: skip
-    clean = bench.under()
-    require_same(bench, clean, scores)
+    clean = experiment.under()
+    experiment.require_same(clean, scores)
     chosen, stratum, sizes = draw(len(ranked.keys), wanted, budget - wanted, seed)
     keys, place = ranked.keys[chosen], ranked.among(chosen)
     change, gap = _gaps(scores)
@@ -97,7 +97,7 @@ def audit(
         stratum,
         sizes,
         by_prompt(scores, place, scores.score, len(keys)),
-        effects(bench, scores, keys, place, clean, progress=progress),
+        effects(experiment, scores, keys, place, clean, progress=progress),
         change,
         gap,
         int(scores.degenerate.sum()),
@@ -146,13 +146,13 @@ def draw(population: int, k: int, budget: int, seed: int) -> tuple[Tensor, Tenso
     cuts = [round(tail * (2**h - 1) / max(1, 2**strata - 1)) for h in range(strata + 1)]
     sizes = [stop - start for start, stop in pairwise(cuts)]
     generator = torch.Generator().manual_seed(seed)
-    found, left = [torch.arange(k)], budget
+    ranks, left = [torch.arange(k)], budget
     counts = []
     for h, size in enumerate(sizes):  # what a small stratum cannot use goes to the later ones
         count = min(size, -(-left // (strata - h)))
         left -= count
         counts.append(count)
         picked = torch.randperm(size, generator=generator)[:count].sort().values
-        found.append(k + cuts[h] + picked)
+        ranks.append(k + cuts[h] + picked)
     stratum = torch.arange(strata + 1).repeat_interleave(torch.tensor([k, *counts]))
-    return torch.cat(found), stratum, torch.tensor([k, *sizes])
+    return torch.cat(ranks), stratum, torch.tensor([k, *sizes])

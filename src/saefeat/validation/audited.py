@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
+from ..results.table import frame
 from .ranking import singles
 from .stats import UNKNOWN, Agreement, Estimate, agreement, stratified_total, wilson
 
 FEW = 7
 """Of fewer latents than these a rank correlation of .8 is chance in more than one case of 50."""
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -188,15 +192,13 @@ class Audit:
             below = "what lies below the top is unknown, as nothing was drawn there"
         return f"{ranking}; {size}; {below}."
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame, one row a latent (needs the pandas extra)."""
-        import pandas
-
         sites = [str(self.dictionaries[n].site) for n in self.keys[:, 0].tolist()]
         columns = {"site": sites, "latent": self.keys[:, 1].tolist()}
         columns |= {"stratum": self.stratum.tolist(), "estimate": self.estimate.tolist()}
         columns |= {"exact": self.exact.tolist(), "standard_error": self.error.tolist()}
-        return pandas.DataFrame(columns)
+        return frame(columns, "Audit.to_pandas")
 
     def __repr__(self) -> str:
         rows = [("top", self.top), ("by prompt", self._typical()), ("tail", self.tail)]
@@ -237,15 +239,15 @@ class Audit:
 
     def _warnings(self) -> list[str]:
         """What spoils the numbers above, if anything does."""
-        found, lost = [], int((self.exact.abs() < self.noise).sum())
+        warnings, lost = [], int((self.exact.abs() < self.noise).sum())
         if lost > len(self.exact) / 4:
-            found.append(
+            warnings.append(
                 f"  {lost} of the {len(self.exact)} effects are smaller than the metric's rounding "
                 f"({self.noise:.1g}), and inflate what lies below the top"
             )
         if self.dropped:
-            found.append(
+            warnings.append(
                 f"  {self.dropped:.1%} of the scores' size was left out by keep=, and is in no "
                 "number here"
             )
-        return found
+        return warnings

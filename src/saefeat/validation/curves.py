@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,17 @@ from torch import Tensor
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
 from ..errors import SaefeatError
+from ..results.plot import new_figure
+from ..results.table import frame
 from .ranking import selection
 from .stats import Estimate, quantiles, resample
 
 MEASURES = ("faithfulness", "completeness", "minimality")
 SAMPLES = 1000
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,13 +116,13 @@ class Faithfulness:
         prompts = len(self.clean)
         weights = resample(prompts, SAMPLES, seed)
         every = torch.full((1, prompts), 1 / prompts, dtype=torch.float64)
-        found = []
+        points = []
         for n in range(len(self.sizes)):
             value = float(self._value(measure, of, n, every))
             low, high = quantiles(self._value(measure, of, n, weights))
             ends = (float(low), float(high)) if prompts > 1 else (math.nan, math.nan)
-            found.append(Estimate(value, *ends))
-        return tuple(found)
+            points.append(Estimate(value, *ends))
+        return tuple(points)
 
     def _require(self, measure: str, of: str, known: tuple[str, ...]) -> None:
         if measure in (*MEASURES, "mass") and of in known:
@@ -138,22 +144,18 @@ class Faithfulness:
         table = self.kept if measure == "faithfulness" else self.removed
         return (weights @ table[of][n].double().mean(0) - empty) / whole
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame in long form, one row a point of a curve (needs the pandas extra)."""
-        import pandas
-
         rows = [
             {"size": size, "measure": measure, "of": of, **point._asdict()}
             for measure, of in self._curves()
             for size, point in zip(self.sizes, self.curve(measure, of), strict=True)
         ]
-        return pandas.DataFrame(rows)
+        return frame(rows, "Faithfulness.to_pandas")
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """A matplotlib figure, one panel a measure (needs the plots extra)."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        figure = new_figure("Faithfulness.plot", (10, 3.2))
         panels: dict[str, Any] = dict(zip(MEASURES, figure.subplots(1, 3), strict=True))
         styles = {"top": "-o", "matched": "--s", "random": ":^"}
         for measure, of in self._curves():

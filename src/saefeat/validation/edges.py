@@ -5,28 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import gradients_on, whole, wholes
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.identity import digest, model_identity
 from ..model.route import Route, route
 from ..model.sites import Site
+from ..results.table import frame
 from ..running.run import run
 from ..text.prompts import Prompts, encode_prompts, split
 from ..text.tokens import Tokens
 from ..values.per_prompt import per_prompt
 from ..verbs.edits import Clamp
 from ..verbs.probe import Probe
-from .bench import Folder
+from .experiment import Folder
 from .jacobian import Graph
-from .require import require, require_gradients
 from .stats import spearman
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +75,7 @@ class Edges:
 
     def top(self, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
         """The n strongest edges, of either sign: upstream, downstream, estimate."""
-        require("Edges.top", n=(n, 0))
+        whole("Edges.top", "n", n, 0)
         return self._largest(self.estimate, n)
 
     def _largest(self, values: Tensor, n: int) -> tuple[tuple[Latents, Latents, float], ...]:
@@ -85,13 +89,11 @@ class Edges:
         """The n largest exact changes whose estimate is zero: upstream, downstream, change."""
         if self.ablated is None:
             return ()
-        require("Edges.unseen", n=(n, 0))
+        whole("Edges.unseen", "n", n, 0)
         return self._largest(torch.where(self.estimate == 0, self.ablated, math.nan), n)
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame, one row an edge that is not zero, strongest first (needs pandas)."""
-        import pandas
-
         ups, downs = list(self.upstream), list(self.downstream)
         rows = [
             {
@@ -104,12 +106,12 @@ class Edges:
             }
             for i, j in (self.estimate != 0).nonzero().tolist()
         ]
-        return pandas.DataFrame(sorted(rows, key=lambda row: -abs(row["estimate"])))
+        return frame(sorted(rows, key=lambda row: -abs(row["estimate"])), "Edges.to_pandas")
 
     def __repr__(self) -> str:
-        found, checked = int((self.estimate != 0).sum()), int((~self.exact.isnan()).sum())
+        count, checked = int((self.estimate != 0).sum()), int((~self.exact.isnan()).sum())
         lines = [
-            f"Edges: {found} from {len(self.upstream)} to {len(self.downstream)} latents over "
+            f"Edges: {count} from {len(self.upstream)} to {len(self.downstream)} latents over "
             f"{self.by_prompt.shape[-1]} prompts; {checked} checked, rank correlation "
             f"{self.rank:.2f}; strongest"
         ]
@@ -183,8 +185,8 @@ def edges(
         >>> found.estimate.shape, bool((found.estimate * found.exact >= 0).all())
         (torch.Size([2, 1]), True)
     """
-    require("edges", check=(check, 0), batch_size=(batch_size, 1))
-    require_gradients("edges")
+    wholes("edges", check=(check, 0), batch_size=(batch_size, 1))
+    gradients_on("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
     way = route(model, _sites(up, down))
     ordered = _ordered(up, down, way)
@@ -219,7 +221,7 @@ def _estimated(
     Raises:
         FiringError: if no upstream or no downstream latent is active in any of them.
     """
-    found, active = [], {"upstream": False, "downstream": False}
+    values, active = [], {"upstream": False, "downstream": False}
     bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
     for number, piece in enumerate(bar):
 
@@ -227,10 +229,10 @@ def _estimated(
             return graph.values(piece)
 
         held = _once(done, number, work)
-        found.append(held["values"])
+        values.append(held["values"])
         active = {name: active[name] or bool(held[name]) for name in active}
     _require_active(active, graph)
-    return torch.cat(found, -1)
+    return torch.cat(values, -1)
 
 
 def _once(
@@ -240,9 +242,9 @@ def _once(
     held = done.load(number)
     if held is not None:
         return held[0]
-    found = work()
-    done.save(number, found, {})
-    return found
+    tensors = work()
+    done.save(number, tensors, {})
+    return tensors
 
 
 def _ablated(
@@ -259,8 +261,8 @@ def _ablated(
     prompts = len(batch["input_ids"])
     first = -(-prompts // size)  # pieces before these were the estimates
 
-    def total(found: Any) -> Tensor:
-        reading = found.readings[0]
+    def total(result: Any) -> Tensor:
+        reading = result.readings[0]
         return torch.where(reading.mask, reading.values, 0.0).sum(1)  # [rows, d]
 
     def under(some: list[Latents]) -> dict[str, Tensor]:
@@ -298,9 +300,9 @@ def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     """[u, d] bool."""
     written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]  # type: ignore[attr-defined]
     read = [way.orders[basis.site] for basis, ix in down.parts for _ in ix]
-    found = torch.tensor([[w < r for r in read] for w in written])
-    if bool(found.any()):
-        return found
+    ordered = torch.tensor([[w < r for r in read] for w in written])
+    if bool(ordered.any()):
+        return ordered
     raise SiteError(
         f"edges: `downstream` is {down!r}, none of which is read after {up!r} is written, wanted"
         " latents of a later site. Likely cause: upstream and downstream swapped, or of one site."

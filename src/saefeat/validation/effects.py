@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..attribution.columns import require_positions
 from ..attribution.scores import Attribution
-from ..attribution.totals import require_positions
 from ..dictionaries.latents import Latents
 from ..errors import SaefeatError
 from ..kernel.encode import encode
@@ -20,12 +20,12 @@ from ..results.readings import Readings
 from ..text.tokens import Tokens
 from ..values.patch import Patch
 from ..verbs.edits import Clamp
-from .bench import Bench
+from .experiment import Experiment
 from .ranking import selection
 
 
 def effects(
-    bench: Bench,
+    experiment: Experiment,
     scores: Attribution,
     keys: Tensor,
     place: Tensor,
@@ -38,7 +38,7 @@ def effects(
     Latents that did not move in a prompt have no row in the batch: their effect is exactly zero.
 
     Args:
-        bench: prompts and metric, in the attribution's order.
+        experiment: prompts and metric, in the attribution's order.
         scores: the attribution.
         keys: [k, 2], (dictionary, latent).
         place: [n], which key each of the attribution's rows is of, or −1.
@@ -49,15 +49,15 @@ def effects(
     edits, edit = torch.unique(  # [edits, 2] (key, prompt), and the edit each move belongs to
         torch.stack([place[moves], scores.prompt[moves]], 1), dim=0, return_inverse=True
     )
-    found = torch.zeros(len(keys), len(bench), dtype=torch.float64)
-    starts = range(0, len(edits), bench.batch_size)
-    for start in tqdm(starts, disable=not progress, desc=bench.where, unit="batch"):
-        rows = edits[start : start + bench.batch_size]
+    effect = torch.zeros(len(keys), len(experiment), dtype=torch.float64)
+    starts = range(0, len(edits), experiment.batch_size)
+    for start in tqdm(starts, disable=not progress, desc=experiment.function, unit="batch"):
+        rows = edits[start : start + experiment.batch_size]
         here = (edit >= start) & (edit < start + len(rows))
         shifted = _shifted(scores, keys, rows, moves[here], edit[here] - start)
-        values = bench.under(shifted, rows[:, 1])
-        found[rows[:, 0], rows[:, 1]] = values.double() - clean[rows[:, 1]].double()
-    return found
+        values = experiment.under(shifted, rows[:, 1])
+        effect[rows[:, 0], rows[:, 1]] = values.double() - clean[rows[:, 1]].double()
+    return effect
 
 
 def _shifted(scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edit: Tensor) -> Clamp:
@@ -83,7 +83,7 @@ def _pairs(latents: Latents, scores: Attribution) -> list[tuple[int, int]]:
     return [(number[id(basis)], i) for basis, indices in latents.parts for i in indices]
 
 
-def require_movable(scores: Attribution, where: str) -> None:
+def require_movable(scores: Attribution, function: str) -> None:
     """Refuse scores that do not say at which tokens, and how far, each latent is to be moved.
 
     Raises:
@@ -92,15 +92,15 @@ def require_movable(scores: Attribution, where: str) -> None:
             and no change of the activation alone has that effect. At the zero baseline one of the
             two is zero.
     """
-    require_positions(scores, where)  # an exact score of a whole prompt is no estimate
+    require_positions(scores, function)  # an exact score of a whole prompt is no estimate
     if torch.equal(scores.change, -scores.activation):
         return
     for dictionary in scores.dictionaries:
         columns = dictionary.columns(torch.zeros(1, dtype=torch.long))
         if encode(columns, torch.ones(1, dictionary.d_in))[1] is not None:
             raise SaefeatError(
-                f"{where}: `attribute` is with a baseline, on {dictionary!r}, whose directions move"
-                " with the input, wanted the zero baseline for such a dictionary. Likely cause: an"
-                " SAE that normalizes its input, or the error term. Try: Attribute(...,"
+                f"{function}: `attribute` is with a baseline, on {dictionary!r}, whose directions"
+                " move with the input, wanted the zero baseline there. Likely cause:"
+                " an SAE that normalizes its input, or the error term. Try: Attribute(...,"
                 " baseline=None)"
             )

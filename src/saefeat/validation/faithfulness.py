@@ -10,18 +10,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
+from ..attribution.job import Job
 from ..attribution.scores import Attribution
-from ..dictionaries.latents import Latents, as_latents
+from ..checks import one_of, wholes
+from ..dictionaries.latents import Latents
 from ..errors import LatentError, SaefeatError
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.edits import Ablate
 from ..verbs.probe import Probe
-from .bench import Bench, Folder, bench_of
 from .curves import Faithfulness
+from .experiment import Experiment, Folder
 from .random_sets import matched_sets, members_mass, random_sets, require_pool
 from .ranking import Ranking, ranking, selection
-from .require import require, require_same
 
 
 def faithfulness(
@@ -87,68 +88,68 @@ def faithfulness(
         >>> len(found.curve("faithfulness", "matched"))
         1
     """
-    require("faithfulness", controls=(controls, 0), seed=(seed, 0))
-    _require_way(to)
+    wholes("faithfulness", controls=(controls, 0), seed=(seed, 0))
+    one_of("faithfulness", "to", to, ("zero", "mean"))
     ranked = ranking(scores, "faithfulness")
     ladder = _sizes(sizes, ranked, controls)
-    _require_inside(attribute, selection(scores.dictionaries, ranked.keys))
+    _require_inside(attribute.job.target, selection(scores.dictionaries, ranked.keys))
     asked = {"scores": scores, "sizes": ladder, "controls": controls, "to": to, "seed": seed}
-    bench = bench_of(
-        attribute, model, prompts, where="faithfulness", batch_size=batch_size,
+    experiment = Experiment.of_attribute(
+        attribute, model, prompts, function="faithfulness", batch_size=batch_size,
         checkpoint=checkpoint, **asked,
     )  # fmt: skip
-    clean = bench.under()
-    require_same(bench, clean, scores)
+    clean = experiment.under()
+    experiment.require_same(clean, scores)
     sets = {"top": ranked.keys[None, : ladder[-1]]}
     if controls:
         sets["random"] = random_sets(ranked, ladder[-1], controls, seed)
         sets["matched"] = matched_sets(scores, ranked, ladder[-1], controls, seed)
-    whole = _Whole(bench, attribute, to)
-    empty = whole.without(whole.latents)
+    circuit = _Circuit(experiment, attribute.job, to)
+    empty = circuit.without(circuit.latents)
     _require_effect(clean, empty)
     chosen = {
         name: [[selection(scores.dictionaries, keys[:k]) for keys in drawn] for k in ladder]
         for name, drawn in sets.items()
     }
     written = members_mass(scores, ranked, sets)
-    found = _run(whole, chosen, progress)
-    return Faithfulness(scores.dictionaries, ladder, sets, clean, empty, *found, written)
+    tables = _run(circuit, chosen, progress)
+    return Faithfulness(scores.dictionaries, ladder, sets, clean, empty, *tables, written)
 
 
 def _run(
-    whole: _Whole, chosen: dict[str, list[list[Latents]]], progress: bool
+    circuit: _Circuit, chosen: dict[str, list[list[Latents]]], progress: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[Tensor, ...]]:
     """Every set kept, every set removed, and the top sets kept but for one member."""
     tops = [drawn[0] for drawn in chosen["top"]]
     sets = sum(len(drawn) for by_size in chosen.values() for drawn in by_size)
     count = 2 * sets + sum(map(len, tops))
     with tqdm(total=count, disable=not progress, desc="faithfulness", unit="set") as bar:
-        kept = {name: whole.table(drawn, True, bar) for name, drawn in chosen.items()}
-        removed = {name: whole.table(drawn, False, bar) for name, drawn in chosen.items()}
+        kept = {name: circuit.table(drawn, True, bar) for name, drawn in chosen.items()}
+        removed = {name: circuit.table(drawn, False, bar) for name, drawn in chosen.items()}
         members = [[top - one for one in top.singles()] for top in tops]
-        marginals = tuple(whole.table([left], True, bar)[0] for left in members)
+        marginals = tuple(circuit.table([left], True, bar)[0] for left in members)
     return kept, removed, marginals
 
 
-class _Whole:
+class _Circuit:
     """All latents, to keep or to ablate some of."""
 
-    def __init__(self, bench: Bench, attribute: Attribute, to: str) -> None:
-        self.latents = as_latents(attribute.target, "faithfulness")
-        self._bench, self._where = bench, attribute.where
-        if self._where is None and bench.data.lengths is not None:
+    def __init__(self, experiment: Experiment, job: Job, to: str) -> None:
+        self.latents = job.target
+        self._experiment, self._where = experiment, job.where
+        if self._where is None and experiment.data.lengths is not None:
             self._where = Tokens.prompt()  # a continuation is not scored, unless asked for
-        self._to = {} if to == "zero" else _means(bench, self.latents, self._where)
+        self._to = {} if to == "zero" else _means(experiment, self.latents, self._where)
 
     def without(self, ablated: Latents) -> Tensor:
         """[prompts]: the metric with these latents ablated."""
         if not len(ablated):
-            return self._bench.under(None)
+            return self._experiment.under(None)
         values = [
             self._to[id(basis)][torch.tensor(indices)] if self._to else torch.zeros(len(indices))
             for basis, indices in ablated.parts
         ]
-        return self._bench.under(Ablate(ablated, to=torch.cat(values), where=self._where))
+        return self._experiment.under(Ablate(ablated, to=torch.cat(values), where=self._where))
 
     def table(self, sets: Sequence[Sequence[Latents]], keep: bool, bar: Any) -> Tensor:
         """[n, draws, prompts]: the metric with each set kept, or with each ablated."""
@@ -160,25 +161,20 @@ class _Whole:
         return torch.stack(rows).reshape(len(sets), len(sets[0]), -1)
 
 
-def _means(bench: Bench, latents: Latents, where: Tokens | None) -> dict[int, Tensor]:
+def _means(experiment: Experiment, latents: Latents, where: Tokens | None) -> dict[int, Tensor]:
     """id(dictionary) → the mean of each of its latents [d_sae] over prompts that have a token."""
-    readings = bench.readings(Probe(latents, where=where, reduce="mean"))
-    total = sum(torch.where(r.mask, r.values, 0.0).sum((0, 1)).double() for r in readings)
-    counts = sum(r.mask.sum((0, 1)) for r in readings)
-    means, start, found = total / counts.clamp(min=1), 0, {}  # type: ignore[union-attr]
+    readings = experiment.readings(Probe(latents, where=where, reduce="mean"))
+    sums = [torch.where(r.mask, r.values, 0.0).sum((0, 1)).double() for r in readings]
+    total, counts = (
+        sum(sums[1:], sums[0]),
+        torch.stack([r.mask.sum((0, 1)) for r in readings]).sum(0),
+    )
+    means, start, by_dictionary = total / counts.clamp(min=1), 0, {}
     for basis, indices in latents.parts:
-        own = torch.zeros(basis.d_sae)
-        own[torch.tensor(indices)] = means[start : start + len(indices)].float().cpu()
-        found[id(basis)], start = own, start + len(indices)
-    return found
-
-
-def _require_way(to: str) -> None:
-    if to not in ("zero", "mean"):
-        raise SaefeatError(
-            f'faithfulness: `to` is {to!r}, wanted "zero" or "mean". Try: faithfulness(...,'
-            ' to="mean")'
-        )
+        row = torch.zeros(basis.d_sae)
+        row[torch.tensor(indices)] = means[start : start + len(indices)].float().cpu()
+        by_dictionary[id(basis)], start = row, start + len(indices)
+    return by_dictionary
 
 
 def _sizes(sizes: Sequence[int] | None, ranked: Ranking, controls: int) -> tuple[int, ...]:
@@ -187,32 +183,32 @@ def _sizes(sizes: Sequence[int] | None, ranked: Ranking, controls: int) -> tuple
     most = moved // 2 if controls else moved
     if sizes is None:
         sizes = [2**n for n in range(6) if 2**n <= most]
-    found = tuple(sizes)
-    whole = all(type(size) is int and 1 <= size <= moved for size in found)
-    if not found or not whole or list(found) != sorted(set(found)):
+    ladder = tuple(sizes)
+    fit = all(type(size) is int and 1 <= size <= moved for size in ladder)
+    if not ladder or not fit or list(ladder) != sorted(set(ladder)):
         raise SaefeatError(
-            f"faithfulness: `sizes` is {found!r}, wanted ascending integers in 1..{moved}, the"
+            f"faithfulness: `sizes` is {ladder!r}, wanted ascending integers in 1..{moved}, the"
             " latents that moved. Likely cause: sizes beyond the latents found, or out of order."
             " Try: faithfulness(..., sizes=(1, 2, 4, 8))"
         )
     if controls:
-        require_pool(ranked, found[-1], "faithfulness")
-    return found
+        require_pool(ranked, ladder[-1], "faithfulness")
+    return ladder
 
 
 def _require_effect(clean: Tensor, empty: Tensor) -> None:
-    whole = float((clean - empty).mean())
-    if abs(whole) > 1e-6 * (1 + float(clean.abs().max())):
+    change = float((clean - empty).mean())
+    if abs(change) > 1e-6 * (1 + float(clean.abs().max())):
         return
     raise SaefeatError(
-        f"faithfulness: `attribute` is a metric that moves by {whole:.1e} when every latent is"
+        f"faithfulness: `attribute` is a metric that moves by {change:.1e} when every latent is"
         " ablated, wanted a metric that the latents carry. Likely cause: a metric that these sites"
         " do not reach, or that the error term carries. Try: another site, or another metric"
     )
 
 
-def _require_inside(attribute: Attribute, scored: Latents) -> None:
-    if len(as_latents(attribute.target, "faithfulness") & scored) == len(scored):
+def _require_inside(target: Latents, scored: Latents) -> None:
+    if len(target & scored) == len(scored):
         return
     raise LatentError(
         "faithfulness: `scores` is of other latents than attribute.target, wanted the scores that"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from ..dictionaries.latents import Latents
 from ..metrics.base import Metric
+from ..results.table import frame
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention
-from .bench import Folder, bench
-from .require import require, require_several, require_upstream_of
+from .experiment import Experiment, Folder
+from .require import require_several, require_upstream_of
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,9 +53,9 @@ class Interactions:
         AND (the loss of either is the loss of both), below zero an OR (each stands in for the
         other).
         """
-        found = self.pairs - self.alone[:, None] - self.alone[None] + self.clean
+        differences = self.pairs - self.alone[:, None] - self.alone[None] + self.clean
         off = ~torch.eye(len(self.alone), dtype=torch.bool)
-        return torch.where(off[..., None], found, 0.0)
+        return torch.where(off[..., None], differences, 0.0)
 
     @property
     def values(self) -> Tensor:
@@ -59,19 +64,18 @@ class Interactions:
 
     def top(self, n: int) -> tuple[tuple[Latents, float], ...]:
         """The n pairs with the largest |interaction|, each once, with its value."""
-        require("Interactions.top", n=(n, 0))
+        whole("Interactions.top", "n", n, 0)
         row, column = torch.triu_indices(len(self.alone), len(self.alone), 1)
-        found = self.values[row, column]
+        values = self.values[row, column]
         one = self.latents.singles()
-        order = found.abs().argsort(descending=True, stable=True)[:n].tolist()
-        return tuple((one[row[p]] | one[column[p]], float(found[p])) for p in order)
+        order = values.abs().argsort(descending=True, stable=True)[:n].tolist()
+        return tuple((one[row[p]] | one[column[p]], float(values[p])) for p in order)
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A square DataFrame of the means (needs the pandas extra)."""
-        import pandas
-
         names = [f"{site} {index}" for site, index in self.latents]
-        return pandas.DataFrame(self.values.tolist(), index=names, columns=names)
+        columns = dict(zip(names, self.values.T.tolist(), strict=True))
+        return frame(columns, "Interactions.to_pandas").set_axis(names)
 
     def __repr__(self) -> str:
         effects = (self.alone - self.clean).mean(1)
@@ -130,15 +134,15 @@ def interactions(
     """
     chosen = require_several(latents, "interactions", 2)
     require_upstream_of(metric, model, chosen, "interactions")
-    place = bench(
-        model, prompts, metric, where="interactions", batch_size=batch_size, baseline=baseline,
+    experiment = Experiment.of_metric(
+        model, prompts, metric, function="interactions", batch_size=batch_size, baseline=baseline,
         checkpoint=checkpoint, latents=chosen, tokens=where,
     )  # fmt: skip
     one, k = chosen.singles(), len(chosen)
     row, column = torch.triu_indices(k, k, 1).tolist()
     sets = [*one, *(one[i] | one[j] for i, j in zip(row, column, strict=True))]
-    found = place.without(sets, where, progress=progress)  # [k + pairs, prompts]
-    alone = found[:k]
+    measured = experiment.without(sets, where, progress=progress)  # [k + pairs, prompts]
+    alone = measured[:k]
     pairs = torch.diag_embed(alone.T).permute(1, 2, 0).clone()
-    pairs[row, column] = pairs[column, row] = found[k:]
-    return Interactions(chosen, place.under(), alone, pairs)
+    pairs[row, column] = pairs[column, row] = measured[k:]
+    return Interactions(chosen, experiment.under(), alone, pairs)

@@ -1,4 +1,4 @@
-"""How many rows a forward pass has room for: long prompts and wide vocabularies take more."""
+"""How many rows a forward pass may have: long prompts and wide vocabularies take more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ..attribution.passes import Batch, Watch
 from ..verbs.base import Intervention
 
-ROOM = 1 << 28
+CAPACITY = 1 << 28
 """Numbers that a pass may hold beside the weights: 1 GiB of float32. On a GPU half of what is free,
 if that is more."""
 
@@ -30,11 +30,11 @@ def rows_that_fit(watch: Watch, batch: Batch, intervention: Intervention, most: 
     latents = sum(len(step.latents) for step in intervention.parts())
     row = 3 * (watch.columns(batch) or tokens) * words
     row += tokens * (4 * latents + 16 * width + 2 * heads * tokens)
-    return max(1, min(most, _room(watch) // max(1, row)))
+    return max(1, min(most, _capacity(watch) // max(1, row)))
 
 
-def _room(watch: Watch) -> int:
+def _capacity(watch: Watch) -> int:
     device = next((p.device for p in watch.module.parameters()), torch.device("cpu"))
     if device.type != "cuda":
-        return ROOM
-    return max(ROOM, torch.cuda.mem_get_info(device)[0] // 8)
+        return CAPACITY
+    return max(CAPACITY, torch.cuda.mem_get_info(device)[0] // 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,17 @@ from tqdm import tqdm
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, SaefeatError
 from ..metrics.base import Metric
+from ..results.table import frame
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention
-from .bench import Folder, bench
+from .experiment import Experiment, Folder
 from .require import require_upstream_of
 
 Holds = float | Callable[[Tensor], Tensor]
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,14 +53,12 @@ class MinimalSet:
     without: Tensor
     clean: Tensor
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame, one row a drop, the start first (needs the pandas extra)."""
-        import pandas
-
         dropped = [next(iter(one)) for one in self.removed]
         sites, indices = [None, *(str(s) for s, _ in dropped)], [None, *(i for _, i in dropped)]
         columns = {"site": sites, "latent": indices, "metric": self.metric.mean(1).tolist()}
-        return pandas.DataFrame({**columns, "held": self.held.tolist()})
+        return frame({**columns, "held": self.held.tolist()}, "MinimalSet.to_pandas")
 
     def __repr__(self) -> str:
         means = self.metric.mean(1)
@@ -136,15 +138,15 @@ def minimal_set(
     judge = _Judge(holds, share)
     whole = None if within is None else _around(start, within)
     require_upstream_of(metric, model, start if whole is None else whole, "minimal_set")
-    place = bench(
-        model, prompts, metric, where="minimal_set", batch_size=batch_size, baseline=baseline,
+    experiment = Experiment.of_metric(
+        model, prompts, metric, function="minimal_set", batch_size=batch_size, baseline=baseline,
         checkpoint=checkpoint, latents=start, within=whole, tokens=where, holds=holds, share=share,
     )  # fmt: skip
-    clean = place.under()
+    clean = experiment.under()
 
     def measure(sets: list[Latents]) -> Tensor:
         ablated = sets if whole is None else [whole - kept for kept in sets]
-        return place.without(ablated, where)
+        return experiment.without(ablated, where)
 
     first = measure([start])[0]
     _require_sufficient(judge, first, measure([Latents(())])[0], start)

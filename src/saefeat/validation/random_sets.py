@@ -17,8 +17,8 @@ def random_sets(ranked: Ranking, k: int, draws: int, seed: int) -> Tensor:
     """[draws, k, 2]: keys drawn from the latents that moved and are not among the first k."""
     generator = torch.Generator().manual_seed(seed)
     pool = ranked.keys[k:]
-    found = [pool[torch.randperm(len(pool), generator=generator)[:k]] for _ in range(draws)]
-    return torch.stack(found)
+    sets = [pool[torch.randperm(len(pool), generator=generator)[:k]] for _ in range(draws)]
+    return torch.stack(sets)
 
 
 def matched_sets(scores: Attribution, ranked: Ranking, k: int, draws: int, seed: int) -> Tensor:
@@ -30,7 +30,7 @@ def matched_sets(scores: Attribution, ranked: Ranking, k: int, draws: int, seed:
     size = mass(scores, ranked).log()
     pool = torch.arange(k, len(size))
     draw = torch.Generator().manual_seed(seed)
-    found = []
+    sets = []
     for _ in range(draws):
         free = torch.ones(len(pool), dtype=torch.bool)
         picked = []
@@ -41,19 +41,19 @@ def matched_sets(scores: Attribution, ranked: Ranking, k: int, draws: int, seed:
             one = open_to[nearest[torch.randint(len(nearest), (1,), generator=draw)]]
             free[one] = False
             picked.append(ranked.keys[pool[one]])
-        found.append(torch.cat(picked))
-    return torch.stack(found)
+        sets.append(torch.cat(picked))
+    return torch.stack(sets)
 
 
 def mass(scores: Attribution, ranked: Ranking) -> Tensor:
     """[m] > 0: how much each latent writes, Σ |activation| · ‖direction‖ where it moved."""
-    found = torch.zeros(len(ranked.keys), dtype=torch.float64)
-    found.index_add_(0, ranked.number, scores.activation.abs().double())
+    size = torch.zeros(len(ranked.keys), dtype=torch.float64)
+    size.index_add_(0, ranked.number, scores.activation.abs().double())
     for n, dictionary in enumerate(scores.dictionaries):
         own = ranked.keys[:, 0] == n
         if bool(own.any()):
-            found[own] *= dictionary.directions(ranked.keys[own, 1]).norm(dim=1).double()
-    return found.clamp(min=torch.finfo(torch.float64).tiny)
+            size[own] *= dictionary.directions(ranked.keys[own, 1]).norm(dim=1).double()
+    return size.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def members_mass(
@@ -68,12 +68,12 @@ def members_mass(
     }
 
 
-def require_pool(ranked: Ranking, k: int, where: str) -> None:
+def require_pool(ranked: Ranking, k: int, function: str) -> None:
     """Refuse sets so large that no control of their size is left."""
     if len(ranked.keys) < 2 * k:
         raise SaefeatError(
-            f"{where}: `sizes` is up to {k}, wanted at most {len(ranked.keys) // 2}: half of the"
+            f"{function}: `sizes` is up to {k}, wanted at most {len(ranked.keys) // 2}: half of the"
             f" {len(ranked.keys)} latents that moved, so that as many are left for a control."
-            f" Likely cause: few latents are active on these prompts. Try: {where}(..., sizes=(1,"
-            f" {max(1, len(ranked.keys) // 2)})), or controls=0"
+            f" Likely cause: few latents are active on these prompts. Try: {function}(...,"
+            f" sizes=(1, {max(1, len(ranked.keys) // 2)})), or controls=0"
         )

@@ -35,7 +35,7 @@ class Ranking(NamedTuple):
         return place[self.number]
 
 
-def ranking(scores: Attribution, where: str) -> Ranking:
+def ranking(scores: Attribution, function: str) -> Ranking:
     """Rank by the size of the estimate, either sign.
 
     Raises:
@@ -44,12 +44,12 @@ def ranking(scores: Attribution, where: str) -> Ranking:
     """
     if len(scores) == 0 or bool(scores.degenerate.all()):
         raise SaefeatError(
-            f"{where}: `scores` is {len(scores)} scores, {int(scores.degenerate.sum())} of"
+            f"{function}: `scores` is {len(scores)} scores, {int(scores.degenerate.sum())} of"
             f" {len(scores.tokens)} prompts degenerate, wanted an attribution with something in it."
             " Likely cause: a baseline that changes nothing, or `where` that selects no token. Try:"
             " print(scores), and compare the metric before and after"
         )
-    _require_finite(scores, where)
+    _require_finite(scores, function)
     pairs = torch.stack([scores.dictionary, scores.latent], 1)
     keys, inverse = torch.unique(pairs, dim=0, return_inverse=True)
     sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, scores.score.double())
@@ -59,14 +59,14 @@ def ranking(scores: Attribution, where: str) -> Ranking:
     return Ranking(keys[order], place[inverse])
 
 
-def _require_finite(scores: Attribution, where: str) -> None:
+def _require_finite(scores: Attribution, function: str) -> None:
     """A score that is NaN would rank above all others."""
     bad = (~torch.isfinite(scores.score)).nonzero().flatten()
     if not len(bad):
         return
     row = int(bad[0])
     raise SaefeatError(
-        f"{where}: `scores` is {len(bad)} that are not finite, the first of prompt"
+        f"{function}: `scores` is {len(bad)} that are not finite, the first of prompt"
         f" {int(scores.prompt[row])}, wanted finite scores. Likely cause: a gradient that"
         " overflows, or of a root or logarithm at zero in the metric. Try: attribute again without"
         " these prompts, in float32"
@@ -81,8 +81,8 @@ def by_prompt(scores: Attribution, number: Tensor, values: Tensor, count: int) -
     prompts = len(scores.tokens)
     kept = number >= 0
     flat = number[kept] * prompts + scores.prompt[kept]
-    found = torch.zeros(count * prompts, dtype=torch.float64)
-    return found.index_add_(0, flat, values[kept].double()).reshape(count, prompts)
+    table = torch.zeros(count * prompts, dtype=torch.float64)
+    return table.index_add_(0, flat, values[kept].double()).reshape(count, prompts)
 
 
 def selection(dictionaries: tuple[Dictionary, ...], keys: Tensor) -> Latents:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..attribution.scores import Attribution
+from ..checks import wholes
 from ..dictionaries.base import Dictionary
 from ..dictionaries.latents import Latents
 from ..errors import LatentError, SaefeatError
+from ..results.table import frame
 from .ranking import by_prompt, ranking, selection, singles
-from .require import require
 from .stats import quantiles, resample
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,14 +64,13 @@ class Stability:
         """The latents of the top set that are in at least this share of the samples' top sets."""
         return selection(self.dictionaries, self.keys[self.inclusion >= share])
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame, one row a latent (needs the pandas extra)."""
-        import pandas
-
         columns = {name: getattr(self, name).tolist() for name in ("mean", "low", "high")}
         sites = [str(self.dictionaries[n].site) for n in self.keys[:, 0].tolist()]
-        where = {"site": sites, "latent": self.keys[:, 1].tolist()}
-        return pandas.DataFrame({**where, **columns, "inclusion": self.inclusion.tolist()})
+        names = {"site": sites, "latent": self.keys[:, 1].tolist()}
+        table = {**names, **columns, "inclusion": self.inclusion.tolist()}
+        return frame(table, "Stability.to_pandas")
 
     def __repr__(self) -> str:
         low, high = quantiles(self.overlap)
@@ -111,7 +114,7 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
         >>> sf.validation.stability(scores, 5, samples=20).inclusion.shape
         torch.Size([5])
     """
-    require("stability", k=(k, 1), samples=(samples, 1), seed=(seed, 0))
+    wholes("stability", k=(k, 1), samples=(samples, 1), seed=(seed, 0))
     prompts = len(scores.tokens)
     if prompts < 2:
         raise SaefeatError(
@@ -148,12 +151,12 @@ def _bootstrap(
     means, overlaps = [], []
     included = torch.zeros(len(table), dtype=torch.float64)
     for some in weights.split(max(1, (1 << 22) // len(table))):  # 32 MiB of means at a time
-        found = some @ table.T  # [s, m]
-        member = _top(found, k)
+        sampled = some @ table.T  # [s, m]
+        member = _top(sampled, k)
         included += member.sum(0)
         both, either = (member & best).sum(1), (member | best).sum(1)
         overlaps.append(both / either)
-        means.append(found[:, order])
+        means.append(sampled[:, order])
     return torch.cat(means), included / len(weights), torch.cat(overlaps)
 
 

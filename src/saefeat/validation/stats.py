@@ -1,4 +1,8 @@
-"""The statistics of this room: ranks, agreement, resampling, stratified totals."""
+"""Statistics of samples: agreement, resampling, stratified totals.
+
+scipy is imported where it is called: it takes longer to import than all of saefeat, and most
+programs ask for no interval.
+"""
 
 from __future__ import annotations
 
@@ -61,20 +65,13 @@ def agreement(estimate: Tensor, exact: Tensor) -> Agreement:
     )
 
 
-def ranks(values: Tensor) -> Tensor:
-    """[n] ranks from 1, ties sharing the mean of their places."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]
-
-
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two [n]; NaN where one does not vary."""
-    if len(a) < 2:
+    """Rank correlation of two [n]; NaN for fewer than two, or where one does not vary."""
+    if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
         return math.nan
-    x, y = (ranks(v) - ranks(v).mean() for v in (a, b))
-    size = float(x.norm() * y.norm())
-    return float(x @ y) / size if size else math.nan
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
 
 
 def resample(n: int, samples: int, seed: int) -> Tensor:
@@ -141,30 +138,25 @@ def stratified_total(samples: Sequence[Tensor], sizes: Sequence[int]) -> Total:
         total += size * float(values.mean())
         seen += float(values.sum())
         if n < size:  # a stratum of which all was seen adds no doubt
-            own = size**2 * (1 - n / size) / n * (float(values.var()) if n > 1 else math.nan)
-            variance += own
-            spread += own**2 / max(1, n - 1)
+            part = size**2 * (1 - n / size) / n * (float(values.var()) if n > 1 else math.nan)
+            variance += part
+            spread += part**2 / max(1, n - 1)
             freedom = variance**2 / spread if spread else math.nan
     return Total(total, seen, variance, freedom)
 
 
 def student(freedom: float) -> float:
-    """Student's t quantile of a two-sided 95 % interval, by its expansion about the normal one.
+    """Student's t quantile of a two-sided 95 % interval."""
+    from scipy.stats import t
 
-    Abramowitz and Stegun 26.7.5: within .2 % from 3 degrees of freedom on, 1 % at 2, 12 % low at 1.
-    """
-    z, n = Z, max(1.0, freedom)
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
-    )
+    return float(t.ppf(0.975, freedom))
 
 
 def wilson(share: float, n: float) -> Estimate:
-    """Wilson's score interval of a share seen among n draws; n need not be whole."""
+    """Wilson's score interval of a share seen among n draws.
+
+    scipy's ``binomtest`` has it for whole counts; an effective sample size is not one.
+    """
     center = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     return Estimate(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))

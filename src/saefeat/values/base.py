@@ -8,7 +8,6 @@ row's text. So all ways of running, any batching and any padding give the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,17 +16,17 @@ from torch import Tensor
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
 from ..kernel.values import ByToken
-from ..results.readings import Readings
+from .declared import Declared
 
 
-class Value(ABC):
+class Value(Declared, ABC):
     """What ``Change`` needs of a value that is no number."""
 
     numbered: ClassVar[bool] = False
     """Whether it depends on the prompt's number, so that each batch needs its own program."""
 
     @abstractmethod
-    def check(self, where: str, parameter: str, latents: Latents) -> None:
+    def check(self, function: str, parameter: str, latents: Latents) -> None:
         """Refuse a value that was made for other latents (``LatentError``)."""
 
     @abstractmethod
@@ -38,39 +37,24 @@ class Value(ABC):
         """How many prompts it is for, or None if it fits any."""
         return None
 
-    def __eq__(self, other: object) -> bool:
-        return same(self, other)
 
-    def __hash__(self) -> int:
-        return hash(type(self))
-
-
-def numbers(where: str, parameter: str, given: Any, dims: tuple[int, ...]) -> Tensor:
-    """Finite numbers as a tensor of its own, float64 so that 0.7 stays 0.7 in any model.
+def numbers(function: str, parameter: str, given: Any, dims: tuple[int, ...]) -> Tensor:
+    """Finite numbers as a tensor, copied, float64 so that 0.7 stays 0.7 in any model.
 
     Raises:
         LatentError: for another number of dimensions, none at all, NaN or infinity.
     """
     try:
-        found = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
+        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.ndim in dims and found.numel() and bool(torch.isfinite(found).all()):
-        return found
-    got = f"{type(given).__name__} of shape {tuple(getattr(given, 'shape', found.shape))}" + (
-        "" if torch.isfinite(found).all() else ", not finite"
-    )
+        values = torch.empty(0)
+    finite = bool(values.isfinite().all())
+    if values.ndim in dims and values.numel() and finite:
+        return values
+    got = f"{type(given).__name__} of shape {tuple(getattr(given, 'shape', values.shape))}"
+    got += "" if finite else ", not finite"
+    wanted = f"finite numbers of {' or '.join(map(str, dims))} dimensions, at least one"
     raise LatentError(
-        f"{where}: `{parameter}` is {got}, wanted finite numbers of {' or '.join(map(str, dims))}"
-        " dimensions, at least one. Likely cause: an empty list, ragged rows, or a mean over"
-        " nothing. Try: Schedule([8.0, 4.0, 0.0]), Resample(values[mask])"
+        f"{function}: `{parameter}` is {got}, wanted {wanted}. Likely cause: an empty list, ragged"
+        " rows, or a mean over nothing. Try: Schedule([8.0, 4.0, 0.0]), Resample(values[mask])"
     )
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal, where tensors are equal in every element and dataclasses in every field."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if type(a) is type(b) and isinstance(a, (Value, Readings)) and is_dataclass(a):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    return type(a) is type(b) and a == b

@@ -13,7 +13,7 @@ from ..errors import LatentError
 from ..kernel.values import Pinned
 from ..results.readings import Readings
 from .base import Value
-from .columns import _brief, _require_readings, columns_of
+from .columns import columns_of, require_readings
 
 
 @final
@@ -47,7 +47,7 @@ class Patch(Value):
     numbered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_readings("Patch", self.readings)
+        require_readings("Patch", self.readings)
         if self.readings.starts is None:
             raise LatentError(
                 "Patch: `readings` is without starts, the column at which each prompt begins,"
@@ -56,8 +56,8 @@ class Patch(Value):
                 " to=values), which takes [k] or [prompts, k]"
             )
 
-    def check(self, where: str, parameter: str, latents: Latents) -> None:
-        columns_of(self.readings, latents, f"{where}, {parameter}=Patch")
+    def check(self, function: str, parameter: str, latents: Latents) -> None:
+        columns_of(self.readings, latents, f"{function}, {parameter}=Patch")
 
     def prompts(self) -> int:
         return self.readings.values.shape[0]
@@ -71,6 +71,3 @@ class Patch(Value):
             known=known,
             starts=self.readings.starts[rows, None].clone(),  # [b, 1]
         )
-
-    def __repr__(self) -> str:
-        return f"Patch({_brief(self.readings)})"

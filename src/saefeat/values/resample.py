@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, final
 
 import torch
@@ -13,11 +13,20 @@ from ..errors import LatentError
 from ..kernel.values import Drawn
 from ..results.readings import Readings
 from .base import Value, numbers
-from .columns import _brief, _require_readings, columns_of
+from .columns import columns_of, require_readings
+from .declared import argument
+
+
+def _source(given: Readings | Tensor, function: str = "Resample") -> Readings | Tensor:
+    if isinstance(given, Tensor):
+        dtype = torch.promote_types(given.dtype, torch.float32)
+        return numbers(function, "activations", given, (2,)).to(dtype)
+    require_readings(function, given)
+    return given
 
 
 @final
-@dataclass(frozen=True, init=False, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Resample(Value):
     """At each token, what the latents were at a token drawn from given activations.
 
@@ -42,32 +51,25 @@ class Resample(Value):
         >>> edit = sf.Ablate(v, to=sf.values.Resample(seen, seed=1))
     """
 
-    activations: Readings | Tensor
-    seed: int
+    activations: Readings | Tensor = argument(converter=_source)
+    _: KW_ONLY
+    seed: int = 0
 
     numbered: ClassVar[bool] = True
 
-    def __init__(self, activations: Readings | Tensor, *, seed: int = 0) -> None:
-        if isinstance(activations, Tensor):
-            dtype = torch.promote_types(activations.dtype, torch.float32)
-            held: Readings | Tensor = numbers("Resample", "activations", activations, (2,))
-            held = held.to(dtype)
-        else:
-            _require_readings("Resample", activations)
-            held = activations
-        if type(seed) is not int or not 0 <= seed < 2**32:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise LatentError(
-                f"Resample: `seed` is {seed!r}, wanted an integer from 0 to 2³² − 1. Likely cause:"
-                " a generator, or a seed of another library. Try: Resample(readings, seed=0)"
+                f"Resample: `seed` is {self.seed!r}, wanted an integer from 0 to 2³² − 1. Likely"
+                " cause: a generator, or a seed of another library. Try: Resample(readings, seed=0)"
             )
-        object.__setattr__(self, "activations", held)
-        object.__setattr__(self, "seed", seed)
 
-    def check(self, where: str, parameter: str, latents: Latents) -> None:
+    def check(self, function: str, parameter: str, latents: Latents) -> None:
         rows = self._rows(latents)
         if rows.shape[0] == 0 or rows.shape[1] != len(latents):
             raise LatentError(
-                f"{where}: `{parameter}` is Resample from {list(rows.shape)}, wanted [n,"
+                f"{function}: `{parameter}` is Resample from {list(rows.shape)}, wanted [n,"
                 f" {len(latents)}] with at least one row. Likely cause: activations of another"
                 " selection, or no token at which all were read. Try: Resample(run(model, data,"
                 " Probe(latents)).readings[0])"
@@ -84,6 +86,3 @@ class Resample(Value):
         values = self._rows(latents)[:, span].clone()
         first = rows.start or 0 if isinstance(rows, slice) else int(rows[0])
         return Drawn(values=values, seed=self.seed, first=first)
-
-    def __repr__(self) -> str:
-        return f"Resample({_brief(self.activations)}, seed={self.seed})"

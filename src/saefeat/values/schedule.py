@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, final
 
 from torch import Tensor
@@ -12,10 +12,21 @@ from ..dictionaries.latents import Latents
 from ..errors import LatentError
 from ..kernel.values import Scheduled
 from .base import Value, numbers
+from .declared import argument
+
+
+def _steps(given: Sequence[Any] | Tensor, function: str = "Schedule") -> Tensor:
+    return numbers(function, "values", given, (1, 2))
+
+
+def _prompt(
+    given: float | Sequence[float] | Tensor | None, function: str = "Schedule"
+) -> Tensor | None:
+    return None if given is None else numbers(function, "prompt", given, (0, 1))
 
 
 @final
-@dataclass(frozen=True, init=False, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Schedule(Value):
     """A value that changes from one generated token to the next, for steering that decays.
 
@@ -37,36 +48,22 @@ class Schedule(Value):
         Clamp(Latents(1: resid_post.1 [0]), add=Schedule([8.0, 4.0, 2.0, 0.0]))
     """
 
-    values: Tensor
-    prompt: Tensor | None
+    values: Tensor = argument(converter=_steps)
+    _: KW_ONLY
+    prompt: Tensor | None = argument(converter=_prompt, default=None)
 
-    def __init__(
-        self,
-        values: Sequence[Any] | Tensor,
-        *,
-        prompt: float | Sequence[float] | Tensor | None = None,
-    ) -> None:
-        steps = numbers("Schedule", "values", values, (1, 2))
-        told = None if prompt is None else numbers("Schedule", "prompt", prompt, (0, 1))
-        object.__setattr__(self, "values", steps)
-        object.__setattr__(self, "prompt", told)
-
-    def check(self, where: str, parameter: str, latents: Latents) -> None:
+    def check(self, function: str, parameter: str, latents: Latents) -> None:
         for name, least, tensor in (("values", 2, self.values), ("prompt", 1, self.prompt)):
             if tensor is not None and tensor.ndim >= least and tensor.shape[-1] != len(latents):
                 raise LatentError(
-                    f"{where}: `{parameter}` is a Schedule whose {name} are for {tensor.shape[-1]}"
-                    f" latents, wanted for {len(latents)}, in the order of the selection. Likely"
-                    " cause: values made for another selection. Try: Schedule([8.0, 4.0, 0.0]), the"
-                    " same for all latents"
+                    f"{function}: `{parameter}` is a Schedule whose {name} are for"
+                    f" {tensor.shape[-1]} latents, wanted for {len(latents)}, in the order of the"
+                    " selection. Likely cause: values made for another selection. Try:"
+                    " Schedule([8.0, 4.0, 0.0]), the same for all latents"
                 )
 
     def plain(self, latents: Latents, span: slice, rows: slice | Tensor) -> Scheduled:
-        values, told = self.values, self.values[0] if self.prompt is None else self.prompt
+        values, prompt = self.values, self.values[0] if self.prompt is None else self.prompt
         values = values[:, span] if values.ndim == 2 else values[:, None]
-        told = told[span] if told.ndim == 1 else told[None]
-        return Scheduled(values=values.clone(), prompt=told.clone())
-
-    def __repr__(self) -> str:
-        told = "" if self.prompt is None else f", prompt={self.prompt.tolist()!r}"
-        return f"Schedule({self.values.tolist()!r}{told})"
+        prompt = prompt[span] if prompt.ndim == 1 else prompt[None]
+        return Scheduled(values=values.clone(), prompt=prompt.clone())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from copy import copy
-from dataclasses import dataclass, fields
-from typing import Any, Self, final
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Latents, selection
 from ..errors import FiringError, LatentError, RemoteError
 from ..kernel.log import Log
 from ..kernel.pack import unpack
@@ -21,7 +21,8 @@ from ..results.readings import Readings, join_time
 from ..results.receipt import Fired, Receipt
 from ..shipping.program import as_shipped
 from ..text.tokens import Tokens
-from ..values.base import Value, same
+from ..values.base import Value
+from ..values.declared import Declared, argument
 from .lower import lower
 from .steps import Change, numbered
 from .when import When
@@ -147,20 +148,24 @@ def _shipped(intervention: Intervention) -> Any:
     return as_shipped(lower(intervention, model), model).__reduce__()
 
 
-@dataclass(frozen=True, eq=False)
-class Step(Intervention):
+@dataclass(frozen=True, repr=False, eq=False)
+class Step(Declared, Intervention):
     """One verb on one selection. Subclasses are ``Ablate``, ``Clamp`` and ``Probe``."""
 
-    latents: Latents
+    latents: Latents = argument(converter=selection)
 
-    def __eq__(self, other: object) -> bool:
-        """Equal in every argument; values that are tensors must be equal too."""
-        return type(self) is type(other) and all(
-            same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
-        )
+    WRITTEN: ClassVar[tuple[str, ...]] = ("frozen",)
+    """How the verb may write a selection: what ``Latents.written`` may be."""
 
-    def __hash__(self) -> int:
-        return hash((type(self), self.latents))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents.written not in self.WRITTEN:
+            verb, plain = type(self).__name__, replace(self.latents, written="frozen")
+            raise LatentError(
+                f"{verb}: `latents` is {self.latents!r}, wanted {plain!r}. Likely cause: span()"
+                " belongs to Ablate, and reselect() to Ablate and Clamp: they say how an edit is"
+                f" written. Try: {verb}(latents)"
+            )
 
     @property
     @abstractmethod

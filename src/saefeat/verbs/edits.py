@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import KW_ONLY, dataclass
+from typing import final
 
 from torch import Tensor
 
-from ..dictionaries.latents import as_latents
 from ..errors import LatentError
 from ..text.tokens import Tokens
 from ..values.base import Value
+from ..values.declared import same
 from .base import Step, per_latent
 from .steps import Change
 from .when import When
 
 
 @final
-@dataclass(frozen=True, init=False, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Ablate(Step):
     """Set latents to zero, or to given values: x' = x + (to − f) · directions.
 
-    With ``to="orthogonal"`` x loses its whole part in the span of the latents' directions at the
+    With ``latents.span()`` x loses its whole part in the span of the latents' directions at the
     write site: x' = x − P x. Nothing is left along any of them, at tokens where f = 0 too, so it
     removes more than the latents: whatever else has a part there. All latents of one write site
     span one space, however they depend on one another. A latent's row in the receipt is then x's
@@ -32,59 +32,53 @@ class Ablate(Step):
     why one usually ablates at every layer at which a latent lives.
 
     Args:
-        latents: ``Latents``, or a dictionary (all its latents).
-        to: ``"zero"``, a number, one value a latent [k] or [prompts, k], a ``Schedule``, ``Patch``
-            or ``Resample``, or ``"orthogonal"``.
+        latents: ``Latents``, or a dictionary (all its latents). ``latents.span()`` and
+            ``latents.reselect()`` say that something else than these latents is written.
+        to: a number, one value a latent [k] or [prompts, k], a ``Schedule``, ``Patch`` or
+            ``Resample``; ``"zero"`` is 0.
         where: which tokens; every real token by default, prompt and generated.
         when: a condition on latents or on a score of a site, token by token.
-        support: what a topk or abstopk dictionary does: ``"frozen"``, its other latents stay as
-            they were; or ``"reselect"``, the edit comes before the k largest are selected, so that
-            others take the places that become free, and all that changes is written.
 
     Raises:
         LatentError: for an empty selection or values that do not fit it; when it is lowered, for
-            ``"reselect"`` on a dictionary that selects nothing.
+            ``latents.reselect()`` of a dictionary that selects nothing.
 
     Examples:
-        >>> sf.Ablate(sf.Direction(torch.ones(8), site="resid_post.1"), where=sf.Tokens.last(5))
+        >>> v = sf.Direction(torch.ones(8), site="resid_post.1")
+        >>> sf.Ablate(v, where=sf.Tokens.last(5))
         Ablate(Latents(1: resid_post.1 [0]), where=Tokens.last(5))
+        >>> sf.Ablate(v.latents().span())
+        Ablate(Latents(1: resid_post.1 [0]).span())
     """
 
-    to: Any
-    where: Tokens | None
-    when: When | None
-    support: str
+    _: KW_ONLY
+    to: float | Tensor | Value | str = 0.0
+    where: Tokens | None = None
+    when: When | None = None
 
-    def __init__(
-        self,
-        latents: Any,
-        *,
-        to: str | float | Tensor | Value = "zero",
-        where: Tokens | None = None,
-        when: When | None = None,
-        support: str = "frozen",
-    ) -> None:
-        chosen = as_latents(latents, "Ablate")
-        _check_support("Ablate", support, to)
-        if isinstance(to, str) and to not in ("zero", "orthogonal"):
+    WRITTEN = ("frozen", "reselect", "span")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.to, str) and self.to != "zero":
             raise LatentError(
-                f'Ablate: `to` is {to!r}, wanted "zero", "orthogonal", a number, or one value a'
-                " latent. Likely cause: a mean or other activations have to come from data: read"
-                " them with a Probe. Try: Ablate(latents, to=readings.mean()), or"
-                " to=Resample(readings)"
+                f'Ablate: `to` is {self.to!r}, wanted a number, one value a latent, or "zero".'
+                " Likely cause: a mean or other activations have to come from data: read them with"
+                " a Probe. Try: Ablate(latents, to=readings.mean()), to=Resample(readings), or"
+                " Ablate(latents.span()) for an orthogonal ablation"
             )
-        value = 0.0 if isinstance(to, str) and to == "zero" else to
-        if not isinstance(value, str):
-            value = per_latent("Ablate", "to", value, chosen)
-        given = {"latents": chosen, "to": value, "where": where, "when": when, "support": support}
-        for name, argument in given.items():
-            object.__setattr__(self, name, argument)
+        to = 0.0 if isinstance(self.to, str) else self.to
+        self._set(to=per_latent("Ablate", "to", to, self.latents))
+        if self.latents.written == "span" and not same(self.to, 0.0):
+            raise LatentError(
+                f"Ablate: `to` is {self.to!r}, for {self.latents!r}, wanted no value: the part of x"
+                " in a span is removed, and no latent is set. Try: Ablate(latents.span()), or"
+                " Ablate(latents, to=...)"
+            )
 
     @property
     def change(self) -> Change:
-        if isinstance(self.to, str):
-            return Change(scale=0.0, shift=0.0, how=self.to)
-        return Change(scale=0.0, shift=self.to, how=self.support)
+        return Change(scale=0.0, shift=self.to, how=_how(self))
 
     @property
     def rule(self) -> Tokens | None:
@@ -94,13 +88,9 @@ class Ablate(Step):
     def condition(self) -> When | None:
         return self.when
 
-    def __repr__(self) -> str:
-        to = "" if isinstance(self.to, float) and self.to == 0 else f", to={self.to!r}"
-        return f"Ablate({self.latents!r}{to}{_where(self.where, self.when, self.support)})"
-
 
 @final
-@dataclass(frozen=True, init=False, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Clamp(Step):
     """Set, scale, shift or bound latents: f' = clip(scale · f + shift, low, high).
 
@@ -109,7 +99,8 @@ class Clamp(Step):
     takes by itself: look at ``Probe`` readings before choosing one.
 
     Args:
-        latents: ``Latents``, or a dictionary (all its latents).
+        latents: ``Latents``, or a dictionary (all its latents); ``latents.reselect()`` edits a
+            topk dictionary before its k largest latents are selected.
         value: f' = value; a number, [k], [prompts, k], or a ``Schedule``, ``Patch`` or
             ``Resample``.
         scale: f' = scale · f; likewise.
@@ -119,7 +110,6 @@ class Clamp(Step):
         active_only: act only where f is not zero.
         where: which tokens; every real token by default, prompt and generated.
         when: a condition on latents or on a score of a site, token by token.
-        support: ``"frozen"`` or ``"reselect"``, as for ``Ablate``.
 
     Raises:
         LatentError: for no change, two changes, or values that do not fit the selection.
@@ -129,41 +119,26 @@ class Clamp(Step):
         Clamp(Latents(1: resid_post.1 [0]), add=4.0)
     """
 
-    value: Any
-    scale: Any
-    add: Any
-    low: Any
-    high: Any
-    active_only: bool
-    where: Tokens | None
-    when: When | None
-    support: str
+    value: float | Tensor | Value | None = None
+    _: KW_ONLY
+    scale: float | Tensor | Value | None = None
+    add: float | Tensor | Value | None = None
+    low: float | Tensor | None = None
+    high: float | Tensor | None = None
+    active_only: bool = False
+    where: Tokens | None = None
+    when: When | None = None
 
-    def __init__(
-        self,
-        latents: Any,
-        value: float | Tensor | Value | None = None,
-        *,
-        scale: float | Tensor | Value | None = None,
-        add: float | Tensor | Value | None = None,
-        low: float | Tensor | None = None,
-        high: float | Tensor | None = None,
-        active_only: bool = False,
-        where: Tokens | None = None,
-        when: When | None = None,
-        support: str = "frozen",
-    ) -> None:
-        chosen = as_latents(latents, "Clamp")
-        _check_support("Clamp", support, None)
-        given = {"value": value, "scale": scale, "add": add, "low": low, "high": high}
-        _one_change(given)
-        object.__setattr__(self, "latents", chosen)
-        for name, number in given.items():
-            object.__setattr__(self, name, per_latent("Clamp", name, number, chosen))
-        object.__setattr__(self, "active_only", active_only)
-        object.__setattr__(self, "where", where)
-        object.__setattr__(self, "when", when)
-        object.__setattr__(self, "support", support)
+    WRITTEN = ("frozen", "reselect")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_change(self)
+        _ordered_bounds(self.low, self.high)
+        for name in ("value", "scale", "add", "low", "high"):
+            given = getattr(self, name)
+            if given is not None:
+                self._set(**{name: per_latent("Clamp", name, given, self.latents)})
 
     @property
     def change(self) -> Change:
@@ -174,7 +149,7 @@ class Clamp(Step):
             scale = self.scale
         if self.add is not None:
             shift = self.add
-        return Change(scale, shift, self.low, self.high, self.active_only, self.support)
+        return Change(scale, shift, self.low, self.high, self.active_only, _how(self))
 
     @property
     def rule(self) -> Tokens | None:
@@ -184,56 +159,17 @@ class Clamp(Step):
     def condition(self) -> When | None:
         return self.when
 
-    def __repr__(self) -> str:
-        names = ("value", "scale", "add", "low", "high")
-        given = [(name, getattr(self, name)) for name in names]
-        shown = "".join(f", {name}={value!r}" for name, value in given if value is not None)
-        only = ", active_only=True" if self.active_only else ""
-        return f"Clamp({self.latents!r}{shown}{only}{_where(self.where, self.when, self.support)})"
+
+def _how(step: Ablate | Clamp) -> str:
+    """How the change is written, in the words of the lowering."""
+    return "orthogonal" if step.latents.written == "span" else step.latents.written
 
 
-def _where(where: Tokens | None, when: When | None, support: str) -> str:
-    shown = "" if where is None else f", where={where!r}"
-    shown += "" if when is None else f", when={when!r}"
-    return shown if support == "frozen" else f"{shown}, support={support!r}"
-
-
-def _check_support(where: str, support: str, to: object) -> None:
-    """One of two words, and no selection of k where no latents are written."""
-    orthogonal = isinstance(to, str) and to == "orthogonal"
-    if support == "frozen" or (support == "reselect" and not orthogonal):
-        return
-    got = f'{support!r}, with to="orthogonal"' if orthogonal else repr(support)
-    wanted = '"frozen"' if orthogonal else '"frozen" or "reselect"'
-    cause = (
-        "an orthogonal ablation changes x, and no latent competes"
-        if orthogonal
-        else "a typing error"
-    )
-    raise LatentError(
-        f"{where}: `support` is {got}, wanted {wanted}. Likely cause: {cause}. Try:"
-        f' {where}(latents, support="reselect")'
-    )
-
-
-def _one_change(given: dict[str, Any]) -> None:
-    """Exactly one of value, scale, add; or bounds alone, which are the same at every token."""
-    low, high = given["low"], given["high"]
-    if isinstance(low, Value) or isinstance(high, Value):
-        parameter = "low" if isinstance(low, Value) else "high"
-        raise LatentError(
-            f"Clamp: `{parameter}` is {low if isinstance(low, Value) else high!r}, wanted a number,"
-            " [k] or [prompts, k]. Likely cause: bounds do not change from token to token. Try:"
-            " Clamp(latents, Patch(readings)), which sets them"
-        )
-    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
-        raise LatentError(
-            f"Clamp: `low` is {low}, above high = {high}, wanted low <= high. Likely cause: bounds"
-            f" swapped. Try: Clamp(latents, low={high}, high={low})"
-        )
-    changes = [name for name in ("value", "scale", "add") if given[name] is not None]
-    bounds = [name for name in ("low", "high") if given[name] is not None]
-    if len(changes) == 1 or (not changes and bounds):
+def _one_change(clamp: Clamp) -> None:
+    """Exactly one of value, scale, add; or bounds alone."""
+    changes = [name for name in ("value", "scale", "add") if getattr(clamp, name) is not None]
+    bounded = clamp.low is not None or clamp.high is not None
+    if len(changes) == 1 or (not changes and bounded):
         return
     got = " and ".join(changes) if changes else "not given, nor scale, add, low or high"
     cause = "two changes whose order would be a guess" if changes else "no change asked for"
@@ -241,3 +177,19 @@ def _one_change(given: dict[str, Any]) -> None:
         f"Clamp: `value` is {got}, wanted one of value, scale, add; or a bound. Likely cause:"
         f" {cause}. Try: Clamp(latents, 4.0), or compose two with |"
     )
+
+
+def _ordered_bounds(low: object, high: object) -> None:
+    """Bounds are the same at every token, and low is not above high."""
+    for parameter, bound in (("low", low), ("high", high)):
+        if isinstance(bound, Value):
+            raise LatentError(
+                f"Clamp: `{parameter}` is {bound!r}, wanted a number, [k] or [prompts, k]. Likely"
+                " cause: bounds do not change from token to token. Try: Clamp(latents,"
+                " Patch(readings)), which sets them"
+            )
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
+        raise LatentError(
+            f"Clamp: `low` is {low}, above high = {high}, wanted low <= high. Likely cause: bounds"
+            f" swapped. Try: Clamp(latents, low={high}, high={low})"
+        )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import KW_ONLY, dataclass
+from typing import final
 
-from ..dictionaries.latents import Latents, as_latents
+from ..checks import one_of
 from ..errors import LatentError
 from ..text.tokens import Tokens
 from .base import Step
 
+REDUCTIONS = (None, "max", "mean", "last")
+
 
 @final
-@dataclass(frozen=True, init=False, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Probe(Step):
     """Read latents' activations; nothing is changed.
 
@@ -34,20 +36,13 @@ class Probe(Step):
         Probe(Latents(1: resid_post.1 [0]))
     """
 
-    where: Tokens | None
-    reduce: str | None
+    _: KW_ONLY
+    where: Tokens | None = None
+    reduce: str | None = None
 
-    def __init__(
-        self, latents: Latents | Any, *, where: Tokens | None = None, reduce: str | None = None
-    ) -> None:
-        if reduce not in (None, "max", "mean", "last"):
-            raise LatentError(
-                f'Probe: `reduce` is {reduce!r}, wanted "max", "mean", "last" or None. Try:'
-                ' Probe(latents, reduce="max")'
-            )
-        object.__setattr__(self, "latents", as_latents(latents, "Probe"))
-        object.__setattr__(self, "where", where)
-        object.__setattr__(self, "reduce", reduce)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("Probe", "reduce", self.reduce, REDUCTIONS, error=LatentError)
 
     @property
     def change(self) -> None:
@@ -60,8 +55,3 @@ class Probe(Step):
     @property
     def reduction(self) -> str | None:
         return self.reduce
-
-    def __repr__(self) -> str:
-        where = "" if self.where is None else f", where={self.where!r}"
-        reduce = "" if self.reduce is None else f", reduce={self.reduce!r}"
-        return f"Probe({self.latents!r}{where}{reduce})"

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, final
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import final
 
+from torch import Tensor
+
+from ..checks import one_of
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError
 from ..model.sites import Site
+from ..values.declared import Declared, argument
+
+Scorer = Callable[[Tensor], Tensor]
+"""A site's value [batch, tokens, d] → a score [batch, tokens]."""
+
+
+def _subject(given: object, function: str = "When") -> Latents | Scorer:
+    scores = callable(given) and not callable(getattr(given, "latents", None))
+    return given if scores else as_latents(given, function)
+
+
+def _site(given: Site | str | None, function: str = "When") -> Site | None:
+    return None if given is None else Site.parse(given)
 
 
 @final
-@dataclass(frozen=True, init=False)
-class When:
+@dataclass(frozen=True, repr=False, eq=False)
+class When(Declared):
     """A condition on latents, or on any score of a site: an edit acts only where it is met.
 
     It is read at every real token, no later than the edit writes. A direction is a latent too, so
@@ -45,64 +62,53 @@ class When:
         When(norm, site='resid_post.0', below=40.0, hold=True)
     """
 
-    latents: Latents
-    scorer: Any
-    site: Site | None
-    above: float | None
-    below: float | None
-    match: str
-    hold: bool
+    subject: Latents | Scorer = argument(converter=_subject)
+    _: KW_ONLY
+    site: Site | None = argument(converter=_site, default=None)
+    above: float | None = None
+    below: float | None = None
+    match: str = "any"
+    hold: bool = False
 
-    def __init__(
-        self,
-        subject: Any,
-        *,
-        site: Site | str | None = None,
-        above: float | None = None,
-        below: float | None = None,
-        match: str = "any",
-        hold: bool = False,
-    ) -> None:
-        scores = callable(subject) and not callable(getattr(subject, "latents", None))
-        if above is None and below is None:
-            above = 0.0
-        _check_when(scores, site, above, below, match)
-        given = {
-            "latents": Latents(()) if scores else as_latents(subject, "When"),
-            "scorer": subject if scores else None,
-            "site": None if site is None else Site.parse(site),
-            "above": None if above is None else float(above),
-            "below": None if below is None else float(below),
-            "match": match,
-            "hold": hold,
-        }
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.above is None and self.below is None:
+            self._set(above=0.0)
+        self._check_site()
+        _check_bounds(self.above, self.below)
+        one_of("When", "match", self.match, ("any", "all"), error=LatentError)
+        for name in ("above", "below"):
+            bound = getattr(self, name)
+            self._set(**{name: None if bound is None else float(bound)})
 
-    def __repr__(self) -> str:
-        name = getattr(self.scorer, "__name__", None) or type(self.scorer).__name__
-        shown = [f"{self.latents!r}" if self.scorer is None else f"{name}, site={str(self.site)!r}"]
-        bounds = (("above", self.above), ("below", self.below))
-        shown += [f"{name}={bound!r}" for name, bound in bounds if bound is not None]
-        shown += [] if self.match == "any" else [f"match={self.match!r}"]
-        return f"When({', '.join(shown + (['hold=True'] if self.hold else []))})"
+    @property
+    def latents(self) -> Latents:
+        """The latents it reads; none, where it scores a site."""
+        return self.subject if isinstance(self.subject, Latents) else Latents(())
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The function that scores a site; None, where it reads latents."""
+        return None if isinstance(self.subject, Latents) else self.subject
+
+    def _check_site(self) -> None:
+        """A function has a site, and latents have none."""
+        if (self.scorer is None) == (self.site is None):
+            return
+        raise LatentError(
+            f"When: `site` is {self.site}, wanted a site for a function, and none for latents."
+            " Likely cause: a scorer reads one site's value, where latents bring their own. Try:"
+            ' When(scorer, site="resid_post.3", above=0.5), or When(latents, below=2.0)'
+        )
 
 
-def _check_when(scores: bool, site: Any, above: Any, below: Any, match: str) -> None:
-    """A function has a site and latents have none; bounds that something can meet."""
+def _check_bounds(above: object, below: object) -> None:
+    """Numbers that some score can meet."""
     bounds = [bound for bound in (above, below) if bound is not None]
-    if scores != (site is not None):
-        problem = ("site", repr(site), "a site for a function, and none for latents")
-    elif not all(isinstance(bound, (int, float)) and not math.isnan(bound) for bound in bounds):
-        problem = ("above", f"{above!r}, and below {below!r}", "numbers that are not NaN")
-    elif len(bounds) == 2 and above >= below:
-        problem = ("above", f"{above!r}, and below {below!r}", "above < below")
-    elif match not in ("any", "all"):
-        problem = ("match", repr(match), '"any" or "all"')
-    else:
-        return
-    raise LatentError(
-        f"When: `{problem[0]}` is {problem[1]}, wanted {problem[2]}. Likely cause: a scorer reads"
-        ' one site\'s value, where latents bring their own. Try: When(scorer, site="resid_post.3",'
-        " above=0.5), or When(latents, below=2.0)"
-    )
+    numbers = [b for b in bounds if isinstance(b, (int, float)) and not math.isnan(b)]
+    wanted = "numbers that are not NaN" if len(numbers) < len(bounds) else "above < below"
+    if len(numbers) < len(bounds) or (len(numbers) == 2 and numbers[0] >= numbers[1]):
+        raise LatentError(
+            f"When: `above` is {above!r}, and below {below!r}, wanted {wanted}. Try: When(latents,"
+            " above=0.5, below=2.0)"
+        )

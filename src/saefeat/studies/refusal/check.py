@@ -68,8 +68,7 @@ def _singles(latents: sf.Latents) -> list[sf.Latents]:
 
 
 def _odds(lab: Lab, edit: sf.Intervention | None) -> float:
-    logits = lab.read(lab.sets.harmful_val, edit).logits
-    return float(lab.measure(lab.odds(), logits).mean())
+    return lab.mean_odds(lab.sets.harmful_val, edit)
 
 
 def _ablated(lab: Lab, latent: sf.Latents) -> float:

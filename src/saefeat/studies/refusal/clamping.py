@@ -10,12 +10,12 @@ import saefeat as sf
 
 
 def scaled(latents: sf.Latents, factor: float) -> sf.Intervention | None:
-    """F ← c · f for one set, at every token; None, which edits nothing, for an empty set."""
+    """f ← c · f for one set, at every token; None, which edits nothing, for an empty set."""
     return sf.Clamp(latents, scale=factor) if len(latents) else None
 
 
 def scaled_per_prompt(sets: Sequence[sf.Latents], factor: float) -> sf.Intervention | None:
-    """F ← c · f for one set a prompt, all prompts in one run: latents of others are scaled by 1."""
+    """f ← c · f for one set a prompt, all prompts in one run: latents of others are scaled by 1."""
     latents, member = sf.values.per_prompt(list(sets))
     if not len(latents):
         return None
@@ -23,5 +23,5 @@ def scaled_per_prompt(sets: Sequence[sf.Latents], factor: float) -> sf.Intervent
 
 
 def held(latents: sf.Latents, value: float) -> sf.Intervention | None:
-    """F ← v for one set, at every token."""
+    """f ← v for one set, at every token."""
     return sf.Clamp(latents, value) if len(latents) else None

@@ -76,10 +76,9 @@ def sweep_layers(lab: Lab) -> dict[str, Any]:
 
 def _layer_row(lab: Lab, layer: int, vector: Tensor) -> dict[str, Any]:
     edit = steering(lab, vector)
-    logits = lab.read(lab.sets.harmful_val, edit).logits
-    odds = lab.measure(lab.odds(), logits).mean()
+    odds = lab.mean_odds(lab.sets.harmful_val, edit)
     outcome = lab.outcomes(lab.sets.harmful_val, edit)
-    return {"layer": layer, "norm": float(vector.norm()), "odds": float(odds), **outcome}
+    return {"layer": layer, "norm": float(vector.norm()), "odds": odds, **outcome}
 
 
 def layer_table(found: dict[str, Any]) -> Table:

@@ -143,9 +143,13 @@ class Lab:
         """The log-odds of opening with an answer against opening with a refusal."""
         return sf.logit_diff(list(self.answers), list(self.refusals))
 
-    def measure(self, metric: sf.metrics.Metric, logits: Tensor) -> Tensor:
-        """A metric on logits [n, vocabulary] → [n]; for metrics that need no baseline run."""
-        return metric.bind(self.model.tokenizer)(logits, logits.argmax(-1)).float().cpu()
+    def mean_odds(self, prompts: Sequence[Prompt], intervention: sf.Intervention | None) -> float:
+        """The mean of these odds under an intervention."""
+        size = self.settings.batch_size
+        values = sf.metrics.measure(
+            self.model, chats(prompts), self.odds(), intervention, batch_size=size
+        )
+        return float(values.mean())
 
 
 def keep_typical(lab: Lab) -> tuple[Lab, dict[str, list[int]]]:

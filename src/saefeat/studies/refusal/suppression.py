@@ -85,8 +85,8 @@ def _local_sets(
     each = tuned["methods"]["CosSim+AP"]["candidates"]
     within = top_per_layer(lab.saes, cosines(lab.saes, vector), each)
     chosen = {
-        "AP": scores.top_per_prompt(budget),
-        "CosSim+AP": scores.top_per_prompt(budget, within=within),
+        "AP": scores.top(budget, per="prompt"),
+        "CosSim+AP": scores.top(budget, per="prompt", within=within),
     }
     sets = {name: [one.to_dict() for one in found] for name, found in chosen.items()}
     return {"sets": sets, "degenerate": int(degenerate(lab, prompts, baseline).sum())}

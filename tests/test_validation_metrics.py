@@ -13,8 +13,8 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, VOCAB, build, make_sae, raw_hooks, tokenizer, unit, wrapped
-from saefeat.validation import memory as room
-from saefeat.validation.bench import bench
+from saefeat.validation import memory
+from saefeat.validation.experiment import Experiment
 
 F64 = torch.float64
 MORE = [[5, 9, 4], [7], [30, 31]]
@@ -282,7 +282,7 @@ def test_only_the_logits_that_a_metric_reads_are_kept(monkeypatch):
         (CASES["all logits"][0], 6),
     ):
         seen.clear()
-        bench(nn, RAGGED, metric, where="test", batch_size=3).under()
+        Experiment.of_metric(nn, RAGGED, metric, function="test", batch_size=3).under()
         assert seen == [(3, columns, VOCAB)]
 
 
@@ -301,11 +301,11 @@ def test_rows_are_as_many_as_there_is_room_for(monkeypatch, case):
         return run(self, batch, *args, **options)
 
     monkeypatch.setattr(Watch, "run", spy)
-    monkeypatch.setattr(room, "ROOM", 12_000)
+    monkeypatch.setattr(memory, "CAPACITY", 12_000)
     found = sf.audit(attribute, oracle.nn, RAGGED, scores, k=2, budget=4)
     assert 1 <= max(sizes) <= 3, "more rows than there is room for"
     torch.testing.assert_close(found.effects, wanted.effects, atol=1e-6, rtol=1e-6)
-    monkeypatch.setattr(room, "ROOM", 1)
+    monkeypatch.setattr(memory, "CAPACITY", 1)
     sizes.clear()
     found = sf.audit(attribute, oracle.nn, RAGGED, scores, k=2, budget=4)
     assert set(sizes) == {1}, "one row is the least"

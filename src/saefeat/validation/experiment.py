@@ -1,4 +1,4 @@
-"""One model, its prompts and a metric, measured under many edits.
+"""One model, its prompts and a metric, measured under many edits: what all of validation asks.
 
 Any metric of ``Attribute`` will do: a pass is read by the attribution's own ``Watch``, with the
 continuations, columns of logits and sites that the metric asks for, and no others.
@@ -20,11 +20,13 @@ from ..attribution.attribute import Attribute
 from ..attribution.batch import baseline_logits
 from ..attribution.passes import NOTHING, Batch, Pass, Watch
 from ..attribution.prepare import Data, continued, prepare
-from ..dictionaries.latents import Latents, as_latents
-from ..errors import SaefeatError
+from ..attribution.scores import Attribution
+from ..checks import one_a_prompt, whole
+from ..dictionaries.latents import Latents
+from ..errors import PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.identity import digest, model_identity
-from ..metrics.base import Metric, Seen, require_prompts
+from ..metrics.base import Metric, Seen
 from ..results.readings import Readings
 from ..results.receipt import Fired, Receipt, join_receipts
 from ..text.prompts import Prompts, encode_prompts
@@ -34,7 +36,6 @@ from ..verbs.base import Intervention, require_fired, require_rows
 from ..verbs.edits import Clamp
 from ..verbs.lower import lower
 from .memory import rows_that_fit
-from .require import require
 
 Folder = str | os.PathLike[str] | None
 
@@ -52,14 +53,14 @@ class References(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Experiment:
     """Encoded prompts and a metric.
 
     Attributes:
         watch: what the metric reads of a pass.
         data: the prompts, with what continues them.
         references: what the metric compares with.
-        where: the name of the public function, for errors.
+        function: the public function's name, for errors.
         batch_size: the most rows a forward pass.
         done: measurements that an earlier call has finished, numbered in the order of asking.
     """
@@ -67,10 +68,70 @@ class Bench:
     watch: Watch
     data: Data
     references: References
-    where: str
+    function: str
     batch_size: int
     done: Checkpoint
     numbers: Iterator[int] = field(default_factory=count)
+
+    @classmethod
+    def of_metric(
+        cls,
+        model: Any,
+        prompts: Prompts,
+        metric: Metric,
+        *,
+        function: str,
+        batch_size: int,
+        baseline: Intervention | None = None,
+        checkpoint: Folder = None,
+        **asked: Any,
+    ) -> Experiment:
+        """An experiment on a metric of its own.
+
+        ``baseline`` is the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to; ``asked`` is
+        what else a result depends on, for the checkpoint.
+
+        Raises:
+            PromptError: for a metric made for another number of prompts.
+            SaefeatError: for a metric that refers to a baseline, without one.
+        """
+        whole(function, "batch_size", batch_size)
+        tokenizer = getattr(model, "tokenizer", None)
+        data = Data(encode_prompts(tokenizer, prompts), None)
+        total = len(data.inputs["input_ids"])
+        one_a_prompt(function, "metric", metric.prompts, total)
+        _require_baseline(function, metric, baseline)
+        require_rows(baseline or NOTHING, total)
+        if metric.continuation is not None:
+            data = Data(*continued(tokenizer, data.inputs, metric.continuation(tokenizer)))
+        watch = Watch(Latents(()), model, metric)
+        done = _opened(checkpoint, watch, data, function, batch_size, baseline=baseline, **asked)
+        logits = (watch.run(b, baseline or NOTHING).last.cpu() for b, _ in data.batches(batch_size))
+        references = _references(watch, data, logits, batch_size)
+        return cls(watch, data, references, function, batch_size, done)
+
+    @classmethod
+    def of_attribute(
+        cls,
+        attribute: Attribute,
+        model: Any,
+        prompts: Prompts,
+        *,
+        function: str,
+        batch_size: int,
+        checkpoint: Folder = None,
+        **asked: Any,
+    ) -> Experiment:
+        """An experiment in which an attribution's metric is what it was there."""
+        whole(function, "batch_size", batch_size)
+        job = attribute.job
+        data = prepare(job, model, prompts)
+        watch = Watch(Latents(()), model, job.metric)
+        asked |= {"baseline": job.baseline, "tokens": job.where, "target": job.target}
+        done = _opened(checkpoint, watch, data, function, batch_size, **asked)
+        logits = baseline_logits(job, model, prompts, batch_size)
+        references = _references(watch, data, logits, batch_size)
+        return cls(watch, data, references, function, batch_size, done)
 
     def __len__(self) -> int:
         return len(self.data.inputs["input_ids"])
@@ -87,7 +148,7 @@ class Bench:
         chosen = intervention or NOTHING
         starts = range(0, len(rows), self.batch_size)
         found, receipts = zip(*(self._piece(chosen, rows, start) for start in starts), strict=True)
-        require_fired(join_receipts(receipts), self.where)
+        require_fired(join_receipts(receipts), self.function)
         return torch.cat(found)
 
     def _piece(self, chosen: Intervention, rows: Tensor, start: int) -> tuple[Tensor, Receipt]:
@@ -126,7 +187,7 @@ class Bench:
         """[sets, prompts]: the metric with each set ablated; every pair is a row of a batch."""
         some = max(1, self.batch_size // len(self))
         starts = range(0, len(sets), some)
-        bar = tqdm(starts, disable=not progress, desc=self.where, unit="batch")
+        bar = tqdm(starts, disable=not progress, desc=self.function, unit="batch")
         return torch.cat([self._without(sets[start : start + some], where) for start in bar])
 
     def _without(self, sets: Sequence[Latents], where: Tokens | None) -> Tensor:
@@ -135,6 +196,37 @@ class Bench:
         scale = (~member).float().repeat_interleave(len(self), 0)  # [sets · prompts, k]
         edit = Clamp(union, scale=scale, where=where) if len(union) else None
         return self.under(edit, prompts).reshape(len(sets), len(self))
+
+    def require_same(self, clean: Tensor, scores: Attribution) -> None:
+        """Refuse scores of other prompts, another metric or another model.
+
+        ``clean`` [prompts] is the metric in the bare model.
+
+        Raises:
+            PromptError: naming what differs.
+        """
+        remembered = scores.clean
+        same = clean.shape == remembered.shape and self._same_texts(scores)
+        # bfloat16 models move by a percent when rows are batched otherwise
+        floats = (p for p in self.watch.module.parameters() if p.is_floating_point())
+        first = next(floats, clean)
+        share = 2e-3 if torch.finfo(first.dtype).bits > 16 else 2e-2
+        slack = share * (1 + float(remembered.abs().max())) if same else 0.0
+        if same and bool(((clean - remembered).abs() <= slack).all()):
+            return
+        raise PromptError(
+            f"{self.function}: `scores` is of {len(remembered)} prompts with a mean metric of"
+            f" {remembered.mean():.3f}, wanted scores of these {len(clean)} prompts, whose metric"
+            f" is {clean.mean():.3f}. Likely cause: other prompts, another order, another metric or"
+            " another model. Try: scores = attribute(model, prompts), and the same three here"
+        )
+
+    def _same_texts(self, scores: Attribution) -> bool:
+        """Whether scores are of these very tokens; true where they do not know theirs."""
+        inputs = self.data.inputs
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        ids = tuple(tuple(row[real].tolist()) for row, real in rows)
+        return scores.texts is None or scores.texts.ids == ids
 
     def _batches(
         self, chosen: Intervention, rows: Tensor, start: int
@@ -159,68 +251,10 @@ class Bench:
         if found.shape == here.logits.shape[:1] and bool(torch.isfinite(found).all()):
             return found.float().cpu()
         raise SaefeatError(
-            f"{self.where}: `metric` is of shape {tuple(found.shape)}, or not finite, wanted one"
+            f"{self.function}: `metric` is of shape {tuple(found.shape)}, or not finite, wanted one"
             " finite number a prompt, [batch]. Likely cause: a mean over prompts inside the metric,"
             " or a logarithm of zero. Try: metric(lambda logits: logits[:, 5])"
         )
-
-
-def bench(
-    model: Any,
-    prompts: Prompts,
-    metric: Metric,
-    *,
-    where: str,
-    batch_size: int,
-    baseline: Intervention | None = None,
-    checkpoint: Folder = None,
-    **asked: Any,
-) -> Bench:
-    """A bench for a metric on its own.
-
-    ``baseline`` is the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to; ``asked`` is what
-    else a result depends on, for the checkpoint.
-
-    Raises:
-        PromptError: for a metric made for another number of prompts.
-        SaefeatError: for a metric that refers to a baseline, without one.
-    """
-    require(where, batch_size=(batch_size, 1))
-    tokenizer = getattr(model, "tokenizer", None)
-    data = Data(encode_prompts(tokenizer, prompts), None)
-    total = len(data.inputs["input_ids"])
-    require_prompts(where, metric, total)
-    _require_baseline(where, metric, baseline)
-    require_rows(baseline or NOTHING, total)
-    if metric.continuation is not None:
-        data = Data(*continued(tokenizer, data.inputs, metric.continuation(tokenizer)))
-    watch = Watch(Latents(()), model, metric)
-    done = _opened(checkpoint, watch, data, where, batch_size, baseline=baseline, **asked)
-    logits = (watch.run(b, baseline or NOTHING).last.cpu() for b, _ in data.batches(batch_size))
-    references = _references(watch, data, logits, batch_size)
-    return Bench(watch, data, references, where, batch_size, done)
-
-
-def bench_of(
-    attribute: Attribute,
-    model: Any,
-    prompts: Prompts,
-    *,
-    where: str,
-    batch_size: int,
-    checkpoint: Folder = None,
-    **asked: Any,
-) -> Bench:
-    """A bench on which an attribution's metric is what it was there."""
-    require(where, batch_size=(batch_size, 1))
-    data = prepare(attribute, model, prompts)
-    watch = Watch(Latents(()), model, attribute.metric)
-    asked |= {"baseline": attribute.baseline, "tokens": attribute.where}
-    asked["target"] = as_latents(attribute.target, where)
-    done = _opened(checkpoint, watch, data, where, batch_size, **asked)
-    logits = baseline_logits(attribute, model, prompts, batch_size)
-    references = _references(watch, data, logits, batch_size)
-    return Bench(watch, data, references, where, batch_size, done)
 
 
 def _references(watch: Watch, data: Data, base: Iterable[Tensor], size: int) -> References:
@@ -238,25 +272,25 @@ def _references(watch: Watch, data: Data, base: Iterable[Tensor], size: int) -> 
 
 
 def _opened(
-    folder: Folder, watch: Watch, data: Data, where: str, batch_size: int, **asked: Any
+    folder: Folder, watch: Watch, data: Data, function: str, batch_size: int, **asked: Any
 ) -> Checkpoint:
     """The job's checkpoint, refused now if it is another's."""
     who: dict[str, Any] = {}
     if folder is not None:
-        who = {**model_identity(watch.model), "job": where, "metric": digest(watch.metric)}
+        who = {**model_identity(watch.model), "job": function, "metric": digest(watch.metric)}
         who |= {"prompts": digest(*data), "batch_size": batch_size}
         who |= {name: digest(value) for name, value in asked.items()}
-    with Checkpoint(folder, who, where) as done:  # it holds nothing open
+    with Checkpoint(folder, who, function) as done:  # it holds nothing open
         return done
 
 
-def _require_baseline(where: str, metric: Metric, baseline: Intervention | None) -> None:
+def _require_baseline(function: str, metric: Metric, baseline: Intervention | None) -> None:
     """Refuse a metric that refers to a run nobody named."""
     if baseline is not None or not metric.needs_baseline:
         return
     name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
     raise SaefeatError(
-        f"{where}: `metric` is {metric!r}, wanted the baseline run it refers to, or a metric that"
-        f" needs none. Likely cause: {name} is what a baseline run says, and there is none here."
-        f" Try: {where}(..., baseline=Ablate(latents))"
+        f"{function}: `metric` is {metric!r}, wanted the baseline run it refers to, or a metric"
+        f" that needs none. Likely cause: {name} is what a baseline run says, and there is none"
+        f" here. Try: {function}(..., baseline=Ablate(latents))"
     )

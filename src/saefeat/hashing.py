@@ -1,0 +1,228 @@
+"""One content hash: of documents with tensors, of values, and of what a module computes.
+
+A repr will not do: it abbreviates tensors and rounds numbers. Hashed are values, in full, and
+equal values give equal hashes on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from functools import partial
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, ModelError
+
+
+def content_hash(document: object, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a JSON document and of named tensors: their dtypes, shapes and bytes."""
+    hashed = hashlib.sha256(canonical(document).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hashed.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hashed.update(raw(tensor))
+    return hashed.hexdigest()
+
+
+def digest(*values: object) -> str:
+    """A short content hash of plain data, tensors, dataclasses, functions, modules and SAEs.
+
+    A function is hashed by its code, defaults and enclosed values; what it reads from its module
+    is not seen. What has a ``fingerprint`` is hashed by it.
+
+    Raises:
+        CheckpointError: for a value that says nothing of its content.
+    """
+    tensors: dict[str, Tensor] = {}
+    return content_hash([_plain(value, tensors) for value in values], tensors)[:16]
+
+
+def canonical(document: object) -> str:
+    """JSON with one spelling: sorted keys, no spaces, no NaN."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """A tensor's bytes, row after row, little-endian."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+# ---------------------------------------------------------------- values as documents
+
+
+def _plain(value: Any, tensors: dict[str, Tensor]) -> object:
+    """A value as JSON, its tensors put aside under numbers.
+
+    Objects in JSON are always tags, as a mapping is one too, so that no two values look alike.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        pairs = [[key, value[key]] for key in sorted(value, key=repr)]
+        return {"mapping": _plain(pairs, tensors)}
+    if isinstance(value, set | frozenset):
+        return {"set": _plain(sorted(value, key=repr), tensors)}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, tensors) for item in value]
+    if isinstance(value, complex | bytes | bytearray | slice | torch.dtype | torch.device):
+        return {type(value).__name__: repr(value)}
+    if value is ...:
+        return {"ellipsis": None}
+    return {type(value).__qualname__: _plain(_content(value), tensors)}
+
+
+def _content(value: Any) -> object:
+    """What tells an object of some class from another: plainer values."""
+    if callable(getattr(value, "fingerprint", None)):  # latents, or a dictionary of them
+        return value.fingerprint()
+    if isinstance(value, nn.Module):
+        return [weights(value), computation(value)]
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if callable(getattr(value, "item", None)):  # numpy's numbers
+        return value.item()
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, FunctionType):
+        defaults = [value.__defaults__, value.__kwdefaults__]
+        return [list(_code(value.__code__)), *defaults, _enclosed(value)]
+    raise CheckpointError(
+        f"checkpoint: `identity` is a {type(value).__name__} in what the job depends on, wanted"
+        " numbers, text, tensors, dictionaries, dataclasses or plain functions. Likely cause: an"
+        " object whose content cannot be read, so two jobs could not be told apart. Try: a plain"
+        " function, or a dataclass of plain values"
+    )
+
+
+def _code(code: CodeType) -> Iterator[object]:
+    """What a function does, the functions written inside it included, with their constants."""
+    yield code.co_code
+    yield code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        else:
+            yield constant
+
+
+# ---------------------------------------------------------------- modules
+
+
+def weights(module: nn.Module) -> str:
+    """A hash of every parameter and buffer, at the price of reading each once.
+
+    Hashed are the bit patterns of each row, summed with fixed random factors: integers, so that
+    every device and order of summation gives the same, and no two entries can change places.
+
+    Raises:
+        ModelError: for a module whose weights are not loaded.
+    """
+    sums = []
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                "checkpoint: `model` is not loaded yet, wanted a model with its weights. Likely"
+                " cause: nnsight loads a model at its first use. Try: TransformersModel(...,"
+                " dispatch=True)"
+            )
+        sums.append((name, str(tensor.dtype), list(tensor.shape), _row_sums(tensor.detach())))
+    return digest(sums)
+
+
+CHUNK = 2**22
+"""Elements that ``weights`` widens to eight bytes at a time."""
+
+
+def _row_sums(tensor: Tensor) -> Tensor:
+    """[rows] int64: each row's bit patterns times fixed odd factors, modulo 2⁶⁴."""
+    if not tensor.numel():
+        return torch.zeros(0, dtype=torch.int64)
+    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1).contiguous()
+    bits = torch.view_as_real(bits).flatten(1) if bits.is_complex() else bits
+    bits = bits.view(widths[bits.element_size()])
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator) * 2 + 1
+    factors = factors.to(bits.device)
+    chunks = bits.split(max(1, CHUNK // bits.shape[1]))
+    return torch.cat([(chunk.long() * factors).sum(1).cpu() for chunk in chunks])
+
+
+_SKIPPED = {*nn.Module().__dict__, "forward", "name_or_path", "_name_or_path"}
+"""Attributes of a module that torch keeps for itself, or that only say where it was loaded from."""
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+def computation(module: nn.Module) -> str:
+    """A hash of what a module computes with its weights: its parts' classes, code and settings.
+
+    Settings are plain attributes (a norm's epsilon, attention's scaling, an active adapter's
+    name); code is ``forward``, also one put in place of the class's on one instance.
+    """
+    parts = []
+    for name, part in module.named_modules():
+        settings = {key: value for key, value in vars(part).items() if key not in _SKIPPED}
+        plain = {key: value for key, value in settings.items() if _is_plain(value)}
+        functions = {key: _codes(value) for key, value in settings.items() if callable(value)}
+        kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        parts.append([name, kind, plain, functions, _codes(_forward(part))])
+    return digest(parts)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _forward(module: nn.Module) -> object:
+    """The function a module runs; under nnsight's wrapper, the one that was there before."""
+    state = vars(module).get("__nnsight__")
+    function = getattr(state, "original", None) or vars(module).get("forward")
+    if isinstance(function, FunctionType) and function.__module__.startswith("nnsight."):
+        function = _enclosed(function).get("forward")
+    return function or type(module).forward
+
+
+def _codes(function: object) -> list[object]:
+    """The code of a function and of all that it wraps or encloses, with enclosed plain values."""
+    codes: list[object] = []
+    waiting, seen = [function], set[int]()
+    while waiting:
+        one = waiting.pop()
+        one = one.__func__ if isinstance(one, MethodType) else one
+        if isinstance(one, FunctionType) and id(one) not in seen:
+            seen.add(id(one))
+            inside = list(_enclosed(one).values())
+            codes += [list(_code(one.__code__)), [v for v in inside if _is_plain(v)]]
+            waiting += [*inside, getattr(one, "__wrapped__", None)]
+    return codes
+
+
+def _enclosed(function: FunctionType) -> dict[str, object]:
+    """The values a function encloses, by name; a cell that is still empty is left out."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):
+            found[name] = cell.cell_contents
+    return found
