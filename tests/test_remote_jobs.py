@@ -552,6 +552,17 @@ def test_no_cache_crosses_in_a_users_own_block(way, model, monkeypatch):
         assert mine.rows[0].tokens == theirs.rows[0].tokens > 13
 
 
+def test_a_program_for_another_model_is_refused_there(model, monkeypatch):
+    """It would run, where the two models are alike, with the other's special tokens."""
+    other, backend, batch = wrapped(build("gemma2")), Capture(), batch_of()
+    monkeypatch.setattr(other, "repo_id", "somebody/another-model")
+    bound = sf.Clamp(jumprelu(), 3.0).bind(other)
+    with model.trace(batch, backend=backend):
+        nnsight.save(bound(model))
+    with pytest.raises(RuntimeError, match="bound to the model somebody/another-model"):
+        executed(model, backend.raw, monkeypatch)
+
+
 @pytest.mark.parametrize("hold", [False, True])
 def test_guessed_tokens_are_refused_there(hold, model, monkeypatch):
     when = sf.When(sf.Direction(unit(), site="resid_post.0"), above=0.2, hold=hold)
