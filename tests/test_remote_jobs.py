@@ -20,7 +20,7 @@ from nnsight.tracing import tracer as tracing
 
 import loopback
 import saefeat as sf
-from helpers import RAGGED, batch_of, build, make_sae, unit, wrapped
+from helpers import BOS, RAGGED, batch_of, build, make_sae, unit, wrapped
 from saefeat.generation import Beams, Greedy, Sample
 from saefeat.generation.decoding import decoding
 from saefeat.remote import Server
@@ -566,8 +566,10 @@ def test_a_program_for_another_model_is_refused_there(model, monkeypatch):
 @pytest.mark.parametrize("hold", [False, True])
 def test_guessed_tokens_are_refused_there(hold, model, monkeypatch):
     when = sf.When(sf.Direction(unit(), site="resid_post.0"), above=0.2, hold=hold)
-    edit, backend = sf.Clamp(jumprelu(), 3.0, when=when), Capture()
-    generated("inline", model, edit, backend=backend, prompt_lookup_num_tokens=2)
+    bound, backend = sf.Clamp(jumprelu(), 3.0, when=when).bind(model), Capture()
+    options = {"max_new_tokens": NEW, "do_sample": False, "prompt_lookup_num_tokens": 2}
+    with model.generate(batch_of([[BOS, 5, 6, 5, 6, 5]]), backend=backend, **options):
+        nnsight.save(bound(model))
     with pytest.raises(ValueError, match="guess"):
         executed(model, backend.raw, monkeypatch)
 
