@@ -1,5 +1,6 @@
 """The verbs on a server: a server of one's own by default, NDIF with a key.
 
+    export PYTHONPATH=tests                                    # where loopback is
     python examples/remote.py                                  # starts a server on this machine
     python examples/remote.py --remote http://127.0.0.1:8001   # a server that is running
     python examples/remote.py --remote ndif --model google/gemma-2-9b-it \\
@@ -20,6 +21,7 @@ import torch
 from nnsight import TransformersModel
 from transformers import AutoTokenizer
 
+import loopback  # the repository's own stand-in for a server, in tests/loopback
 import saefeat as sf
 from saefeat.studies.refusal import tiny
 
@@ -58,22 +60,20 @@ def main() -> None:
     edits = sf.Clamp(latents, asked.value) | sf.Probe(latents, reduce="max")
 
     with ExitStack() as stack:
-        where: bool | str = True if asked.remote == "ndif" else asked.remote
+        url = None if asked.remote == "ndif" else asked.remote
         if asked.remote == "loopback":
-            where = stack.enter_context(loopback.serve(model)).url
+            url = stack.enter_context(loopback.serve(model)).url
+        server = sf.remote.Server(url)
 
-        print(
-            sf.remote.preflight(model, chats, edits, max_new_tokens=12, on=sf.remote.Server(where)),
-            "\n",
-        )
+        print(sf.remote.preflight(model, chats, edits, max_new_tokens=12, on=server), "\n")
 
         # One call: prompts in; text, readings and a receipt out.
         # With --job, a second run takes the job up from its file and resends what failed.
         if asked.job is not None and asked.job.exists():
-            job = sf.remote.Job.load(asked.job, model, on=sf.remote.Server(where)).resubmit()
+            job = sf.remote.Job.load(asked.job, model, on=server).resubmit()
         else:
             job = sf.remote.submit(
-                model, chats, edits, max_new_tokens=12, on=sf.remote.Server(where), file=asked.job
+                model, chats, edits, max_new_tokens=12, on=server, file=asked.job
             )
         out = job.wait()
         for question, answer in zip(QUESTIONS, out.texts, strict=True):
@@ -81,10 +81,13 @@ def main() -> None:
         print(out.receipt.rows[0])
         print("readings", out.readings[0].values.squeeze(1).tolist(), "\n")
 
-        # The same object in a block of one's own.
-        batch = sf.text.prompts.encode_prompts(model.tokenizer, chats)
-        with model.trace(batch, remote=where):
-            log = nnsight.save(edits(model))
+        # The same in a block of one's own.
+        batch = model.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        )
+        bound = edits.bind(model)
+        with model.trace(batch, remote=url or True):
+            log = nnsight.save(bound(model))
             top = nnsight.save(model.output.logits[:, -1].detach().argmax(-1))
         print("first tokens", model.tokenizer.convert_ids_to_tokens(top.tolist()))
         print("tokens edited", edits.receipt(log).rows[0].tokens)

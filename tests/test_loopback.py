@@ -144,7 +144,7 @@ def test_no_gradient_crosses(model, apart):
         nothing_crosses(model, apart)
     attribute = sf.Attribute(latents(), sf.logit_diff(3, 5), method=sf.attribution.AtP())
     with pytest.raises(sf.errors.GradientError, match=r"Exact\(\) or FiniteDifference\(\)"):
-        attribute(model, RAGGED, remote=apart.url)
+        attribute(model, RAGGED, on=Server(apart.url))
 
 
 def lens(model, **how):

@@ -10,6 +10,7 @@ from nnsight.intervention.backends.remote import RemoteBackend
 import loopback
 import saefeat as sf
 from helpers import RAGGED, build, make_sae, unit, wrapped
+from saefeat.remote import Server
 
 METRIC = sf.logit_diff(5, 6)
 PUSH = sf.Ablate(sf.Direction(unit(), site="resid_post.0"))
@@ -62,7 +63,7 @@ def test_scores_are_those_of_a_run_here(case, model, server):
     attribute = sf.Attribute(target(), METRIC, baseline=baseline, method=method)
     here = attribute(model, RAGGED)
     assert float(here.score.abs().max()) > 1e-3
-    same(here, attribute(model, RAGGED, remote=server.url))
+    same(here, attribute(model, RAGGED, on=Server(server.url)))
 
 
 def test_any_metric_will_do(model, server):
@@ -70,18 +71,18 @@ def test_any_metric_will_do(model, server):
     weights = torch.randn(100)
     own = sf.metrics.custom(lambda logits: torch.log_softmax(logits, -1) @ weights)
     attribute = sf.Attribute(saes(), own)
-    same(attribute(model, RAGGED), attribute(model, RAGGED, remote=server.url))
+    same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server(server.url)))
 
 
 def test_a_metric_at_a_site(model, server):
     own = sf.metrics.at_site("resid_post.2", lambda x, _: x[:, -1].square().sum(-1))
     attribute = sf.Attribute(saes(), own)
-    same(attribute(model, RAGGED), attribute(model, RAGGED, remote=server.url))
+    same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server(server.url)))
 
 
 def test_local_requests(model):
     attribute = sf.Attribute(saes(), METRIC)
-    same(attribute(model, RAGGED), attribute(model, RAGGED, remote="local"))
+    same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server("local")))
 
 
 @pytest.mark.parametrize("method", [sf.attribution.AtP(), sf.IG(steps=2)], ids=repr)
@@ -89,7 +90,7 @@ def test_gradients_that_do_not_cross_are_an_error(method, model, boundary):
     """Not zeros, and not another method without a word."""
     attribute = sf.Attribute(saes(), METRIC, method=method)
     with pytest.raises(sf.errors.GradientError, match=r"process of their own.*method=Exact\(\)"):
-        attribute(model, RAGGED, remote=boundary.url)
+        attribute(model, RAGGED, on=Server(boundary.url))
 
 
 @pytest.mark.parametrize(
@@ -97,22 +98,24 @@ def test_gradients_that_do_not_cross_are_an_error(method, model, boundary):
 )
 def test_gradient_free_methods_work_there(method, model, boundary):
     attribute = sf.Attribute(few(), METRIC, method=method)
-    same(attribute(model, RAGGED), attribute(model, RAGGED, remote=boundary.url))
+    same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server(boundary.url)))
 
 
 @pytest.mark.parametrize("how", [{"semantics": "through_sae"}, {"backward": sf.attribution.RelP()}])
 def test_what_needs_modules_is_refused(how, model, server):
     sent = len(server.payloads)
     with pytest.raises(sf.SaefeatError, match="a model here"):
-        sf.Attribute(saes(), METRIC, **how)(model, RAGGED, remote=server.url)
+        sf.Attribute(saes(), METRIC, **how)(model, RAGGED, on=Server(server.url))
     assert len(server.payloads) == sent
 
 
 def test_refusals_say_what_to_use(model):
     with pytest.raises(sf.SaefeatError, match=r"semantics='pass_through'.*Exact\(\)"):
-        sf.Attribute(saes(), METRIC, semantics="through_sae")(model, RAGGED, remote="local")
+        sf.Attribute(saes(), METRIC, semantics="through_sae")(model, RAGGED, on=Server("local"))
     with pytest.raises(sf.SaefeatError, match=r"backward=None.*Exact\(\)"):
-        sf.Attribute(saes(), METRIC, backward=sf.attribution.RelP())(model, RAGGED, remote="local")
+        sf.Attribute(saes(), METRIC, backward=sf.attribution.RelP())(
+            model, RAGGED, on=Server("local")
+        )
 
 
 def test_a_skeleton_is_attributed_on_a_server(tmp_path):
@@ -122,7 +125,7 @@ def test_a_skeleton_is_attributed_on_a_server(tmp_path):
     bare = TransformersModel(str(tmp_path), tokenizer=full.tokenizer, task="text-generation")
     attribute = sf.Attribute(saes(), METRIC, baseline=PUSH, method=sf.IG(steps=2))
     with loopback.serve(tmp_path) as own:
-        there = attribute(bare, RAGGED, remote=own.url)
+        there = attribute(bare, RAGGED, on=Server(own.url))
     assert next(bare._module.parameters()).is_meta
     same(attribute(full, RAGGED), there)
 
@@ -132,7 +135,7 @@ def test_a_job_is_weighed_before_it_is_sent(model, server):
     sent = len(server.payloads)
     attribute = sf.Attribute(saes(), METRIC, method=sf.IG(steps=2))
     with pytest.raises(sf.errors.RemoteError, match=r"Attribute: `payload_limit` is 100 bytes"):
-        attribute(model, RAGGED, remote=server.url, payload_limit=100)
+        attribute(model, RAGGED, on=Server(server.url, payload_limit=100))
     assert len(server.payloads) == sent
 
 
@@ -145,7 +148,7 @@ def test_a_baseline_of_functions_a_server_lacks_is_refused(model, server):
     own = sf.dictionaries.Function(with_stranger, torch.randn(2, 32), site="resid_post.0", width=32)
     attribute = sf.Attribute(saes(), METRIC, baseline=sf.Ablate(own))
     with pytest.raises(sf.errors.RemoteError, match="in need of safetensors"):
-        attribute(model, RAGGED, remote=server.url)
+        attribute(model, RAGGED, on=Server(server.url))
 
 
 def fewer_places(found):
@@ -180,15 +183,15 @@ def test_a_pass_that_does_not_fit_is_refused(change, model, server, monkeypatch)
 
     monkeypatch.setattr(RemoteBackend, "finalize", finalize)
     with pytest.raises(sf.errors.RemoteError, match="a server whose result has"):
-        sf.Attribute(saes(), METRIC)(model, RAGGED, remote=server.url)
+        sf.Attribute(saes(), METRIC)(model, RAGGED, on=Server(server.url))
 
 
 def test_a_checkpoint_of_a_server_is_not_one_of_a_run_here(model, server, tmp_path):
     """The weights here say nothing of the server's."""
     attribute, options = sf.Attribute(saes(), METRIC), {"batch_size": 2, "checkpoint": tmp_path}
-    there = attribute(model, RAGGED, remote=server.url, **options)
+    there = attribute(model, RAGGED, on=Server(server.url), **options)
     sent = len(server.payloads)
-    same(there, attribute(model, RAGGED, remote=server.url, **options))
+    same(there, attribute(model, RAGGED, on=Server(server.url), **options))
     assert len(server.payloads) == sent
     with pytest.raises(sf.errors.CheckpointError, match="another job"):
         attribute(model, RAGGED, **options)

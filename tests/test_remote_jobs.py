@@ -20,7 +20,7 @@ from nnsight.tracing import tracer as tracing
 
 import loopback
 import saefeat as sf
-from helpers import RAGGED, batch_of, build, make_sae, unit, wrapped
+from helpers import BOS, RAGGED, batch_of, build, make_sae, unit, wrapped
 from saefeat.generation import Beams, Greedy, Sample
 from saefeat.generation.decoding import decoding
 from saefeat.remote import Server
@@ -489,6 +489,30 @@ def test_a_checkpoint_keeps_batches_from_a_server(model, server, faulty, tmp_pat
         sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", max_new_tokens=2, batch_size=2)
 
 
+def test_nothing_new_is_sent_after_a_failure(model, server, faulty):
+    faulty += ["fail"]
+    sent = len(server.payloads)
+    with pytest.raises(sf.errors.RemoteError, match="CUDA out of memory"):
+        sf.run(model, RAGGED, on=Server(server.url, requests=1), batch_size=1)
+    assert len(server.payloads) == sent + 1
+
+
+@pytest.mark.parametrize("url", ["local", None])
+def test_a_stream_sends_a_request_when_it_is_its_turn(url, model, server):
+    """Values by prompt and samples go by a prompt's number in the whole list."""
+    values = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, 4.0], [9.0, 9.0, 9.0]])
+    edit, options = sf.Clamp(jumprelu(), values), {**SAMPLE, "batch_size": 2}
+    sent, taken = len(server.payloads), []
+    prompts = (taken.append(prompt) or prompt for prompt in RAGGED)
+    on = Server(url or server.url)
+    parts = sf.run(model, prompts, edit, on=on, **options, stream=True)
+    assert len(server.payloads) == sent and not taken
+    first = next(parts)
+    assert len(taken) == 2 and len(server.payloads) == sent + (url is None)
+    here = sf.run(model, RAGGED, edit, **options)
+    assert first.completions + next(parts).completions == here.completions
+
+
 def test_beams_are_refused_and_say_why(model, server):
     with pytest.raises(sf.errors.RemoteError, match="key-value cache"):
         sf.run(model, RAGGED, on=Server("http://127.0.0.1:9"), max_new_tokens=2, decode=Beams(2))
@@ -552,11 +576,24 @@ def test_no_cache_crosses_in_a_users_own_block(way, model, monkeypatch):
         assert mine.rows[0].tokens == theirs.rows[0].tokens > 13
 
 
+def test_a_program_for_another_model_is_refused_there(model, monkeypatch):
+    """It would run, where the two models are alike, with the other's special tokens."""
+    other, backend, batch = wrapped(build("gemma2")), Capture(), batch_of()
+    monkeypatch.setattr(other, "repo_id", "somebody/another-model")
+    bound = sf.Clamp(jumprelu(), 3.0).bind(other)
+    with model.trace(batch, backend=backend):
+        nnsight.save(bound(model))
+    with pytest.raises(RuntimeError, match="bound to the model somebody/another-model"):
+        executed(model, backend.raw, monkeypatch)
+
+
 @pytest.mark.parametrize("hold", [False, True])
 def test_guessed_tokens_are_refused_there(hold, model, monkeypatch):
     when = sf.When(sf.Direction(unit(), site="resid_post.0"), above=0.2, hold=hold)
-    edit, backend = sf.Clamp(jumprelu(), 3.0, when=when), Capture()
-    generated("inline", model, edit, backend=backend, prompt_lookup_num_tokens=2)
+    bound, backend = sf.Clamp(jumprelu(), 3.0, when=when).bind(model), Capture()
+    options = {"max_new_tokens": NEW, "do_sample": False, "prompt_lookup_num_tokens": 2}
+    with model.generate(batch_of([[BOS, 5, 6, 5, 6, 5]]), backend=backend, **options):
+        nnsight.save(bound(model))
     with pytest.raises(ValueError, match="guess"):
         executed(model, backend.raw, monkeypatch)
 

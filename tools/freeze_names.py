@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import saefeat as sf
 from saefeat.dictionaries.weights import InMemory
-from saefeat.running.run import stream as stream_of
+from saefeat.generation import Beams, Greedy, Sample
 from saefeat.studies.refusal import tiny
 from saefeat.studies.refusal.cli import main as study_main
 from saefeat.text import prompts as text
@@ -286,10 +286,15 @@ def run(
     unfired: bool = True,
 ) -> Any:
     """Prompts in; text, logits, readings and a receipt out. ``on`` is None, "local" or a URL."""
+    if temperature is not None:
+        decode = Sample(
+            temperature, top_p=top_p, top_k=top_k, seed=seed, num_beams=beams, stop=stop
+        )
+    else:
+        decode = Beams(beams, stop=stop) if beams > 1 else Greedy(stop)
     return sf.run(
-        model, prompts, verb, max_new_tokens=new, temperature=temperature, top_p=top_p,
-        top_k=top_k, seed=seed, num_beams=beams, stop=stop, batch_size=batch, checkpoint=folder,
-        remote=on or False, dtype=dtype, allow_unfired=unfired,
+        model, prompts, verb, max_new_tokens=new, decode=decode, batch_size=batch,
+        checkpoint=folder, on=on and sf.remote.Server(on, dtype=dtype), allow_unfired=unfired,
     )  # fmt: skip
 
 
@@ -306,9 +311,10 @@ def stream(
     unfired: bool = True,
 ) -> Iterator[Any]:
     """A run's results, batch by batch."""
-    return stream_of(
-        model, prompts, verb, max_new_tokens=new, temperature=temperature, seed=seed,
-        batch_size=batch, checkpoint=folder, allow_unfired=unfired,
+    decode = None if temperature is None else Sample(temperature, seed=seed)
+    return sf.run(
+        model, prompts, verb, max_new_tokens=new, decode=decode, batch_size=batch,
+        checkpoint=folder, allow_unfired=unfired, stream=True,
     )  # fmt: skip
 
 
@@ -324,8 +330,9 @@ def sweep(
 def submitted(model: Any, prompts: Any, verb: Any, *, url: str, new: int, batch: int) -> Any:
     """A run left with a server, and waited for."""
     job = sf.remote.submit(
-        model, prompts, verb, remote=url, max_new_tokens=new, batch_size=batch, allow_unfired=True
-    )
+        model, prompts, verb, max_new_tokens=new, batch_size=batch, allow_unfired=True,
+        on=sf.remote.Server(url),
+    )  # fmt: skip
     return job.wait()
 
 
@@ -605,8 +612,10 @@ def attribute(target: Any, what: Any, *, at: Any = None, **options: Any) -> Any:
 
 def scores(verb: Any, model: Any, prompts: Any, *, batch: int = 16, **options: Any) -> Any:
     """Scores over prompts; options are ``on``, ``folder`` and ``at_once``."""
-    names = {"on": "remote", "folder": "checkpoint", "at_once": "steps_at_once"}
+    names = {"on": "on", "folder": "checkpoint", "at_once": "steps_at_once"}
     given = {names[name]: value for name, value in options.items() if value is not None}
+    if "on" in given:
+        given["on"] = sf.remote.Server(given["on"])
     return verb(model, prompts, batch_size=batch, **given)
 
 

@@ -27,7 +27,7 @@ from ..files.checkpoint import Checkpoint
 from ..metrics.base import Metric
 from ..model.modules import torch_module
 from ..results.receipt import join_receipts
-from ..shipping.payload import PAYLOAD_LIMIT
+from ..shipping.server import Server
 from ..text.prompts import Prompts
 from ..text.texts import texts_of
 from ..text.tokens import Tokens
@@ -114,8 +114,7 @@ class Attribute:
         steps_at_once: AtOnce = "auto",
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = False,
-        remote: bool | str = False,
-        payload_limit: int = PAYLOAD_LIMIT,
+        on: Server | None = None,
     ) -> Attribution:
         """Attribute over prompts, a batch at a time.
 
@@ -129,10 +128,9 @@ class Attribute:
             checkpoint: a folder for finished batches: an interrupted call, made again, goes on
                 from there. It belongs to this call; another's is refused.
             progress: show a progress bar.
-            remote: as in ``run``: each pass is a job, one with gradients two. A server that runs
-                blocks in a process of their own has no gradients; ``Exact`` and
-                ``FiniteDifference`` need none.
-            payload_limit: the most bytes of tensors that a job may bring. Only with ``remote``.
+            on: as in ``run``, of which the address and the ``payload_limit`` count: each pass is a
+                job, waited for, and one with gradients two. A server that runs blocks in a process
+                of their own has no gradients; ``Exact`` and ``FiniteDifference`` need none.
 
         Returns:
             An ``Attribution``, on the CPU.
@@ -148,7 +146,8 @@ class Attribute:
                 fit it.
             SiteError, ModelError: as in ``run``.
         """
-        job = self.job
+        server = Server("local") if on is None else on  # its limit alone counts then
+        remote, job = on is not None and on.remote, self.job
         if not job.method.moves() and not remote:
             require_gradients(torch_module(model))
         whole("Attribute", "batch_size", batch_size, error=PromptError)
@@ -156,7 +155,7 @@ class Attribute:
         require_at_once(steps_at_once)
         passes = SitePasses(
             job.target, model, job.metric, semantics=job.semantics, backward=job.backward,
-            remote=remote, limit=payload_limit,
+            remote=remote, limit=server.payload_limit,
         )  # fmt: skip
         prepared = prepare(job, model, prompts)
         who = {} if checkpoint is None else identity(job, model, prepared, batch_size, remote)

@@ -60,9 +60,9 @@ class Decoding(NamedTuple):
     def to_dict(self, model: Any) -> dict[str, Any]:
         """Plain data for provenance, with the model's own settings that ``generate`` applies."""
         config: Any = getattr(torch_module(model), "generation_config", None)
-        own = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
-        own.pop("transformers_version", None)
-        said = {**self._asdict(), "stops": list(self.stops), "model": own}
+        habits = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
+        habits.pop("transformers_version", None)
+        said = {**self._asdict(), "stops": list(self.stops), "model": habits}
         return {"max_new_tokens": said.pop("new"), "num_beams": said.pop("beams"), **said}
 
 

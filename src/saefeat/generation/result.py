@@ -30,11 +30,11 @@ def piece(
     intervention: Intervention,
     model: Any,
     batch: dict[str, Tensor],
-    found: tuple[Log, list[list[int]], Tensor],
+    outputs: tuple[Log, list[list[int]], Tensor],
     source: Provenance,
 ) -> Piece:
     """One batch as a result: its log, completions and logits, read by the intervention."""
-    log, new, logits = found
+    log, new, logits = outputs
     mask = batch["attention_mask"].bool()
     tokenizer = getattr(model, "tokenizer", None)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True) if tokenizer else ()
@@ -77,19 +77,19 @@ def provenance(
     module = torch_module(model)
     first = next(module.parameters())
     name = getattr(getattr(module, "config", None), "name_or_path", "") or "in memory"
-    found: dict[str, list[str]] = {}
+    dictionaries: dict[str, list[str]] = {}
     for step in intervention.parts():
         conditions = () if step.condition is None else step.condition.latents.parts
         for basis, indices in (*step.latents.parts, *conditions):
             text = f"{basis.source} {basis.fingerprint(indices)}"
-            names = found.setdefault(str(basis.site), [])
+            names = dictionaries.setdefault(str(basis.site), [])
             if text not in names:
                 names.append(text)
     return Provenance(
         model=f"{type(module).__name__} {name}",
         dtype=str(first.dtype).removeprefix("torch."),
         device=str(first.device),
-        dictionaries={site: "; ".join(names) for site, names in found.items()},
+        dictionaries={site: "; ".join(names) for site, names in dictionaries.items()},
         intervention=repr(intervention),
         latents=tuple(step.latents.to_dict() for step in intervention.parts()),
         versions=versions(),
@@ -98,19 +98,19 @@ def provenance(
     )
 
 
-def without_events(found: Piece) -> Piece:
+def without_events(piece: Piece) -> Piece:
     """Counts alone, where rows of the model are not the prompts' (beams)."""
-    receipt = found.run.receipt
+    receipt = piece.run.receipt
     rows = tuple(replace(row, events=None) for row in receipt.rows)
-    return Piece(replace(found.run, receipt=Receipt(rows, receipt.passes)), found.width)
+    return Piece(replace(piece.run, receipt=Receipt(rows, receipt.passes)), piece.width)
 
 
 # ---------------------------------------------------------------- to files and back
 
 
-def pack(found: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A piece as named tensors and plain data. Latents, sites and provenance are the job's own."""
-    run = found.run
+    run = piece.run
     tensors = {"logits": run.logits}
     for number, reading in enumerate(run.readings):
         for name, value in vars(reading).items():
@@ -124,7 +124,7 @@ def pack(found: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
         for name, column in events.columns().items() if events is not None else ():
             tensors[f"events.{number}.{name}"] = column
-    meta = {"width": found.width, "passes": run.receipt.passes, "rows": rows}
+    meta = {"width": piece.width, "passes": run.receipt.passes, "rows": rows}
     return tensors, meta | {n: getattr(run, n) for n in ("prompts", "completions", "texts")}
 
 
@@ -153,8 +153,9 @@ def unpack(
         tuple(tuple(row) for row in meta[name]) for name in ("prompts", "completions")
     )
     texts, receipt = tuple(meta["texts"]), Receipt(tuple(rows), meta["passes"])
-    found = prompts, completions, texts, tensors["logits"], tuple(readings), receipt, source
-    return Piece(Run(*found), meta["width"])
+    logits = tensors["logits"]
+    run = Run(prompts, completions, texts, logits, tuple(readings), receipt, source)
+    return Piece(run, meta["width"])
 
 
 def _named(kind: Any, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

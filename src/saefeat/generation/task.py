@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernel.log import Log
+from ..kernel.program import Program
 from ..results.provenance import Provenance
 from ..results.run import Run
 from ..verbs.base import Intervention, by_prompt, require_fired, require_rows
@@ -41,7 +43,7 @@ class Task:
         return provenance(self.model, self.intervention, settings)
 
     @cached_property
-    def _every_row(self) -> Any:
+    def _every_row(self) -> Program | None:
         """The program, if it is the same for every prompt."""
         require_beamable(self.intervention, self.decoding)
         program = lower(self.intervention, self.model)
@@ -56,7 +58,7 @@ class Task:
         """
         self._every_row  # noqa: B018  (computed here, used for every batch)
 
-    def program(self, start: int, size: int) -> Any:
+    def program(self, start: int, size: int) -> Program:
         """The program for the prompts start..start+size: its own rows of values by prompt."""
         if self._every_row is not None:
             return self._every_row
@@ -74,9 +76,7 @@ class Task:
         if any(size is not None and size < prompts for size in sizes):
             require_rows(self.intervention, prompts)
 
-    def piece(
-        self, batch: dict[str, Tensor], log: dict[str, Any], tokens: Tensor, logits: Tensor
-    ) -> Piece:
+    def piece(self, batch: dict[str, Tensor], log: Log, tokens: Tensor, logits: Tensor) -> Piece:
         """A batch's result, from its log, all its token ids and the logits after its prompts.
 
         Raises:

@@ -19,11 +19,20 @@ from .trace import inline
 from .view import Memory, View
 
 
-def applied(program: Program, model: Any, *, step: int | None = None) -> dict[str, Any]:
+def applied(
+    program: Program, model: Any, *, step: int | None = None, repository: str | None = None
+) -> dict[str, Any]:
     """What an intervention is on a server: its program, called with the model inside a block.
 
     Only what needs no memory from pass to pass may be applied pass by pass with ``step``.
+    ``repository`` is that of the model the program was made for.
     """
+    traced = getattr(model, "repo_id", None)
+    if traced != repository:
+        raise RuntimeError(
+            f"saefeat: an intervention is bound to the model {repository}, and applied to {traced}."
+            " Try: intervention.bind(model) with the model that the block traces."
+        )
     if step is not None and program.remembers:
         raise RuntimeError(
             "saefeat: `step` is given for an intervention with a held condition or a chat role,"

@@ -8,6 +8,7 @@ while a request is being built.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,10 +24,9 @@ def in_requests(kind: type[T], reduce: Callable[[T], Any]) -> None:
 
     The function gives what ``__reduce__`` would, or raises.
     """
-    table = vars(CustomCloudPickler).get("dispatch_table")
-    if table is None:  # else cloudpickle's own table, and with it every pickler of cloudpickle's
-        table = CustomCloudPickler.dispatch_table.new_child()
-        CustomCloudPickler.dispatch_table = table
+    if "dispatch_table" not in vars(CustomCloudPickler):  # a table before that of cloudpickle's
+        CustomCloudPickler.dispatch_table = ChainMap({}, CustomCloudPickler.dispatch_table)
+    table: Any = CustomCloudPickler.dispatch_table
     table[kind] = reduce
 
 

@@ -104,19 +104,19 @@ class Job:
             >>> out.receipt.passes
             1
         """
-        file = JobFile.read(Path(file))
-        if file.about.get("model") != model_key(model):
-            raise not_ours(file.path, f"of the model {file.about.get('model')!r:.200}")
-        server = _trusted(file) if on is None else on
-        chosen = intervention or file.intervention(model)
-        call, prompts = Call.read(file.about.get("call"), server.url), file.prompts()
+        job_file = JobFile.read(Path(file))
+        if job_file.about.get("model") != model_key(model):
+            raise not_ours(job_file.path, f"of the model {job_file.about.get('model')!r:.200}")
+        server = _trusted(job_file) if on is None else on
+        chosen = intervention or job_file.intervention(model)
+        call, prompts = Call.read(job_file.about.get("call"), server.url), job_file.prompts()
         requests = call.requests(model, prompts, chosen)
         given = intervention is not None
-        if given and call.fingerprint(model, prompts, chosen) != file.fingerprint:
-            raise not_ours(file.path, "of another run")
-        if len(requests.batches) != len(file.parts):
-            raise not_ours(file.path, "of another run")
-        return cls.resumed(requests, file)
+        if given and call.fingerprint(model, prompts, chosen) != job_file.fingerprint:
+            raise not_ours(job_file.path, "of another run")
+        if len(requests.batches) != len(job_file.parts):
+            raise not_ours(job_file.path, "of another run")
+        return cls.resumed(requests, job_file)
 
     @property
     def statuses(self) -> tuple[str, ...]:

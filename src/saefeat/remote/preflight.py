@@ -98,7 +98,7 @@ class Preflight:
             ("nnsight", f"{here} here, {there or 'unknown'} there"),
             ("would fail", "; ".join((*self.strangers, *filter(None, [self.fails]))) or "nothing"),
             *([("not known", self.untried)] if self.untried else []),
-            *((f"  {found.step}", f"acts on {found}") for found in self.expected),
+            *((f"  {acts.step}", f"acts on {acts}") for acts in self.expected),
         ]
         width = min(40, max(len(name) for name, _ in shown))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in shown)
@@ -182,7 +182,7 @@ def inspected(
         batches=len(batches),
         parks=parks(program),
         passes=max(settings.new, 1),
-        tokens=tuple((found.step, found.prompt[1]) for found in acts),
+        tokens=tuple((one.step, one.prompt[1]) for one in acts),
         expected=acts,
         result=result_size(model, chosen, program, batch, settings),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors(program)})),
@@ -198,31 +198,31 @@ def _programs(
     dtype: torch.dtype | None,
 ) -> list[tuple[Program, dict[str, Tensor]]]:
     """The first batch and its program, and the last's if values by prompt meet fewer rows there."""
-    own, sizes = by_prompt(chosen), [len(batch["input_ids"]) for batch in batches]
-    found = []
-    for number in sorted({0, len(batches) - 1} if own and sizes[-1] != sizes[0] else {0}):
+    differ, sizes = by_prompt(chosen), [len(batch["input_ids"]) for batch in batches]
+    programs = []
+    for number in sorted({0, len(batches) - 1} if differ and sizes[-1] != sizes[0] else {0}):
         start = sum(sizes[:number])
-        rows = slice(start, start + sizes[number]) if own else slice(None)
+        rows = slice(start, start + sizes[number]) if differ else slice(None)
         program = narrowed(lower(chosen, model, rows), dtype)
-        found.append((program.replace(embedding=embedding(model)), batches[number]))
-    return found
+        programs.append((program.replace(embedding=embedding(model)), batches[number]))
+    return programs
 
 
-def require_light(report: Preflight, limit: int, where: str = "run") -> None:
+def require_light(report: Preflight, limit: int, function: str = "run") -> None:
     """Refuse a request that would fail, or is larger than wanted.
 
     Raises:
         RemoteError: naming the module, what failed, or the largest part.
     """
-    require_known(where, report.strangers)
+    require_known(function, report.strangers)
     if report.fails:
         raise RemoteError(
-            f"{where}: `intervention` is one that fails on fake tensors ({report.fails}), wanted"
+            f"{function}: `intervention` is one that fails on fake tensors ({report.fails}), wanted"
             " one that runs on this model and these prompts. Likely cause: a function, or values,"
             " of another shape than the site's. Try: run(model, prompts[:1], intervention) on a"
             " small model of the family here"
         )
-    require_fits(where, report.parts, report.payload, limit)
+    require_fits(function, report.parts, report.payload, limit)
 
 
 class Capture(Backend):
@@ -264,15 +264,15 @@ def result_size(
     (rows, columns), new = batch["input_ids"].shape, settings.new
     acts = expected(intervention, program, [batch], new, settings.stops)
     total = rows * module.config.get_text_config().vocab_size * module.dtype.itemsize
-    for (step, numbers), found in zip(numbered(intervention.parts()), acts, strict=True):
+    for (step, numbers), expects in zip(numbered(intervention.parts()), acts, strict=True):
         sizes = [len(indices) for _, indices in step.latents.parts]
         if step.change is None:
             kept, mask = (
-                (rows, 8 * rows) if step.reduction else (found.most, rows * (columns + new))
+                (rows, 8 * rows) if step.reduction else (expects.most, rows * (columns + new))
             )
             total += 4 * kept * sum(sizes) + mask * len(numbers)
         else:
-            total += EVENT * found.most * sum(size for size in sizes if size <= MOST_LATENTS)
+            total += EVENT * expects.most * sum(size for size in sizes if size <= MOST_LATENTS)
             total += 12 * max(new, 1) * len(numbers)
     return total + 8 * rows * (columns + new + 1)
 

@@ -78,8 +78,8 @@ def sweep(
         >>> model = tiny.model("chat")
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> values = {v: sf.Clamp(saes.latents({2: [7]}), v) for v in (0.0, 2.0, 4.0)}
-        >>> found = sf.sweep(model, ["how do i bake bread"], values, max_new_tokens=3)
-        >>> list(found), found[2.0].receipt.rows[0].largest > 0
+        >>> runs = sf.sweep(model, ["how do i bake bread"], values, max_new_tokens=3)
+        >>> list(runs), runs[2.0].receipt.rows[0].largest > 0
         ([0.0, 2.0, 4.0], True)
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
@@ -97,7 +97,7 @@ def sweep(
     batches = split(encoded, min(batch_size, total))
     groups = _groups(list(chosen.values()), max(1, batch_size // len(batches[0]["input_ids"])))
     way = route(model, [site for one in chosen.values() for site in sites_of(one)])
-    whole = [None if by_prompt(one) else lower(one, model, way=way) for one in chosen.values()]
+    shared = [None if by_prompt(one) else lower(one, model, way=way) for one in chosen.values()]
     pieces: list[list[Piece]] = [[] for _ in chosen]
     greedy = decoding(model, max_new_tokens=max_new_tokens)
     generation = {**greedy.to_dict(model), "batch_size": batch_size}
@@ -106,7 +106,7 @@ def sweep(
     for batch, group in tqdm(jobs, disable=not progress, desc="sweep", unit="batch"):
         rows = slice(start, start + len(batch["input_ids"]))
         pairs = [(n, list(chosen.values())[n]) for n in group]
-        programs = [whole[n] or lower(one, model, rows, way) for n, one in pairs]
+        programs = [shared[n] or lower(one, model, rows, way) for n, one in pairs]
         results = _together(model, programs, batch, greedy, allow_unfired)
         for (n, one), result in zip(pairs, results, strict=True):
             source = provenance(model, one, generation)
@@ -119,11 +119,11 @@ def _joined(
     chosen: Mapping[Key, Intervention], pieces: list[list[Piece]], allow_unfired: bool
 ) -> dict[Key, Run]:
     """Each setting's batches as one result, every edit of which acted."""
-    found = {key: join(own) for key, own in zip(chosen, pieces, strict=True)}
-    for key, result in found.items():
+    runs = {key: join(batches) for key, batches in zip(chosen, pieces, strict=True)}
+    for key, result in runs.items():
         if not allow_unfired:
             require_fired(result.receipt, f"sweep, setting {key!r}")
-    return found
+    return runs
 
 
 def _groups(settings: list[Intervention], size: int) -> list[range]:

@@ -54,7 +54,8 @@ in_requests(Carried, _carried)
 def as_shipped(program: Program, model: Any) -> Any:
     """The program as a function of the model that runs without this package."""
     register()
-    return partial(applied, shipped(program, model))
+    repository = getattr(model, "repo_id", None)
+    return partial(applied, shipped(program, model), repository=repository)
 
 
 def shipped(program: Program, model: Any) -> Program:
@@ -79,14 +80,14 @@ def shipped(program: Program, model: Any) -> Program:
     return program
 
 
-def require_known_functions(where: str, program: Program, model: Any) -> None:
+def require_known_functions(function: str, program: Program, model: Any) -> None:
     """Refuse functions of a program that use what a server does not have; nothing else can.
 
     Raises:
         RemoteError: naming the modules.
     """
     if any(callable(leaf) for leaf in leaves(program.visits)):
-        require_known(where, strangers(model, dumps(program)))
+        require_known(function, strangers(model, dumps(program)))
 
 
 def embedding(model: Any) -> str | None:

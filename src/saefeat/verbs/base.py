@@ -86,7 +86,7 @@ class Intervention(ABC):
             1
         """
         bound = copy(self)
-        bound.__dict__["_model"] = model
+        object.__setattr__(bound, "_model", model)  # steps are frozen
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
