@@ -11,7 +11,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, unit, wrapped
-from saefeat.files.identity import digest
+from saefeat.files.hashing import digest
 from saefeat.kernel.frozen import Placed
 from saefeat.kernel.log import Log, State
 from saefeat.kernel.view import Memory, window

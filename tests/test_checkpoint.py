@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import saefeat as sf
 from helpers import RAGGED, build, make_sae, unit, wrapped
 from saefeat.files.checkpoint import Checkpoint
-from saefeat.files.identity import model_identity
+from saefeat.files.hashing import digest, weights
 from saefeat.generation import Sample
-from saefeat.hashing import digest, weights
+from saefeat.results.identity import model_identity
 
 JOB = {"prompts": "abc", "options": {"temperature": 0.7, "stop": [1, 2]}}
 TENSORS = {

@@ -28,8 +28,8 @@ from helpers import (
     wrapped,
 )
 from saefeat.dictionaries.weights import InMemory, OnDisk
-from saefeat.files.identity import model_identity
-from saefeat.hashing import computation, digest, weights
+from saefeat.files.hashing import computation, digest, weights
+from saefeat.results.identity import model_identity
 
 X = torch.randn(7, D, generator=torch.Generator().manual_seed(5)) * 2 + 0.5
 OPTIONS = {

@@ -33,12 +33,11 @@ SRC = ROOT / "src"
 LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
     "saefeat.checks": 0,
-    "saefeat.hashing": 0,
+    "saefeat.files": 1,
     "saefeat.model": 1,
     "saefeat.text": 1,
     "saefeat.dictionaries": 2,
     "saefeat.results": 3,
-    "saefeat.files": 4,
     "saefeat.values": 4,
     "saefeat.controls": 4,
     "saefeat.loading": 4,

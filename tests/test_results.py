@@ -18,7 +18,7 @@ from helpers import BOS, RAGGED, D, build, make_sae, transformers_model, wrapped
 from saefeat.attribution import file as files
 from saefeat.attribution.show import _token
 from saefeat.files import container
-from saefeat.hashing import content_hash
+from saefeat.files.hashing import content_hash
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [f"<bos> {prompt}" for prompt in RAGGED]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import GradientError
-from ..files.identity import model_key
 from ..kernel.log import Log
 from ..kernel.program import Program
 from ..kernel.read import Norm
@@ -23,6 +22,7 @@ from ..metrics.batches import Batch
 from ..metrics.evaluator import NOTHING, Evaluator, Pass, pass_options
 from ..model.route import Route
 from ..model.sites import Place, Site
+from ..results.identity import model_key
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..verbs.base import Intervention
 from ..verbs.lower import lower

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.identity import digest, model_identity, remote_identity
+from ..files.hashing import digest
+from ..results.identity import model_identity, remote_identity
 from ..results.receipt import Fired, Receipt
 from .job import Job
 from .passes import SitePasses

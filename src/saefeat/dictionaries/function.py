@@ -9,7 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..errors import CheckpointError, DictionaryError
-from ..hashing import digest
+from ..files.hashing import digest
 from ..kernel.encode import picked
 from ..model.sites import Site
 from .latents import Dictionary

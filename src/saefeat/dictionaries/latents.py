@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import one_of
 from ..errors import LatentError
-from ..hashing import digest
+from ..files.hashing import digest
 from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site

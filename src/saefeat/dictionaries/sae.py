@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError
-from ..hashing import digest
+from ..files.hashing import digest
 from ..kernel.encode import decode, encode
 from ..model.sites import Site
 from .base import require_shape

@@ -2,5 +2,5 @@
 
 * ``container``: safetensors with a JSON document and a hash.
 * ``checkpoint``: the finished batches of a long job.
-* ``identity``: hashes of what a result depends on.
+* ``hashing``: the one content hash.
 """

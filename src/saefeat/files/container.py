@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from ..hashing import canonical, content_hash, raw
+from .hashing import canonical, content_hash, raw
 
 MAX_HEADER = 16 * 2**20
 """Bytes of header a reader accepts; a header is parsed whole."""

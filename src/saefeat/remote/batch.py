@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..errors import RemoteError
-from ..files.identity import model_key
 from ..generation.batch import honoring
 from ..generation.decoding import Decoding
 from ..kernel.draws import require_drawn, seeded
@@ -24,6 +23,7 @@ from ..kernel.pack import pack
 from ..kernel.program import Program
 from ..kernel.trace import whole_run
 from ..model.modules import torch_module
+from ..results.identity import model_key
 from ..shipping.narrow import narrowed
 from ..shipping.program import embedding as embedding
 from ..shipping.program import register

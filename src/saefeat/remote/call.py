@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..checks import whole
 from ..errors import PromptError, RemoteError, SaefeatError
-from ..files.identity import digest, model_key
+from ..files.hashing import digest
 from ..generation.decode import Decode, Greedy, Sample
 from ..generation.decoding import decoding
 from ..generation.task import Task
+from ..results.identity import model_key
 from ..shipping.server import Server
 from ..text.prompts import split
 from ..verbs.base import Intervention, require_rows

@@ -17,7 +17,7 @@ from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..errors import RemoteError
-from ..files.identity import model_key
+from ..results.identity import model_key
 from ..results.run import Run
 from ..shipping.server import NDIF, Server
 from ..verbs.base import Intervention

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files.identity import model_key, require_unedited
 from ..generation.decode import Decode, Greedy
+from ..results.identity import model_key, require_unedited
 from ..shipping.server import NDIF, Server
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Chain, Intervention

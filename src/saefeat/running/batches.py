@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
-from ..files.identity import digest, model_identity, remote_identity
+from ..files.hashing import digest
 from ..generation.batch import run_batch
 from ..generation.result import Piece, pack, unpack
 from ..generation.task import Task
 from ..remote.jobs import Job
 from ..remote.request import Requests
+from ..results.identity import model_identity, remote_identity
 from ..shipping.server import Server
 
 Batch = dict[str, Tensor]

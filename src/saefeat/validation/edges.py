@@ -15,10 +15,11 @@ from ..checks import gradients_on, whole, wholes
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
-from ..files.identity import digest, model_identity
+from ..files.hashing import digest
 from ..metrics.batches import Batch, Data
 from ..model.route import Route, route
 from ..model.sites import Site
+from ..results.identity import model_identity
 from ..results.table import frame
 from ..running.run import run
 from ..text.prompts import Prompts, encode_prompts

@@ -24,10 +24,11 @@ from ..checks import whole
 from ..dictionaries.latents import Latents
 from ..errors import PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
-from ..files.identity import digest, model_identity
+from ..files.hashing import digest
 from ..metrics.base import Metric
 from ..metrics.batches import Batch, Data, metric_data
 from ..metrics.evaluator import NOTHING, Evaluator, References, require_finite
+from ..results.identity import model_identity
 from ..results.readings import Readings
 from ..results.receipt import Fired, Receipt, join_receipts
 from ..text.prompts import Prompts

@@ -14,7 +14,7 @@ from typing import Any, dataclass_transform
 import torch
 from torch import Tensor
 
-from ..hashing import digest
+from ..files.hashing import digest
 from ..model.sites import Site
 from ..results.readings import Readings
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError
 
 
 def content_hash(document: object, tensors: Mapping[str, Tensor]) -> str:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, RemoteError
-from ..hashing import computation, digest, weights
+from ..files.hashing import computation, digest, weights
 from ..model.modules import torch_module
-from ..results.provenance import versions
+from .provenance import versions
 
 
 def model_identity(model: object) -> dict[str, Any]:
