@@ -385,7 +385,7 @@ def test_a_metric_that_is_not_finite_is_refused():
     bad = replace(
         attribute, metric=sf.metrics.custom(lambda logits: logits[:, 0].abs().neg().log())
     )
-    with pytest.raises(sf.SaefeatError, match="not finite"):
+    with pytest.raises(sf.SaefeatError, match="wanted a finite number"):
         sf.audit(bad, nn, RAGGED, scores)
 
 

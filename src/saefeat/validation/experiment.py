@@ -150,7 +150,7 @@ class Experiment:
             run = self.evaluator.run(batch, edit)
             with torch.no_grad():
                 value = self.evaluator.read(run, prompt, self.references.at(prompt))
-            values.append(require_finite(self.function, value, prompt, "edited"))
+            values.append(require_finite(self.function, value, prompt, "measured"))
             receipts.append(run.receipt)
         metric, receipt = torch.cat(values), join_receipts(receipts)
         fired = [[row.edit, row.tokens, row.changed, row.largest] for row in receipt.rows]
