@@ -183,7 +183,7 @@ def _counts(entries: list[Any]) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(1, 3)
 
 
-def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
+def per_latent(function: str, parameter: str, value: Any, latents: Latents) -> Any:
     """A finite number, values [k] or [prompts, k], or a ``Value`` that fits the latents.
 
     Raises:
@@ -192,7 +192,7 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
     if value is None:
         return None
     if isinstance(value, Value):
-        value.check(where, parameter, latents)
+        value.check(function, parameter, latents)
         return value
     try:
         number = torch.as_tensor(value)
@@ -212,9 +212,9 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
         else "values made for another selection"
     )
     raise LatentError(
-        f"{where}: `{parameter}` is {got}, wanted a finite number, [{len(latents)}] or [prompts,"
+        f"{function}: `{parameter}` is {got}, wanted a finite number, [{len(latents)}] or [prompts,"
         f" {len(latents)}] values, or a Schedule, Patch or Resample. Likely cause: {cause}. Try:"
-        f" {where}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings), or"
+        f" {function}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings), or"
         f" {parameter}=Resample(readings)"
     )
 
@@ -244,7 +244,7 @@ def by_prompt(intervention: Intervention) -> bool:
     return any(change is not None and change.numbered() for change in changes)
 
 
-def require_fired(receipt: Receipt, where: str) -> None:
+def require_fired(receipt: Receipt, function: str) -> None:
     """Refuse a result in which an edit never selected a token: it would read as "no effect".
 
     Raises:
@@ -252,7 +252,7 @@ def require_fired(receipt: Receipt, where: str) -> None:
     """
     if receipt.unfired:
         raise FiringError(
-            f"{where}: `intervention` is an edit that selected no token: {receipt.unfired[0]},"
+            f"{function}: `intervention` is an edit that selected no token: {receipt.unfired[0]},"
             " wanted at least one token selected by each edit. Likely cause: a token rule or"
             " condition that matches nothing in these prompts. Try: run(..., allow_unfired=True) if"
             " that is meant"
