@@ -36,7 +36,8 @@ class Carried(Program):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         here, plain = request(), Program(**vars(self))
-        return (plain if here is None else shipped(plain, here)).__reduce_ex__(protocol)
+        program = plain if here is None else shipped(plain, here)
+        return partial(Program, **vars(program)), ()
 
 
 def as_shipped(program: Program, here: Request) -> Any:
