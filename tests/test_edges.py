@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -236,7 +238,7 @@ def test_one_that_is_not_seen_is_printed_if_it_is_strong():
 
 
 def test_interrupted_edges_go_on_where_they_stopped(tmp_path, monkeypatch):
-    from saefeat.validation import edges as room
+    room = importlib.import_module("saefeat.validation.edges")
 
     nn = wrapped(build("llama"))
     up = active(nn, make_sae("standard", layer=0), 4)

@@ -436,7 +436,7 @@ VALUE_LIES = {
         "seed",
     ),
     "a scorer": (
-        put("steps", 3, "fields", "when", "fields", "scorer", value="eval"),
+        put("steps", 3, "fields", "when", "fields", "subject", value="eval"),
         "text 'eval'",
     ),
     "a match of no kind": (

@@ -24,6 +24,7 @@ import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
 from saefeat.kernel.log import Log
 from saefeat.kernel.trace import whole_run
+from saefeat.kernel.view import View
 from saefeat.remote import Server
 from saefeat.remote.batch import embedding
 from saefeat.remote.preflight import Capture, parks, tensors
@@ -742,3 +743,35 @@ def test_vllm_models_are_refused():
     kind = type("VLLM", (), {"__module__": "nnsight.modeling.vllm.vllm"})
     with pytest.raises(sf.errors.ModelError, match="vLLM"):
         lower(VERBS["clamp"](), kind())
+
+
+def code_of(model, intervention) -> tuple[int, bytes]:
+    """Bytes of a block's request that are no tensors' storage, and the request."""
+    raw = request_of(model, intervention)
+    held = [*tensors(lower(intervention, model).visits), *batch_of().values()]
+    return len(raw) - sum(tensor.nbytes for tensor in held), raw
+
+
+def test_only_the_actions_used_travel(model):
+    """One ablated latent brings what it needs, and nothing of conditions, probes or attribution."""
+    size, raw = code_of(model, sf.Ablate(jumprelu(1)))
+    assert size <= 58_000
+    assert b"class Write" not in raw and b"Write" in raw  # its methods travel, not its file
+    for name in (b"Collect", b"LookingBack", b"Reselect", b"ChangeByToken", b"Keep", b"Split"):
+        assert name not in raw
+    for name in (b"encode_prefix", b"def matches", b"def record", b"def pulled_back"):
+        assert name not in raw
+
+
+def test_nothing_travels_as_bytecode(model):
+    """Only this very version of Python could run it; nnsight sends functions as their source."""
+    for verb in VERBS.values():
+        raw = request_of(model, verb())
+        assert b"CodeType" not in raw and b"_make_function" not in raw
+
+
+def test_looking_into_a_request_leaves_our_classes_alone(model):
+    """In one process cloudpickle knows a class by its id, and would fill it with copies."""
+    before = dict(vars(View))
+    sf.remote.preflight(model, RAGGED, sf.Ablate(jumprelu()))
+    assert dict(vars(View)) == before

@@ -266,16 +266,16 @@ def test_minimal_sets_are_those_of_one_prompt_at_a_time(case):
 
 def test_only_the_logits_that_a_metric_reads_are_kept(monkeypatch):
     nn, seen = wrapped(build("llama")), []
-    from saefeat.attribution.passes import Watch
+    from saefeat.metrics.evaluator import Evaluator
 
-    trace = Watch.trace
+    forward = Evaluator.forward
 
     def spy(self, batch, program):
-        log, logits = trace(self, batch, program)
+        log, logits = forward(self, batch, program)
         seen.append(tuple(logits.shape))
         return log, logits
 
-    monkeypatch.setattr(Watch, "trace", spy)
+    monkeypatch.setattr(Evaluator, "forward", spy)
     for metric, columns in (
         (sf.metrics.logit(5), 1),
         (sf.metrics.log_prob([5, 9]), 2),
@@ -292,15 +292,15 @@ def test_rows_are_as_many_as_there_is_room_for(monkeypatch, case):
     attribute = oracle.attribute()
     scores = attribute(oracle.nn, RAGGED)
     wanted = sf.audit(attribute, oracle.nn, RAGGED, scores, k=2, budget=4)
-    from saefeat.attribution.passes import Watch
+    from saefeat.metrics.evaluator import Evaluator
 
-    sizes, run = [], Watch.run
+    sizes, run = [], Evaluator.forward
 
     def spy(self, batch, *args, **options):
         sizes.append(len(batch.numbers))
         return run(self, batch, *args, **options)
 
-    monkeypatch.setattr(Watch, "run", spy)
+    monkeypatch.setattr(Evaluator, "forward", spy)
     monkeypatch.setattr(memory, "CAPACITY", 12_000)
     found = sf.audit(attribute, oracle.nn, RAGGED, scores, k=2, budget=4)
     assert 1 <= max(sizes) <= 3, "more rows than there is room for"
@@ -332,9 +332,9 @@ def test_a_metric_of_a_baseline_needs_one(metric):
 
 def test_metrics_of_other_prompts_or_earlier_sites_are_refused_before_any_run(monkeypatch):
     nn, sae = wrapped(build("llama")), make_sae("standard")
-    from saefeat.attribution.passes import Watch
+    from saefeat.metrics.evaluator import Evaluator
 
-    monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
+    monkeypatch.setattr(Evaluator, "forward", lambda *_, **__: pytest.fail("a run was made"))
     for call in (sf.validation.interactions, sf.validation.minimal_set):
         with pytest.raises(sf.errors.PromptError, match="made for 2 prompts"):
             call(nn, RAGGED, sae.latents([3, 5]), sf.metrics.logit(sf.metrics.PerPrompt([5, 9])))

@@ -7,7 +7,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, build, make_sae, wrapped
-from saefeat.attribution.passes import Watch
+from saefeat.metrics.evaluator import Evaluator
 
 METRIC = sf.logit_diff([5, 9], 7)
 FIELDS = {
@@ -50,7 +50,7 @@ class Runs:
 
     def __init__(self, monkeypatch) -> None:
         self.count, self.stop = 0, None
-        run = Watch.run
+        run = Evaluator.forward
 
         def spy(watch, *args, **options):
             if self.count == self.stop:
@@ -58,7 +58,7 @@ class Runs:
             self.count += 1
             return run(watch, *args, **options)
 
-        monkeypatch.setattr(Watch, "run", spy)
+        monkeypatch.setattr(Evaluator, "forward", spy)
 
     def of(self, call):
         """How many passes a call makes, and what it gives."""
@@ -128,7 +128,7 @@ def test_a_damaged_batch_is_made_again(name, jobs, tmp_path, monkeypatch):
 )
 def test_another_job_is_refused_before_any_run(name, other, differs, jobs, tmp_path, monkeypatch):
     jobs[name](checkpoint=tmp_path)
-    monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
+    monkeypatch.setattr(Evaluator, "forward", lambda *_, **__: pytest.fail("a run was made"))
     with pytest.raises(sf.errors.CheckpointError, match=f"{name}.*differs in .*{differs}"):
         jobs[name](checkpoint=tmp_path, **other)
 
@@ -186,7 +186,7 @@ def test_scores_of_another_attribution_are_another_job(tmp_path):
     ids=str,
 )
 def test_bad_input_is_refused_before_any_run(name, options, jobs, monkeypatch):
-    monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
+    monkeypatch.setattr(Evaluator, "forward", lambda *_, **__: pytest.fail("a run was made"))
     with pytest.raises(sf.SaefeatError, match=next(iter(options))):
         jobs[name](**options)
 
@@ -194,7 +194,7 @@ def test_bad_input_is_refused_before_any_run(name, options, jobs, monkeypatch):
 def test_scores_of_other_latents_are_refused_before_any_run(monkeypatch):
     nn, sae = wrapped(build("llama")), make_sae("standard")
     scores = sf.Attribute(sae, METRIC)(nn, RAGGED)
-    monkeypatch.setattr(Watch, "run", lambda *_, **__: pytest.fail("a run was made"))
+    monkeypatch.setattr(Evaluator, "forward", lambda *_, **__: pytest.fail("a run was made"))
     again = sf.Attribute(make_sae("standard"), METRIC)
     with pytest.raises(sf.errors.LatentError, match="loaded again"):
         sf.validation.faithfulness(again, nn, RAGGED, scores)

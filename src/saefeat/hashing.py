@@ -59,7 +59,7 @@ def raw(tensor: Tensor) -> bytes:
 # ---------------------------------------------------------------- values as documents
 
 
-def _plain(value: Any, tensors: dict[str, Tensor]) -> object:
+def _plain(value: object, tensors: dict[str, Tensor]) -> object:
     """A value as JSON, its tensors put aside under numbers.
 
     Objects in JSON are always tags, as a mapping is one too, so that no two values look alike.

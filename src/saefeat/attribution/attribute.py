@@ -20,8 +20,8 @@ from typing import Any, final
 from tqdm import tqdm
 
 from ..checks import whole
-from ..dictionaries.base import Dictionaries, Dictionary
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.base import Dictionaries
+from ..dictionaries.latents import Dictionary, Latents, as_latents
 from ..errors import PromptError
 from ..files.checkpoint import Checkpoint
 from ..metrics.base import Metric
@@ -39,7 +39,7 @@ from .exact import require_few
 from .in_trace import Watching, begin
 from .job import Job
 from .methods import AtP, Method
-from .passes import Watch
+from .passes import SitePasses
 from .path import AtOnce, require_at_once
 from .pieces import identity, join_attributions, plain_piece, restored
 from .prepare import prepare, require_gradients, require_scored, require_sense
@@ -153,27 +153,28 @@ class Attribute:
         whole("Attribute", "batch_size", batch_size, error=PromptError)
         require_few(job.method, job.target)
         require_at_once(steps_at_once)
-        how: dict[str, Any] = {"semantics": self.semantics, "backward": self.backward}
-        limit = server.payload_limit
-        watch = Watch(job.target, model, self.metric, remote=remote, limit=limit, **how)
-        data = prepare(job, model, prompts)
-        who = {} if checkpoint is None else identity(job, model, data, batch_size, remote)
+        passes = SitePasses(
+            job.target, model, job.metric, semantics=job.semantics, backward=job.backward,
+            remote=remote, limit=server.payload_limit,
+        )  # fmt: skip
+        prepared = prepare(job, model, prompts)
+        who = {} if checkpoint is None else identity(job, model, prepared, batch_size, remote)
         pieces, receipts = [], []
         with Checkpoint(checkpoint, who, "Attribute") as done:
             batches = tqdm(
-                data.batches(batch_size), disable=not progress, desc="attribute", unit="batch"
+                prepared.batches(batch_size), disable=not progress, desc="attribute", unit="batch"
             )
             for number, pair in enumerate(batches):
-                piece = restored(done.load(number), watch)
+                piece = restored(done.load(number), passes)
                 if piece is None:
-                    piece = attribute_batch(job, watch, *pair, steps_at_once)
+                    piece = attribute_batch(job, passes, *pair, steps_at_once)
                     done.save(number, *plain_piece(*piece))
                 pieces.append(piece[0])
                 receipts.append(piece[1])
         require_fired(join_receipts(receipts), "Attribute")  # over all of the data set
         scores = join_attributions(pieces)
         require_scored(scores.tokens, "Attribute")
-        texts = texts_of(model, data.inputs, data.lengths)
+        texts = texts_of(model, *prepared.data)
         signed = self.backward is None or self.backward.signed
         return replace(scores, texts=texts, metric=repr(self.metric), signed=signed)
 

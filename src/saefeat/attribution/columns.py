@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import SaefeatError
 from ..text.texts import Texts
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..errors import PromptError
 from ..kernel.read import lift
+from ..metrics.batches import Batch
 from ..verbs.base import Intervention
 from .baselines import Baseline, Fixed, Paired, counterparts
 from .pairs import Target, at_tokens, moved_by
-from .passes import Batch, Part, Pass, Watch
+from .part import Part
+from .passes import SitePass, SitePasses
 
 
 @dataclass(frozen=True)
@@ -29,64 +31,68 @@ class Endpoint:
     targets: tuple[Target, ...]
     scored: tuple[Tensor, ...]
     batch: Batch
-    make: Callable[[], Pass]
+    make: Callable[[], SitePass]
 
     @cached_property
-    def run(self) -> Pass:
+    def run(self) -> SitePass:
         """The baseline run; made when asked for, so that it need not lie beside another's graph."""
         return self.make()
 
 
 def run_baseline(
-    watch: Watch, baseline: Baseline, batch: Batch, other: Batch | None, published: bool
-) -> Pass | None:
+    passes: SitePasses, baseline: Baseline, batch: Batch, other: Batch | None, published: bool
+) -> SitePass | None:
     """The baseline's own run, where it has one; before the clean run, whose graph takes memory."""
     if isinstance(baseline, Intervention):
-        return watch.run(batch, baseline, before=published)
-    return None if other is None else watch.run(other)
+        return passes.run(batch, baseline, before=published)
+    return None if other is None else passes.run(other)
 
 
 def endpoint(
-    watch: Watch,
+    passes: SitePasses,
     baseline: Baseline,
     batch: Batch,
     other: Batch | None,
-    clean: Pass,
+    clean: SitePass,
     scored: tuple[Tensor, ...],
-    run: Pass | None,
+    run: SitePass | None,
 ) -> Endpoint:
     """The end of the path, from the clean run and the baseline's."""
     with torch.no_grad():
         if run is None:
-            return _moved_endpoint(watch, baseline, batch, clean, scored)
+            return _moved_endpoint(passes, baseline, batch, clean, scored)
         values = run.values
         if isinstance(baseline, Paired) and other is not None:
             values, scored = _aligned(baseline, batch, other, clean, run, scored)
         targets = tuple(
-            Target(lift(at_tokens(values[part.read], mask), part.transform))
-            for part, mask in zip(watch.parts, scored, strict=True)
+            Target(lift(at_tokens(values[part.read], mask), part.norm))
+            for part, mask in zip(passes.parts, scored, strict=True)
         )
-        written = {n: (run.before or values)[n] for n in watch.written}
+        written = {n: (run.before or values)[n] for n in passes.written}
         return Endpoint(written, targets, scored, other or batch, lambda: run)
 
 
 def _moved_endpoint(
-    watch: Watch, baseline: Baseline, batch: Batch, clean: Pass, scored: tuple[Tensor, ...]
+    passes: SitePasses,
+    baseline: Baseline,
+    batch: Batch,
+    clean: SitePass,
+    scored: tuple[Tensor, ...],
 ) -> Endpoint:
     """Latents at zero or at fixed values, each site moved from its own clean value."""
     targets: list[Target] = []
     values: dict[int, Tensor] = {}
-    for part, mask in zip(watch.parts, scored, strict=True):
+    for part, mask in zip(passes.parts, scored, strict=True):
         prompt = batch.numbers[mask.nonzero()[:, 0].cpu()]
         out = values.get(part.write, clean.values[part.write]).clone()
-        before = lift(at_tokens(clean.values[part.read], mask), part.transform)
+        before = lift(at_tokens(clean.values[part.read], mask), part.norm)
         on_site = mask.to(out.device)
         out[on_site], target = moved_by(
             part, before, Target(fixed=fixed_values(baseline, part, prompt)), out[on_site]
         )
         targets.append(target)
         values[part.write] = out
-    make = partial(watch.run, batch, targets=values, copy=False)
+    make = partial(passes.run, batch, targets=values, copy=False)
     return Endpoint(values, tuple(targets), scored, batch, make)
 
 
@@ -101,8 +107,8 @@ def _aligned(
     baseline: Paired,
     batch: Batch,
     other: Batch,
-    clean: Pass,
-    run: Pass,
+    clean: SitePass,
+    run: SitePass,
     scored: tuple[Tensor, ...],
 ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
     """The paired run's values at this batch's columns, and what can be scored of it."""

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import cast
-from ..dictionaries.latents import Latents, index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Latents, cast
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.read import lift
 from .methods import Method
 from .pairs import Target, at_tokens
-from .passes import Part
+from .part import Part
 from .path import Path
 from .readout import Rows, moved_rows
 
@@ -39,7 +39,7 @@ def require_few(method: Method, latents: Latents) -> None:
 
 def effects(path: Path, part: Part, mask: Tensor, target: Target) -> Columns:
     """One part's scores: what the metric does when each latent is moved alone."""
-    before = lift(at_tokens(path.clean.values[part.read], mask), part.transform)
+    before = lift(at_tokens(path.clean.values[part.read], mask), part.norm)
     rows = moved_rows(part, before, target)
     cell = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
     prompt, position = cell[:, 0], path.clean.view.position[mask].to(cell.device)
@@ -110,7 +110,7 @@ def _effect(
             values = path.metric_at_clean()[owner]
         else:
             moved = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
-            run = path.watch.run(many, targets={write: moved.to(start.dtype)}, copy=False)
+            run = path.passes.run(many, targets={write: moved.to(start.dtype)}, copy=False)
             values = path.metric(run, many, owner)
         total = total.to(values) + weight * values.detach()
     return total.to(device)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
-from ..dictionaries.latents import as_latents
 from ..errors import GradientError, SaefeatError
 from ..kernel.log import Log
 from ..kernel.trace import generating, inline
-from ..metrics.base import Seen
+from ..metrics.evaluator import NOTHING, Pass, References, require_finite
 from ..model.modules import torch_module
+from ..results.receipt import Receipt
 from ..text.texts import Texts, texts_of
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
@@ -22,19 +22,16 @@ from .backward import plain_slopes
 from .baselines import Fixed
 from .batch import read_out, scored_tokens
 from .endpoint import fixed_values
+from .job import Job
 from .pairs import Target
-from .passes import NOTHING, Moved, Watch
+from .passes import Moved, SitePasses
 from .prepare import (
     require_count,
-    require_finite,
     require_finite_scores,
     require_gradients,
     require_scored,
 )
 from .scores import Attribution
-
-if TYPE_CHECKING:
-    from .attribute import Attribute
 
 
 @final
@@ -54,8 +51,8 @@ class Watching:
         torch.Size([1])
     """
 
-    job: Attribute
-    places: Watch
+    job: Job
+    passes: SitePasses
     log: Log
 
     def scores(self, values: Tensor) -> Attribution:
@@ -79,17 +76,18 @@ class Watching:
         require_count(job, len(rows))
         name = "values of the trace"
         if values.ndim == 3:
-            values, name = self.places.reader(Seen(values, None, rows, view)), repr(job.metric)
+            run = Pass(values, None, view, Receipt((), 1))
+            values, name = self.passes.evaluator.read(run, rows, References()), repr(job.metric)
         slopes = self._slopes(values)
         with torch.no_grad():
-            masks = scored_tokens(job.where, self.places, view, False)
-            parts, kept = self.places.parts, self.log.kept
+            masks = scored_tokens(job.where, self.passes, view, False)
+            parts, kept = self.passes.parts, self.log.kept
             targets = [
                 Target(fixed=fixed_values(job.baseline, part, mask.nonzero()[:, 0]))
                 for part, mask in zip(parts, masks, strict=True)
             ]
             columns, dropped = read_out(parts, masks, targets, kept, slopes, view, job.keep)
-            clean = require_finite(values.detach(), "clean", rows).float().cpu()
+            clean = require_finite("Watching.scores", values.detach(), rows, "clean", GradientError)
             require_finite_scores(columns, rows)
             chosen = torch.stack(masks).any(0)
             require_scored(chosen.sum(1), "Watching.scores")
@@ -112,7 +110,7 @@ class Watching:
         if view.ids is None:
             return None
         batch = {"input_ids": view.ids.cpu(), "attention_mask": view.real.cpu()}
-        return texts_of(self.places.model, batch)
+        return texts_of(self.passes.evaluator.model, batch)
 
     def _slopes(self, values: Tensor) -> dict[int, Tensor]:
         rows = len(self.log.view.real)
@@ -140,19 +138,18 @@ class Watching:
         return f"Watching({self.job!r})"
 
 
-def begin(job: Attribute, model: Any, intervention: Intervention | None) -> Watching:
+def begin(job: Job, model: Any, intervention: Intervention | None) -> Watching:
     """Put the watched sites into the user's trace, behind an intervention's edits."""
     _require_one_pass(job)
     require_gradients(torch_module(model))
     _require_a_trace(model)
-    latents = as_latents(job.target, "Attribute")
-    places = Watch(latents, model, job.metric, semantics=job.semantics)
-    way = places.way(intervention or NOTHING)
+    passes = SitePasses(job.target, model, job.metric, semantics=job.semantics)
+    way = passes.evaluator.route_with(intervention or NOTHING)
     program, log = lower(intervention or NOTHING, model, way=way), Log()
     # What came before the first site stays in the user's graph.
-    program = places.add(program, places.written, Moved(), way, detach=False)
+    program = passes.watched(program, passes.written, Moved(), way, detach=False)
     inline(model, program, log, None)
-    return Watching(job, places, log)
+    return Watching(job, passes, log)
 
 
 def _require_a_trace(model: Any) -> None:
@@ -169,11 +166,10 @@ def _require_a_trace(model: Any) -> None:
         )
 
 
-def _require_one_pass(job: Attribute) -> None:
-    single = [alpha for alpha, _ in job.method.nodes()] == [0.0]
+def _require_one_pass(job: Job) -> None:
     metric = job.metric
     wrong = (
-        (not single, "method", job.method, "AtP()"),
+        (not job.at_clean_alone, "method", job.method, "AtP()"),
         (job.baseline is not None and not isinstance(job.baseline, Fixed), "baseline", job.baseline,
          "None or Fixed(...)"),
         (job.backward is not None, "backward", job.backward, "None"),

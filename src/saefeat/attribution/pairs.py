@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..dictionaries.base import cast
-from ..dictionaries.latents import index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import cast
 from ..kernel.encode import encode
-from .passes import Part
+from .part import Part
 
 CHUNK, ELSEWHERE = 1024, 8192
 """Latents encoded at a time, on a CPU and elsewhere: more costs memory, fewer costs launches."""

@@ -1,101 +1,50 @@
-"""Watch: the places that an attribution looks at in one model, and the passes made there."""
+"""SitePasses: the places that dictionaries read and write in one model, and passes made there."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import nnsight
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents
-from ..errors import GradientError, SiteError
+from ..dictionaries.latents import Dictionary, Latents
+from ..errors import GradientError
 from ..files.identity import model_key
 from ..kernel.log import Log
 from ..kernel.program import Program
-from ..kernel.read import Norm, lift
-from ..kernel.trace import whole_run
-from ..kernel.view import View
+from ..kernel.read import Norm
 from ..kernel.watch import Keep, Show
-from ..metrics.base import Metric, Reader, Seen
-from ..model.modules import torch_module
-from ..model.route import Route, route
+from ..metrics.base import Metric, require_tokenwise
+from ..metrics.batches import Batch
+from ..metrics.evaluator import NOTHING, Evaluator, Pass, pass_options
+from ..model.route import Route
 from ..model.sites import Place, Site
-from ..results.receipt import Receipt
 from ..shipping.payload import PAYLOAD_LIMIT
-from ..verbs.base import Chain, Intervention
-from ..verbs.lower import lower, sites_of
+from ..verbs.base import Intervention
+from ..verbs.lower import lower
 from ..verbs.visits import Visits
 from .backward import Backward, Slopes, plain_slopes
+from .part import Part
 from .remote_passes import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
 from .semantics import through
 
-NOTHING = Chain(())
 
+@dataclass(frozen=True)
+class SitePass(Pass):
+    """One forward pass past watched places.
 
-class Batch(NamedTuple):
-    """Some prompts, left-padded, with what follows them.
-
-    ``numbers`` [b] says which prompts of the data set they are, ``lengths`` [b, 1] how many real
-    tokens of each row are the prompt's, None for all.
-    """
-
-    inputs: dict[str, Tensor]
-    numbers: Tensor
-    lengths: Tensor | None
-
-    @property
-    def tokens(self) -> int:
-        """Columns of the batch times its rows: what a pass costs."""
-        return self.inputs["input_ids"].numel()
-
-    def rows(self) -> slice:
-        """The prompts as a slice of the data set, for values that differ by prompt."""
-        return slice(int(self.numbers[0]), int(self.numbers[-1]) + 1)
-
-    def take(self, rows: Tensor) -> Batch:
-        """Rows by number, repeated as wanted."""
-        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
-        lengths = None if self.lengths is None else self.lengths[rows]
-        return Batch(inputs, self.numbers[rows], lengths)
-
-
-class Pass(NamedTuple):
-    """One forward pass.
-
-    ``values`` at watched places [b, t, d] as edits left them, ``before`` as edits found them (if
-    asked for), graph ``nodes``, the metric's own ``site`` value, ``logits`` [b, n, vocabulary].
-    ``slopes`` computes gradients at the nodes.
+    ``values`` [b, t, d] at the places as edits left them, ``before`` as edits found them (if asked
+    for), graph ``nodes``; ``slopes`` computes gradients at the nodes.
     """
 
     values: dict[int, Tensor]
     before: dict[int, Tensor]
     nodes: dict[int, Tensor]
-    site: Tensor | None
-    logits: Tensor
-    view: View
-    receipt: Receipt
-    slopes: Slopes = plain_slopes
-
-    @property
-    def last(self) -> Tensor:
-        """[b, vocabulary], without graph."""
-        return self.logits[:, -1].detach()
-
-
-class Part(NamedTuple):
-    """One dictionary's latents, and the numbers of the places it reads and writes."""
-
-    dictionary: Dictionary
-    indices: Sequence[int]
-    read: int
-    write: int
-    transform: Norm
+    slopes: Slopes
 
 
 class Moved(NamedTuple):
@@ -105,7 +54,7 @@ class Moved(NamedTuple):
     share: Tensor | None = None
 
 
-class Watch:
+class SitePasses:
     """The places to watch in one model, for some latents and a metric."""
 
     def __init__(
@@ -119,45 +68,32 @@ class Watch:
         remote: bool | str = False,
         limit: int = PAYLOAD_LIMIT,
     ) -> None:
-        self.model, self.metric, self.backward = model, metric, backward
-        self.remote, self.limit = remote, limit
+        self.backward, self.remote, self.limit = backward, remote, limit
         if remote:
             require_plain(semantics, backward)
             if remote != "local":
                 model_key(model)
-        self.module = torch_module(model)
         bases: list[Any] = [basis for basis, _ in latents.parts]
-        self._sites = [site for basis in bases for site in (basis.site, basis.write_site)]
-        self._sites += [] if metric.site is None else [metric.site]
-        self._ways: dict[frozenset[Site], Route] = {}
-        self.route = self.way(NOTHING)
+        sites = [site for basis in bases for site in (basis.site, basis.write_site)]
+        self.evaluator = Evaluator(model, metric, sites)
         self._places: dict[Place, tuple[int, Site]] = {}
         self.parts = [self._part(basis, indices) for basis, indices in latents.parts]
         self.written = {part.write: part.dictionary.write_site for part in self.parts}
         self.through = through(self.parts) if semantics == "through_sae" else {}
-        self.reader: Reader = metric.reader(getattr(model, "tokenizer", None))
-        self.site = None if metric.site is None else self.route.places[metric.site]
-        require_upstream("Attribute", metric, self.written.values(), self.route)
+        self.evaluator.require_upstream("Attribute", self.written.values())
 
-    def _part(self, basis: Any, indices: Sequence[int]) -> Part:
+    def _part(self, basis: Any, indices: Any) -> Part:
         dictionary: Dictionary = basis
-        self.route.check(dictionary, "dictionary")
-        self.route.writable(dictionary.write_site, "Attribute")
-        _require_tokenwise(dictionary)
-        read, place = self._number(dictionary.site), self.route.places[dictionary.site]
-        write = self._number(dictionary.write_site)
-        norm = Norm(kind=place.transform, eps=place.eps)
-        return Part(dictionary, indices, read, write, norm)
-
-    def way(self, intervention: Intervention) -> Route:
-        """The route past all that is watched and all that an intervention visits."""
-        others = frozenset(sites_of(intervention))
-        if others not in self._ways:
-            self._ways[others] = route(self.model, [*self._sites, *others])
-        return self._ways[others]
+        route = self.evaluator.route
+        route.check(dictionary, "dictionary")
+        route.writable(dictionary.write_site, "Attribute")
+        require_tokenwise("Attribute", "target", dictionary, GradientError)
+        place = route.places[dictionary.site]
+        read, write = (self._number(s) for s in (dictionary.site, dictionary.write_site))
+        return Part(dictionary, indices, read, write, Norm(kind=place.transform, eps=place.eps))
 
     def _number(self, site: Site) -> int:
-        place = self.route.places[site]
+        place = self.evaluator.route.places[site]
         key = Place(place.path, place.end, plus=place.plus)
         return self._places.setdefault(key, (len(self._places), site))[0]
 
@@ -171,77 +107,51 @@ class Watch:
         share: Tensor | None = None,
         before: bool = False,
         copy: bool = True,
-    ) -> Pass:
+    ) -> SitePass:
         """One forward pass; ``gradient`` numbers the places whose values are nodes of the graph.
 
         The values are kept as the intervention left them. Each goes to its target first, or a
         ``share`` [b, 1, 1] of the way from where this pass has it.
         """
-        way = self.way(intervention)
-        program = lower(intervention, self.model, batch.rows(), way)
-        moved = Moved(targets or {}, share)
-        program = self.add(program, gradient, moved, way, before=before, copy=copy)
+        evaluator, slopes = self.evaluator, plain_slopes
+        way, moved = evaluator.route_with(intervention), Moved(targets or {}, share)
+        program = lower(intervention, evaluator.model, batch.rows(), way)
+        program = self.watched(program, gradient, moved, way, before=before, copy=copy)
         if self.remote:
-            return self._afar(batch, program, intervention, bool(gradient))
-        slopes: Slopes = plain_slopes
+            return self._remote(batch, program, intervention, bool(gradient))
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(bool(gradient)))
             if self.backward is not None and gradient:
-                slopes = stack.enter_context(self.backward.applied(self.module))
-            log, logits = self.trace(batch, program)
-        return self.seen(log, logits, intervention.receipt(log))._replace(slopes=slopes)
+                slopes = stack.enter_context(self.backward.applied(evaluator.module))
+            log, logits = evaluator.forward(batch, program)
+        return self._passed(log, logits, intervention, log.nodes, slopes)
 
-    def _afar(
+    def _passed(
+        self,
+        log: Log,
+        logits: Tensor,
+        intervention: Intervention,
+        nodes: dict[int, Tensor],
+        slopes: Slopes,
+    ) -> SitePass:
+        run = self.evaluator.passed(log, logits, intervention.receipt(log))
+        return SitePass(**vars(run), values=log.kept, before=log.before, nodes=nodes, slopes=slopes)
+
+    def _remote(
         self, batch: Batch, program: Program, intervention: Intervention, gradient: bool
-    ) -> Pass:
+    ) -> SitePass:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
-        columns = self.columns(batch)
-        place = (self.model, self.remote, program, batch.inputs, batch.lengths, columns)
-        errand = Errand(*place, self._options(columns), self.limit)
+        model, columns = self.evaluator.model, self.evaluator.columns(batch)
+        place = (model, self.remote, program, batch.inputs, batch.lengths, columns)
+        errand = Errand(*place, pass_options(model, columns), self.limit)
         log, logits = run_afar(errand)
-        receipt = intervention.receipt(log)
         if not gradient:
-            return self.seen(log, logits, receipt)
+            return self._passed(log, logits, intervention, log.nodes, plain_slopes)
         leaves = leaves_of(log, logits)
-        here = self.seen(log, logits, receipt)
         nodes: dict[int, Any] = dict.fromkeys(nodes_of(program))  # they are there, by number
-        return here._replace(nodes=nodes, slopes=partial(pull, errand, leaves))
+        return self._passed(log, logits, intervention, nodes, partial(pull, errand, leaves))
 
-    def _options(self, columns: int) -> dict[str, Any]:
-        """What a pass is called with: no cache, and no logits but those wanted."""
-        wanted = {"use_cache": False} | ({"logits_to_keep": columns} if columns else {})
-        accepted = inspect.signature(self.module.forward).parameters
-        return {name: value for name, value in wanted.items() if name in accepted}
-
-    def trace(self, batch: Batch, program: Program) -> tuple[Log, Tensor]:
-        """The pass itself: its log, and the logits of the columns that the metric reads."""
-        model, columns = self.model, self.columns(batch)
-        options = self._options(columns)
-        with model.trace(**options) as tracer:
-            with tracer.invoke(batch.inputs):
-                log = nnsight.save(Log())
-                whole_run(model, program, log, batch.lengths)
-            with tracer.invoke():
-                logits = nnsight.save(model.output.logits[:, -columns:])
-        return log, logits
-
-    def columns(self, batch: Batch) -> int:
-        """How many last columns of logits are wanted; 0 for all of them."""
-        if self.metric.columns == "all":
-            return 0
-        if batch.lengths is None:
-            return 1
-        real = batch.inputs["attention_mask"].sum(1, keepdim=True)
-        return int((real - batch.lengths).max()) + 1
-
-    def seen(self, log: Log, logits: Tensor, receipt: Receipt) -> Pass:
-        """The site values, masks and logits of one forward pass, from its log."""
-        site = log.shown.get("metric")
-        if site is not None and self.site is not None:
-            site = lift(site, Norm(kind=self.site.transform, eps=self.site.eps))
-        return Pass(log.kept, log.before, log.nodes, site, logits, log.view, receipt)
-
-    def add(
+    def watched(
         self,
         program: Program,
         gradient: Collection[int],
@@ -272,54 +182,10 @@ class Watch:
                 source, passing = self.through[number]
                 keep = keep.replace(source=source, through=passing)
             visits.add(place, order, keep)
-        self._show(visits, way)
-        return program.replace(visits=visits.ordered())
-
-    def _show(self, visits: Visits, way: Route) -> None:
-        """Values that are read with their graph: the metric's site, transcoders' inputs."""
+        # Values that are read with their graph: transcoders' inputs, and the metric's own site.
         sources = {source for source, _ in self.through.values() if source is not None}
         for place, (number, site) in self._places.items():
             if number in sources:
                 visits.add(place, way.orders[site], Show(name=number, plus=place.plus))
-        if self.site is not None and self.metric.site is not None:
-            if self.site.plus is not None:
-                visits.stash(self.site.plus, way.starts[self.site.plus])
-            order = way.orders[self.metric.site]
-            visits.add(self.site, order, Show(name="metric", plus=self.site.plus))
-
-    def read(self, batch: Batch, here: Pass, clean: Tensor, base: Tensor | None) -> Tensor:
-        """The metric of a pass, [b]; ``clean`` and ``base`` are those runs' last logits."""
-        top = None if base is None else base.argmax(-1)
-        return self.reader(Seen(here.logits, top, batch.numbers, here.view, clean, base, here.site))
-
-
-def require_upstream(where: str, metric: Metric, written: Iterable[Site], way: Route) -> None:
-    """Refuse sites that the metric's own site does not depend on: zeros would say so badly.
-
-    Raises:
-        SiteError: naming the first such site.
-    """
-    if metric.site is None:
-        return
-    late = [site for site in written if way.orders[site] > way.orders[metric.site]]
-    if late:
-        raise SiteError(
-            f"{where}: `metric` is at {metric.site}, and latents written at {late[0]}, wanted"
-            " latents written no later than the metric's site. Likely cause: the model reaches"
-            " these latents after what they are to explain. Try: latents of the sites before it:"
-            " saes.latents({0: [3]})"
-        )
-
-
-def _require_tokenwise(dictionary: Dictionary) -> None:
-    """Refuse latents that depend on earlier tokens: their change reaches later tokens' latents.
-
-    Raises:
-        GradientError: naming the dictionary.
-    """
-    if dictionary.prefix:
-        raise GradientError(
-            f"Attribute: `target` is {dictionary!r}, wanted latents that depend on their own"
-            " token's value alone. Likely cause: a temporal SAE, whose latents mix positions, so"
-            " that scores of single tokens mean nothing. Try: ablate them one by one with run"
-        )
+        self.evaluator.show(visits, way)
+        return program.replace(visits=visits.ordered())

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import GradientError, SaefeatError
+from ..metrics.batches import Batch
+from ..metrics.evaluator import Pass, References
 from .endpoint import Endpoint
 from .methods import Method
-from .passes import Batch, Pass, Watch
+from .passes import SitePass, SitePasses
 
 ON_CPU, ELSEWHERE = 128, 8192
 """Tokens a pass, when nobody says: a CPU gains nothing from more, a GPU would stand idle."""
@@ -36,29 +38,31 @@ def require_at_once(wanted: AtOnce) -> None:
 class Path(NamedTuple):
     """One batch under way: its clean run, its endpoint, and how the way between is taken."""
 
-    watch: Watch
+    passes: SitePasses
     method: Method
     batch: Batch
-    clean: Pass
+    clean: SitePass
     end: Endpoint
     at_once: AtOnce
 
-    def metric(self, run: Pass, batch: Batch, rows: Tensor) -> Tensor:
+    def metric(self, run: Pass, batch: Batch, rows: Tensor | slice = slice(None)) -> Tensor:
         """The metric of a pass over some rows of the batch, [rows]."""
-        return self.watch.read(batch, run, self.clean.last[rows], self.baseline_logits(rows))
+        base = self.baseline_logits(rows)
+        top = None if base is None else base.argmax(-1)
+        references = References(top, self.clean.last[rows], base)
+        return self.passes.evaluator.read(run, batch.numbers, references)
 
     def metric_at_clean(self) -> Tensor:
         """The metric in the clean run, [b]."""
-        return self.watch.read(self.batch, self.clean, self.clean.last, self.baseline_logits())
+        return self.metric(self.clean, self.batch)
 
     def metric_at_baseline(self) -> Tensor:
         """The metric in the baseline run, [b]."""
-        run = self.end.run
-        return self.watch.read(self.end.batch, run, self.clean.last, self.baseline_logits())
+        return self.metric(self.end.run, self.end.batch)
 
     def baseline_logits(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
         """The baseline run's last logits [rows, vocabulary], if the metric asks for them."""
-        return self.end.run.last[rows] if self.watch.metric.needs_baseline else None
+        return self.end.run.last[rows] if self.passes.evaluator.metric.needs_baseline else None
 
     @property
     def copies(self) -> int:
@@ -77,9 +81,9 @@ class Path(NamedTuple):
         nodes = list(self.method.nodes())
         if nodes[0][0] == 0.0:  # the clean pass is the node at zero, for every site
             weight = nodes.pop(0)[1]
-            _add(total, gradients(self.metric_at_clean(), self.clean, self.watch), weight)
+            _add(total, gradients(self.metric_at_clean(), self.clean, self.passes), weight)
             self.clean.nodes.clear()  # one graph at a time
-        written = list(self.watch.written)
+        written = list(self.passes.written)
         for group in [[number] for number in written] if one_site else [written]:
             for first in range(0, len(nodes), self.copies):
                 some = nodes[first : first + self.copies]
@@ -97,10 +101,10 @@ class Path(NamedTuple):
         share = share.repeat_interleave(len(self.batch.numbers))
         targets = {n: self.end.values[n].repeat(len(nodes), 1, 1) for n in group}
         many = self.batch.take(rows)
-        run = self.watch.run(
+        run = self.passes.run(
             many, gradient=group, targets=targets, share=share[:, None, None], copy=False
         )
-        slopes = gradients(self.metric(run, many, rows), run, self.watch)
+        slopes = gradients(self.metric(run, many, rows), run, self.passes)
         return {n: slope.unflatten(0, (len(nodes), -1)) for n, slope in slopes.items()}
 
 
@@ -111,7 +115,7 @@ def _add(total: dict[int, Tensor], slopes: dict[int, Tensor], weight: float) -> 
         total[number] = part if number not in total else total[number].add_(part)
 
 
-def gradients(values: Tensor, run: Pass, watch: Watch) -> dict[int, Tensor]:
+def gradients(values: Tensor, run: SitePass, passes: SitePasses) -> dict[int, Tensor]:
     """∂(Σ metric)/∂x at each node; prompts do not mix, so rows are the prompts' own.
 
     Raises:
@@ -124,4 +128,4 @@ def gradients(values: Tensor, run: Pass, watch: Watch) -> dict[int, Tensor]:
             " [batch]. Likely cause: an argmax, a detach or a mean over prompts inside the metric."
             " Try: metric(lambda logits: logits[:, 5])"
         )
-    return run.slopes(values.sum(), run.nodes, watch.written)
+    return run.slopes(values.sum(), run.nodes, passes.written)

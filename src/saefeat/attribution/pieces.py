@@ -11,8 +11,8 @@ from torch import Tensor
 from ..files.identity import digest, model_identity, remote_identity
 from ..results.receipt import Fired, Receipt
 from .job import Job
-from .passes import Watch
-from .prepare import Data
+from .passes import SitePasses
+from .prepare import Prepared
 from .scores import Attribution
 
 _ALWAYS = (
@@ -23,7 +23,7 @@ _SOMETIMES = ("ends", "dropped", "scored")
 
 
 def identity(
-    job: Job, model: Any, data: Data, batch_size: int, remote: bool | str = False
+    job: Job, model: Any, prepared: Prepared, batch_size: int, remote: bool | str = False
 ) -> dict[str, Any]:
     """Everything that scores depend on; how many nodes share a pass is not among it."""
     paths = ("method", "where", "semantics", "one_site", "backward", "keep")
@@ -31,7 +31,7 @@ def identity(
         **(remote_identity(model, remote) if remote else model_identity(model)),
         "target": digest(job.target),
         **{name: digest(getattr(job, name)) for name in ("metric", "baseline", *paths)},
-        "prompts": digest(*data),
+        "prompts": digest(prepared.data, prepared.others),
         "batch_size": batch_size,
     }
 
@@ -45,14 +45,14 @@ def plain_piece(piece: Attribution, receipt: Receipt) -> tuple[dict[str, Tensor]
 
 
 def restored(
-    saved: tuple[dict[str, Tensor], dict[str, Any]] | None, watch: Watch
+    saved: tuple[dict[str, Tensor], dict[str, Any]] | None, passes: SitePasses
 ) -> tuple[Attribution, Receipt] | None:
     """A batch that was finished before, or None."""
     if saved is None:
         return None
     tensors: dict[str, Any] = saved[0]
     meta = saved[1]
-    piece = Attribution(tuple(part.dictionary for part in watch.parts), **tensors)
+    piece = Attribution(tuple(part.dictionary for part in passes.parts), **tensors)
     rows = tuple(Fired(*row) for row in meta["rows"])
     return piece, Receipt(rows, meta["passes"])
 

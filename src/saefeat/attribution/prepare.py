@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,79 +11,45 @@ from torch import Tensor, nn
 
 from ..checks import gradients_on, one_a_prompt
 from ..errors import FiringError, GradientError, SaefeatError
+from ..metrics.batches import Batch, Data, continued, metric_data
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Intervention, require_rows
 from .baselines import Fixed, Paired, require_pairs
 from .job import Job
-from .passes import Batch, Pass, Watch
+from .path import Path
 from .semantics import SEMANTICS
 
 
-class Data(NamedTuple):
-    """Encoded prompts, those they are paired with, and how long each prompt itself is."""
+class Prepared(NamedTuple):
+    """Encoded prompts, and those they are paired with."""
 
-    inputs: dict[str, Tensor]
-    lengths: Tensor | None
-    others: dict[str, Tensor] | None = None
-    other_lengths: Tensor | None = None
+    data: Data
+    others: Data | None = None
 
     def batches(self, size: int) -> list[tuple[Batch, Batch | None]]:
         """At most ``size`` prompts each, with their pairs."""
-        found = _cut(self.inputs, self.lengths, size)
-        pairs: Sequence[Batch | None] = [None] * len(found)
-        if self.others is not None:
-            pairs = _cut(self.others, self.other_lengths, size)
-        return list(zip(found, pairs, strict=True))
+        batches = self.data.batches(size)
+        if self.others is None:
+            return [(batch, None) for batch in batches]
+        return list(zip(batches, self.others.batches(size), strict=True))
 
 
-def _cut(inputs: dict[str, Tensor], lengths: Tensor | None, size: int) -> list[Batch]:
-    return list(_batches(inputs, lengths, size))
-
-
-def _batches(inputs: dict[str, Tensor], lengths: Tensor | None, size: int) -> Iterator[Batch]:
-    """Rows in order, without columns that are all padding."""
-    for start in range(0, len(inputs["input_ids"]), size):
-        mask = inputs["attention_mask"][start : start + size]
-        first = int((mask.sum(0) == 0).long().argmin())
-        cut = {name: tensor[start : start + size, first:] for name, tensor in inputs.items()}
-        index = torch.arange(start, start + len(mask))
-        yield Batch(cut, index, None if lengths is None else lengths[start : start + size])
-
-
-def prepare(job: Job, model: Any, prompts: Prompts) -> Data:
+def prepare(job: Job, model: Any, prompts: Prompts) -> Prepared:
     """Prompts encoded, continued where the metric wants it, and checked against what is per prompt.
 
     Raises:
         PromptError: for prompts that cannot be encoded, or another number of values or pairs.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    inputs = encode_prompts(tokenizer, prompts)
-    count = len(inputs["input_ids"])
-    require_count(job, count)
+    data = metric_data("Attribute", model, prompts, job.metric)
+    require_count(job, data.count)
     if isinstance(job.baseline, Intervention):
-        require_rows(job.baseline, count)
-    others = None
-    if isinstance(job.baseline, Paired):
-        others = encode_prompts(tokenizer, job.baseline.prompts)
-        require_pairs(job.baseline, count, len(others["input_ids"]))
-    if job.metric.continuation is None:
-        return Data(inputs, None, others)
-    ids = job.metric.continuation(tokenizer)
-    inputs, lengths = continued(tokenizer, inputs, ids)
-    if others is None:
-        return Data(inputs, lengths)
-    return Data(inputs, lengths, *continued(tokenizer, others, ids))
-
-
-def continued(
-    tokenizer: Any, inputs: dict[str, Tensor], ids: tuple[tuple[int, ...], ...]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Prompts with what follows them, less its last token; and the prompts' lengths [n, 1]."""
-    mask = inputs["attention_mask"].bool()
-    rows = [row[real].tolist() for row, real in zip(inputs["input_ids"], mask, strict=True)]
-    behind = ids if len(ids) > 1 else ids * len(rows)
-    joined = [[*row, *more[:-1]] for row, more in zip(rows, behind, strict=True)]
-    return encode_prompts(tokenizer, joined), mask.sum(1, keepdim=True)
+        require_rows(job.baseline, data.count)
+    if not isinstance(job.baseline, Paired):
+        return Prepared(data)
+    tokenizer = getattr(model, "tokenizer", None)
+    others = encode_prompts(tokenizer, job.baseline.prompts)
+    require_pairs(job.baseline, data.count, len(others["input_ids"]))
+    return Prepared(data, continued(tokenizer, others, job.metric))
 
 
 def require_count(job: Job, count: int) -> None:
@@ -119,23 +86,6 @@ def require_gradients(module: nn.Module) -> None:
         )
 
 
-def require_finite(values: Tensor, run: str, numbers: Tensor) -> Tensor:
-    """The metric of a run [b], float32 on the CPU; refused where it is NaN or infinite.
-
-    Raises:
-        GradientError: naming the first such prompt.
-    """
-    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-    if not bad:
-        return values.float().cpu()
-    raise GradientError(
-        f"Attribute: `metric` is {float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the"
-        f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in the"
-        " metric, or a model that overflows on this prompt. Try: measure(model, prompts, metric),"
-        " to find the prompts, and leave them out"
-    )
-
-
 def require_scored(tokens: Tensor, function: str) -> None:
     """Refuse a result in which no token was scored: it would read as "no effect".
 
@@ -158,7 +108,7 @@ LARGE = 1 << 26
 """Logits of a metric that reads every token may be gigabytes: more than these are not copied."""
 
 
-def require_apart(watch: Watch, batch: Batch, clean: Pass, base: Tensor | None) -> None:
+def require_apart(path: Path) -> None:
     """Refuse a metric whose number for one prompt depends on another of its batch.
 
     Its shape is right, and a batch's gradient would still be no prompt's own. It is asked of the
@@ -167,15 +117,15 @@ def require_apart(watch: Watch, batch: Batch, clean: Pass, base: Tensor | None) 
     Raises:
         GradientError: for such a metric.
     """
-    count = len(batch.numbers)
-    if count < 2 or int(batch.numbers[0]) or torch.is_inference_mode_enabled():
+    clean, count = path.clean, len(path.batch.numbers)
+    if count < 2 or int(path.batch.numbers[0]) or torch.is_inference_mode_enabled():
         return
     if clean.logits.numel() > LARGE:
         return
     with torch.enable_grad():
         read = {"logits": clean.logits, "site": clean.site}
         leaves = {n: x.detach().requires_grad_() for n, x in read.items() if x is not None}
-        values = watch.read(batch, clean._replace(**leaves), clean.last, base)
+        values = path.metric(replace(clean, **leaves), path.batch)
         if values.shape != (count,) or not values.requires_grad:
             return  # refused where its gradient is taken; without one, it may do for Exact
         slopes = [
@@ -187,8 +137,8 @@ def require_apart(watch: Watch, batch: Batch, clean: Pass, base: Tensor | None) 
     crossed = [x for a, b in zip(*slopes, strict=True) for x in (a[1:], b[:-1])]
     if any(bool(x.nan_to_num(0.0, 0.0, 0.0).any()) for x in crossed):  # NaN is refused by name
         raise GradientError(
-            f"Attribute: `metric` is {watch.metric!r}, whose number for one prompt depends on"
-            " another prompt, wanted each prompt's own number, whatever else is in its batch."
+            f"Attribute: `metric` is {path.passes.evaluator.metric!r}, whose number for one prompt"
+            " depends on another prompt, wanted each prompt's own number, whatever its batch."
             " Likely cause: a mean, a sum or a normalization over the first dimension, the prompts."
             " Try: metric(lambda logits: logits.softmax(-1)[:, 5]), or batch_size=1"
         )

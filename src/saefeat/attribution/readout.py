@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .pairs import Block, GrowingColumns, Target, blocks
-from .passes import Part
+from .part import Part
 
 
 class Rows(NamedTuple):

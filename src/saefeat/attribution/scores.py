@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionaries, Dictionary
-from ..dictionaries.latents import Latents
+from ..dictionaries.base import Dictionaries
+from ..dictionaries.latents import Dictionary, Latents
 from ..files.container import MAX_BYTES
 from ..model.sites import Site
 from ..text.tokens import Tokens

@@ -8,17 +8,15 @@ encode → decode carries, as if the dictionary were spliced into the model with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import DictionaryError
 from ..kernel.read import Norm, lift
-
-if TYPE_CHECKING:
-    from .passes import Part
+from .part import Part
 
 SEMANTICS = ("pass_through", "through_sae")
 _NUMBERS = 1 << 22
@@ -33,12 +31,12 @@ def through(parts: Sequence[Part]) -> dict[int, tuple[int | None, Passing]]:
     Raises:
         DictionaryError: for a dictionary without a reconstruction, or two that write at one place.
     """
-    found: dict[int, tuple[int | None, Passing]] = {}
+    passing: dict[int, tuple[int | None, Passing]] = {}
     for part in parts:
         reconstruct = _reconstruction(part.dictionary)
-        if part.write in found or reconstruct is None:
+        if part.write in passing or reconstruct is None:
             got = f"'through_sae' with {part.dictionary!r}" + (
-                ", a second one there" if part.write in found else ""
+                ", a second one there" if part.write in passing else ""
             )
             raise DictionaryError(
                 f"Attribute: `semantics` is {got}, wanted one dictionary with a reconstruction at"
@@ -47,8 +45,8 @@ def through(parts: Sequence[Part]) -> dict[int, tuple[int | None, Passing]]:
                 " dictionaries"
             )
         source = None if part.read == part.write else part.read
-        found[part.write] = (source, _passing(part, reconstruct, source))
-    return found
+        passing[part.write] = (source, _passing(part, reconstruct, source))
+    return passing
 
 
 def _reconstruction(dictionary: Dictionary) -> Callable[[Tensor], Tensor] | None:
@@ -66,7 +64,7 @@ def _passing(part: Part, reconstruct: Callable[[Tensor], Tensor], source: int | 
     step = max(1, _NUMBERS // part.dictionary.d_sae)
 
     def passing(x: Tensor, read: Tensor | None) -> Tensor:
-        return _Through.apply(x, x if source is None else read, part.transform, reconstruct, step)  # type: ignore[return-value]
+        return _Through.apply(x, x if source is None else read, part.norm, reconstruct, step)  # type: ignore[return-value]
 
     return passing
 

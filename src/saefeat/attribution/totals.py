@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
 from ..model.sites import Site
 from ..text.tokens import Tokens

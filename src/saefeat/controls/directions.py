@@ -7,8 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.latents import Dictionary, Latents, as_latents
 
 
 def random_directions(latents: Latents, *, seed: int) -> Latents:
@@ -31,7 +30,7 @@ def random_directions(latents: Latents, *, seed: int) -> Latents:
         1.0
     """
     chosen = as_latents(latents, "random_directions")
-    return Latents(tuple((_Redirected(basis, seed), ix) for basis, ix in chosen.parts))  # type: ignore[arg-type]
+    return Latents(tuple((_Redirected(basis, seed), ix) for basis, ix in chosen.parts))
 
 
 @final

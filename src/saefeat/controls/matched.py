@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.latents import Dictionary, Latents, as_latents
 from ..errors import LatentError
 from ..model.sites import Site
 from ..results.readings import Readings

@@ -1,17 +1,17 @@
 """Dictionaries of latents: SAEs, transcoders, directions, neurons, functions.
 
-* ``base``: what a dictionary must offer, and ``Dictionaries``, one a site.
-* ``latents``: ``Latents``, a selection.
+* ``latents``: what a dictionary must offer, and ``Latents``, a selection.
+* ``base``: ``Dictionaries``, one a site.
 * ``sae``, ``direction``, ``function``, ``excerpt``: the kinds.
 * ``weights``, ``npz``: tensors in memory or on disk, read a slice at a time.
 * ``contract``: ``check_dictionary``, which holds your own dictionary against what is promised.
 """
 
-from .base import Dictionaries, Dictionary
+from .base import Dictionaries
 from .contract import check_dictionary
 from .direction import Direction, Neurons
 from .function import Function
-from .latents import Latents
+from .latents import Dictionary, Latents
 from .sae import SAE, ErrorTerm
 
 __all__ = [

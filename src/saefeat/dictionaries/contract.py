@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import DictionaryError, LatentError
 from ..kernel.edit import moved
-from .base import Dictionary, cast
-from .latents import index_tensor
+from .indices import index_tensor
+from .latents import Dictionary, cast
 
 
 def check_dictionary(dictionary: Dictionary, *, seed: int = 0) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import DictionaryError
 from ..model.sites import Site
-from .base import Dictionaries, Dictionary
+from .base import Dictionaries
+from .latents import Dictionary
 
 
 @final

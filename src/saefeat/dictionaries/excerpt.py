@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import DictionaryError, LatentError
 from ..model.sites import Site
-from .base import Dictionary, require_shape
-from .latents import Latents
+from .base import require_shape
+from .latents import Dictionary, Latents
 from .sae import NORMS
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {

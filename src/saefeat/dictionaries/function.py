@@ -12,7 +12,7 @@ from ..errors import CheckpointError, DictionaryError
 from ..hashing import digest
 from ..kernel.encode import picked
 from ..model.sites import Site
-from .base import Dictionary
+from .latents import Dictionary
 
 
 @final

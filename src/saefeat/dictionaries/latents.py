@@ -1,16 +1,17 @@
-"""Latents: an immutable selection of latents from one or more dictionaries.
+"""What every dictionary is, and Latents: an immutable selection from one or more of them.
 
 Attribution, search and set arithmetic return Latents; edits and probes take them. So
-attribute → ablate → probe is a loop over one kind of value.
+attribute → ablate → probe is a loop over one kind of value. A dictionary gives selections and a
+selection holds its dictionaries, so the two stand in one file.
 """
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import eq
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +19,128 @@ from torch import Tensor
 from ..checks import one_of
 from ..errors import LatentError
 from ..hashing import digest
+from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
+from .indices import brief, checked, compact, index_tensor
 
 
-class Basis(Protocol):
-    """What a selection needs to know of a dictionary."""
+class Dictionary(ABC):
+    """A basis for one site's values: d_sae latents, each with an encoder and a direction.
+
+    Subclasses are final and give ``columns``; everything else follows. ``site`` is where latents
+    are read, ``write_site`` where their directions are added: the same place except for
+    transcoders.
+
+    Attributes:
+        site: where values are read.
+        write_site: where edits are written.
+        d_in: width of the read site.
+        d_out: width of the write site.
+        d_sae: number of latents.
+        name: a short label for reports.
+        excluded: token ids the dictionary was not trained on, or ``"special"`` for all special
+            tokens; edits and readings skip them by default.
+        origin: where it was loaded from, for provenance; None for tensors made in memory.
+        declared: what its files say of its training, for ``verify``; None for tensors in memory.
+        prefix: whether a latent depends on earlier tokens of its sequence.
+        joint: whether encoding some latents computes all of them, so that long work should ask
+            for them together.
+
+    Examples:
+        >>> isinstance(sf.Direction(torch.ones(8), site="resid_post.2"), sf.dictionaries.Dictionary)
+        True
+    """
+
+    site: Site
+    write_site: Site
+    d_in: int
+    d_out: int
+    d_sae: int
+    name: str
+    excluded: tuple[int, ...] | str = ()
+    origin: object = None
+    declared: Any = None
+    prefix: bool = False
+    joint: bool = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        in_requests(cls, stay_here)
+
+    @abstractmethod
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        """The kernel's plain tensors for these latents, float32 (see ``kernel.encode``)."""
+
+    def content(self, indices: Tensor) -> object:
+        """All that encoding and directions of these latents are computed from, to be hashed.
+
+        Their columns, unless a subclass has what they are made of: that is the same on every
+        machine, where a product may round otherwise.
+        """
+        return self.columns(indices)
+
+    def fingerprint(self, indices: Iterable[int] | Tensor | None = None) -> str:
+        """A short hash of content, sites and excluded tokens; without an argument, of all latents.
+
+        Whatever changes ``encode`` or ``directions`` of the latents changes it, and the same
+        dictionary has the same one from a file and from memory. Of some latents it reads no
+        others, so it costs as much as an edit of them.
+        """
+        where = (str(self.site), str(self.write_site), self.excluded, self.prefix)
+        return digest(where, self.content(self._index(indices)))
 
     @property
-    def site(self) -> Site: ...
+    def source(self) -> str:
+        """Where it came from, for provenance: its origin, or else its name."""
+        return str(self.origin or self.name)
 
-    @property
-    def d_sae(self) -> int: ...
+    def latents(self, indices: Iterable[int] | Tensor | None = None) -> Latents:
+        """Select latents by index; without an argument, all of them.
 
-    def fingerprint(self, indices: Iterable[int] | Tensor | None = None) -> str: ...
+        Raises:
+            LatentError: for an index that is negative, out of range or repeated.
+        """
+        return Latents.of(self, range(self.d_sae) if indices is None else indices)
+
+    def encode(self, x: Tensor, indices: Iterable[int] | Tensor | None = None) -> Tensor:
+        """Activations of the chosen latents (default: all).
+
+        Args:
+            x: [..., d_in], any float dtype; computed in at least float32. Where ``prefix`` is
+                true, [..., tokens, d_in]: whole sequences without padding.
+            indices: which latents, k of them.
+
+        Returns:
+            [..., k] in the compute dtype.
+        """
+        index = self._index(indices)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        columns = cast(self.columns(index), dtype, x.device)
+        return encode(columns, x.to(dtype))[0]
+
+    def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
+        """What one unit of each chosen latent adds to the write site: [k, d_out], float32."""
+        return self.columns(self._index(indices))["directions"]
+
+    def _index(self, indices: Iterable[int] | Tensor | None) -> Tensor:
+        """Indices as a tensor, refused as ``latents`` refuses them."""
+        parts = self.latents(indices).parts
+        return index_tensor(parts[0][1] if parts else ())
+
+    def __repr__(self) -> str:
+        at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"
+        return f"{type(self).__name__}({self.name!r}, {at}, {self.d_in} x {self.d_sae})"
+
+
+def cast(columns: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Columns on a device, floating tensors in a dtype."""
+    return {
+        key: (value.to(device, dtype) if value.is_floating_point() else value.to(device))
+        if isinstance(value, Tensor)
+        else value
+        for key, value in columns.items()
+    }
 
 
 WRITTEN = ("frozen", "reselect", "span")
@@ -59,16 +168,16 @@ class Latents:
         1
     """
 
-    parts: tuple[tuple[Basis, Sequence[int]], ...]
+    parts: tuple[tuple[Dictionary, Sequence[int]], ...]
     written: str = "frozen"
 
     def __post_init__(self) -> None:
         one_of("Latents", "written", self.written, WRITTEN, error=LatentError)
-        parts = tuple((basis, _compact(basis, indices)) for basis, indices in self.parts)
+        parts = tuple((basis, compact(basis.d_sae, indices)) for basis, indices in self.parts)
         object.__setattr__(self, "parts", parts)
 
     @classmethod
-    def of(cls, dictionary: Basis, indices: Iterable[int] | Tensor) -> Latents:
+    def of(cls, dictionary: Dictionary, indices: Iterable[int] | Tensor) -> Latents:
         """Select latents of one dictionary.
 
         Raises:
@@ -76,9 +185,8 @@ class Latents:
         """
         if isinstance(indices, range) and indices == range(dictionary.d_sae):
             return cls(((dictionary, range(dictionary.d_sae)),))
-        found = _listed(dictionary, indices)
-        _check(dictionary, found)
-        return cls(((dictionary, tuple(found)),) if found else ())
+        chosen = checked(dictionary.site, dictionary.d_sae, indices)
+        return cls(((dictionary, chosen),) if chosen else ())
 
     def __len__(self) -> int:
         return sum(len(indices) for _, indices in self.parts)
@@ -108,7 +216,7 @@ class Latents:
         return replace(self, parts=_rows(rest))
 
     def __repr__(self) -> str:
-        shown = [f"{b.site} [{_brief(ix)}]" for b, ix in self.parts[:6]]
+        shown = [f"{b.site} [{brief(ix)}]" for b, ix in self.parts[:6]]
         more = f", and {len(self.parts) - 6} more sites" if len(self.parts) > 6 else ""
         listed = f": {', '.join(shown)}{more}" if shown else ""
         written = "" if self.written == "frozen" else f".{self.written}()"
@@ -155,7 +263,7 @@ class Latents:
         return replace(self, parts=tuple(part for part in self.parts if part[0].site == wanted))
 
     def sample(self, n: int, *, seed: int) -> Latents:
-        """n latents drawn without replacement: the raw material of a random control.
+        """N latents drawn without replacement: the raw material of a random control.
 
         Raises:
             LatentError: if fewer than n are selected.
@@ -206,11 +314,11 @@ class Latents:
 in_requests(Latents, stay_here)
 
 
-Table = dict[Basis, dict[int, None]]
+Table = dict[Dictionary, dict[int, None]]
 """Dictionary → its indices, in order and once each."""
 
 
-def _rows(table: Table) -> tuple[tuple[Basis, Sequence[int]], ...]:
+def _rows(table: Table) -> tuple[tuple[Dictionary, Sequence[int]], ...]:
     return tuple((basis, tuple(indices)) for basis, indices in table.items() if indices)
 
 
@@ -264,48 +372,3 @@ def _loaded_once(latents: Latents, function: str) -> None:
                 " from one load_saes(...)"
             )
         held.append(indices)
-
-
-def index_tensor(indices: Iterable[int]) -> Tensor:
-    """Indices as a long tensor [k]."""
-    if isinstance(indices, range):
-        return torch.arange(indices.start, indices.stop, indices.step)
-    return torch.tensor(list(indices), dtype=torch.long)
-
-
-def _listed(basis: Basis, indices: object) -> list[Any]:
-    """Indices as plain integers; numpy's and torch's own integers are integers too."""
-    flat = indices.tolist() if hasattr(indices, "tolist") else indices  # type: ignore[union-attr]
-    if not isinstance(flat, Iterable) or isinstance(flat, (str, bytes)):
-        flat = [repr(indices)]  # refused below, by its own name
-    return [i if isinstance(i, bool) else getattr(i, "__index__", lambda i=i: i)() for i in flat]
-
-
-def _check(basis: Basis, indices: list[int]) -> None:
-    bad = [i for i in indices if isinstance(i, bool) or not isinstance(i, int)]
-    bad = bad or [i for i in indices if not 0 <= i < basis.d_sae]
-    repeated = not bad and len(set(indices)) != len(indices)
-    if bad or repeated:
-        got = repr(bad[0]) if bad else "a list with repeats"
-        cause = (
-            "an index from a dictionary of another width"
-            if bad
-            else "one latent listed twice would be edited twice"
-        )
-        raise LatentError(
-            f"latents of {basis.site}: `indices` is {got}, wanted distinct integers in"
-            f" 0..{basis.d_sae - 1}. Likely cause: {cause}. Try: dictionary.latents([0, 1])"
-        )
-
-
-def _compact(basis: Basis, indices: Sequence[int]) -> Sequence[int]:
-    """A whole dictionary as a range: its numbers as objects would take 36 bytes each."""
-    every = range(basis.d_sae)
-    if isinstance(indices, range) or len(indices) != len(every):
-        return indices
-    return every if all(map(eq, indices, every)) else indices
-
-
-def _brief(indices: Sequence[int]) -> str:
-    head = ", ".join(str(i) for i in indices[:5])
-    return head + (f", ... {len(indices)} in all" if len(indices) > 5 else "")

@@ -22,8 +22,9 @@ from ..errors import DictionaryError
 from ..hashing import digest
 from ..kernel.encode import decode, encode
 from ..model.sites import Site
-from .base import Dictionary, cast, require_shape
-from .latents import index_tensor
+from .base import require_shape
+from .indices import index_tensor
+from .latents import Dictionary, cast
 from .weights import Weights
 
 ACTIVATIONS = {
@@ -353,7 +354,7 @@ class ErrorTerm(Dictionary):
         return "error", self._sae.fingerprint()
 
 
-def _one_of(parameter: str, got: str, wanted: Any) -> None:
+def _one_of(parameter: str, got: str, wanted: Iterable[str]) -> None:
     if got not in wanted:
         raise DictionaryError(
             f"SAE: `{parameter}` is {got!r}, wanted one of {', '.join(wanted)}. Likely cause: an"

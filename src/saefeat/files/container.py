@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def refuse(
 
 
 def seal(
-    form: str, version: int, spec: Any, tensors: Mapping[str, Tensor], written: dict[str, str]
+    form: str, version: int, spec: object, tensors: Mapping[str, Tensor], written: dict[str, str]
 ) -> dict[str, Any]:
     """A document: what is said, in which format, its hash, and who wrote it, outside the hash."""
     said = {"format": form, "version": version, "spec": spec}
@@ -257,7 +257,7 @@ def _tensors(header: dict[str, Any], data: bytes, offset: int, where: str) -> di
     return found
 
 
-def _span(name: str, entry: Any, where: str) -> tuple[torch.dtype, list[int], int, int]:
+def _span(name: str, entry: object, where: str) -> tuple[torch.dtype, list[int], int, int]:
     """One tensor's dtype, shape and bytes from its header entry."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise broken(where, f"an entry {brief(name)} of another form", "dtype, shape, data_offsets")
@@ -279,7 +279,7 @@ def _span(name: str, entry: Any, where: str) -> tuple[torch.dtype, list[int], in
     return dtype, shape, span[0], span[1]
 
 
-def _natural(number: Any) -> bool:
+def _natural(number: object) -> TypeGuard[int]:
     return type(number) is int and 0 <= number < 2**53
 
 
@@ -305,7 +305,7 @@ def parse(text: bytes, where: str) -> Any:
     return found
 
 
-def depth(value: Any) -> int:
+def depth(value: object) -> int:
     """How deeply lists and objects are nested, counted without recursion."""
     level, layer = 0, [value]
     while layer:
@@ -315,7 +315,7 @@ def depth(value: Any) -> int:
     return level
 
 
-def _holds(value: Any) -> bool:
+def _holds(value: object) -> TypeGuard[dict[Any, Any] | list[Any] | tuple[Any, ...]]:
     return isinstance(value, (dict, list, tuple))
 
 
@@ -333,7 +333,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """A value from a file, cut short: a message must not be as long as a hostile file."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

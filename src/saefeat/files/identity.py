@@ -13,7 +13,7 @@ from ..model.modules import torch_module
 from ..results.provenance import versions
 
 
-def model_identity(model: Any) -> dict[str, Any]:
+def model_identity(model: object) -> dict[str, Any]:
     """What of a model decides a result: weights, code, settings, ambient state and libraries.
 
     Raises:
@@ -64,7 +64,7 @@ def model_key(model: Any) -> str:
         ) from error
 
 
-def require_unedited(model: Any) -> None:
+def require_unedited(model: object) -> None:
     """Refuse an edited copy, whose results could not be told from another copy's.
 
     Raises:

@@ -81,7 +81,7 @@ def provenance(
     for step in intervention.parts():
         conditions = () if step.condition is None else step.condition.latents.parts
         for basis, indices in (*step.latents.parts, *conditions):
-            text = f"{basis.source} {basis.fingerprint(indices)}"  # type: ignore[attr-defined]
+            text = f"{basis.source} {basis.fingerprint(indices)}"
             names = dictionaries.setdefault(str(basis.site), [])
             if text not in names:
                 names.append(text)

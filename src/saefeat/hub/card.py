@@ -83,7 +83,7 @@ def repository(name: str) -> bool:
     )
 
 
-def code(text: Any) -> str:
+def code(text: object) -> str:
     """Text from a file as code on one line; it cannot end the span, the cell or the line."""
     plain = "".join(c if c.isprintable() else " " for c in str(text))
     return "`" + plain.replace("`", "'").replace("|", "¦") + "`"

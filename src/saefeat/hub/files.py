@@ -35,7 +35,7 @@ def save(
     intervention: Intervention,
     path: str | Path,
     *,
-    model: Any = None,
+    model: object = None,
     max_bytes: int = MAX_BYTES,
 ) -> Path:
     """Write an intervention to one safetensors file that needs neither the SAE nor sae-lens.
@@ -65,7 +65,7 @@ def save(
     return write(path, packed(intervention, model, max_bytes), "save")
 
 
-def packed(intervention: Intervention, model: Any, max_bytes: int = MAX_BYTES) -> bytes:
+def packed(intervention: Intervention, model: object, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes ``save`` writes.
 
     Raises:
@@ -90,7 +90,7 @@ def packed(intervention: Intervention, model: Any, max_bytes: int = MAX_BYTES) -
     return data
 
 
-def load(path: str | Path, *, model: Any = None, max_bytes: int = MAX_BYTES) -> Intervention:
+def load(path: str | Path, *, model: object = None, max_bytes: int = MAX_BYTES) -> Intervention:
     """Read an intervention that ``save`` wrote; it runs nothing, and gives the very same results.
 
     Its dictionaries are ``Excerpt``s: the saved latents under their original numbers.
@@ -118,7 +118,7 @@ def load(path: str | Path, *, model: Any = None, max_bytes: int = MAX_BYTES) -> 
     return built(contents, f"load({str(path)!r})", model)
 
 
-def built(contents: Contents, where: str, model: Any) -> Intervention:
+def built(contents: Contents, where: str, model: object) -> Intervention:
     """The intervention in a file's contents, checked against a model if there is one."""
     spec = unseal(contents, FORMAT, VERSION, where)
     intervention = Reader(spec, contents.tensors, where).intervention()
@@ -145,7 +145,7 @@ def model_facts(spec: dict[str, Any], where: str) -> dict[str, Any] | None:
     return found
 
 
-def facts(model: Any) -> dict[str, Any]:
+def facts(model: object) -> dict[str, Any]:
     """What tells one model from another without reading its weights.
 
     Raises:
@@ -171,7 +171,7 @@ def public_name(name: str) -> str:
 
 
 def require_model(
-    intervention: Intervention, made_on: dict[str, Any] | None, model: Any, where: str
+    intervention: Intervention, made_on: dict[str, Any] | None, model: object, where: str
 ) -> None:
     """Refuse a model of another shape than the one the file was made on."""
     here = facts(model)
@@ -189,4 +189,4 @@ def require_model(
     for step in intervention.parts():
         conditions = () if step.condition is None else step.condition.latents.parts
         for basis, _ in (*step.latents.parts, *conditions):
-            way.check(basis, "dictionary")  # type: ignore[arg-type]
+            way.check(basis, "dictionary")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import FileError, SaefeatError
 from ..files.container import brief, broken, only, refuse
 from ..model.sites import Site
@@ -66,7 +65,7 @@ class Reader:
             raise broken(self.where, f"{len(steps)} steps without a chain", "one step, or a chain")
         return Chain(tuple(steps)) if self.spec["chain"] else steps[0]
 
-    def form(self, entry: Any, allowed: tuple[str, ...]) -> Any:
+    def form(self, entry: object, allowed: tuple[str, ...]) -> Any:
         """One listed class, built by its constructor."""
         entry = record(entry, self.where, "a form")
         only(entry, ("form", "fields"), self.where, "a form")
@@ -85,7 +84,7 @@ class Reader:
             field: self.value(value, form.kinds[field], f"{name}({field}=...)")
             for field, value in given.items()
         }
-        built = self._build(form.cls, values, name)
+        built = self._build(form.cls, values, form.cls.__name__)
         if isinstance(built, Readings):
             self._sound(built)
         return built
@@ -109,7 +108,7 @@ class Reader:
             )
             raise broken(self.where, f"readings of shapes {sizes}", wanted)
 
-    def value(self, value: Any, kinds: tuple[str, ...], what: str) -> Any:
+    def value(self, value: object, kinds: tuple[str, ...], what: str) -> Any:
         """A field's value, of a kind the field may have."""
         kind, found = self._value(value, kinds)
         if kind not in kinds and not (kind == "int" and "number" in kinds):
@@ -118,7 +117,7 @@ class Reader:
             )
         return found
 
-    def _value(self, value: Any, kinds: tuple[str, ...]) -> tuple[str, Any]:
+    def _value(self, value: object, kinds: tuple[str, ...]) -> tuple[str, Any]:
         if not isinstance(value, dict):
             return kind_of(value), value
         if set(value) == {"form", "fields"}:
@@ -135,13 +134,14 @@ class Reader:
             return "number", inner * math.inf
         return brief(kind), None
 
-    def _rule(self, found: Any) -> tuple:
+    def _rule(self, given: object) -> tuple:
         """A token rule, as the methods of ``Tokens`` would have made it."""
-        kind = found[0] if isinstance(found, list) and found else None
+        rule = given if isinstance(given, list) else []
+        kind = rule[0] if rule else None
         wanted = RULES.get(kind) if isinstance(kind, str) else None
-        if wanted is None or len(found) != 1 + len(wanted):
+        if wanted is None or len(rule) != 1 + len(wanted):
             known = ", ".join(RULES)
-            raise broken(self.where, f"a token rule {brief(found)}", f"one of {known}")
+            raise broken(self.where, f"a token rule {brief(given)}", f"one of {known}")
         checks = {
             "count": lambda n: natural(n) and n >= 1,
             "start": natural,
@@ -150,14 +150,14 @@ class Reader:
             "text": lambda text: isinstance(text, str) and len(text) <= forms.MAX_TEXT,
             "rule": lambda rule: isinstance(rule, list),
         }
-        for need, part in zip(wanted, found[1:], strict=True):
+        for need, part in zip(wanted, rule[1:], strict=True):
             if not checks[need](part):
                 raise broken(self.where, f"{brief(part)} in Tokens.{kind}", need)
         inner = {"rule": self._rule, "ids": tuple}
-        parts = zip(wanted, found[1:], strict=True)
+        parts = zip(wanted, rule[1:], strict=True)
         return (kind, *(inner[need](part) if need in inner else part for need, part in parts))
 
-    def _latents(self, found: Any, written: str) -> Latents:
+    def _latents(self, found: object, written: str) -> Latents:
         """The selections that [dictionary, selection] pairs name."""
         parts, seen = [], set()
         for pair in listed(found, self.where, "latents", forms.MAX_DICTIONARIES):
@@ -178,7 +178,7 @@ class Reader:
             parts.append((dictionary, indices))
         return Latents(tuple(parts), written)
 
-    def _dictionary(self, number: int, entry: Any) -> Dictionary:
+    def _dictionary(self, number: int, entry: object) -> Dictionary:
         """One entry of ``dictionaries``, and the selections made from it."""
         entry = record(entry, self.where, f"dictionary {number}")
         selections = [
@@ -251,12 +251,12 @@ class Reader:
         sizes = {k: size(entry.get(k), self.where, k) for k in ("d_in", "d_out", "d_sae")}
         return self._build(Excerpt, given | sizes, f"dictionary {number}")
 
-    def _site(self, name: Any) -> Site:
+    def _site(self, name: object) -> Site:
         return self._build(
             Site.parse, {"name": text(name, self.where, "site", forms.MAX_SITE)}, "site"
         )
 
-    def _indices(self, found: Any) -> tuple[int, ...]:
+    def _indices(self, found: object) -> tuple[int, ...]:
         found = record(found, self.where, "a selection")
         only(found, ("latents",), self.where, "a selection")
         indices = listed(found.get("latents"), self.where, "a selection", forms.MAX_LATENTS)
@@ -264,7 +264,7 @@ class Reader:
             raise broken(self.where, f"latents {brief(indices)}", "whole numbers, at least one")
         return tuple(indices)
 
-    def _tensor(self, name: Any, finite: bool = False) -> Tensor:
+    def _tensor(self, name: object, finite: bool = False) -> Tensor:
         """A tensor of the file by name, without NaN."""
         if not isinstance(name, str) or name not in self._tensors:
             raise broken(self.where, f"no tensor {brief(name)}", "every tensor that is named")
@@ -275,7 +275,7 @@ class Reader:
             raise broken(self.where, f"NaN or infinity in {brief(name)}", "finite values")
         return tensor
 
-    def _build(self, make: Any, given: dict[str, Any], what: str) -> Any:
+    def _build(self, make: Callable[..., Any], given: dict[str, Any], what: str) -> Any:
         """A constructor's call; what it refuses is this file's fault."""
         try:
             return make(**given)
@@ -287,14 +287,14 @@ class Reader:
             ) from error
 
 
-def record(value: Any, where: str, what: str) -> dict[str, Any]:
+def record(value: object, where: str, what: str) -> dict[str, Any]:
     """A JSON object."""
     if isinstance(value, dict):
         return value
     raise broken(where, f"{what} that is {brief(value)}", "a JSON object")
 
 
-def listed(value: Any, where: str, what: str, most: int) -> list[Any]:
+def listed(value: object, where: str, what: str, most: int) -> list[Any]:
     """A JSON list of bounded length."""
     if isinstance(value, list) and len(value) <= most:
         return value
@@ -302,20 +302,20 @@ def listed(value: Any, where: str, what: str, most: int) -> list[Any]:
     raise broken(where, f"{what}: {got}", f"a list of at most {most:,}")
 
 
-def text(value: Any, where: str, what: str, most: int = forms.MAX_TEXT) -> str:
+def text(value: object, where: str, what: str, most: int = forms.MAX_TEXT) -> str:
     """A JSON string of bounded length."""
     if isinstance(value, str) and len(value) <= most:
         return value
     raise broken(where, f"{what} {brief(value)}", f"at most {most} characters")
 
 
-def size(value: Any, where: str, what: str) -> int:
+def size(value: object, where: str, what: str) -> int:
     """A width."""
     if natural(value) and 1 <= value <= forms.MAX_WIDTH:
         return value
     raise broken(where, f"{what} {brief(value)}", f"a whole number in 1..{forms.MAX_WIDTH}")
 
 
-def natural(value: Any) -> bool:
+def natural(value: object) -> TypeGuard[int]:
     """A whole number from 0, and no bool."""
     return type(value) is int and 0 <= value < 2**53

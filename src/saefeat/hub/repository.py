@@ -27,7 +27,7 @@ def push(
     intervention: Intervention,
     repo: str,
     *,
-    model: Any = None,
+    model: object = None,
     file: str = FILE,
     private: bool = True,
     message: str = "Save an intervention",
@@ -85,7 +85,7 @@ def pull(
     repo: str,
     *,
     revision: str | None = None,
-    model: Any = None,
+    model: object = None,
     file: str = FILE,
     token: str | None = None,
     endpoint: str | None = None,
@@ -131,7 +131,9 @@ def pull(
     return built(read(path, where, max_bytes), where, model)
 
 
-def _require_small(repo: str, file: str, revision: Any, token: Any, endpoint: Any, most: int):
+def _require_small(
+    repo: str, file: str, revision: str | None, token: str | None, endpoint: str | None, most: int
+) -> None:
     """Refuse a file that says it is too large, before it is on this machine's disk.
 
     A hub out of reach says nothing; the file may be in the cache, and is measured there.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import index_tensor
+from ..dictionaries.indices import index_tensor
 from ..errors import LatentError
 from ..files.container import refuse, write
 from ..model.sites import Site
@@ -50,8 +48,7 @@ def steering_vector(
     for step in intervention.parts():
         add = _constant(step)
         start = 0
-        for basis, indices in step.latents.parts:
-            dictionary: Dictionary = basis  # type: ignore[assignment]
+        for dictionary, indices in step.latents.parts:
             columns = dictionary.columns(index_tensor(indices))
             _require(
                 columns["norm"] == "none" and columns["activation"] != "error",
@@ -97,7 +94,7 @@ def _constant(step: Step) -> Tensor:
     return found.expand(len(step.latents))
 
 
-def _require(met: bool, subject: Any, got: str) -> None:
+def _require(met: bool, subject: object, got: str) -> None:
     if not met:
         raise LatentError(
             f"steering_vector: `intervention` is {subject!r}, with {got}, wanted Clamp(latents,"

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
 from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import WHOLE, Excerpt, shapes
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import FileError
 from ..files.container import MAX_DEPTH, depth, refuse
 from ..text.tokens import Tokens
@@ -44,7 +43,7 @@ class Writer:
         chain = isinstance(intervention, Chain)
         return {"chain": chain, "steps": steps, "dictionaries": dictionaries}
 
-    def form(self, value: Any, allowed: tuple[str, ...], what: str) -> dict[str, Any]:
+    def form(self, value: object, allowed: tuple[str, ...], what: str) -> dict[str, Any]:
         """An instance of a listed class: its name, and its fields that differ from the default."""
         name = type(value).__name__
         form = FORMS.get(name)
@@ -104,7 +103,7 @@ class Writer:
                 raise cannot(f"one of {self._named:,} latents", most, "whole dictionaries", call)
             if id(basis) not in self._dictionaries:
                 entry = (len(self._dictionaries), basis)
-                self._dictionaries[id(basis)] = entry  # type: ignore[assignment]
+                self._dictionaries[id(basis)] = entry
                 self._selections.append({})
             place = self._dictionaries[id(basis)][0]
             selections = self._selections[place]
@@ -161,7 +160,7 @@ class Writer:
                 self.tensors[key] = sound(columns[name], name, what)
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """The kind of a value, as ``forms`` names kinds."""
     plain = {bool: "bool", int: "int", float: "number", str: "text", type(None): "none"}
     if type(value) in plain:
@@ -211,7 +210,7 @@ def cut(dictionary: Dictionary, selections: list[tuple[int, ...]]) -> Excerpt:
     Raises:
         FileError: for a dictionary that is a Python function.
     """
-    activation: Any = dictionary.columns(torch.tensor(selections[0][:1]))["activation"]
+    activation = dictionary.columns(torch.tensor(selections[0][:1]))["activation"]
     if isinstance(activation, str):
         return Excerpt.of(dictionary, selections)
     raise cannot(

@@ -50,7 +50,7 @@ def encode(
     ``x`` must already be in the compute dtype (float32, or float64 for float64 models):
     a bfloat16 encode flips active latents. The scale is None where directions are constant.
     """
-    own: Any = columns["activation"]
+    own = columns["activation"]
     z, scale = normalize(columns["norm"], x)
     if not isinstance(own, str):  # a dictionary of somebody else's making
         return own(z), scale

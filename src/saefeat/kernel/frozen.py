@@ -54,8 +54,10 @@ class Placed:
     They are no part of a program: one that is pickled or copied begins without any.
     """
 
+    copies: dict[Any, tuple[Any, Any]]
+
     def __init__(self) -> None:
-        self.copies: dict[Any, tuple[Any, Any]] = {}
+        self.copies = {}
 
     def at(self, tensors: AnyTensors, x: Tensor) -> AnyTensors:
         """The tensors on the device of x, floating ones in its compute dtype."""

@@ -53,18 +53,22 @@ class Log:
     """
 
     passes: int = 0
+    # Annotated here and not in the method: names in a method's annotations would travel with it.
     view: View
+    readings: dict[int, list[Tensor]]
+    masks: dict[int, list[Tensor]]
+    acted: dict[int, list[AnyActed | Tensor]]
+    kept: dict[int, Tensor]
+    before: dict[int, Tensor]
+    nodes: dict[int, Tensor]
+    shown: dict[int | str, Tensor]
+    parts: dict[tuple[int, int], Log]
 
     def __init__(self, budget: Budget | None = None) -> None:
         self.budget = budget or Budget()
-        self.readings: dict[int, list[Tensor]] = {}
-        self.masks: dict[int, list[Tensor]] = {}
-        self.acted: dict[int, list[AnyActed | Tensor]] = {}
-        self.kept: dict[int, Tensor] = {}
-        self.before: dict[int, Tensor] = {}
-        self.nodes: dict[int, Tensor] = {}
-        self.shown: dict[int | str, Tensor] = {}
-        self.parts: dict[tuple[int, int], Log] = {}
+        self.readings, self.masks, self.acted = {}, {}, {}
+        self.kept, self.before, self.nodes, self.shown = {}, {}, {}, {}
+        self.parts = {}
 
 
 class State:
@@ -80,12 +84,14 @@ class State:
         parts: the states of some rows alone.
     """
 
+    held: dict[int, Held]
+    stash: dict[int | str, Tensor]
+    met: dict[str, tuple[Tensor, int]]
+    parts: dict[tuple[int, int], State]
+
     def __init__(self, view: View, log: Log | None, placed: Placed) -> None:
         self.view, self.log, self.placed = view, log, placed
-        self.held: dict[int, Held] = {}
-        self.stash: dict[int | str, Tensor] = {}
-        self.met: dict[str, tuple[Tensor, int]] = {}
-        self.parts: dict[tuple[int, int], State] = {}
+        self.held, self.stash, self.met, self.parts = {}, {}, {}, {}
 
     def place(self, tensors: AnyTensors, x: Tensor) -> AnyTensors:
         """The tensors where x is, in its compute dtype."""

@@ -11,7 +11,7 @@ from .encode import encode
 from .frozen import Frozen
 from .log import Log, State
 from .prefix import encode_prefix
-from .tokens import selected
+from .tokens import Everywhere, Where
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -39,28 +39,60 @@ def lift(x: Float[Tensor, "*batch d"], norm: Norm) -> Float[Tensor, "*batch d"]:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)
 
 
+class Source(Frozen):
+    """Latents and where they are read.
+
+    Attributes:
+        columns: see ``encode``.
+        norm: the site's.
+        plus: the block whose input is added to the value.
+    """
+
+    columns: dict[str, Any]
+    norm: Norm
+    plus: str | None
+
+    def latents(
+        self, x: Float[Tensor, "b t d"], state: State
+    ) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
+        """Their activations, and the scale of their directions."""
+        value = lift(state.whole(x, self.plus), self.norm)
+        return encode(state.place(self.columns, x), value)
+
+
+class LookingBack(Source):
+    """Latents that depend on every token before theirs.
+
+    Attributes:
+        key: by which they find what they remember across passes.
+    """
+
+    key: int
+
+    def latents(
+        self, x: Float[Tensor, "b t d"], state: State
+    ) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
+        """Their activations, and the scale of their directions."""
+        value = lift(state.whole(x, self.plus), self.norm)
+        return encode_prefix(state.place(self.columns, x), value, state.view, self.key)
+
+
 class Read(Frozen):
     """Encode latents and hold them.
 
     Attributes:
         number: of the dictionary in the program, by which a write or a log finds them.
-        key: of the action, by which it finds what it remembers across passes.
-        columns: see ``encode``.
-        norm: the site's.
-        plus: the block whose input is added to the value.
-        rule: which tokens.
+        source: which latents, and where.
+        tokens: which of them count.
     """
 
     number: int
-    key: int
-    columns: dict[str, Any]
-    norm: Norm
-    plus: str | None
-    rule: tuple
+    source: Source
+    tokens: Everywhere | Where
 
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        f, scale = latents(self, x, state)
-        state.held[self.number] = (f, scale, *selected(self.rule, state.view, x.device))
+        f, scale = self.source.latents(x, state)
+        state.held[self.number] = (f, scale, *self.tokens.at(state.view, x.device))
         return x
 
 
@@ -77,10 +109,7 @@ class Test(Frozen):
     """
 
     name: str
-    key: int
-    columns: dict[str, Any]
-    norm: Norm
-    plus: str | None
+    source: Source
     above: float | None
     below: float | None
     every: bool
@@ -88,7 +117,7 @@ class Test(Frozen):
     of: int
 
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        f = latents(self, x, state)[0].detach()
+        f = self.source.latents(x, state)[0].detach()
         within = torch.ones_like(f, dtype=torch.bool)
         if self.above is not None:
             within = within & (f > self.above)
@@ -108,16 +137,6 @@ class Test(Frozen):
             kept[self.name] = hit[:, -1:]
         state.met[self.name] = (hit, made + 1)
         return x
-
-
-def latents(
-    action: Read | Test, x: Float[Tensor, "b t d"], state: State
-) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
-    """What the action's dictionary reads at the site, and the scale of its directions."""
-    columns, value = state.place(action.columns, x), lift(state.whole(x, action.plus), action.norm)
-    if columns.get("prefix"):
-        return encode_prefix(columns, value, state.view, action.key)
-    return encode(columns, value)
 
 
 class Collect(Frozen):

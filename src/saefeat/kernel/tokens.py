@@ -12,10 +12,34 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .frozen import Frozen
 from .view import View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
+
+
+class Everywhere(Frozen):
+    """Every real token: the rule of most edits, which needs none of the others to travel."""
+
+    rule: tuple = ("all",)
+
+    def at(self, view: View, device: torch.device) -> tuple[Bool[Tensor, "b t 1"], bool]:
+        """The tokens, and whether they are all of the pass."""
+        if self.rule not in view.selected:
+            view.selected[self.rule] = (view.real.unsqueeze(-1), bool(view.real.all()))
+        mask, everywhere = view.selected[self.rule]
+        return mask.to(device), everywhere
+
+
+class Where(Frozen):
+    """The tokens that a rule selects."""
+
+    rule: tuple
+
+    def at(self, view: View, device: torch.device) -> tuple[Bool[Tensor, "b t 1"], bool]:
+        """The tokens, and whether they are all of the pass."""
+        return selected(self.rule, view, device)
 
 
 def select(rule: tuple, view: View) -> Bool[Tensor, "b t"]:

@@ -111,7 +111,7 @@ def prompt_lengths(inputs: Inputs, step: int) -> Tensor:
     mask = kwargs.get("attention_mask")
     if mask is not None:
         return (mask != 0).sum(1, keepdim=True) - step
-    ids: Any = kwargs.get("input_ids", args[0] if args else None)
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     total = past_length(kwargs.get("past_key_values")) + ids.shape[1]
     return torch.full_like(ids[:, :1], total - step)
 

@@ -38,11 +38,11 @@ class Memory:
     stopped: Tensor | None = None
     copied: bool = False
     keys: tuple[int, Tensor] | None = None
+    kept: dict[Any, Any]
+    parts: dict[tuple[int, int], Memory]
 
     def __init__(self, lengths: Tensor | None = None) -> None:
-        self.lengths = lengths
-        self.kept: dict[Any, Any] = {}
-        self.parts: dict[tuple[int, int], Memory] = {}
+        self.lengths, self.kept, self.parts = lengths, {}, {}
 
     def reorder(self, rows: Tensor) -> None:
         """Other rows, as beam search chooses them."""

@@ -53,9 +53,12 @@ def hooks(where: str) -> tuple[str | None, str | None]:
         return ("hook_embed" if "embedding" in where else None), None
     second = re.search(r"(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_\d", where)
     first = re.search(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att|transcoders)(?![\w-])", where)
-    if second is None and first is None:
+    if second is not None:
+        read, write = _SECOND[second[1]]
+    elif first is not None:
+        read, write = _FIRST[first[1]]
+    else:
         return None, None
-    read, write = _SECOND[second[1]] if second else _FIRST[first[1]]  # type: ignore[index]
     block = f"blocks.{layer[1]}."
     return block + read, block + write if write else None
 

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError
 from ..model.sites import Site

@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..kernel.encode import normalize
 from ..model.sites import Site
 from .facts import Facts, Origin, declared_by, no_site
@@ -142,7 +142,7 @@ def _stateless(sae: Any, norm: str) -> Any:
     return twin
 
 
-def _same(x: Tensor, *_: Any) -> Tensor:
+def _same(x: Tensor, *_: object) -> Tensor:
     return x
 
 

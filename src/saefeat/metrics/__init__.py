@@ -5,13 +5,15 @@
 * ``continuation``: the log-probability of what follows a prompt.
 * ``divergence``: KL from another run.
 * ``sites``: any function of a site's value, and activations of latents.
+* ``batches``, ``evaluator``: prompts some at a time, and a metric read off passes of them.
+* ``measure``: a metric under an intervention.
 """
 
 from .base import BASELINE_TOP, Metric, PerPrompt
 from .continuation import log_prob
 from .divergence import kl
 from .logits import custom, logit, logit_diff
-from .measure import measure  # last: it stands on the passes of attribution
+from .measure import measure
 from .sites import activation, at_site
 
 __all__ = [

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from ..errors import PromptError
+from ..dictionaries.base import Dictionary
+from ..errors import LatentError, PromptError, SaefeatError
 from ..kernel.view import View
 from ..model.sites import Site
 
@@ -165,3 +166,25 @@ def same_count(function: str, *values: Any) -> int | None:
             f" {function}(PerPrompt(correct), PerPrompt(wrong))"
         )
     return counts.pop() if counts else None
+
+
+def require_tokenwise(
+    function: str,
+    parameter: str,
+    dictionary: Dictionary,
+    error: type[SaefeatError] = LatentError,
+) -> None:
+    """Refuse latents that depend on earlier tokens: padding would be among them.
+
+    Their change reaches later tokens' latents, so that scores of single tokens mean nothing either.
+
+    Raises:
+        LatentError: or ``error``, naming the dictionary.
+    """
+    if dictionary.prefix:
+        raise error(
+            f"{function}: `{parameter}` is of {dictionary!r}, which look back over the text, wanted"
+            " latents that depend on their own token's value alone. Likely cause: a temporal SAE,"
+            " or a function with prefix=True. Try: run(model, prompts, Probe(latents)), which reads"
+            " each row without padding"
+        )

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attribution.passes import NOTHING, Watch
-from ..attribution.prepare import Data, continued
-from ..checks import one_a_prompt, whole
-from ..dictionaries.latents import Latents
+from ..checks import whole
 from ..errors import PromptError, SaefeatError
-from ..text.prompts import Prompts, encode_prompts
+from ..results.receipt import join_receipts
+from ..text.prompts import Prompts
 from ..verbs.base import Intervention, require_fired, require_rows
 from .base import Metric
+from .batches import metric_data
+from .evaluator import NOTHING, Evaluator, References
 
 
 def measure(
@@ -51,26 +51,23 @@ def measure(
         torch.Size([2])
     """
     whole("measure", "batch_size", batch_size, error=PromptError)
-    chosen = NOTHING if intervention is None else intervention
-    tokenizer = getattr(model, "tokenizer", None)
-    inputs, lengths = encode_prompts(tokenizer, prompts), None
-    _require(metric, len(inputs["input_ids"]))
-    require_rows(chosen, len(inputs["input_ids"]))
-    if metric.continuation is not None:
-        inputs, lengths = continued(tokenizer, inputs, metric.continuation(tokenizer))
-    watch, found, receipts = Watch(Latents(()), model, metric), [], []
-    with torch.no_grad():
-        for batch, _ in Data(inputs, lengths).batches(batch_size):
-            here = watch.run(batch, chosen)
-            clean = watch.run(batch) if metric.reference == "clean" else here
-            found.append(watch.read(batch, here, clean.last, here.last).float().cpu())
-            receipts.append(here.receipt)
-    require_fired(sum(receipts[1:], receipts[0]), "measure")
-    return torch.cat(found)
+    edit = NOTHING if intervention is None else intervention
+    data = metric_data("measure", model, prompts, metric)
+    _require_no_baseline(metric)
+    require_rows(edit, data.count)
+    evaluator, values, receipts = Evaluator(model, metric), [], []
+    for batch in data.batches(batch_size):
+        run = evaluator.run(batch, edit)
+        clean = evaluator.run(batch) if metric.reference == "clean" else run
+        references = References(run.last.argmax(-1), clean.last, run.last)
+        with torch.no_grad():
+            values.append(evaluator.read(run, batch.numbers, references).float().cpu())
+        receipts.append(run.receipt)
+    require_fired(join_receipts(receipts), "measure")
+    return torch.cat(values)
 
 
-def _require(metric: Metric, prompts: int) -> None:
-    one_a_prompt("measure", "metric", metric.prompts, prompts)
+def _require_no_baseline(metric: Metric) -> None:
     if metric.reference == "baseline":
         raise SaefeatError(
             f"measure: `metric` is {metric!r}, wanted a metric that needs no baseline run. Likely"

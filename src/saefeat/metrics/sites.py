@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary, cast
-from ..dictionaries.latents import Latents, as_latents, index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Dictionary, Latents, as_latents, cast
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select
 from ..model.sites import Site
 from ..text.rules import plain
 from ..text.tokens import Tokens
-from .base import Metric, Reader, Seen, real
+from .base import Metric, Reader, Seen, real, require_tokenwise
 
 
 def at_site(
@@ -74,28 +74,17 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
             " dictionary. Likely cause: a selection over several sites. Try: one attribution a"
             " site: activation(latents.at(site))"
         )
-    dictionary: Dictionary = chosen.parts[0][0]  # type: ignore[assignment]
-    _require_tokenwise(dictionary)
+    dictionary: Dictionary = chosen.parts[0][0]
+    require_tokenwise("activation", "latents", dictionary)
 
     def reader(tokenizer: Any) -> Reader:
-        bound = plain(rule.rule, _Known(tokenizer))
+        bound = plain(rule.rule, _Tokenizer(tokenizer))
         return lambda seen: _summed_latents(seen, chosen, bound)
 
     return Metric(f"activation({chosen!r}, {rule!r})", reader, site=dictionary.site)
 
 
-def _require_tokenwise(dictionary: Dictionary) -> None:
-    """Refuse latents that depend on earlier tokens: padding would be among them."""
-    if dictionary.prefix:
-        raise LatentError(
-            f"activation: `latents` is of {dictionary!r}, which look back over the text, wanted"
-            " latents that depend on their own token's value alone. Likely cause: a temporal SAE,"
-            " or a function with prefix=True. Try: run(model, prompts, Probe(latents)), which reads"
-            " each row without padding"
-        )
-
-
-class _Known:
+class _Tokenizer:
     """What lowering a token rule asks of a model: its tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -106,6 +95,6 @@ def _summed_latents(seen: Seen, chosen: Latents, rule: tuple) -> Tensor:
     """[b]: activations summed over latents and selected tokens."""
     assert seen.value is not None
     x, (dictionary, indices) = seen.value, chosen.parts[0]
-    columns = cast(dictionary.columns(index_tensor(indices)), x.dtype, x.device)  # type: ignore[attr-defined]
+    columns = cast(dictionary.columns(index_tensor(indices)), x.dtype, x.device)
     f = encode(columns, x)[0].sum(-1)
     return torch.where(select(rule, seen.view).to(f.device), f, 0.0).sum(1)

@@ -105,7 +105,7 @@ def _called(model: Any, more: bool, **inputs: Any) -> Any:
 def _views(program: Program, batch: dict[str, Tensor]) -> Iterator[View]:
     """The views of a prompt's pass and of those behind it, with real selections."""
     ids, mask, memory, past = batch["input_ids"], batch["attention_mask"], Memory(), 0
-    rules = [action.rule for action in program.actions if isinstance(action, Read)]
+    rules = [action.tokens.rule for action in program.actions if isinstance(action, Read)]
     while True:
         shape = (ids.shape[0], ids.shape[1])
         view = window(ids, mask, shape, past, memory, program.ends)

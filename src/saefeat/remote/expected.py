@@ -18,7 +18,7 @@ from ..kernel.tokens import matches, select
 from ..kernel.view import Memory, View, window
 from ..values.patch import Patch
 from ..verbs.base import Intervention
-from ..verbs.steps import StepLike, numbered
+from ..verbs.steps import StepBase, numbered
 
 
 class Expected(NamedTuple):
@@ -60,7 +60,9 @@ def expected(
     A condition, or a value that is given for some tokens alone, may leave none of those its rule
     selects. A generated token is fed back but for the last one, unless a stop token comes first.
     """
-    rules = {action.number: action.rule for action in program.actions if isinstance(action, Read)}
+    rules = {
+        action.number: action.tokens.rule for action in program.actions if isinstance(action, Read)
+    }
     prompts: dict[int, int] = dict.fromkeys(rules, 0)
     late: dict[int, tuple[int, int]] = dict.fromkeys(rules, (0, 0))
     for batch in batches:
@@ -78,7 +80,7 @@ def expected(
     )
 
 
-def _of_step(step: StepLike, prompts: list[int], late: list[tuple[int, int]]) -> Expected:
+def _of_step(step: StepBase, prompts: list[int], late: list[tuple[int, int]]) -> Expected:
     """A step's dictionaries together, counted as a receipt does: by the one that acts most."""
     values = () if step.change is None else step.change
     open_ended = step.condition is not None or any(isinstance(v, Patch) for v in values)

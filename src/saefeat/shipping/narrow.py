@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import RemoteError
 from ..kernel.frozen import Placed, mapped
 from ..kernel.program import Program
+from ..kernel.read import Read, Test
 from .upstream import upstream
 
 
@@ -24,7 +25,8 @@ def narrowed(program: Program, dtype: torch.dtype | None = None) -> Program:
     """
     require_floating(dtype)
     for action in program.actions:
-        require_sendable(getattr(action, "columns", {}))
+        if isinstance(action, Read | Test):
+            require_sendable(action.source.columns)
 
     def lean(name: str, tensor: Tensor) -> Tensor:
         return narrow(tensor, dtype) if name in MATRICES else tensor

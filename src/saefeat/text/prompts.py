@@ -101,7 +101,7 @@ def split(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     return pieces
 
 
-def _listed(prompts: Any) -> list[Any]:
+def _listed(prompts: object) -> list[Any]:
     """A list of single prompts, whatever came."""
     if isinstance(prompts, str) or _is_chat(prompts):
         return [prompts]
@@ -173,7 +173,7 @@ def _unknown(prompt: object) -> PromptError:
     )
 
 
-def _is_chat(prompt: Any) -> bool:
+def _is_chat(prompt: object) -> bool:
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..results.table import frame
 from .ranking import singles
 from .stats import UNKNOWN, Agreement, Estimate, agreement, stratified_total, wilson

@@ -16,17 +16,18 @@ from ..dictionaries.latents import Latents, as_latents
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.identity import digest, model_identity
+from ..metrics.batches import Batch, Data
 from ..model.route import Route, route
 from ..model.sites import Site
 from ..results.table import frame
 from ..running.run import run
-from ..text.prompts import Prompts, encode_prompts, split
+from ..text.prompts import Prompts, encode_prompts
 from ..text.tokens import Tokens
 from ..values.per_prompt import per_prompt
 from ..verbs.edits import Clamp
 from ..verbs.probe import Probe
 from .experiment import Folder
-from .jacobian import Graph
+from .jacobian import Jacobian
 from .stats import spearman
 
 if TYPE_CHECKING:
@@ -190,13 +191,13 @@ def edges(
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
     way = route(model, _sites(up, down))
     ordered = _ordered(up, down, way)
-    batch = encode_prompts(getattr(model, "tokenizer", None), prompts)
-    pieces = split(batch, batch_size)
+    data = Data(encode_prompts(getattr(model, "tokenizer", None), prompts))
+    batch, pieces = data.inputs, data.batches(batch_size)
     asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
     asked |= {"check": check, "batch_size": batch_size}
     who = {} if checkpoint is None else _identity(model, asked)
     with Checkpoint(checkpoint, who, "edges") as done:
-        values = _estimated(Graph(model, way, up, down, where), pieces, done, progress)
+        values = _estimated(Jacobian(model, way, up, down, where), pieces, done, progress)
         values = torch.where(ordered[..., None], values, 0.0)
         strong = values.mean(-1).abs().flatten().argsort(descending=True, stable=True)[:check]
         chosen = [divmod(place, len(down)) for place in strong.tolist()]
@@ -213,9 +214,7 @@ def edges(
     return Edges(up, down, ordered, values, exact, ablated)
 
 
-def _estimated(
-    graph: Graph, pieces: list[dict[str, Tensor]], done: Checkpoint, progress: bool
-) -> Tensor:
+def _estimated(jacobian: Jacobian, pieces: list[Batch], done: Checkpoint, progress: bool) -> Tensor:
     """[u, d, prompts]: every batch's edges.
 
     Raises:
@@ -225,13 +224,13 @@ def _estimated(
     bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
     for number, piece in enumerate(bar):
 
-        def work(piece: dict[str, Tensor] = piece) -> dict[str, Tensor]:
-            return graph.values(piece)
+        def work(piece: Batch = piece) -> dict[str, Tensor]:
+            return jacobian.values(piece)
 
         held = _once(done, number, work)
         values.append(held["values"])
         active = {name: active[name] or bool(held[name]) for name in active}
-    _require_active(active, graph)
+    _require_active(active, jacobian)
     return torch.cat(values, -1)
 
 
@@ -298,7 +297,7 @@ def _sites(up: Latents, down: Latents) -> list[Site]:
 
 def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     """[u, d] bool."""
-    written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]  # type: ignore[attr-defined]
+    written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]
     read = [way.orders[basis.site] for basis, ix in down.parts for _ in ix]
     ordered = torch.tensor([[w < r for r in read] for w in written])
     if bool(ordered.any()):
@@ -310,11 +309,15 @@ def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     )
 
 
-def _require_active(active: dict[str, bool], graph: Graph) -> None:
+def _require_active(active: dict[str, bool], jacobian: Jacobian) -> None:
     """Latents that never fire would give zeros that read as "no edge"."""
-    for name, latents in (("upstream", graph.up), ("downstream", graph.down)):
+    for name, latents in (("upstream", jacobian.up), ("downstream", jacobian.down)):
         if not active[name]:
-            at = graph.where if graph.where is not None and name == "downstream" else "any token"
+            at = (
+                jacobian.where
+                if jacobian.where is not None and name == "downstream"
+                else "any token"
+            )
             raise FiringError(
                 f"edges: `{name}` is {latents!r}, of which none is active at {at}, wanted at least"
                 " one active latent. Likely cause: prompts or tokens on which they do not fire."

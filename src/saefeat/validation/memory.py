@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..attribution.passes import Batch, Watch
+from ..metrics.batches import Batch
+from ..metrics.evaluator import Evaluator
 from ..verbs.base import Intervention
 
 CAPACITY = 1 << 28
@@ -14,7 +15,7 @@ CAPACITY = 1 << 28
 if that is more."""
 
 
-def rows_that_fit(watch: Watch, batch: Batch, intervention: Intervention, most: int) -> int:
+def rows_that_fit(evaluator: Evaluator, batch: Batch, intervention: Intervention, most: int) -> int:
     """At most ``most`` rows as wide as this batch, and one at least.
 
     Counted are the logits that the metric reads (three times: as they are, in float32, and their
@@ -23,18 +24,18 @@ def rows_that_fit(watch: Watch, batch: Batch, intervention: Intervention, most: 
     of every token, from filling the memory.
     """
     tokens = batch.inputs["input_ids"].shape[1]
-    config: Any = getattr(watch.module, "config", None)
+    config: Any = getattr(evaluator.module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("vocab_size", "hidden_size", "num_attention_heads")
     words, width, heads = (getattr(text, name, None) or 0 for name in names)
     latents = sum(len(step.latents) for step in intervention.parts())
-    row = 3 * (watch.columns(batch) or tokens) * words
+    row = 3 * (evaluator.columns(batch) or tokens) * words
     row += tokens * (4 * latents + 16 * width + 2 * heads * tokens)
-    return max(1, min(most, _capacity(watch) // max(1, row)))
+    return max(1, min(most, _capacity(evaluator) // max(1, row)))
 
 
-def _capacity(watch: Watch) -> int:
-    device = next((p.device for p in watch.module.parameters()), torch.device("cpu"))
+def _capacity(evaluator: Evaluator) -> int:
+    device = next((p.device for p in evaluator.module.parameters()), torch.device("cpu"))
     if device.type != "cuda":
         return CAPACITY
     return max(CAPACITY, torch.cuda.mem_get_info(device)[0] // 8)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attribution.scores import Attribution
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import SaefeatError
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..attribution.passes import require_upstream
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError
 from ..metrics.base import Metric
-from ..model.route import route
+from ..metrics.evaluator import Evaluator
 
 
 def require_several(latents: object, function: str, least: int) -> Latents:
@@ -29,5 +28,5 @@ def require_upstream_of(metric: Metric, model: Any, latents: Latents, function: 
         SiteError: naming the first such site.
     """
     if metric.site is not None:
-        written: list[Any] = [basis.write_site for basis, _ in latents.parts]  # type: ignore[attr-defined]
-        require_upstream(function, metric, written, route(model, [metric.site, *written]))
+        written = [basis.write_site for basis, _ in latents.parts]
+        Evaluator(model, metric, written).require_upstream(function, written)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..attribution.scores import Attribution
 from ..checks import wholes
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
 from ..results.table import frame
 from .ranking import by_prompt, ranking, selection, singles

@@ -8,7 +8,7 @@ row's text. So all ways of running, any batching and any padding give the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Value(Declared, ABC):
         return None
 
 
-def numbers(function: str, parameter: str, given: Any, dims: tuple[int, ...]) -> Tensor:
+def numbers(function: str, parameter: str, given: object, dims: tuple[int, ...]) -> Tensor:
     """Finite numbers as a tensor, copied, float64 so that 0.7 stays 0.7 in any model.
 
     Raises:

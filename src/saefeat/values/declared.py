@@ -75,7 +75,7 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as its class's constructor takes it; one too long to print, by shape and hash.
 
     The hash is there so that two records of a run differ where its values did.

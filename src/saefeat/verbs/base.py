@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, final
+from dataclasses import dataclass
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.latents import Latents, selection
+from ..dictionaries.latents import Latents
 from ..errors import FiringError, LatentError, RemoteError
 from ..kernel.log import Log
 from ..kernel.pack import unpack
@@ -20,12 +20,9 @@ from ..results.events import record_events
 from ..results.readings import Readings, join_time
 from ..results.receipt import Fired, Receipt
 from ..shipping.program import as_shipped
-from ..text.tokens import Tokens
 from ..values.base import Value
-from ..values.declared import Declared, argument
 from .lower import lower
-from .steps import Change, numbered
-from .when import When
+from .steps import StepBase, numbered
 
 
 class Intervention(ABC):
@@ -149,43 +146,8 @@ def _shipped(intervention: Intervention) -> Any:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Step(Declared, Intervention):
+class Step(StepBase, Intervention):
     """One verb on one selection. Subclasses are ``Ablate``, ``Clamp`` and ``Probe``."""
-
-    latents: Latents = argument(converter=selection)
-
-    WRITTEN: ClassVar[tuple[str, ...]] = ("frozen",)
-    """How the verb may write a selection: what ``Latents.written`` may be."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latents.written not in self.WRITTEN:
-            verb, plain = type(self).__name__, replace(self.latents, written="frozen")
-            raise LatentError(
-                f"{verb}: `latents` is {self.latents!r}, wanted {plain!r}. Likely cause: span()"
-                " belongs to Ablate, and reselect() to Ablate and Clamp: they say how an edit is"
-                f" written. Try: {verb}(latents)"
-            )
-
-    @property
-    @abstractmethod
-    def change(self) -> Change | None:
-        """How f becomes f', or None for a reading."""
-
-    @property
-    @abstractmethod
-    def rule(self) -> Tokens | None:
-        """Where it acts; None means every real token the dictionary was trained on."""
-
-    @property
-    def condition(self) -> When | None:
-        """Where else it depends on; None means nothing."""
-        return None
-
-    @property
-    def reduction(self) -> str | None:
-        """How a reading is reduced over tokens; None keeps every token."""
-        return None
 
     def parts(self) -> tuple[Step, ...]:
         return (self,)
@@ -266,7 +228,7 @@ def require_memoryless(intervention: Intervention) -> None:
     for step in intervention.parts():
         when = () if step.condition is None else step.condition.latents.parts
         held = step.condition is not None and step.condition.hold
-        held = held or any(basis.prefix for basis, _ in (*step.latents.parts, *when))  # type: ignore[attr-defined]
+        held = held or any(basis.prefix for basis, _ in (*step.latents.parts, *when))
         if held or (step.rule is not None and "'role'" in repr(step.rule.rule)):
             raise LatentError(
                 f"intervention: `step` is given, for {step!r}, wanted an edit that each pass can"

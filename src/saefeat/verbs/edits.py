@@ -78,6 +78,7 @@ class Ablate(Step):
 
     @property
     def change(self) -> Change:
+        assert not isinstance(self.to, str)  # "zero" has become 0.0
         return Change(scale=0.0, shift=self.to, how=_how(self))
 
     @property

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
-from ..dictionaries.latents import index_tensor
+from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import ErrorTerm
 from ..errors import LatentError
 from ..kernel.edit import AnyChange, Change, ChangeByToken, Reselect
@@ -64,10 +64,10 @@ def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     kind = columns["activation"]
     if not isinstance(kind, str) or kind not in OPEN:
         raise LatentError(
-            f"support: `latents` is of {dictionary!r}, whose activation is {kind!r}, wanted a topk"
+            f"reselect: `latents` is of {dictionary!r}, whose activation is {kind!r}, wanted a topk"
             " or abstopk dictionary. Likely cause: in other architectures no latent depends on"
-            ' another; saved BatchTopK and Matryoshka SAEs are jumprelu. Try: support="frozen", the'
-            " default"
+            " another; saved BatchTopK and Matryoshka SAEs are jumprelu. Try: the latents as they"
+            " are, which are written frozen"
         )
     top = (kind, columns.pop("k"), columns.pop("selected"))
     columns |= {"activation": OPEN[kind]}
@@ -75,10 +75,10 @@ def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     directions = dictionary.directions()
     if len(directions) != dictionary.d_sae:
         raise LatentError(
-            f"support: `latents` is of {dictionary!r}, which holds {len(directions)} of its"
+            f"reselect: `latents` is of {dictionary!r}, which holds {len(directions)} of its"
             " directions, wanted all of them: any latent may enter. Likely cause: an excerpt from a"
             " file, which holds only the latents that were saved. Try: load the dictionary itself,"
-            ' or support="frozen"'
+            " or the latents as they are, which are written frozen"
         )
     return Form(dictionary.site, columns, directions, top)
 
@@ -91,8 +91,8 @@ def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -
     """
     if isinstance(dictionary, ErrorTerm):
         raise LatentError(
-            f'Ablate: `to` is "orthogonal", for {dictionary!r}, wanted latents with directions of'
-            " their own. Likely cause: the error's direction is the error itself, another at every"
+            f"span: `latents` is of {dictionary!r}, wanted latents with directions of their own."
+            " Likely cause: the error's direction is the error itself, another at every"
             " token. Try: Ablate(sae.error())"
         )
     basis = span(dictionary.directions(indices), before)

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, ModelError, SiteError
 from ..kernel.encode import scored
 from ..kernel.frozen import Placed
 from ..kernel.program import Program
-from ..kernel.read import Collect, Norm, Read, Test
-from ..kernel.tokens import reads_turns
+from ..kernel.read import Collect, LookingBack, Norm, Read, Source, Test
+from ..kernel.tokens import Everywhere, Where, reads_turns
 from ..kernel.view import Ends
 from ..kernel.write import Write
 from ..model.modules import check_ready, torch_module
@@ -30,7 +30,7 @@ from ..text.rules import plain
 from ..text.tokens import Tokens
 from .forms import Form, frozen, orthogonal, reselect
 from .rules import acts_at
-from .steps import StepLike, numbered
+from .steps import StepBase, numbered
 from .visits import Visits
 from .when import When
 
@@ -38,7 +38,7 @@ from .when import When
 class HasParts(Protocol):
     """An intervention, seen from below."""
 
-    def parts(self) -> tuple[StepLike, ...]: ...
+    def parts(self) -> tuple[StepBase, ...]: ...
 
 
 def lower(
@@ -60,13 +60,13 @@ def lower(
     for step, numbers in numbered(intervention.parts()):
         parts = list(zip(numbers, step.latents.parts, strict=True))
         for number, (basis, indices) in parts:  # all reads first: no dictionary of a step sees
-            builder.read(step, number, basis, indices)  # type: ignore[arg-type]
+            builder.read(step, number, basis, indices)
         builder.condition(step, numbers[0])
         start = 0
         for number, (basis, indices) in parts:  # what another of the same step has written
             stop = start + len(indices)
             if step.change is not None:
-                builder.write(step, number, basis, indices, slice(start, stop))  # type: ignore[arg-type]
+                builder.write(step, number, basis, indices, slice(start, stop))
             start = stop
     return Program(
         visits=builder.visits.ordered(),
@@ -97,7 +97,7 @@ def sites_of(intervention: HasParts) -> Iterator[Site]:
         when = step.condition
         for basis, _ in (*step.latents.parts, *(() if when is None else when.latents.parts)):
             yield basis.site
-            yield basis.write_site  # type: ignore[attr-defined]
+            yield basis.write_site
         if when is not None and when.site is not None:
             yield when.site
 
@@ -128,7 +128,7 @@ class _Builder:
         check_ready(self.module, "saefeat")
 
     def read(
-        self, step: StepLike, number: int, dictionary: Dictionary, indices: Sequence[int]
+        self, step: StepBase, number: int, dictionary: Dictionary, indices: Sequence[int]
     ) -> None:
         """Where one dictionary of a step is read."""
         self.route.check(dictionary, "dictionary")
@@ -143,21 +143,18 @@ class _Builder:
         else:
             form = (reselect if how == "reselect" else frozen)(dictionary, indices)
         self._forms[number] = form
-        tokens = plain(rule.rule, self.model)
-        self.remembers |= reads_turns(tokens)
-        place = self._reach(form.site, form.columns)
-        order = self.route.orders[form.site]
-        read = Read(
-            number=number, key=self._reads, columns=form.columns, rule=tokens, plus=place.plus,
-            norm=Norm(kind=place.transform, eps=place.eps),
-        )  # fmt: skip
-        self.visits.add(place, order, read)
+        wanted = plain(rule.rule, self.model)
+        tokens = Everywhere() if wanted == ("all",) else Where(rule=wanted)
+        self.remembers |= reads_turns(wanted)
+        place, order = self.route.places[form.site], self.route.orders[form.site]
+        source = self._source(form.site, form.columns)
+        self.visits.add(place, order, Read(number=number, source=source, tokens=tokens))
         if step.change is None:
             self.visits.add(place, order, Collect(number=number, reduce=step.reduction))
 
     def write(
         self,
-        step: StepLike,
+        step: StepBase,
         number: int,
         dictionary: Dictionary,
         indices: Sequence[int],
@@ -175,7 +172,7 @@ class _Builder:
         if dictionary.site != dictionary.write_site:
             self._edited.setdefault(id(dictionary), set()).update(indices)
 
-    def _before(self, step: StepLike, rule: Tokens, dictionary: Dictionary) -> Tensor:
+    def _before(self, step: StepBase, rule: Tokens, dictionary: Dictionary) -> Tensor:
         """[n, d]: what dictionaries before this one of the step span at its write site.
 
         Each removes only what those before it leave, so all must act at the same tokens.
@@ -187,12 +184,12 @@ class _Builder:
             raise LatentError(
                 f"{step!r}: `where` is None, for dictionaries of {place} that skip different tokens"
                 " by default, wanted one rule for all that span one space. Likely cause:"
-                " dictionaries of different releases at one site. Try: Ablate(latents,"
-                " to='orthogonal', where=Tokens.all())"
+                " dictionaries of different releases at one site. Try:"
+                " Ablate(latents.span(), where=Tokens.all())"
             )
         return rows
 
-    def _once(self, step: StepLike, dictionary: Dictionary, indices: Sequence[int]) -> None:
+    def _once(self, step: StepBase, dictionary: Dictionary, indices: Sequence[int]) -> None:
         """Refuse to read a transcoder's latents again after an edit: they are read upstream."""
         again = self._edited.get(id(dictionary), set()).intersection(indices)
         if again:
@@ -203,7 +200,7 @@ class _Builder:
                 " earlier one's change. Try: one edit for each of its latents, and probes before it"
             )
 
-    def _writable(self, step: StepLike, dictionary: Dictionary) -> Place:
+    def _writable(self, step: StepBase, dictionary: Dictionary) -> Place:
         """Where the dictionary's directions are added, or an error if they cannot be."""
         orders = self.route.orders
         if orders[dictionary.write_site] < orders[dictionary.site]:
@@ -215,7 +212,7 @@ class _Builder:
             )
         return self.route.writable(dictionary.write_site, repr(step))
 
-    def condition(self, step: StepLike, number: int) -> None:
+    def condition(self, step: StepBase, number: int) -> None:
         """Test actions for a step's condition, after its reads and before it writes anything."""
         when, self._spans = step.condition, {}
         self._when = None
@@ -226,21 +223,18 @@ class _Builder:
         if when.site is not None:
             own = {"activation": partial(scored, when.scorer), "norm": "none"}
             tests.append((when.site, own))
-        for basis, indices in when.latents.parts:
-            dictionary: Dictionary = basis  # type: ignore[assignment]
+        for dictionary, indices in when.latents.parts:
             self.route.check(dictionary, "dictionary")
             tests.append((dictionary.site, frozen(dictionary, indices).columns))
         self.remembers |= when.hold
         for site, columns in tests:
-            place = self._reach(site, columns)
             test = Test(
-                name=name, key=self._reads, columns=columns, plus=place.plus,
-                norm=Norm(kind=place.transform, eps=place.eps), above=when.above, below=when.below,
+                name=name, source=self._source(site, columns), above=when.above, below=when.below,
                 every=when.match == "all", hold=when.hold, of=len(tests),
             )  # fmt: skip
-            self.visits.add(place, self.route.orders[site], test)
+            self.visits.add(self.route.places[site], self.route.orders[site], test)
 
-    def _early(self, step: StepLike, when: When, edited: Dictionary) -> None:
+    def _early(self, step: StepBase, when: When, edited: Dictionary) -> None:
         """Refuse a condition that the model reaches after the edit."""
         sites = when.latents.sites if when.site is None else (when.site,)
         orders = self.route.orders
@@ -253,11 +247,13 @@ class _Builder:
                 " condition after the edit. Try: condition on an earlier site, or edit a later one"
             )
 
-    def _reach(self, site: Site, columns: dict[str, Any]) -> Place:
-        """Where a site's value is whole, for one more action that reads it."""
+    def _source(self, site: Site, columns: dict[str, Any]) -> Source:
+        """Latents, read where the site's value is whole."""
         place = self.route.places[site]
-        self._reads += 1  # names the action in memories across passes
-        self.remembers |= bool(columns.get("prefix"))
         if place.plus is not None:
             self.visits.stash(place.plus, self.route.starts[place.plus])
-        return place
+        norm = Norm(kind=place.transform, eps=place.eps)
+        if not columns.get("prefix"):
+            return Source(columns=columns, norm=norm, plus=place.plus)
+        self.remembers, self._reads = True, self._reads + 1
+        return LookingBack(columns=columns, norm=norm, plus=place.plus, key=self._reads)

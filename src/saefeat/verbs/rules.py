@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..text.rules import special_ids
 from ..text.tokens import Tokens
 

@@ -5,16 +5,24 @@ These are plain values, below the verbs that carry them and the lowering that re
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Latents, selection
+from ..errors import LatentError
 from ..kernel import edit
 from ..text.tokens import Tokens
 from ..values.base import Value
+from ..values.declared import Declared, argument
 from .when import When
+
+Number = float | Tensor | Value
+"""A number, values [k] or [prompts, k], or a value that differs by token."""
+Bound = float | Tensor | None
 
 
 class Change(NamedTuple):
@@ -26,10 +34,10 @@ class Change(NamedTuple):
     ``orthogonal``, the change of x's part in the span of these latents' directions.
     """
 
-    scale: Any = 1.0
-    shift: Any = 0.0
-    low: Any = None
-    high: Any = None
+    scale: Number = 1.0
+    shift: Number = 0.0
+    low: Bound = None
+    high: Bound = None
     active_only: bool = False
     how: str = "frozen"
 
@@ -63,26 +71,47 @@ def _cut(value: Tensor, span: slice, rows: slice | Tensor) -> Tensor:
     return value[span].clone() if value.ndim == 1 else value[rows, span].unsqueeze(1).clone()
 
 
-class StepLike(Protocol):
-    """What lowering needs of a step; ``verbs.base.Step`` documents each."""
+@dataclass(frozen=True, repr=False, eq=False)
+class StepBase(Declared, ABC):
+    """What lowering needs of a step: a selection, how it changes, where, and on what condition."""
+
+    latents: Latents = argument(converter=selection)
+
+    WRITTEN: ClassVar[tuple[str, ...]] = ("frozen",)
+    """How the verb may write a selection: what ``Latents.written`` may be."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents.written not in self.WRITTEN:
+            verb, plain = type(self).__name__, replace(self.latents, written="frozen")
+            raise LatentError(
+                f"{verb}: `latents` is {self.latents!r}, wanted {plain!r}. Likely cause: span()"
+                " belongs to Ablate, and reselect() to Ablate and Clamp: they say how an edit is"
+                f" written. Try: {verb}(latents)"
+            )
 
     @property
-    def latents(self) -> Latents: ...
+    @abstractmethod
+    def change(self) -> Change | None:
+        """How f becomes f', or None for a reading."""
 
     @property
-    def change(self) -> Change | None: ...
+    @abstractmethod
+    def rule(self) -> Tokens | None:
+        """Where it acts; None means every real token the dictionary was trained on."""
 
     @property
-    def rule(self) -> Tokens | None: ...
+    def condition(self) -> When | None:
+        """Where else it depends on; None means nothing."""
+        return None
 
     @property
-    def condition(self) -> When | None: ...
+    def reduction(self) -> str | None:
+        """How a reading is reduced over tokens; None keeps every token."""
+        return None
 
-    @property
-    def reduction(self) -> str | None: ...
 
-
-AnyStep = TypeVar("AnyStep", bound=StepLike)
+AnyStep = TypeVar("AnyStep", bound=StepBase)
 
 
 def numbered(steps: Iterable[AnyStep]) -> Iterator[tuple[AnyStep, list[int]]]:

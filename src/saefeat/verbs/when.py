@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -19,9 +19,13 @@ Scorer = Callable[[Tensor], Tensor]
 """A site's value [batch, tokens, d] → a score [batch, tokens]."""
 
 
-def _subject(given: object, function: str = "When") -> Latents | Scorer:
-    scores = callable(given) and not callable(getattr(given, "latents", None))
-    return given if scores else as_latents(given, function)
+def _subject(given: Any, function: str = "When") -> Latents | Scorer:
+    return given if _scores(given) else as_latents(given, function)
+
+
+def _scores(given: object) -> bool:
+    """Whether it is a function, and no dictionary that can be called."""
+    return callable(given) and not callable(getattr(given, "latents", None))
 
 
 def _site(given: Site | str | None, function: str = "When") -> Site | None:

@@ -1,0 +1,205 @@
+"""Evaluator: passes of one model under interventions, and a metric read off each of them.
+
+``measure`` asks it for values; attribution adds watched places and gradients to its passes;
+validation measures under many edits with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import nnsight
+import torch
+from torch import Tensor
+
+from ..errors import SaefeatError, SiteError
+from ..kernel.log import Log
+from ..kernel.program import Program
+from ..kernel.read import Norm, lift
+from ..kernel.trace import whole_run
+from ..kernel.view import View
+from ..kernel.watch import Show
+from ..model.modules import torch_module
+from ..model.route import Route, route
+from ..model.sites import Site
+from ..results.receipt import Receipt
+from ..verbs.base import Chain, Intervention
+from ..verbs.lower import lower, sites_of
+from ..verbs.visits import Visits
+from .base import Metric, Reader, Seen
+from .batches import Batch
+
+NOTHING = Chain(())
+"""The intervention of a bare run."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, as a metric looks at it.
+
+    Attributes:
+        logits: [b, n, vocabulary], the columns that the metric reads.
+        site: the value [b, t, d] at the metric's own site, if it has one.
+        view: positions, ids and masks of the pass.
+        receipt: what the intervention's edits did.
+    """
+
+    logits: Tensor
+    site: Tensor | None
+    view: View
+    receipt: Receipt
+
+    @property
+    def last(self) -> Tensor:
+        """[b, vocabulary], without graph."""
+        return self.logits[:, -1].detach()
+
+
+class References(NamedTuple):
+    """What a metric compares some prompts with; None where it does not.
+
+    ``top`` [n] long stands for ``BASELINE_TOP``; ``clean`` and ``base`` are last logits
+    [n, vocabulary] of the clean and the baseline run.
+    """
+
+    top: Tensor | None = None
+    clean: Tensor | None = None
+    base: Tensor | None = None
+
+    def at(self, rows: Tensor) -> References:
+        """Those of some prompts, by number."""
+        return References(*(None if values is None else values[rows] for values in self))
+
+
+def forward(model: Any, batch: Batch, program: Program, columns: int) -> tuple[Log, Tensor]:
+    """One forward pass with a program: its log, and the last ``columns`` logits (0 for all)."""
+    with model.trace(**pass_options(model, columns)) as tracer:
+        with tracer.invoke(batch.inputs):
+            log = nnsight.save(Log())
+            whole_run(model, program, log, batch.lengths)
+        with tracer.invoke():
+            logits = nnsight.save(model.output.logits[:, -columns:])
+    return log, logits
+
+
+def pass_options(model: Any, columns: int) -> dict[str, Any]:
+    """What a pass is called with: no cache, and no logits but those wanted."""
+    wanted = {"use_cache": False} | ({"logits_to_keep": columns} if columns else {})
+    accepted = inspect.signature(torch_module(model).forward).parameters
+    return {name: value for name, value in wanted.items() if name in accepted}
+
+
+class Evaluator:
+    """One model and a metric; ``sites`` are others that its passes will be asked for."""
+
+    def __init__(self, model: Any, metric: Metric, sites: Iterable[Site] = ()) -> None:
+        self.model, self.metric, self.module = model, metric, torch_module(model)
+        self._sites = [*sites, *([] if metric.site is None else [metric.site])]
+        self._routes: dict[frozenset[Site], Route] = {}
+        self.route = self.route_with(NOTHING)
+        self._reader: Reader = metric.reader(getattr(model, "tokenizer", None))
+
+    def route_with(self, intervention: Intervention) -> Route:
+        """The route past all sites asked for and all that an intervention visits."""
+        others = frozenset(sites_of(intervention))
+        if others not in self._routes:
+            self._routes[others] = route(self.model, [*self._sites, *others])
+        return self._routes[others]
+
+    def run(self, batch: Batch, intervention: Intervention = NOTHING) -> Pass:
+        """One forward pass without gradients."""
+        with torch.no_grad():
+            log, logits = self.forward(batch, self.program(batch, intervention))
+        return self.passed(log, logits, intervention.receipt(log))
+
+    def program(self, batch: Batch, intervention: Intervention) -> Program:
+        """An intervention's program for the batch, in which the metric's own site is read."""
+        way = self.route_with(intervention)
+        program = lower(intervention, self.model, batch.rows(), way)
+        visits = Visits(program.visits)
+        self.show(visits, way)
+        return program.replace(visits=visits.ordered())
+
+    def show(self, visits: Visits, way: Route) -> None:
+        """Read the metric's own site, behind all that is done there so far."""
+        if self.metric.site is None:
+            return
+        place = self.route.places[self.metric.site]
+        if place.plus is not None:
+            visits.stash(place.plus, way.starts[place.plus])
+        order = way.orders[self.metric.site]
+        visits.add(place, order, Show(name="metric", plus=place.plus))
+
+    def forward(self, batch: Batch, program: Program) -> tuple[Log, Tensor]:
+        """The pass itself: its log, and the logits of the columns that the metric reads."""
+        return forward(self.model, batch, program, self.columns(batch))
+
+    def columns(self, batch: Batch) -> int:
+        """How many last columns of logits are wanted; 0 for all of them."""
+        if self.metric.columns == "all":
+            return 0
+        if batch.lengths is None:
+            return 1
+        real = batch.inputs["attention_mask"].sum(1, keepdim=True)
+        return int((real - batch.lengths).max()) + 1
+
+    def passed(self, log: Log, logits: Tensor, receipt: Receipt) -> Pass:
+        """What the metric looks at, from the kernel's log and the logits."""
+        site = log.shown.get("metric")
+        if site is not None and self.metric.site is not None:
+            place = self.route.places[self.metric.site]
+            site = lift(site, Norm(kind=place.transform, eps=place.eps))
+        return Pass(logits, site, log.view, receipt)
+
+    def read(self, run: Pass, numbers: Tensor, references: References) -> Tensor:
+        """The metric of a pass, [b], whose rows are the prompts of these numbers [b]."""
+        top, clean, base = references
+        return self._reader(Seen(run.logits, top, numbers, run.view, clean, base, run.site))
+
+    def require_upstream(self, function: str, written: Iterable[Site]) -> None:
+        """Refuse sites that the metric's own site does not depend on: zeros would say so badly.
+
+        Raises:
+            SiteError: naming the first such site.
+        """
+        at, orders = self.metric.site, self.route.orders
+        late = [] if at is None else [site for site in written if orders[site] > orders[at]]
+        if late:
+            raise SiteError(
+                f"{function}: `metric` is at {at}, and latents written at {late[0]}, wanted"
+                " latents written no later than the metric's site. Likely cause: the model reaches"
+                " these latents after what they are to explain. Try: latents of the sites before"
+                " it: saes.latents({0: [3]})"
+            )
+
+
+def require_finite(
+    function: str,
+    values: Tensor,
+    numbers: Tensor,
+    run: str,
+    error: type[SaefeatError] = SaefeatError,
+) -> Tensor:
+    """The metric of a run, [b] float32 on the CPU, if it is one finite number a prompt.
+
+    Raises:
+        SaefeatError: or ``error``, naming the first prompt of which it is not.
+    """
+    if values.shape != numbers.shape:
+        raise error(
+            f"{function}: `metric` is of shape {tuple(values.shape)}, wanted one number a prompt,"
+            f" [{len(numbers)}]. Likely cause: a mean over prompts inside the metric. Try:"
+            " metric(lambda logits: logits[:, 5])"
+        )
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if not bad:
+        return values.float().cpu()
+    raise error(
+        f"{function}: `metric` is {float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the"
+        f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in the"
+        " metric, or a model that overflows on this prompt. Try: measure(model, prompts, metric),"
+        " to find the prompts, and leave them out"
+    )
