@@ -41,14 +41,14 @@ def prepare(job: Job, model: Any, prompts: Prompts) -> Prepared:
         PromptError: for prompts that cannot be encoded, or another number of values or pairs.
     """
     data = metric_data("Attribute", model, prompts, job.metric)
-    require_count(job, data.count)
+    require_count(job, data.prompts)
     if isinstance(job.baseline, Intervention):
-        require_rows(job.baseline, data.count)
+        require_rows(job.baseline, data.prompts)
     if not isinstance(job.baseline, Paired):
         return Prepared(data)
     tokenizer = getattr(model, "tokenizer", None)
     others = encode_prompts(tokenizer, job.baseline.prompts)
-    require_pairs(job.baseline, data.count, len(others["input_ids"]))
+    require_pairs(job.baseline, data.prompts, len(others["input_ids"]))
     return Prepared(data, continued(tokenizer, others, job.metric))
 
 
@@ -70,7 +70,7 @@ def require_gradients(module: nn.Module) -> None:
         GradientError: with gradients switched off, tensors of inference mode, or no weights.
     """
     gradients_on("Attribute")
-    got = ""
+    got = cause = call = ""
     first = next(iter(module.parameters()), torch.zeros(0))
     if first.is_meta:
         got, cause = "a model without weights", "a model meant for remote runs, or not yet loaded"

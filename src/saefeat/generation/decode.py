@@ -25,7 +25,7 @@ class Greedy:
         >>> stops = sf.generation.Greedy(stop=(6,))
         >>> out = sf.run(tiny.model("chat"), "hello", max_new_tokens=4, decode=stops)
         >>> out.provenance.generation["stops"]
-        [4, 6]
+        [5, 1, 6]
     """
 
     stop: Sequence[int] = ()

@@ -46,14 +46,14 @@ class Data(NamedTuple):
     lengths: Tensor | None = None
 
     @property
-    def count(self) -> int:
+    def prompts(self) -> int:
         """How many prompts there are."""
         return len(self.inputs["input_ids"])
 
     def batches(self, size: int) -> list[Batch]:
         """Rows in order, at most ``size`` each, without columns that are all padding."""
         batches = []
-        for start in range(0, self.count, size):
+        for start in range(0, self.prompts, size):
             rows = slice(start, start + size)
             mask = self.inputs["attention_mask"][rows]
             first = int((mask.sum(0) == 0).long().argmin())

@@ -54,7 +54,7 @@ def measure(
     edit = NOTHING if intervention is None else intervention
     data = metric_data("measure", model, prompts, metric)
     _require_no_baseline(metric)
-    require_rows(edit, data.count)
+    require_rows(edit, data.prompts)
     evaluator, values, receipts = Evaluator(model, metric), [], []
     for batch in data.batches(batch_size):
         run = evaluator.run(batch, edit)

@@ -24,9 +24,10 @@ def in_requests(kind: type[T], reduce: Callable[[T], Any]) -> None:
 
     The function gives what ``__reduce__`` would, or raises.
     """
-    if "dispatch_table" not in vars(CustomCloudPickler):  # a table before that of cloudpickle's
-        CustomCloudPickler.dispatch_table = ChainMap({}, CustomCloudPickler.dispatch_table)
-    table: Any = CustomCloudPickler.dispatch_table
+    table: Any = vars(CustomCloudPickler).get("dispatch_table")
+    if table is None:  # one in front of cloudpickle's, which other picklers use too
+        inherited: Any = CustomCloudPickler.dispatch_table
+        table = CustomCloudPickler.dispatch_table = ChainMap({}, inherited)
     table[kind] = reduce
 
 

@@ -38,6 +38,7 @@ class Job:
     Awaiting it, in asyncio, gives the ``Run`` too.
 
     Examples:
+        >>> import loopback  # the repository's stand-in for a server, in its tests
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
@@ -94,6 +95,7 @@ class Job:
                 its intervention.
 
         Examples:
+            >>> import loopback  # the repository's stand-in for a server, in its tests
             >>> from saefeat.studies.refusal import tiny
             >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False
             >>> model = tiny.model("chat")

@@ -56,6 +56,7 @@ def submit(
         SiteError, ModelError, PromptError, LatentError: as ``run``.
 
     Examples:
+        >>> import loopback  # the repository's stand-in for a server, in its tests
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")

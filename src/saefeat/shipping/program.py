@@ -73,8 +73,8 @@ def shipped(program: Program, model: Any) -> Program:
         largest = max(parts, key=lambda name: parts[name])
         warnings.warn(
             f"saefeat: the intervention brings {sum(parts.values()):,} bytes into this request, of"
-            f" which {largest} is {parts[largest]:,}. remote.preflight shows the others; sf.run"
-            " takes a dtype and a limit.",
+            f" which {largest} is {parts[largest]:,}. sf.remote.preflight shows the others; sf.run"
+            " with on=Server(dtype=..., payload_limit=...) narrows and limits them.",
             stacklevel=2,
         )
     return program

@@ -88,7 +88,7 @@ class Experiment:
         edit = baseline or NOTHING
         data = metric_data(function, model, prompts, metric)
         _require_baseline(function, metric, baseline)
-        require_rows(edit, data.count)
+        require_rows(edit, data.prompts)
         evaluator = Evaluator(model, metric)
         asked |= {"baseline": baseline}
         done = _opened(checkpoint, evaluator, data, function, batch_size, **asked)
@@ -120,7 +120,7 @@ class Experiment:
         return cls(evaluator, data, references, function, batch_size, done)
 
     def __len__(self) -> int:
-        return self.data.count
+        return self.data.prompts
 
     def under(self, intervention: Intervention | None = None, prompts: Any = None) -> Tensor:
         """[n] float32: the metric of these prompts (default: each once) under an intervention.

@@ -71,7 +71,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
         return math.nan
     from scipy.stats import spearmanr
 
-    return float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
+    return float(spearmanr(a.double().numpy(), b.double().numpy())[0])
 
 
 def resample(n: int, samples: int, seed: int) -> Tensor:

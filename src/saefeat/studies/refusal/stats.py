@@ -63,4 +63,4 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         raise ValueError(f"spearman: {len(a)} and {len(b)} values; wanted as many of each")
     if len(set(a)) < 2 or len(set(b)) < 2:  # scipy warns
         return math.nan
-    return float(stats.spearmanr(a, b).statistic)
+    return float(stats.spearmanr(a, b)[0])
