@@ -24,6 +24,7 @@ Holds = float | Callable[[Tensor], Tensor]
 
 if TYPE_CHECKING:
     import pandas
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,7 +71,7 @@ class MinimalSet:
 
 
 def minimal_set(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     latents: Latents,
     metric: Metric,

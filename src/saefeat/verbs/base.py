@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ..shipping.program import as_shipped
 from ..values.base import Value
 from .lower import lower
 from .steps import StepBase, numbered
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 class Intervention(ABC):
@@ -44,7 +47,7 @@ class Intervention(ABC):
     def __or__(self, other: Intervention) -> Chain:
         return Chain((*self.parts(), *other.parts()))
 
-    def __call__(self, model: Any, *, step: int | None = None) -> Log:
+    def __call__(self, model: TransformersModel, *, step: int | None = None) -> Log:
         """Apply inside an nnsight block, to the forward pass of a trace or to all of a generation.
 
         Call it before reading any layer. In a loop over ``tracer.iter`` pass the loop's number as
@@ -67,7 +70,7 @@ class Intervention(ABC):
         inline(model, lower(self, model), log, step)
         return log
 
-    def bind(self, model: Any) -> Self:
+    def bind(self, model: TransformersModel) -> Self:
         """The same intervention, which may be named in a remote block on this model.
 
         In a remote request it becomes its own program for the model. Everything else it does as
