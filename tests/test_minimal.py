@@ -92,7 +92,7 @@ def test_a_criterion_by_prompt_and_its_share(planted):
     start = neurons.latents([3, 5, 8])
     everywhere = sf.validation.minimal_set(nn, RAGGED, start, special, holds=lambda m: m > 0)
     assert set(everywhere.latents) == set(neurons.latents([3, 8]))
-    most = sf.validation.minimal_set(nn, RAGGED, start, special, holds=lambda m: m > 0, share=0.6)
+    most = sf.validation.minimal_set(nn, RAGGED, start, special, holds=(lambda m: m > 0, 0.6))
     assert set(most.latents) == set(neurons.latents([3]))
     torch.testing.assert_close(most.held, torch.tensor([1, 1, 2 / 3]))
 
@@ -160,8 +160,8 @@ def test_what_cannot_be_pruned_is_refused(planted):
     with pytest.raises(sf.errors.LatentError, match="at least one latent"):
         sf.validation.minimal_set(nn, RAGGED, sf.Latents(()), BOTH)
     for share in (0.0, 1.5, -1.0):
-        with pytest.raises(sf.SaefeatError, match="`share`"):
-            sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=lambda m: m > 0, share=share)
+        with pytest.raises(sf.SaefeatError, match=f"`holds` is a pair with {share}"):
+            sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=(lambda m: m > 0, share))
     for bad in (lambda m: bool((m > 0).all()), lambda m: m, lambda m: m[:1] > 0):
         with pytest.raises(sf.SaefeatError, match="one a prompt"):
             sf.validation.minimal_set(nn, RAGGED, start, BOTH, holds=bad)

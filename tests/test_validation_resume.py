@@ -178,7 +178,7 @@ def test_scores_of_another_attribution_are_another_job(tmp_path):
         ("faithfulness", {"to": "median"}),
         ("faithfulness", {"sizes": [2, 1]}),
         ("faithfulness", {"sizes": [40]}),
-        ("minimal_set", {"share": 2.0}),
+        ("minimal_set", {"holds": (abs, 2.0)}),
         ("minimal_set", {"within": make_sae("standard").latents([3])}),
         ("minimal_set", {"batch_size": 2.5}),
         ("interactions", {"batch_size": -1}),

@@ -20,7 +20,8 @@ from ..verbs.base import Intervention
 from .experiment import Experiment, Folder
 from .require import require_upstream_of
 
-Holds = float | Callable[[Tensor], Tensor]
+Criterion = Callable[[Tensor], Tensor]
+Holds = float | Criterion | tuple[Criterion, float]
 
 if TYPE_CHECKING:
     import pandas
@@ -77,7 +78,6 @@ def minimal_set(
     metric: Metric,
     *,
     holds: Holds = 0.0,
-    share: float = 1.0,
     within: Latents | Any = None,
     where: Tokens | None = None,
     baseline: Intervention | None = None,
@@ -104,8 +104,8 @@ def minimal_set(
         metric: higher is better; any that ``Attribute`` takes. It needs no gradient: an argmax may
             be in it.
         holds: a number that the mean metric must reach, or a function from the metric [prompts]
-            to bools [prompts], such as ``lambda m: m > 0``.
-        share: of how many prompts the function must hold.
+            to bools [prompts], such as ``lambda m: m > 0``, that must hold for all of them; for a
+            share of them with ``holds=(lambda m: m > 0, 0.9)``.
         within: all latents of the circuit's model; None to ablate the set itself.
         where: which tokens are edited; every real token by default, a continuation's too.
         baseline: the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to, such as
@@ -136,12 +136,12 @@ def minimal_set(
         Latents(2: resid_post.0 [484], resid_post.1 [359])
     """
     start = as_latents(latents, "minimal_set")
-    judge = _Judge(holds, share)
+    judge = _Judge.of(holds)
     whole = None if within is None else _around(start, within)
     require_upstream_of(metric, model, start if whole is None else whole, "minimal_set")
     experiment = Experiment.of_metric(
         model, prompts, metric, function="minimal_set", batch_size=batch_size, baseline=baseline,
-        checkpoint=checkpoint, latents=start, within=whole, tokens=where, holds=holds, share=share,
+        checkpoint=checkpoint, latents=start, within=whole, tokens=where, holds=holds,
     )  # fmt: skip
     clean = experiment.under()
 
@@ -183,13 +183,17 @@ def _pruned(
 class _Judge:
     """The criterion: whether a metric [prompts] meets it, and how nearly."""
 
-    def __init__(self, holds: Holds, share: float) -> None:
+    def __init__(self, holds: float | Criterion, share: float = 1.0) -> None:
         self._holds, self._share = holds, share
         if not 0 < share <= 1:
             raise SaefeatError(
-                f"minimal_set: `share` is {share}, wanted a share in (0, 1]. Likely cause: a"
-                " percentage, or a count. Try: minimal_set(..., share=0.9)"
+                f"minimal_set: `holds` is a pair with {share}, wanted a share in (0, 1]. Likely"
+                " cause: a percentage, or a count. Try: holds=(lambda m: m > 0, 0.9)"
             )
+
+    @classmethod
+    def of(cls, holds: Holds) -> _Judge:
+        return cls(*holds) if isinstance(holds, tuple) else cls(holds)
 
     def share_of(self, values: Tensor) -> float:
         """The share of prompts for which it holds."""
