@@ -157,7 +157,8 @@ def counterparts(
             _require(length == other, start + n, length, other, "as many tokens in both")
             row = list(range(length))
         else:
-            row = list(align[start + n])  # type: ignore[arg-type]
+            given: Any = align[start + n]
+            row = list(given)
             fits = len(row) == length and all(p is None or 0 <= p < other for p in row)
             _require(fits, start + n, length, other, f"a map of {length} positions below {other}")
         positions.append([-1 if p is None else p for p in row])

@@ -74,7 +74,7 @@ def _linearized(module: nn.Module) -> Iterator[Slopes]:
         for block in module.get_submodule(path).children():
             norms += [getattr(block, name) for name in _NORMS if hasattr(block, name)]
             _constant_pattern(stack, block)
-            replaced.append(_linear_mlp(stack, block.mlp))  # type: ignore[arg-type]
+            replaced.append(_linear_mlp(stack, block.get_submodule("mlp")))
         for norm in norms:
             _linear_norm(stack, norm)
         _linear_cap(stack, module)
@@ -199,7 +199,7 @@ def _linear_mlp(stack: ExitStack, mlp: nn.Module) -> nn.Module:
     stack.callback(activation.register_forward_pre_hook(before).remove)
     stack.callback(activation.register_forward_hook(activated).remove)
     if gated:
-        up: nn.Module = mlp.gate_up_proj if fused else mlp.up_proj  # type: ignore[assignment]
+        up = mlp.get_submodule("gate_up_proj" if fused else "up_proj")
         stack.callback(up.register_forward_hook(halved).remove)
     return activation
 

@@ -60,11 +60,12 @@ def matched(
     """
     chosen = as_latents(latents, "matched")
     _require_factor(within)
-    given = [statistics] if isinstance(statistics, Readings | Mapping) else list(statistics)
+    one = isinstance(statistics, Readings | Mapping)
+    given: list[Any] = [statistics] if one else list(statistics)
     generator = random.Random(seed)
     parts: list[tuple[Any, tuple[int, ...]]] = []
     for basis, indices in chosen.parts:
-        rows = _statistics(basis, given)  # type: ignore[arg-type]
+        rows = _statistics(basis, given)
         parts.append((basis, _drawn(basis, indices, rows, within, generator)))
     return Latents(tuple(parts))
 

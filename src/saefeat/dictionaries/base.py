@@ -52,7 +52,7 @@ class Dictionaries(Mapping[Site, Dictionary]):
 
     def __contains__(self, key: object) -> bool:
         try:
-            self.resolve(key)  # type: ignore[arg-type]
+            self.resolve(key)
         except SiteError:
             return False
         return True
@@ -61,7 +61,7 @@ class Dictionaries(Mapping[Site, Dictionary]):
         """The dictionary at a site, or the default where there is none."""
         return self[key] if key in self else default  # noqa: SIM401  (it would call itself)
 
-    def resolve(self, key: Site | str | int) -> Site:
+    def resolve(self, key: Any) -> Site:
         """The site meant by a site, its name, or its layer.
 
         Raises:

@@ -109,12 +109,12 @@ def _has_top(*specs: Any) -> bool:
     return any(isinstance(one, BaselineTop) for one in listed)
 
 
-def _group(tokenizer: Any, spec: Any) -> Tensor | list[Tensor | None] | None:
+def _group(tokenizer: Any, spec: Any) -> Any:
     """Ids [n]; None for the baseline's own token; a list for values that differ by prompt."""
     if isinstance(spec, BaselineTop):
         return None
     if isinstance(spec, PerPrompt):
-        return [_group(tokenizer, value) for value in spec.values]  # type: ignore[misc]
+        return [_group(tokenizer, value) for value in spec.values]
     listed = [spec] if isinstance(spec, (str, int)) else list(spec)
     return torch.tensor([_token(tokenizer, one) for one in listed])
 

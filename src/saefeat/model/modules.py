@@ -25,6 +25,12 @@ def torch_module(model: object) -> nn.Module:
     )
 
 
+def text_config(module: nn.Module) -> Any:
+    """The configuration of a model's language half; None for a model without a configuration."""
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     """The blocks' path and the site table of a model's family.
 
@@ -34,7 +40,7 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     kind: Any = getattr(getattr(module, "config", None), "model_type", None)
     if kind in FAMILIES:
         return FAMILIES[kind]
-    text = str(module.config.get_text_config().model_type) if kind in NESTED else ""  # type: ignore[union-attr, operator]
+    text = str(text_config(module).model_type) if kind in NESTED else ""
     if kind in NESTED and TEXT.get(text, text) in FAMILIES:
         return NESTED[kind], FAMILIES[TEXT.get(text, text)][1]
     got = f"of family {kind!r}" + (f" around {text!r}" if text else "")
@@ -53,7 +59,7 @@ def _example(module: nn.Module) -> str:
 
 def layer_count(module: nn.Module) -> int:
     """How many blocks the model has."""
-    return len(module.get_submodule(family(module)[0]))  # type: ignore[arg-type]
+    return len(list(module.get_submodule(family(module)[0]).children()))
 
 
 def find(module: nn.Module, site: Site) -> Place:
@@ -145,10 +151,10 @@ def width_at(module: nn.Module, site: Site) -> int:
     """How wide a table's site is: d_model, or the projection's input for z and mlp_post."""
     place = find(module, site)
     if site.kind in ("z", "mlp_post"):
-        projection = module.get_submodule(place.path)
+        projection: Any = module.get_submodule(place.path)
         # nn.Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out] and has no in_features
-        return int(getattr(projection, "in_features", 0) or projection.weight.shape[0])  # type: ignore[union-attr, arg-type]
-    return int(module.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+        return int(getattr(projection, "in_features", 0) or projection.weight.shape[0])
+    return int(text_config(module).hidden_size)
 
 
 def check_ready(module: nn.Module, where: str) -> None:
@@ -165,7 +171,7 @@ def check_ready(module: nn.Module, where: str) -> None:
     training = [(name, part) for name, part in module.named_modules() if part.training]
     active = [name for name, part in training if isinstance(part, nn.Dropout) and part.p > 0]
     if training:  # attention drops out by configuration, without a module of its own
-        config = module.config.get_text_config() if hasattr(module, "config") else None  # type: ignore[union-attr, operator]
+        config = text_config(module)
         names = ("attention_dropout", "attn_pdrop")
         active += [name for name in names if getattr(config, name, 0)]
     if active:

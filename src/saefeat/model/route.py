@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, SiteError
-from .modules import find, torch_module, width_at
+from .modules import find, text_config, torch_module, width_at
 from .sites import Order, Place, Site
 
 if TYPE_CHECKING:
@@ -246,9 +246,7 @@ def hooks_aside(module: nn.Module) -> Iterator[None]:
 def _tiny_pass(model: TransformersModel, module: nn.Module) -> None:
     """One forward pass of an ordinary token; on shapes alone where weights are not loaded."""
     first = next(module.parameters())
-    config = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
-    size = getattr(text, "vocab_size", 0)
+    size = getattr(text_config(module), "vocab_size", 0)
     start = max(0, size // 2 - ROWS * TOKENS)  # special tokens lie at a vocabulary's ends
     unloaded = any(parameter.is_meta for parameter in module.parameters())
     # An nnsight model called as a function runs its module with the trace standing down.

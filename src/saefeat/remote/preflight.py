@@ -189,7 +189,7 @@ def inspected(
         expected=acts,
         result=result_size(model, chosen, program, batch, settings),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors(program)})),
-        device=str(torch_module(model).device),  # type: ignore[union-attr]
+        device=str(next(torch_module(model).parameters()).device),
         nnsight=(NNSIGHT, None),
     )
 

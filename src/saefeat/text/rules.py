@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..model.modules import torch_module
+from ..model.modules import text_config, torch_module
 from .prompts import role_markers
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def special_ids(model: TransformersModel) -> tuple[int, ...]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is not None:
         return tuple(tokenizer.all_special_ids)
-    config = torch_module(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    config = text_config(torch_module(model))
     found = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
     flat = [
         i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])

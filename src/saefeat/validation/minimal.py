@@ -193,7 +193,10 @@ class _Judge:
 
     @classmethod
     def of(cls, holds: Holds) -> _Judge:
-        return cls(*holds) if isinstance(holds, tuple) else cls(holds)
+        if not isinstance(holds, tuple):
+            return cls(holds)
+        criterion, share = holds
+        return cls(criterion, share)
 
     def share_of(self, values: Tensor) -> float:
         """The share of prompts for which it holds."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ def spearman(a: Tensor, b: Tensor) -> float:
         return math.nan
     from scipy.stats import spearmanr
 
-    return float(spearmanr(a.double().numpy(), b.double().numpy())[0])
+    result: Any = spearmanr(a.double().numpy(), b.double().numpy())
+    return float(result.statistic)
 
 
 def resample(n: int, samples: int, seed: int) -> Tensor:

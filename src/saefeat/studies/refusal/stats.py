@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -63,4 +63,5 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         raise ValueError(f"spearman: {len(a)} and {len(b)} values; wanted as many of each")
     if len(set(a)) < 2 or len(set(b)) < 2:  # scipy warns
         return math.nan
-    return float(stats.spearmanr(a, b)[0])
+    result: Any = stats.spearmanr(a, b)
+    return float(result.statistic)
