@@ -8,6 +8,8 @@ VENV ?= .venv
 # Options of the script or of pytest: make demo ARGS="--seed 1", make test ARGS="-k kernel".
 ARGS ?=
 WORKERS ?= 2
+# A file's tests stay on one worker: its servers and models are made once, not once a worker.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 BIN := $(VENV)/bin
 BASE := $(VENV)/.stamp-base
@@ -23,7 +25,7 @@ help:
 	@echo "make test    lint, format, types, documentation, tests"
 	@echo "make check   the same without the tests"
 	@echo "make docs    the documentation, in site/"
-	@echo "make slow    the slow tests"
+	@echo "make slow    the slow tests: mutants, processes beside processes, training anew"
 	@echo "make bench   the benchmarks"
 	@echo "make format  let ruff repair style and format"
 	@echo "make clean   remove everything made here, .venv too"
@@ -33,7 +35,7 @@ demo: $(BASE)
 
 # pytest comes last: its summary closes the output.
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 check: $(DEV)
 	$(BIN)/ruff check .
@@ -45,7 +47,7 @@ docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 slow: $(DEV)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/run.py $(ARGS)

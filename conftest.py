@@ -4,15 +4,17 @@ beartype comes first. nnsight mounts ``.save`` on ``object``, and importing bear
 crashes; the package itself never imports beartype.
 """
 
-import beartype  # noqa: F401, I001  (before anything that may import nnsight)
+import beartype  # noqa: I001  (before anything that may import nnsight)
 
 import ast
+import functools
 import inspect
 import os
 import random
 import sys
 import types
 from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 
 # Under xdist every worker gets one thread; alone, a run gets two. Subprocesses inherit this.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
@@ -28,7 +30,8 @@ import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+from beartype.roar import BeartypeCallHintViolation  # noqa: E402
+from jaxtyping import TypeCheckError, jaxtyped  # noqa: E402
 
 torch.set_num_threads(THREADS)
 
@@ -56,36 +59,66 @@ def type_checking_imports(source: str) -> str:
     return "\n".join(ast.unparse(statement) for statement in guarded)
 
 
-class AnnotationNames(MetaPathFinder):
-    """Makes the names in a hooked module's annotations exist when it runs.
+def checked(function):
+    """A function whose shape types are checked: parameters as it begins, the result as it ends.
+
+    What jaxtyping's own decorator does, at half the cost: that one binds the arguments, and checks
+    the parameters a second time together with the result. In the tests the kernel is called some
+    hundred thousand times.
+    """
+    if inspect.isgeneratorfunction(function):  # sizes would hold for longer than the call
+        return jaxtyped(function, typechecker=beartype.beartype)
+    strict = beartype.beartype(function)
+
+    @functools.wraps(function)
+    def typed(*args, **kwargs):
+        with jaxtyped("context"):  # the names of sizes mean the same within one call
+            try:
+                return strict(*args, **kwargs)
+            except BeartypeCallHintViolation as error:
+                raise TypeCheckError(str(error)) from error
+
+    return typed
+
+
+class TypedLoader(SourceFileLoader):
+    """Loads a module with every function in it ``checked``, whatever its body is nested in.
 
     The kernel imports jaxtyping only under ``TYPE_CHECKING``, since no server has it. Then its
     annotations cannot be resolved, and beartype lets every argument pass without a word. So the
-    guarded imports run first, in the module's own namespace, and the hook has types to check.
+    guarded imports run first, in the module's own namespace, and there are types to check.
     """
 
-    def __init__(self, hooked: MetaPathFinder) -> None:
-        self.hooked = hooked
+    def get_code(self, fullname):  # never from a file of bytecode, and never into one
+        tree = ast.parse(self.get_source(fullname), self.path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                # On the line of the `def`: `inspect.getsource` reads from a code's first line.
+                name = ast.Name("__checked__", ast.Load())
+                node.decorator_list.append(ast.copy_location(name, node))
+        return compile(tree, self.path, "exec", dont_inherit=True)
+
+    def exec_module(self, module):
+        module.__checked__ = checked
+        exec(type_checking_imports(self.get_source(module.__name__)), vars(module))
+        super().exec_module(module)
+
+
+class TypedFinder(MetaPathFinder):
+    """Finds the modules of ``TYPED``, for ``TypedLoader`` to load."""
 
     def find_spec(self, fullname, path=None, target=None):
-        spec = self.hooked.find_spec(fullname, path, target)
-        if spec is None:
+        if not any(fullname == name or fullname.startswith(f"{name}.") for name in TYPED):
             return None
-        loader, execute = spec.loader, spec.loader.exec_module
-
-        def exec_module(module):
-            exec(type_checking_imports(loader.get_source(fullname)), vars(module))
-            execute(module)
-
-        loader.exec_module = exec_module
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.origin is not None:
+            spec.loader = TypedLoader(fullname, spec.origin)
         return spec
 
 
 # SAEFEAT_UNTYPED=1 runs the tests on the functions as users have them.
 if "SAEFEAT_UNTYPED" not in os.environ:
-    hook = install_import_hook(TYPED, "beartype.beartype").hook
-    sys.meta_path.remove(hook)
-    sys.meta_path.insert(0, AnnotationNames(hook))
+    sys.meta_path.insert(0, TypedFinder())
 
 
 def ship_plain_functions() -> None:
@@ -104,6 +137,7 @@ def ship_plain_functions() -> None:
             name: value
             for name, value in bare.__globals__.items()
             if "jaxtyping" not in (getattr(value, "__module__", None) or "")
+            and value is not checked
         }
         if (bare.__module__ or "").startswith("saefeat."):  # none if it came in a request
             copy = types.FunctionType(

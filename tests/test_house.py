@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import jaxtyping
 import pytest
+import torch
+from jaxtyping import Float
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -365,6 +367,28 @@ def test_kernel_annotations_are_checked():
             else:
                 unchecked.append(f"{function.__qualname__}: accepts text for {shaped}")
     fail_with(unchecked, "Kernel functions whose shape types are not checked:")
+
+
+def same_size(x: Float[torch.Tensor, "n d"], y: Float[torch.Tensor, "d"]) -> Shaped:
+    return y if len(x) else x
+
+
+Shaped = Float[torch.Tensor, "d"]
+
+
+def test_sizes_are_checked_within_a_call_and_not_between_calls(pytestconfig):
+    checked = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py")).checked
+    typed = checked(same_size)
+    for size in (2, 3):  # each call's own
+        assert len(typed(torch.ones(1, size), torch.ones(size))) == size
+    for wrong in (
+        (torch.ones(1, 2), torch.ones(3)),  # a parameter
+        (torch.ones(1, 2), torch.ones(2).long()),
+        (torch.ones(0, 2), torch.ones(2)),  # the result
+    ):
+        with pytest.raises(jaxtyping.TypeCheckError, match="same_size"):
+            typed(*wrong)
+    assert inspect.unwrap(typed) is same_size
 
 
 # ------------------------------------------------------------------ (b) studies

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.slow  # thirty runs of pytest, each on a package of its own
 HERE = Path(__file__).resolve().parent
 
 

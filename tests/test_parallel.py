@@ -17,9 +17,12 @@ import torch.distributed as dist
 from helpers import build, wrapped
 from split_over_ranks import READ_ONLY, SHARDED, SITES, everything
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"
-)
+pytestmark = [
+    pytest.mark.slow,  # two more processes that load everything
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

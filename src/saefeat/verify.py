@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from .running.run import run
 from .text.prompts import Prompts
 from .verbs.base import Chain
 from .verbs.probe import Probe
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,11 @@ class Verification:
 
 
 def verify(
-    model: Any, saes: Dictionaries | Dictionary, prompts: Prompts, *, strict: bool = True
+    model: TransformersModel,
+    saes: Dictionaries | Dictionary,
+    prompts: Prompts,
+    *,
+    strict: bool = True,
 ) -> Verification:
     """Measure each SAE at its declared site and at the sites it could be mistaken for.
 
@@ -227,7 +234,7 @@ class SiteValues(NamedTuple):
         return of(torch.cat([x[kept] for x, kept in zip(rows, self.kept, strict=True)]))
 
 
-def _values(model: Any, past: Route, prompts: Prompts) -> SiteValues:
+def _values(model: TransformersModel, past: Route, prompts: Prompts) -> SiteValues:
     """The value at each site, float32 or wider. All tokens count but BOS.
 
     Raises:

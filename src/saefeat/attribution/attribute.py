@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 from tqdm import tqdm
 
@@ -44,6 +44,9 @@ from .path import AtOnce, require_at_once
 from .pieces import identity, join_attributions, plain_piece, restored
 from .prepare import prepare, require_gradients, require_scored, require_sense
 from .scores import Attribution
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 @final
@@ -107,7 +110,7 @@ class Attribute:
 
     def __call__(
         self,
-        model: Any,
+        model: TransformersModel,
         prompts: Prompts,
         *,
         batch_size: int = 16,
@@ -178,7 +181,7 @@ class Attribute:
         signed = self.backward is None or self.backward.signed
         return replace(scores, texts=texts, metric=repr(self.metric), signed=signed)
 
-    def watch(self, model: Any, intervention: Intervention | None = None) -> Watching:
+    def watch(self, model: TransformersModel, intervention: Intervention | None = None) -> Watching:
         """Attribute inside an nnsight trace of your own, for the invoke it is called in.
 
         Call it before reading any layer, then compute a metric from whatever the block reads and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from .path import AtOnce, Path
 from .prepare import prepare, require_apart, require_finite_scores
 from .readout import score
 from .scores import Attribution
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 def attribute_batch(
@@ -78,7 +81,9 @@ def _endpoint(
     return endpoint(passes, job.baseline, batch, other, clean, scored, run)
 
 
-def baseline_logits(job: Job, model: Any, prompts: Prompts, batch_size: int) -> Iterator[Tensor]:
+def baseline_logits(
+    job: Job, model: TransformersModel, prompts: Prompts, batch_size: int
+) -> Iterator[Tensor]:
     """[b, vocabulary] a batch: last logits of the baseline run of an attribution of these prompts.
 
     What ``BASELINE_TOP`` and ``kl("baseline")`` refer to.

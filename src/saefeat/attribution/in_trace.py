@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from nnsight.intervention.interleaver import OutOfOrderError
@@ -32,6 +32,9 @@ from .prepare import (
     require_scored,
 )
 from .scores import Attribution
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 @final
@@ -138,7 +141,7 @@ class Watching:
         return f"Watching({self.job!r})"
 
 
-def begin(job: Job, model: Any, intervention: Intervention | None) -> Watching:
+def begin(job: Job, model: TransformersModel, intervention: Intervention | None) -> Watching:
     """Put the watched sites into the user's trace, behind an intervention's edits."""
     _require_one_pass(job)
     require_gradients(torch_module(model))
@@ -152,7 +155,7 @@ def begin(job: Job, model: Any, intervention: Intervention | None) -> Watching:
     return Watching(job, passes, log)
 
 
-def _require_a_trace(model: Any) -> None:
+def _require_a_trace(model: TransformersModel) -> None:
     """Refuse a generation, which runs without gradients and passes the sites many times."""
     try:
         inputs = model.inputs  # from here on the model's own gradient mode holds

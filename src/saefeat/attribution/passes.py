@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from .backward import Backward, Slopes, plain_slopes
 from .part import Part
 from .remote_passes import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
 from .semantics import through
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class SitePasses:
     def __init__(
         self,
         latents: Latents,
-        model: Any,
+        model: TransformersModel,
         metric: Metric,
         *,
         semantics: str = "pass_through",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .passes import SitePasses
 from .prepare import Prepared
 from .scores import Attribution
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 _ALWAYS = (
     *("prompt", "dictionary", "position", "latent", "score", "activation", "change"),
     *("clean", "baseline", "tokens"),
@@ -24,7 +27,11 @@ _SOMETIMES = ("ends", "dropped", "scored")
 
 
 def identity(
-    job: Job, model: Any, prepared: Prepared, batch_size: int, remote: bool | str = False
+    job: Job,
+    model: TransformersModel,
+    prepared: Prepared,
+    batch_size: int,
+    remote: bool | str = False,
 ) -> dict[str, Any]:
     """Everything that scores depend on; how many nodes share a pass is not among it."""
     paths = ("method", "where", "semantics", "one_site", "backward", "keep")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .baselines import Fixed, Paired, require_pairs
 from .job import Job
 from .path import Path
 from .semantics import SEMANTICS
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 class Prepared(NamedTuple):
@@ -34,7 +37,7 @@ class Prepared(NamedTuple):
         return list(zip(batches, self.others.batches(size), strict=True))
 
 
-def prepare(job: Job, model: Any, prompts: Prompts) -> Prepared:
+def prepare(job: Job, model: TransformersModel, prompts: Prompts) -> Prepared:
     """Prompts encoded, continued where the metric wants it, and checked against what is per prompt.
 
     Raises:

@@ -9,7 +9,7 @@ travels, and any metric will do; a pass with gradients costs two jobs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import nnsight
 import torch
@@ -26,11 +26,14 @@ from ..shipping.narrow import narrowed
 from ..shipping.payload import parts_of, require_fits, weight
 from ..shipping.program import register, require_known_functions
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 class Errand(NamedTuple):
     """A pass to be made on a server; ``columns`` is how many last columns of logits, 0 for all."""
 
-    model: Any
+    model: TransformersModel
     remote: bool | str
     program: Program
     inputs: Mapping[str, Tensor]

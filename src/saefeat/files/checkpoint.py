@@ -37,7 +37,7 @@ class Checkpoint:
         folder: where to keep batches; made if it is not there. None keeps nothing.
         identity: what the job is: name → anything JSON can hold, shown in the error where it
             differs. ``saefeat.results.identity`` hashes what is long.
-        where: the public function, for errors.
+        function: the public function, for errors.
 
     Raises:
         CheckpointError: for another job's folder, one that is no checkpoint, or a damaged
@@ -54,23 +54,23 @@ class Checkpoint:
 
     folder: str | os.PathLike[str] | None
     identity: Mapping[str, Any]
-    where: str = "run"
+    function: str = "run"
 
     def __enter__(self) -> Checkpoint:
         if self.folder is None:
             return self
         folder = Path(self.folder)
         if folder.exists() and not folder.is_dir():
-            raise _no_folder(self.where, folder)
+            raise _no_folder(self.function, folder)
         folder.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(dict(self.identity)))  # as it will be read
         name = folder / "identity.json"
         if name.exists():
-            _require_same(self.where, folder, _identity(self.where, name), wanted)
+            _require_same(self.function, folder, _identity(self.function, name), wanted)
         elif any(not _partial(entry) for entry in folder.iterdir()):
-            raise _no_folder(self.where, folder)
+            raise _no_folder(self.function, folder)
         else:
-            write(name, json.dumps(wanted, indent=1).encode(), self.where)
+            write(name, json.dumps(wanted, indent=1).encode(), self.function)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,8 +84,8 @@ class Checkpoint:
         if self.folder is None or not self._file(number).exists():
             return None
         try:
-            contents = read(self._file(number), self.where, LARGEST)
-            meta = unseal(contents, FORMAT, VERSION, self.where)["meta"]
+            contents = read(self._file(number), self.function, LARGEST)
+            meta = unseal(contents, FORMAT, VERSION, self.function)["meta"]
         except (FileError, KeyError) as error:
             return _damaged(self._file(number), str(error))
         return contents.tensors, json.loads(meta)
@@ -96,7 +96,7 @@ class Checkpoint:
             return
         # Plain data as a text: a NaN is a result too, and the document itself has none.
         document = seal(FORMAT, VERSION, {"meta": json.dumps(dict(meta))}, tensors, {})
-        write(self._file(number), pack(document, tensors, self.where), self.where)
+        write(self._file(number), pack(document, tensors, self.function), self.function)
 
     def _file(self, number: int) -> Path:
         return Path(self.folder or "") / f"batch-{number:06d}.safetensors"
@@ -107,7 +107,7 @@ def _partial(entry: Path) -> bool:
     return entry.suffix == PARTIAL
 
 
-def _identity(where: str, name: Path) -> dict[str, Any]:
+def _identity(function: str, name: Path) -> dict[str, Any]:
     try:
         found = json.loads(name.read_bytes())
     except ValueError:
@@ -115,13 +115,15 @@ def _identity(where: str, name: Path) -> dict[str, Any]:
     if isinstance(found, dict):
         return found
     raise CheckpointError(
-        f"{where}: `checkpoint` is {name}, which cannot be read, wanted the identity of the job"
+        f"{function}: `checkpoint` is {name}, which cannot be read, wanted the identity of the job"
         " whose batches lie beside it. Likely cause: a damaged disk, or a file edited by hand. Try:"
         " another folder; nothing tells whose batches these are"
     )
 
 
-def _require_same(where: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _require_same(
+    function: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
+) -> None:
     """Refuse to go on with another job's batches.
 
     Raises:
@@ -132,17 +134,17 @@ def _require_same(where: str, folder: Path, found: dict[str, Any], wanted: dict[
     if other:
         shown = "; ".join(f"{n} was {found.get(n)!r:.80}, is {wanted.get(n)!r:.80}" for n in other)
         raise CheckpointError(
-            f"{where}: `checkpoint` is of another job: {folder} differs in {', '.join(other)}"
+            f"{function}: `checkpoint` is of another job: {folder} differs in {', '.join(other)}"
             f" ({shown}), wanted the same call as the one that began it. Likely cause: an argument,"
             " the model or a library changed since. Try: the same arguments again, or a folder of"
             " its own for this job"
         )
 
 
-def _no_folder(where: str, folder: Path) -> CheckpointError:
+def _no_folder(function: str, folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"{where}: `checkpoint` is {folder}, which is no checkpoint, wanted a new or empty folder,"
-        " or one that an earlier call began. Likely cause: a path to something else. Try:"
+        f"{function}: `checkpoint` is {folder}, which is no checkpoint, wanted a new or empty"
+        " folder, or one that an earlier call began. Likely cause: a path to something else. Try:"
         ' checkpoint="runs/job-1"'
     )
 

@@ -62,11 +62,11 @@ class Contents(NamedTuple):
 
 
 def refuse(
-    where: str, got: object, wanted: str, cause: str, call: str, parameter: str = "path"
+    function: str, got: object, wanted: str, cause: str, call: str, parameter: str = "path"
 ) -> FileError:
     """The error for a file or for what a file should hold."""
     return FileError(
-        f"{where}: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
+        f"{function}: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
     )
 
 
@@ -78,7 +78,7 @@ def seal(
     return {**said, "sha256": content_hash(said, tensors), "written": written}
 
 
-def unseal(contents: Contents, form: str, version: int, where: str) -> dict[str, Any]:
+def unseal(contents: Contents, form: str, version: int, function: str) -> dict[str, Any]:
     """A document's ``spec``, once format, version and hash are what they should be.
 
     Raises:
@@ -87,25 +87,25 @@ def unseal(contents: Contents, form: str, version: int, where: str) -> dict[str,
     document, tensors = contents
     if document.get("format") != form:
         got = f"a file of format {brief(document.get('format'))}"
-        raise refuse(where, got, form, "another kind of file", "the load that fits its format")
+        raise refuse(function, got, form, "another kind of file", "the load that fits its format")
     found, written = document.get("version"), document.get("written")
     if type(found) is not int or found < 1:
-        raise broken(where, f"version {brief(found)}", f"a version in 1..{version}")
+        raise broken(function, f"version {brief(found)}", f"a version in 1..{version}")
     if found > version:
         got = f"of version {found}, written by {brief(written)}"
         wanted = f"at most version {version}, which this saefeat reads"
         call = "pip install --upgrade saefeat"
-        raise refuse(where, got, wanted, "a file from a later saefeat", call)
+        raise refuse(function, got, wanted, "a file from a later saefeat", call)
     said = {name: document.get(name) for name in ("format", "version", "spec")}
     if document.get("sha256") != content_hash(said, tensors):
-        raise broken(where, "contents that do not match their hash", "the contents as written")
-    only(document, (*said, "sha256", "written"), where, "a document")
+        raise broken(function, "contents that do not match their hash", "the contents as written")
+    only(document, (*said, "sha256", "written"), function, "a document")
     if not isinstance(document.get("spec"), dict):
-        raise broken(where, f"a spec that is {brief(document.get('spec'))}", "a JSON object")
+        raise broken(function, f"a spec that is {brief(document.get('spec'))}", "a JSON object")
     return document["spec"]
 
 
-def only(entry: Mapping[str, Any], known: Iterable[str], where: str, what: str) -> None:
+def only(entry: Mapping[str, Any], known: Iterable[str], function: str, what: str) -> None:
     """Refuse names this version does not know: what they mean would be left out without a word.
 
     Raises:
@@ -115,10 +115,10 @@ def only(entry: Mapping[str, Any], known: Iterable[str], where: str, what: str) 
     if unknown:
         got, wanted = f"{what} with {brief(unknown[0])}", "names this version knows"
         cause = "a file from a later saefeat, or one that was edited"
-        raise refuse(where, got, wanted, cause, "pip install --upgrade saefeat")
+        raise refuse(function, got, wanted, cause, "pip install --upgrade saefeat")
 
 
-def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> bytes:
+def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], function: str) -> bytes:
     """The bytes of a file; the same bytes for the same contents.
 
     Raises:
@@ -127,7 +127,7 @@ def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) ->
     if depth(document) > MAX_DEPTH:
         got, wanted = "for a rule nested too deeply", f"at most {MAX_DEPTH} levels"
         raise refuse(
-            where, got, wanted, "a rule built in a loop", "Tokens.ids(*ids), not a | b | c"
+            function, got, wanted, "a rule built in a loop", "Tokens.ids(*ids), not a | b | c"
         )
     header: dict[str, Any] = {"__metadata__": {KEY: canonical(document)}}
     # Wide elements first, so that each tensor starts at a multiple of its element's size.
@@ -138,7 +138,9 @@ def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) ->
         if tensor.dtype not in _NAMES:
             wanted = "one of " + ", ".join(_NAMES[d] for d in _NAMES)
             call = "tensor.float() before the intervention is made"
-            raise refuse(where, f"for a tensor of {tensor.dtype}", wanted, "unusual values", call)
+            raise refuse(
+                function, f"for a tensor of {tensor.dtype}", wanted, "unusual values", call
+            )
         parts.append(raw(tensor))
         stop = start + len(parts[-1])
         shape = list(tensor.shape)
@@ -153,11 +155,11 @@ def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], where: str) ->
     if len(text) > MAX_HEADER or len(order) > MAX_TENSORS:
         got = f"for {len(order)} tensors and a header of {len(text):,} bytes"
         wanted = f"at most {MAX_TENSORS} tensors and {MAX_HEADER:,} bytes"
-        raise refuse(where, got, wanted, "a very large selection", "save it in parts")
+        raise refuse(function, got, wanted, "a very large selection", "save it in parts")
     return struct.pack("<Q", len(text)) + text + b"".join(parts)
 
 
-def write(path: str | Path, data: bytes, where: str) -> Path:
+def write(path: str | Path, data: bytes, function: str) -> Path:
     """Write a file whole or not at all: to a name beside it, then renamed over it.
 
     Raises:
@@ -177,11 +179,11 @@ def write(path: str | Path, data: bytes, where: str) -> Path:
     except (OSError, ValueError) as error:  # a ValueError: a path without a name, or with a NUL
         wanted = "a file name in a folder that can be written to"
         cause = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-        raise refuse(where, repr(str(path)), wanted, cause, "make the folder first") from error
+        raise refuse(function, repr(str(path)), wanted, cause, "make the folder first") from error
     return target
 
 
-def read(path: str | Path, where: str, max_bytes: int = MAX_BYTES) -> Contents:
+def read(path: str | Path, function: str, max_bytes: int = MAX_BYTES) -> Contents:
     """Read a file strictly; nothing larger than the file itself is ever allocated.
 
     Raises:
@@ -193,21 +195,21 @@ def read(path: str | Path, where: str, max_bytes: int = MAX_BYTES) -> Contents:
             size = about.st_size
             if not stat.S_ISREG(about.st_mode):  # a device or a pipe may have no end
                 wanted, cause = "a regular file", "a device, a pipe or a folder"
-                raise refuse(where, repr(str(path)), wanted, cause, "check the path")
+                raise refuse(function, repr(str(path)), wanted, cause, "check the path")
             if size > max_bytes:
                 got = f"{str(path)!r}, of {size:,} bytes"
                 cause = "a file with whole dictionaries, or not one of this library's"
-                call = f"{where}(..., max_bytes={size}) if it is meant"
-                raise refuse(where, got, f"at most {max_bytes:,} bytes", cause, call)
-            return unpack(file.read(size), f"{where}({str(path)!r})")
+                call = f"{function}(..., max_bytes={size}) if it is meant"
+                raise refuse(function, got, f"at most {max_bytes:,} bytes", cause, call)
+            return unpack(file.read(size), f"{function}({str(path)!r})")
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the path
         if isinstance(error, FileError):
             raise
         wanted, call = "a file that save wrote", "check the path"
-        raise refuse(where, repr(str(path)), wanted, type(error).__name__, call) from error
+        raise refuse(function, repr(str(path)), wanted, type(error).__name__, call) from error
 
 
-def unpack(data: bytes, where: str) -> Contents:
+def unpack(data: bytes, function: str) -> Contents:
     """The contents of a file's bytes.
 
     Raises:
@@ -216,66 +218,70 @@ def unpack(data: bytes, where: str) -> Contents:
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER, len(data) - 8):
         got = f"{len(data):,} bytes that announce a header of {length:,}"
-        raise broken(where, got, f"a header of 2 to {MAX_HEADER:,} bytes, whole")
-    header = parse(data[8 : 8 + length], where)
+        raise broken(function, got, f"a header of 2 to {MAX_HEADER:,} bytes, whole")
+    header = parse(data[8 : 8 + length], function)
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
         got, wanted = "a file without this library's header", f"metadata {KEY!r}, as save writes it"
         cause = "a file of another program, such as an SAE's weights"
-        raise refuse(where, got, wanted, cause, "sf.load_sae(folder) for an SAE")
+        raise refuse(function, got, wanted, cause, "sf.load_sae(folder) for an SAE")
     if len(header) > MAX_TENSORS:
-        raise broken(where, f"{len(header):,} tensors", f"at most {MAX_TENSORS:,}")
-    document = parse(metadata[KEY].encode("utf-8", "replace"), where)
+        raise broken(function, f"{len(header):,} tensors", f"at most {MAX_TENSORS:,}")
+    document = parse(metadata[KEY].encode("utf-8", "replace"), function)
     if not isinstance(document, dict):
-        raise broken(where, "a document that is no JSON object", "an object")
-    return Contents(document, _tensors(header, data, 8 + length, where))
+        raise broken(function, "a document that is no JSON object", "an object")
+    return Contents(document, _tensors(header, data, 8 + length, function))
 
 
-def _tensors(header: dict[str, Any], data: bytes, offset: int, where: str) -> dict[str, Tensor]:
+def _tensors(header: dict[str, Any], data: bytes, offset: int, function: str) -> dict[str, Tensor]:
     """The tensors; they must fill the rest of the file without a gap, in any order."""
-    spans = {name: _span(name, entry, where) for name, entry in header.items()}
+    spans = {name: _span(name, entry, function) for name, entry in header.items()}
     at = 0
     for name in sorted(spans, key=lambda name: spans[name][2:]):
         _, _, start, stop = spans[name]
         if start != at:
             raise broken(
-                where, f"{brief(name)} at byte {start}", f"at byte {at}, without gap or overlap"
+                function, f"{brief(name)} at byte {start}", f"at byte {at}, without gap or overlap"
             )
         at = stop
     if at != len(data) - offset:
         got = f"{len(data) - offset:,} bytes of tensors"
-        raise broken(where, got, f"{at:,}, as its header says")
+        raise broken(function, got, f"{at:,}, as its header says")
     found = {}
     for name, (dtype, shape, start, stop) in spans.items():
         part = torch.frombuffer(
             bytearray(data[offset + start : offset + stop] or b"\0"), dtype=torch.uint8
         )
         if dtype == torch.bool and bool((part > 1).any()):
-            raise broken(where, f"{brief(name)} with a byte above 1", "booleans")
+            raise broken(function, f"{brief(name)} with a byte above 1", "booleans")
         empty = start == stop
         found[name] = torch.empty(shape, dtype=dtype) if empty else part.view(dtype).reshape(shape)
     return found
 
 
-def _span(name: str, entry: object, where: str) -> tuple[torch.dtype, list[int], int, int]:
+def _span(name: str, entry: object, function: str) -> tuple[torch.dtype, list[int], int, int]:
     """One tensor's dtype, shape and bytes from its header entry."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise broken(where, f"an entry {brief(name)} of another form", "dtype, shape, data_offsets")
+        raise broken(
+            function, f"an entry {brief(name)} of another form", "dtype, shape, data_offsets"
+        )
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise broken(
-            where, f"{brief(name)} of dtype {brief(entry['dtype'])}", "one of " + ", ".join(DTYPES)
+            function,
+            f"{brief(name)} of dtype {brief(entry['dtype'])}",
+            "one of " + ", ".join(DTYPES),
         )
     shape, span = entry["shape"], entry["data_offsets"]
     whole = isinstance(shape, list) and len(shape) <= 3 and all(map(_natural, shape))
     if not whole or not isinstance(span, list) or len(span) != 2 or not all(map(_natural, span)):
         got = f"{brief(name)} of shape {brief(shape)} at {brief(span)}"
-        raise broken(where, got, "at most three whole numbers, and two")
+        raise broken(function, got, "at most three whole numbers, and two")
     if math.prod(max(n, 1) for n in shape) > 2**53:  # a tensor of nothing has strides all the same
-        raise broken(where, f"{brief(name)} of shape {brief(shape)}", "a shape that can be")
+        raise broken(function, f"{brief(name)} of shape {brief(shape)}", "a shape that can be")
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
         got = f"{brief(name)}: {span[1] - span[0]:,} bytes for shape {shape}"
-        raise broken(where, got, f"{math.prod(shape) * dtype.itemsize:,}")
+        raise broken(function, got, f"{math.prod(shape) * dtype.itemsize:,}")
     return dtype, shape, span[0], span[1]
 
 
@@ -283,7 +289,7 @@ def _natural(number: object) -> TypeGuard[int]:
     return type(number) is int and 0 <= number < 2**53
 
 
-def parse(text: bytes, where: str) -> Any:
+def parse(text: bytes, function: str) -> Any:
     """JSON without its traps: no repeated key, no NaN, no infinity, no endless nesting.
 
     Raises:
@@ -297,11 +303,11 @@ def parse(text: bytes, where: str) -> Any:
             parse_float=_finite,
         )
     except RecursionError:
-        raise broken(where, "JSON nested too deeply", f"{MAX_DEPTH} levels") from None
+        raise broken(function, "JSON nested too deeply", f"{MAX_DEPTH} levels") from None
     except ValueError as error:  # also bytes that are no UTF-8, and numbers of endless digits
-        raise broken(where, f"a header that is no JSON ({error})", "strict JSON") from error
+        raise broken(function, f"a header that is no JSON ({error})", "strict JSON") from error
     if depth(found) > MAX_DEPTH:
-        raise broken(where, "JSON nested too deeply", f"{MAX_DEPTH} levels")
+        raise broken(function, "JSON nested too deeply", f"{MAX_DEPTH} levels")
     return found
 
 
@@ -339,7 +345,7 @@ def brief(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def broken(where: str, got: str, wanted: str) -> FileError:
+def broken(function: str, got: str, wanted: str) -> FileError:
     """The error for a file whose bytes contradict themselves."""
     cause = "an interrupted download or copy, or a file that was edited"
-    return refuse(where, got, wanted, cause, "fetch the file again and compare its size")
+    return refuse(function, got, wanted, cause, "fetch the file again and compare its size")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import nnsight
 import torch
@@ -16,9 +16,12 @@ from ..kernel.view import Ends
 from ..model.modules import torch_module
 from .decoding import Decoding, seeded
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 def run_batch(
-    model: Any, program: Program, batch: dict[str, Tensor], settings: Decoding
+    model: TransformersModel, program: Program, batch: dict[str, Tensor], settings: Decoding
 ) -> tuple[Log, Tensor, Tensor]:
     """One batch: the log, all token ids, and the logits after the prompt.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from ..model.modules import torch_module
 from ..values.resample import Resample
 from ..verbs.base import Intervention
 from .decode import Beams, Decode, Greedy, Sample
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 class Decoding(NamedTuple):
@@ -57,7 +60,7 @@ class Decoding(NamedTuple):
             given |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return given | ({"eos_token_id": list(self.stops)} if self.stops else {})
 
-    def to_dict(self, model: Any) -> dict[str, Any]:
+    def to_dict(self, model: TransformersModel) -> dict[str, Any]:
         """Plain data for provenance, with the model's own settings that ``generate`` applies."""
         config: Any = getattr(torch_module(model), "generation_config", None)
         habits = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
@@ -66,7 +69,9 @@ class Decoding(NamedTuple):
         return {"max_new_tokens": said.pop("new"), "num_beams": said.pop("beams"), **said}
 
 
-def decoding(model: Any, max_new_tokens: int = 0, decode: Decode | None = None) -> Decoding:
+def decoding(
+    model: TransformersModel, max_new_tokens: int = 0, decode: Decode | None = None
+) -> Decoding:
     """``max_new_tokens`` and ``decode``, checked for this model.
 
     Raises:
@@ -98,7 +103,7 @@ def decoding(model: Any, max_new_tokens: int = 0, decode: Decode | None = None) 
     return plain._replace(temperature=heat, top_p=top_p, top_k=top_k, seed=chosen.seed)
 
 
-def _own_stops(model: Any) -> tuple[int, ...]:
+def _own_stops(model: TransformersModel) -> tuple[int, ...]:
     config = getattr(torch_module(model), "generation_config", None)
     stop = getattr(config, "eos_token_id", None)
     return tuple(stop) if isinstance(stop, list | tuple) else () if stop is None else (stop,)

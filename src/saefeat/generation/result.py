@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..results.receipt import Fired, Receipt, join_receipts
 from ..results.run import Run
 from ..verbs.base import Intervention
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 class Piece(NamedTuple):
     """One batch's result, and the columns its prompts had, padding included."""
@@ -28,7 +31,7 @@ class Piece(NamedTuple):
 
 def piece(
     intervention: Intervention,
-    model: Any,
+    model: TransformersModel,
     batch: dict[str, Tensor],
     outputs: tuple[Log, list[list[int]], Tensor],
     source: Provenance,
@@ -71,7 +74,7 @@ def join(pieces: Sequence[Piece]) -> Run:
 
 
 def provenance(
-    model: Any, intervention: Intervention, generation: dict[str, Any] | None = None
+    model: TransformersModel, intervention: Intervention, generation: dict[str, Any] | None = None
 ) -> Provenance:
     """What a result under this intervention on this model depends on."""
     module = torch_module(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .batch import require_passes
 from .decoding import Decoding, require_beamable, until_stop
 from .result import Piece, join, piece, provenance, without_events
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 @dataclass(frozen=True)
 class Task:
@@ -30,7 +33,7 @@ class Task:
     """
 
     function: str
-    model: Any
+    model: TransformersModel
     intervention: Intervention
     decoding: Decoding
     batch_size: int

@@ -55,18 +55,18 @@ def card(contents: Contents, repo: str, file: str) -> str:
     document = contents.document
     spec, made_on = document["spec"], document["spec"].get("model")
     name = made_on["name"] if made_on else ""
-    where = "The file does not say; it fits any model with these sites and widths."
+    made = "The file does not say; it fits any model with these sites and widths."
     if made_on:
         shape = "family {family}, {layers} layers, d_model {d_model}, vocabulary {vocab}"
-        where = f"{code(name or 'a model without a name')}: {shape.format(**made_on)}"
-        where += f"; revision {code(made_on['revision'])}" if made_on["revision"] else ""
+        made = f"{code(name or 'a model without a name')}: {shape.format(**made_on)}"
+        made += f"; revision {code(made_on['revision'])}" if made_on["revision"] else ""
     shown = repr(built(contents, "card", None)).replace(" | ", "\n    | ")
     return _CARD.format(
         base=f"base_model: {name}\n" if repository(name) else "",
         title=repo.split("/")[-1],
         shown="\n    ".join(line.strip() for line in shown.splitlines()),
         call=f"sf.hub.pull({repo!r})" if file == FILE else f"sf.hub.pull({repo!r}, file={file!r})",
-        model=where,
+        model=made,
         rows="\n".join(map(_row, spec["dictionaries"])),
         version=document["version"],
         written=", ".join(f"{k} {v}" for k, v in sorted(document["written"].items())),

@@ -118,17 +118,17 @@ def load(path: str | Path, *, model: object = None, max_bytes: int = MAX_BYTES) 
     return built(contents, f"load({str(path)!r})", model)
 
 
-def built(contents: Contents, where: str, model: object) -> Intervention:
+def built(contents: Contents, function: str, model: object) -> Intervention:
     """The intervention in a file's contents, checked against a model if there is one."""
-    spec = unseal(contents, FORMAT, VERSION, where)
-    intervention = Reader(spec, contents.tensors, where).intervention()
-    made_on = model_facts(spec, where)
+    spec = unseal(contents, FORMAT, VERSION, function)
+    intervention = Reader(spec, contents.tensors, function).intervention()
+    made_on = model_facts(spec, function)
     if model is not None:
-        require_model(intervention, made_on, model, where)
+        require_model(intervention, made_on, model, function)
     return intervention
 
 
-def model_facts(spec: dict[str, Any], where: str) -> dict[str, Any] | None:
+def model_facts(spec: dict[str, Any], function: str) -> dict[str, Any] | None:
     """What a file says of the model it was made on.
 
     Raises:
@@ -136,12 +136,12 @@ def model_facts(spec: dict[str, Any], where: str) -> dict[str, Any] | None:
     """
     if spec.get("model") is None:
         return None
-    found = record(spec["model"], where, "model")
+    found = record(spec["model"], function, "model")
     texts = (found.get("family"), found.get("name"), found.get("revision") or "")
     short = all(isinstance(value, str) and len(value) <= MAX_TEXT for value in texts)
     whole = all(type(found.get(name)) is int for name in FACTS[1:])
     if set(found) != {*FACTS, "name", "revision"} or not whole or not short:
-        raise broken(where, f"a model {brief(found)}", "family, shape, name and revision")
+        raise broken(function, f"a model {brief(found)}", "family, shape, name and revision")
     return found
 
 
@@ -171,7 +171,7 @@ def public_name(name: str) -> str:
 
 
 def require_model(
-    intervention: Intervention, made_on: dict[str, Any] | None, model: object, where: str
+    intervention: Intervention, made_on: dict[str, Any] | None, model: object, function: str
 ) -> None:
     """Refuse a model of another shape than the one the file was made on."""
     here = facts(model)
@@ -181,8 +181,8 @@ def require_model(
                 f", {brief(made_on['name'])}" if made_on["name"] else ""
             )
             raise ModelError(
-                f"{where}: `model` is of {name} {here[name]!r}, wanted {wanted}. Likely cause: an"
-                " intervention for another model or another size of it. Try: load(path) without"
+                f"{function}: `model` is of {name} {here[name]!r}, wanted {wanted}. Likely cause:"
+                " an intervention for another model or another size of it. Try: load(path) without"
                 " model= if another vocabulary is meant"
             )
     way = route(model, sites_of(intervention))

@@ -37,12 +37,12 @@ ENTRIES = {
 class Reader:
     """Builds dictionaries first, then the steps that select from them."""
 
-    def __init__(self, spec: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-        self.spec, self.where = spec, where
+    def __init__(self, spec: dict[str, Any], tensors: Mapping[str, Tensor], function: str) -> None:
+        self.spec, self.function = spec, function
         self._tensors, self._used = tensors, set[str]()
         self._named = 0
-        only(spec, ("chain", "steps", "dictionaries", "model"), where, "a spec")
-        entries = listed(spec.get("dictionaries"), where, "dictionaries", forms.MAX_DICTIONARIES)
+        only(spec, ("chain", "steps", "dictionaries", "model"), function, "a spec")
+        entries = listed(spec.get("dictionaries"), function, "dictionaries", forms.MAX_DICTIONARIES)
         self._selections: list[list[tuple[int, ...]]] = []
         self._dictionaries = [self._dictionary(n, e) for n, e in enumerate(entries)]
 
@@ -52,29 +52,31 @@ class Reader:
         Raises:
             FileError: for anything the format does not allow, and what a constructor refuses.
         """
-        entries = listed(self.spec.get("steps"), self.where, "steps", forms.MAX_STEPS)
+        entries = listed(self.spec.get("steps"), self.function, "steps", forms.MAX_STEPS)
         steps: list[Any] = [self.form(entry, STEPS) for entry in entries]
         unused = sorted(set(self._tensors) - self._used)
         if unused:
             raise broken(
-                self.where, f"a tensor {brief(unused[0])} nothing names", "only those used"
+                self.function, f"a tensor {brief(unused[0])} nothing names", "only those used"
             )
         if not isinstance(self.spec.get("chain"), bool) or not (
             self.spec["chain"] or len(steps) == 1
         ):
-            raise broken(self.where, f"{len(steps)} steps without a chain", "one step, or a chain")
+            raise broken(
+                self.function, f"{len(steps)} steps without a chain", "one step, or a chain"
+            )
         return Chain(tuple(steps)) if self.spec["chain"] else steps[0]
 
     def form(self, entry: object, allowed: tuple[str, ...]) -> Any:
         """One listed class, built by its constructor."""
-        entry = record(entry, self.where, "a form")
-        only(entry, ("form", "fields"), self.where, "a form")
-        name, given = entry.get("form"), record(entry.get("fields"), self.where, "fields")
+        entry = record(entry, self.function, "a form")
+        only(entry, ("form", "fields"), self.function, "a form")
+        name, given = entry.get("form"), record(entry.get("fields"), self.function, "fields")
         form = FORMS.get(name) if isinstance(name, str) and name in allowed else None
         unknown = [] if form is None else sorted(set(given) - set(form.kinds))
         if form is None or unknown:
             raise refuse(
-                self.where,
+                self.function,
                 f"{brief(name)} with {brief(unknown[0])}" if unknown else f"a {brief(name)}",
                 "one of " + ", ".join(n for n in allowed if n in FORMS) + " and their arguments",
                 "a file from a later saefeat, or one that was edited",
@@ -106,14 +108,14 @@ class Reader:
                 "values and mask [prompts, tokens, latents], starts [prompts] within them,"
                 " counts as values"
             )
-            raise broken(self.where, f"readings of shapes {sizes}", wanted)
+            raise broken(self.function, f"readings of shapes {sizes}", wanted)
 
     def value(self, value: object, kinds: tuple[str, ...], what: str) -> Any:
         """A field's value, of a kind the field may have."""
         kind, found = self._value(value, kinds)
         if kind not in kinds and not (kind == "int" and "number" in kinds):
             raise broken(
-                self.where, f"{kind} {brief(value)} for {what}", "one of " + ", ".join(kinds)
+                self.function, f"{kind} {brief(value)} for {what}", "one of " + ", ".join(kinds)
             )
         return found
 
@@ -141,7 +143,7 @@ class Reader:
         wanted = RULES.get(kind) if isinstance(kind, str) else None
         if wanted is None or len(rule) != 1 + len(wanted):
             known = ", ".join(RULES)
-            raise broken(self.where, f"a token rule {brief(given)}", f"one of {known}")
+            raise broken(self.function, f"a token rule {brief(given)}", f"one of {known}")
         checks = {
             "count": lambda n: natural(n) and n >= 1,
             "start": natural,
@@ -152,7 +154,7 @@ class Reader:
         }
         for need, part in zip(wanted, rule[1:], strict=True):
             if not checks[need](part):
-                raise broken(self.where, f"{brief(part)} in Tokens.{kind}", need)
+                raise broken(self.function, f"{brief(part)} in Tokens.{kind}", need)
         inner = {"rule": self._rule, "ids": tuple}
         parts = zip(wanted, rule[1:], strict=True)
         return (kind, *(inner[need](part) if need in inner else part for need, part in parts))
@@ -160,46 +162,46 @@ class Reader:
     def _latents(self, found: object, written: str) -> Latents:
         """The selections that [dictionary, selection] pairs name."""
         parts, seen = [], set()
-        for pair in listed(found, self.where, "latents", forms.MAX_DICTIONARIES):
+        for pair in listed(found, self.function, "latents", forms.MAX_DICTIONARIES):
             known = isinstance(pair, list) and len(pair) == 2 and all(map(natural, pair))
             if not known or pair[0] >= len(self._dictionaries):
-                raise broken(self.where, f"latents of {brief(pair)}", "[dictionary, selection]")
+                raise broken(self.function, f"latents of {brief(pair)}", "[dictionary, selection]")
             dictionary, selections = self._dictionaries[pair[0]], self._selections[pair[0]]
             if pair[1] >= len(selections):
-                raise broken(self.where, f"selection {pair[1]}", f"fewer than {len(selections)}")
+                raise broken(self.function, f"selection {pair[1]}", f"fewer than {len(selections)}")
             indices = selections[pair[1]]
             self._named += len(indices)
             if self._named > forms.MAX_NAMED:
                 most = f"at most {forms.MAX_NAMED:,} in all steps together"
-                raise broken(self.where, f"{self._named:,} latents", most)
+                raise broken(self.function, f"{self._named:,} latents", most)
             if not seen.isdisjoint((pair[0], i) for i in indices):
-                raise broken(self.where, f"a latent of {dictionary.site} twice", "each once")
+                raise broken(self.function, f"a latent of {dictionary.site} twice", "each once")
             seen.update((pair[0], i) for i in indices)
             parts.append((dictionary, indices))
         return Latents(tuple(parts), written)
 
     def _dictionary(self, number: int, entry: object) -> Dictionary:
         """One entry of ``dictionaries``, and the selections made from it."""
-        entry = record(entry, self.where, f"dictionary {number}")
+        entry = record(entry, self.function, f"dictionary {number}")
         selections = [
             self._indices(item)
-            for item in listed(entry.get("selections"), self.where, "selections", 2**16)
+            for item in listed(entry.get("selections"), self.function, "selections", 2**16)
         ]
         if len(set(selections)) != len(selections):
-            raise broken(self.where, f"a selection of dictionary {number} twice", "each once")
+            raise broken(self.function, f"a selection of dictionary {number} twice", "each once")
         self._selections.append(selections)
-        kind, name = entry.get("kind"), text(entry.get("name"), self.where, "name")
+        kind, name = entry.get("kind"), text(entry.get("name"), self.function, "name")
         known = ENTRIES.get(kind, entry) if isinstance(kind, str) else entry
-        only(entry, (*EVERY, *known), self.where, f"dictionary {number}")
+        only(entry, (*EVERY, *known), self.function, f"dictionary {number}")
         site = self._site(entry.get("site"))
         if kind == "neurons":
-            width = size(entry.get("width"), self.where, "width")
+            width = size(entry.get("width"), self.function, "width")
             found: Dictionary = self._build(Neurons, {"site": site, "width": width}, "neurons")
         elif kind == "direction":
             rows = self._tensor(f"dictionaries.{number}.rows", finite=True)
             if not rows.is_floating_point() or rows.ndim != 2:
                 raise broken(
-                    self.where, f"rows of {rows.dtype} {list(rows.shape)}", "[k, d] floats"
+                    self.function, f"rows of {rows.dtype} {list(rows.shape)}", "[k, d] floats"
                 )
             given = {"rows": rows, "site": site, "name": name}
             found = self._build(Direction.orthonormal, given, "direction")
@@ -207,7 +209,7 @@ class Reader:
             return self._excerpt(number, entry, selections, site, name)
         else:
             wanted = "excerpt, direction or neurons"
-            raise broken(self.where, f"a dictionary of kind {brief(kind)}", wanted)
+            raise broken(self.function, f"a dictionary of kind {brief(kind)}", wanted)
         for indices in selections:
             self._build(found.latents, {"indices": indices}, f"dictionary {number}")
         return found
@@ -229,50 +231,50 @@ class Reader:
                 path = f"dictionaries.{number}" + (f".{key}" if shared else f".{n}.{key}")
                 tensor = self._tensor(path, finite=key != "threshold")
                 if tensor.dtype not in (torch.float32, torch.float64):
-                    raise broken(self.where, f"{path} of {tensor.dtype}", "float32 or float64")
+                    raise broken(self.function, f"{path} of {tensor.dtype}", "float32 or float64")
                 columns[indices][key] = tensor
         origin, excluded = entry.get("origin"), entry.get("excluded")
         if isinstance(excluded, list) and all(map(natural, excluded)):
             excluded = tuple(excluded)
         elif excluded != "special":
-            raise broken(self.where, f"excluded {brief(excluded)}", '"special" or token ids')
+            raise broken(self.function, f"excluded {brief(excluded)}", '"special" or token ids')
         given = {
             "selections": columns,
             "site": site,
             "write_site": self._site(entry.get("write_site")),
             "name": name,
             "excluded": excluded,
-            "origin": None if origin is None else text(origin, self.where, "origin"),
-            "fingerprint": text(entry.get("fingerprint"), self.where, "fingerprint"),
+            "origin": None if origin is None else text(origin, self.function, "origin"),
+            "fingerprint": text(entry.get("fingerprint"), self.function, "fingerprint"),
         }
         if type(centered) is not bool:
-            raise broken(self.where, f"centered {brief(centered)}", "true or false")
+            raise broken(self.function, f"centered {brief(centered)}", "true or false")
         given["centered"] = centered
-        sizes = {k: size(entry.get(k), self.where, k) for k in ("d_in", "d_out", "d_sae")}
+        sizes = {k: size(entry.get(k), self.function, k) for k in ("d_in", "d_out", "d_sae")}
         return self._build(Excerpt, given | sizes, f"dictionary {number}")
 
     def _site(self, name: object) -> Site:
         return self._build(
-            Site.parse, {"name": text(name, self.where, "site", forms.MAX_SITE)}, "site"
+            Site.parse, {"name": text(name, self.function, "site", forms.MAX_SITE)}, "site"
         )
 
     def _indices(self, found: object) -> tuple[int, ...]:
-        found = record(found, self.where, "a selection")
-        only(found, ("latents",), self.where, "a selection")
-        indices = listed(found.get("latents"), self.where, "a selection", forms.MAX_LATENTS)
+        found = record(found, self.function, "a selection")
+        only(found, ("latents",), self.function, "a selection")
+        indices = listed(found.get("latents"), self.function, "a selection", forms.MAX_LATENTS)
         if not indices or not all(natural(i) and i < forms.MAX_WIDTH for i in indices):
-            raise broken(self.where, f"latents {brief(indices)}", "whole numbers, at least one")
+            raise broken(self.function, f"latents {brief(indices)}", "whole numbers, at least one")
         return tuple(indices)
 
     def _tensor(self, name: object, finite: bool = False) -> Tensor:
         """A tensor of the file by name, without NaN."""
         if not isinstance(name, str) or name not in self._tensors:
-            raise broken(self.where, f"no tensor {brief(name)}", "every tensor that is named")
+            raise broken(self.function, f"no tensor {brief(name)}", "every tensor that is named")
         self._used.add(name)
         tensor = self._tensors[name]
         bad = ~tensor.isfinite() if finite else tensor.isnan()
         if bool(bad.any()):
-            raise broken(self.where, f"NaN or infinity in {brief(name)}", "finite values")
+            raise broken(self.function, f"NaN or infinity in {brief(name)}", "finite values")
         return tensor
 
     def _build(self, make: Callable[..., Any], given: dict[str, Any], what: str) -> Any:
@@ -283,37 +285,37 @@ class Reader:
             if isinstance(error, FileError):
                 raise
             raise broken(
-                self.where, f"{what} that cannot be ({str(error)[:400]})", "what code could make"
+                self.function, f"{what} that cannot be ({str(error)[:400]})", "what code could make"
             ) from error
 
 
-def record(value: object, where: str, what: str) -> dict[str, Any]:
+def record(value: object, function: str, what: str) -> dict[str, Any]:
     """A JSON object."""
     if isinstance(value, dict):
         return value
-    raise broken(where, f"{what} that is {brief(value)}", "a JSON object")
+    raise broken(function, f"{what} that is {brief(value)}", "a JSON object")
 
 
-def listed(value: object, where: str, what: str, most: int) -> list[Any]:
+def listed(value: object, function: str, what: str, most: int) -> list[Any]:
     """A JSON list of bounded length."""
     if isinstance(value, list) and len(value) <= most:
         return value
     got = f"{len(value):,} of them" if isinstance(value, list) else brief(value)
-    raise broken(where, f"{what}: {got}", f"a list of at most {most:,}")
+    raise broken(function, f"{what}: {got}", f"a list of at most {most:,}")
 
 
-def text(value: object, where: str, what: str, most: int = forms.MAX_TEXT) -> str:
+def text(value: object, function: str, what: str, most: int = forms.MAX_TEXT) -> str:
     """A JSON string of bounded length."""
     if isinstance(value, str) and len(value) <= most:
         return value
-    raise broken(where, f"{what} {brief(value)}", f"at most {most} characters")
+    raise broken(function, f"{what} {brief(value)}", f"at most {most} characters")
 
 
-def size(value: object, where: str, what: str) -> int:
+def size(value: object, function: str, what: str) -> int:
     """A width."""
     if natural(value) and 1 <= value <= forms.MAX_WIDTH:
         return value
-    raise broken(where, f"{what} {brief(value)}", f"a whole number in 1..{forms.MAX_WIDTH}")
+    raise broken(function, f"{what} {brief(value)}", f"a whole number in 1..{forms.MAX_WIDTH}")
 
 
 def natural(value: object) -> TypeGuard[int]:

@@ -127,8 +127,8 @@ def pull(
         path = hf_hub_download(repo, file, revision=revision, token=token, endpoint=endpoint)
     except Exception as error:
         _explain(error, "pull", repo, f"sf.hub.pull({repo!r}, file=..., token=...)")
-    where = f"pull({repo!r})"
-    return built(read(path, where, max_bytes), where, model)
+    function = f"pull({repo!r})"
+    return built(read(path, function, max_bytes), function, model)
 
 
 def _require_small(
@@ -157,15 +157,15 @@ def _require_small(
         raise refuse("pull", got, f"at most {most:,} bytes", cause, call, "file")
 
 
-def _require_name(file: str, where: str) -> None:
+def _require_name(file: str, function: str) -> None:
     """A safetensors file's plain name or path within the repository."""
     parts = file.replace("\\", "/").split("/")
     if not file.endswith(".safetensors") or any(part in ("", ".", "..") for part in parts):
         wanted, cause = "a path in the repository that ends in .safetensors", "a local path"
-        raise refuse(where, repr(file), wanted, cause, f'file="{FILE}"', "file")
+        raise refuse(function, repr(file), wanted, cause, f'file="{FILE}"', "file")
 
 
-def _explain(error: Exception, where: str, repo: str, call: str) -> NoReturn:
+def _explain(error: Exception, function: str, repo: str, call: str) -> NoReturn:
     """What the hub's client raised, as our own error; what is no fault of the hub passes through.
 
     Raises:
@@ -182,7 +182,7 @@ def _explain(error: Exception, where: str, repo: str, call: str) -> NoReturn:
     first = str(error).strip().splitlines()[:1]
     cause = known or f"{type(error).__name__}: {''.join(first)[:300]}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403) and where == "push":
+    if status in (401, 403) and function == "push":
         cause = "no token, or one that may not write there"
     wanted = "a repository and a file within reach"
-    raise refuse(where, repr(repo), wanted, cause, call, "repo") from error
+    raise refuse(function, repr(repo), wanted, cause, call, "repo") from error

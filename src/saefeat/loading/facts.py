@@ -25,13 +25,13 @@ class Source:
 
     Attributes:
         folder: where the files are.
-        where: the path that site and width are deduced from where no file declares them.
+        path: what site and width are deduced from where no file declares them.
         overrides: configuration entries the release corrects.
         scale: the release's activation norm factor, where it lists one.
     """
 
     folder: Path
-    where: str
+    path: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     scale: float | None = None
 
@@ -185,20 +185,20 @@ def assemble(
     return sae
 
 
-def no_site(where: object) -> DictionaryError:
+def no_site(path: object) -> DictionaryError:
     """The error for a dictionary of which nothing says where it reads."""
     return DictionaryError(
-        f"load_sae: `site` is not declared by {where}, wanted a hook name in the file, or site=."
+        f"load_sae: `site` is not declared by {path}, wanted a hook name in the file, or site=."
         " Likely cause: a layout or a folder name that does not say where the SAE reads. Try:"
         ' load_sae(folder, site="resid_post.3"), or load_saes(parent, ids={"resid_post.3":'
         ' "subfolder"})'
     )
 
 
-def refuse(where: object, got: str, wanted: str, cause: str, call: str) -> DictionaryError:
+def refuse(path: object, got: str, wanted: str, cause: str, call: str) -> DictionaryError:
     """The error for a file that is whole, but that this library must not compute with."""
     return DictionaryError(
-        f"load_sae: `folder` is {where}, {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
+        f"load_sae: `folder` is {path}, {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
     )
 
 

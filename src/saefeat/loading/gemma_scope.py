@@ -40,7 +40,7 @@ def found(folder: Path) -> bool:
     return (folder / NPZ).is_file() or (folder / SAFETENSORS).is_file()
 
 
-def hooks(where: str) -> tuple[str | None, str | None]:
+def hooks(path: str) -> tuple[str | None, str | None]:
     """Read and write hook of ``<repository>/<folder>``; None where it does not say.
 
     Examples:
@@ -48,11 +48,11 @@ def hooks(where: str) -> tuple[str | None, str | None]:
         >>> hooks("google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
         ('blocks.12.hook_resid_post', None)
     """
-    layer = re.search(r"layer_(\d+)", where)
+    layer = re.search(r"layer_(\d+)", path)
     if layer is None:
-        return ("hook_embed" if "embedding" in where else None), None
-    second = re.search(r"(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_\d", where)
-    first = re.search(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att|transcoders)(?![\w-])", where)
+        return ("hook_embed" if "embedding" in path else None), None
+    second = re.search(r"(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_\d", path)
+    first = re.search(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att|transcoders)(?![\w-])", path)
     if second is not None:
         read, write = _SECOND[second[1]]
     elif first is not None:
@@ -65,22 +65,22 @@ def hooks(where: str) -> tuple[str | None, str | None]:
 
 def facts(source: Source) -> Facts:
     """What the path declares."""
-    hook, hook_out = hooks(source.where)
+    hook, hook_out = hooks(source.path)
     return Facts(
         layout="gemma_scope",
         hook=hook,
         hook_out=hook_out,
         architecture="jumprelu_transcoder" if hook_out else "jumprelu",
-        width=width_in(source.where),
-        l0=l0_in(source.where),
-        model=_model(source.where),
+        width=width_in(source.path),
+        l0=l0_in(source.path),
+        model=_model(source.path),
         prepend_bos=True,
     )
 
 
-def _model(where: str) -> str | None:
+def _model(path: str) -> str | None:
     """gemma-scope-2b-pt → gemma-2-2b, gemma-scope-2-1b-it → gemma-3-1b-it."""
-    named = re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)", where)
+    named = re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)", path)
     if named is None:
         return None
     chat = "-it" if named[3] == "it" else "-pt" if named[1] else ""
@@ -108,7 +108,7 @@ def weights(source: Source) -> Weights:
     views = {name: View(named.get(name.lower(), name)) for name in TENSORS}
     if SKIP in named:
         views["W_skip"] = View(SKIP, transposed=True)
-    if "embedding" in source.where:  # trained on embeddings times √d
+    if "embedding" in source.path:  # trained on embeddings times √d
         root = math.sqrt(file.shape(views["W_enc"].name)[0])
         views["W_enc"] = View(views["W_enc"].name, scale=1 / root)
         views["W_dec"] = View(views["W_dec"].name, scale=root)

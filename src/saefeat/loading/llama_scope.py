@@ -54,7 +54,7 @@ def facts(source: Source) -> Facts:
         hook_out=hook_out if transcoder else None,
         architecture="jumprelu_transcoder" if transcoder else "jumprelu",
         subtract_bias=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
-        width=width or width_in(source.where),
+        width=width or width_in(source.path),
         l0=config.get("top_k"),
     )
 

@@ -37,10 +37,10 @@ def facts(source: Source) -> Facts:
     Raises:
         DictionaryError: for a missing or broken file, or what cannot be computed.
     """
-    return declared(_config(source), str(source.folder), source.where)
+    return declared(_config(source), str(source.folder), source.path)
 
 
-def declared(config: dict[str, Any], label: str, where: str = "") -> Facts:
+def declared(config: dict[str, Any], label: str, path: str = "") -> Facts:
     """The facts in a sae-lens configuration dictionary.
 
     Raises:
@@ -72,7 +72,7 @@ def declared(config: dict[str, Any], label: str, where: str = "") -> Facts:
         rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
         excluded=_excluded(flat.get("exclude_special_tokens")),
         width=flat.get("d_sae"),
-        l0=_l0(flat, k, where),
+        l0=_l0(flat, k, path),
         model=flat.get("model_name"),
         prepend_bos=flat.get("prepend_bos"),
     )
@@ -135,10 +135,10 @@ def _architecture(flat: dict[str, Any], label: str) -> tuple[str, int | None]:
     )
 
 
-def _l0(flat: dict[str, Any], k: int | None, where: str) -> float | None:
+def _l0(flat: dict[str, Any], k: int | None, path: str) -> float | None:
     """Active latents a token: k, what the trainer wrote down, or what the path tells."""
     told = flat.get("l0") if k is None else k
-    return float(told) if isinstance(told, int | float) else l0_in(where)
+    return float(told) if isinstance(told, int | float) else l0_in(path)
 
 
 def _norm(flat: dict[str, Any]) -> str:

@@ -150,8 +150,8 @@ def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
     )
     if layout is None:
         return _converted(release, entry, origin, name)
-    where = f"{release.repo}/{entry.path}"
-    source = Source(paths[0].parent, where, release.overrides, entry.scale)
+    path = f"{release.repo}/{entry.path}"
+    source = Source(paths[0].parent, path, release.overrides, entry.scale)
     site = entry.hook if entry.given else whole(layout.facts, source).hook or entry.hook
     return read(layout, source, origin, name=name, site=site, write_site=entry.hook_out)
 

@@ -14,7 +14,7 @@ from .facts import Facts, Source
 
 def facts(source: Source) -> Facts:
     """What the file's name declares."""
-    layer = re.search(r"layer_(\d+)\.safetensors$", source.where)
+    layer = re.search(r"layer_(\d+)\.safetensors$", source.path)
     block = f"blocks.{layer[1]}." if layer else None
     return Facts(
         layout="circuit-tracer",
@@ -31,6 +31,6 @@ def weights(source: Source) -> Weights:
     Raises:
         DictionaryError: for a file that is not whole.
     """
-    file = OnDisk(source.folder / source.where.rsplit("/", 1)[-1])
+    file = OnDisk(source.folder / source.path.rsplit("/", 1)[-1])
     views = {name: View(name) for name in file.names()}
     return Mapped(file, views | {"W_enc": View("W_enc", transposed=True)})

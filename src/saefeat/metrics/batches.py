@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from ..checks import one_a_prompt
 from ..text.prompts import Prompts, encode_prompts
 from .base import Metric
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 class Batch(NamedTuple):
@@ -68,7 +71,7 @@ class Data(NamedTuple):
         return Data(inputs, None if self.lengths is None else self.lengths[rows])
 
 
-def metric_data(function: str, model: Any, prompts: Prompts, metric: Metric) -> Data:
+def metric_data(function: str, model: TransformersModel, prompts: Prompts, metric: Metric) -> Data:
     """Prompts encoded, and continued where the metric wants it.
 
     Raises:

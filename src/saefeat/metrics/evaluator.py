@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import nnsight
 import torch
@@ -31,6 +31,9 @@ from ..verbs.lower import lower, sites_of
 from ..verbs.visits import Visits
 from .base import Metric, Reader, Seen
 from .batches import Batch
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 NOTHING = Chain(())
 """The intervention of a bare run."""
@@ -74,7 +77,9 @@ class References(NamedTuple):
         return References(*(None if values is None else values[rows] for values in self))
 
 
-def forward(model: Any, batch: Batch, program: Program, columns: int) -> tuple[Log, Tensor]:
+def forward(
+    model: TransformersModel, batch: Batch, program: Program, columns: int
+) -> tuple[Log, Tensor]:
     """One forward pass with a program: its log, and the last ``columns`` logits (0 for all)."""
     with model.trace(**pass_options(model, columns)) as tracer:
         with tracer.invoke(batch.inputs):
@@ -85,7 +90,7 @@ def forward(model: Any, batch: Batch, program: Program, columns: int) -> tuple[L
     return log, logits
 
 
-def pass_options(model: Any, columns: int) -> dict[str, Any]:
+def pass_options(model: TransformersModel, columns: int) -> dict[str, Any]:
     """What a pass is called with: no cache, and no logits but those wanted."""
     wanted = {"use_cache": False} | ({"logits_to_keep": columns} if columns else {})
     accepted = inspect.signature(torch_module(model).forward).parameters
@@ -95,7 +100,9 @@ def pass_options(model: Any, columns: int) -> dict[str, Any]:
 class Evaluator:
     """One model and a metric; ``sites`` are others that its passes will be asked for."""
 
-    def __init__(self, model: Any, metric: Metric, sites: Iterable[Site] = ()) -> None:
+    def __init__(
+        self, model: TransformersModel, metric: Metric, sites: Iterable[Site] = ()
+    ) -> None:
         self.model, self.metric, self.module = model, metric, torch_module(model)
         self._sites = [*sites, *([] if metric.site is None else [metric.site])]
         self._routes: dict[frozenset[Site], Route] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from .base import Metric
 from .batches import metric_data
 from .evaluator import NOTHING, Evaluator, References
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 def measure(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     metric: Metric,
     intervention: Intervention | None = None,

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from ..errors import ModelError, SiteError
 from .modules import find, torch_module, width_at
 from .sites import Order, Place, Site
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 ROWS, TOKENS = 2, 3
 
@@ -109,7 +112,7 @@ class Route:
             )
 
 
-def route(model: Any, sites: Iterable[Site]) -> Route:
+def route(model: TransformersModel, sites: Iterable[Site]) -> Route:
     """The route past these sites; runs the model once on a tiny input if one is a module's path.
 
     Args:
@@ -147,7 +150,7 @@ class Seen(NamedTuple):
     shape: tuple[int, ...] | None
 
 
-def _tried(model: Any, module: nn.Module, places: dict[Site, Place]) -> Route:
+def _tried(model: TransformersModel, module: nn.Module, places: dict[Site, Place]) -> Route:
     """The route as a dry run finds it."""
     blocks = {place.plus for place in places.values() if place.plus is not None}
     stops = {Place(place.path, place.end) for place in places.values()}
@@ -197,7 +200,9 @@ def _once(site: Site, seen: list[Seen]) -> tuple[int, int]:
     )
 
 
-def _dry_run(model: Any, module: nn.Module, stops: Iterable[Place]) -> dict[Place, list[Seen]]:
+def _dry_run(
+    model: TransformersModel, module: nn.Module, stops: Iterable[Place]
+) -> dict[Place, list[Seen]]:
     """When each place is reached in a forward pass of a tiny input.
 
     Raises:
@@ -238,7 +243,7 @@ def hooks_aside(module: nn.Module) -> Iterator[None]:
             part._forward_hooks, part._forward_pre_hooks = after, before
 
 
-def _tiny_pass(model: Any, module: nn.Module) -> None:
+def _tiny_pass(model: TransformersModel, module: nn.Module) -> None:
     """One forward pass of an ordinary token; on shapes alone where weights are not loaded."""
     first = next(module.parameters())
     config = getattr(module, "config", None)

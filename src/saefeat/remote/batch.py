@@ -6,7 +6,7 @@ a prompt, in the model's own dtype.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
@@ -28,9 +28,12 @@ from ..shipping.narrow import narrowed
 from ..shipping.program import embedding as embedding
 from ..shipping.program import register
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 def remote_batch(
-    model: Any,
+    model: TransformersModel,
     program: Program,
     batch: dict[str, Tensor],
     settings: Decoding,
@@ -63,13 +66,15 @@ def remote_batch(
     return saved, tracer.backend
 
 
-def backend_of(model: Any, remote: bool | str, job: str | None = None) -> RemoteBackend:
+def backend_of(
+    model: TransformersModel, remote: bool | str, job: str | None = None
+) -> RemoteBackend:
     """A backend to poll a job with, or to capture what would be sent."""
     host = remote if isinstance(remote, str) else None
     return RemoteBackend(model_key(model), host=host, blocking=False, job_id=job)
 
 
-def with_stops(model: Any) -> None:
+def with_stops(model: TransformersModel) -> None:
     """Give a model without weights the checkpoint's own settings for generation.
 
     nnsight builds it from ``config.json`` alone; which tokens end a turn stands in
@@ -85,7 +90,7 @@ def with_stops(model: Any) -> None:
             return
 
 
-def require_plain(model: Any, settings: Decoding, remote: bool | str) -> None:
+def require_plain(model: TransformersModel, settings: Decoding, remote: bool | str) -> None:
     """Refuse beams: edits follow them through the key-value cache, which stays with the model.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..verbs.base import Intervention, require_rows
 from .batch import require_plain, with_stops
 from .request import Requests
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 class Call(NamedTuple):
     """``submit``'s arguments but for the model, the prompts and the intervention."""
@@ -32,7 +35,7 @@ class Call(NamedTuple):
     on: Server
 
     def requests(
-        self, model: Any, prompts: dict[str, Tensor], intervention: Intervention
+        self, model: TransformersModel, prompts: dict[str, Tensor], intervention: Intervention
     ) -> Requests:
         """The call's batches, checked but for the preflight.
 
@@ -50,7 +53,7 @@ class Call(NamedTuple):
         return Requests(task, split(prompts, self.batch_size), self.on)
 
     def fingerprint(
-        self, model: Any, prompts: dict[str, Tensor], intervention: Intervention
+        self, model: TransformersModel, prompts: dict[str, Tensor], intervention: Intervention
     ) -> str:
         """A hash of all that decides the result, and not of where or how it is asked for.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from nnsight.intervention.iterator import Iterations
@@ -23,6 +23,9 @@ from ..kernel.tokens import selected
 from ..kernel.trace import locate, visits
 from ..kernel.view import Memory, View, window
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 class Dry(NamedTuple):
     """What a dry run found: what ``fails``, and what could not be ``untried``; empty is good."""
@@ -31,7 +34,7 @@ class Dry(NamedTuple):
     untried: str = ""
 
 
-def dry_run(model: Any, program: Program, batch: dict[str, Tensor], new: int) -> Dry:
+def dry_run(model: TransformersModel, program: Program, batch: dict[str, Tensor], new: int) -> Dry:
     """A prompt's pass, and one of a generated token where there are any, on fake tensors."""
     try:
         _passes(model, program, batch, new > 1)
@@ -43,7 +46,11 @@ def dry_run(model: Any, program: Program, batch: dict[str, Tensor], new: int) ->
 
 
 def _blamed(
-    model: Any, program: Program, batch: dict[str, Tensor], more: bool, error: Exception
+    model: TransformersModel,
+    program: Program,
+    batch: dict[str, Tensor],
+    more: bool,
+    error: Exception,
 ) -> Dry:
     """Whose fault a failure is: a model that cannot be run so says nothing of the program."""
     try:
@@ -73,7 +80,9 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _passes(model: Any, program: Program, batch: dict[str, Tensor], more: bool) -> None:
+def _passes(
+    model: TransformersModel, program: Program, batch: dict[str, Tensor], more: bool
+) -> None:
     """One pass, or two, in nnsight's scan."""
     batch = {name: tensor.clone() for name, tensor in batch.items()}
     views = [view for _, view in zip(range(1 + more), _views(program, batch), strict=False)]
@@ -85,7 +94,7 @@ def _passes(model: Any, program: Program, batch: dict[str, Tensor], more: bool) 
             visits(model, program, log, views[number], None, number == 0)
 
 
-def _called(model: Any, more: bool, **inputs: Any) -> Any:
+def _called(model: TransformersModel, more: bool, **inputs: Any) -> Any:
     """The model as ``generate`` calls it: for a prompt, then for one more token."""
     module = model._module
     takes = inspect.signature(module.forward).parameters

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnsight.schema.response import Status
@@ -25,6 +25,9 @@ from ..hub.files import load, packed
 from ..results.provenance import now, versions
 from ..text.prompts import encode_prompts
 from ..verbs.base import Chain, Intervention
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 FORMAT, VERSION = "saefeat-job", 3
 STATUSES = {"new", *(status.value for status in Status)}
@@ -101,7 +104,9 @@ class JobFile:
         """Where the result of a batch lies."""
         return self.sibling(f"{number}.safetensors")
 
-    def keep_call(self, prompts: dict[str, Tensor], intervention: Intervention, model: Any) -> None:
+    def keep_call(
+        self, prompts: dict[str, Tensor], intervention: Intervention, model: TransformersModel
+    ) -> None:
         """Write the prompts and the intervention next to the job's file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         listed = {name: tensor.tolist() for name, tensor in prompts.items()}
@@ -136,7 +141,7 @@ class JobFile:
             raise not_ours(self.path, got) from error
         return encode_prompts(None, tensors)
 
-    def intervention(self, model: Any) -> Intervention:
+    def intervention(self, model: TransformersModel) -> Intervention:
         """The intervention that was submitted.
 
         Raises:

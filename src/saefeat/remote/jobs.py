@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
@@ -25,6 +25,9 @@ from .call import Call
 from .jobfile import JobFile, Part, not_ours
 from .request import Requests
 from .saved import load_saved, save_saved
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 class Unreached(RemoteError):
@@ -72,7 +75,7 @@ class Job:
     def load(
         cls,
         file: str | Path,
-        model: Any,
+        model: TransformersModel,
         *,
         on: Server | None = None,
         intervention: Intervention | None = None,

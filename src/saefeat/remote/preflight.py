@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnsight import __version__ as NNSIGHT
@@ -38,6 +38,9 @@ from ..verbs.steps import numbered
 from .batch import backend_of, remote_batch, with_stops
 from .dry_run import Dry, dry_run
 from .expected import Expected, expected
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Preflight:
 
 
 def preflight(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     intervention: Intervention | None = None,
     *,
@@ -159,7 +162,7 @@ def preflight(
 
 
 def inspected(
-    model: Any,
+    model: TransformersModel,
     batches: Sequence[dict[str, Tensor]],
     chosen: Intervention,
     settings: Decoding,
@@ -192,7 +195,7 @@ def inspected(
 
 
 def _programs(
-    model: Any,
+    model: TransformersModel,
     batches: Sequence[dict[str, Tensor]],
     chosen: Intervention,
     dtype: torch.dtype | None,
@@ -235,7 +238,9 @@ class Capture(Backend):
         self.raw = RequestModel.serialize(tracer)
 
 
-def captured(model: Any, program: Program, batch: dict[str, Tensor], settings: Decoding) -> bytes:
+def captured(
+    model: TransformersModel, program: Program, batch: dict[str, Tensor], settings: Decoding
+) -> bytes:
     """A batch's request, before compression."""
     backend = Capture()
     remote_batch(model, program, batch, settings, backend=backend)
@@ -253,7 +258,7 @@ EVENT = 5 * 8 + 3 * 4
 
 
 def result_size(
-    model: Any,
+    model: TransformersModel,
     intervention: Intervention,
     program: Program,
     batch: dict[str, Tensor],
@@ -281,7 +286,7 @@ ANSWER = 120.0
 """Seconds a server has to say what it runs: a busy one lists its packages slowly."""
 
 
-def server_version(model: Any, on: Server | None) -> str | None:
+def server_version(model: TransformersModel, on: Server | None) -> str | None:
     """The nnsight that a server runs, or None."""
     if on is None or on.is_local:
         return None

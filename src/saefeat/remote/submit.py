@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..generation.decode import Decode, Greedy
 from ..results.identity import model_key, require_unedited
@@ -15,9 +15,12 @@ from .call import Call
 from .jobfile import JobFile, Part, not_ours
 from .jobs import Job
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 def submit(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     intervention: Intervention | None = None,
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from ..errors import ModelError, RemoteError
 from ..files.hashing import computation, digest, weights
 from ..model.modules import torch_module
 from .provenance import versions
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 def model_identity(model: object) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def model_identity(model: object) -> dict[str, Any]:
     }
 
 
-def remote_identity(model: Any, remote: bool | str) -> dict[str, Any]:
+def remote_identity(model: TransformersModel, remote: bool | str) -> dict[str, Any]:
     """The same of a model on a server, whose weights nobody here can hash: its name, and where.
 
     Raises:
@@ -43,7 +46,7 @@ def remote_identity(model: Any, remote: bool | str) -> dict[str, Any]:
     return {"model": model_key(model), "remote": str(remote), "versions": versions()}
 
 
-def model_key(model: Any) -> str:
+def model_key(model: TransformersModel) -> str:
     """The name by which a server knows the model.
 
     Raises:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..shipping.program import Carried
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
-def edit(model: Any, intervention: Intervention) -> Any:
+
+def edit(model: TransformersModel, intervention: Intervention) -> Any:
     """A copy of the model that applies the intervention to every token of every run.
 
     The copy shares the weights; the original is untouched. Several edits stack, in order. The copy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..checks import whole
 from ..errors import PromptError
@@ -22,12 +22,15 @@ from ..verbs.base import Chain, Intervention, require_fired, require_rows
 from .batches import Batch, Finished, pieces_here, pieces_on
 from .lazy import encoded_batches
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 Folder = str | os.PathLike[str]
 
 
 @overload
 def run(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     intervention: Intervention | None = None,
     *,
@@ -44,7 +47,7 @@ def run(
 
 @overload
 def run(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts | Iterable[Any],
     intervention: Intervention | None = None,
     *,
@@ -60,7 +63,7 @@ def run(
 
 
 def run(
-    model: Any,
+    model: TransformersModel,
     prompts: Any,
     intervention: Intervention | None = None,
     *,

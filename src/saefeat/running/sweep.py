@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -32,11 +32,14 @@ from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_
 from ..verbs.lower import lower, sites_of
 from ..verbs.placement import beside, taken_apart
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 Key = TypeVar("Key", bound=Hashable)
 
 
 def sweep(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     settings: Mapping[Key, Intervention | None],
     *,
@@ -132,7 +135,7 @@ def _groups(settings: list[Intervention], size: int) -> list[range]:
 
 
 def _together(
-    model: Any,
+    model: TransformersModel,
     programs: list[Program],
     batch: dict[str, Tensor],
     greedy: Decoding,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnsight import CONFIG
 from nnsight.intervention.serialization import CustomCloudUnpickler, loads
@@ -13,6 +13,9 @@ from torch import Tensor
 from ..errors import RemoteError
 from ..kernel.frozen import Frozen
 from ..kernel.program import Program
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 PAYLOAD_LIMIT = 64 << 20
 """Bytes a batch's request may have, 64 MiB: some twelve times what 20 latents at 26 sites need."""
@@ -34,7 +37,7 @@ class Inspector(CustomCloudUnpickler):
         return lambda wanted: named.add(wanted) or found(wanted)
 
 
-def strangers(model: Any, raw: bytes) -> tuple[str, ...]:
+def strangers(model: TransformersModel, raw: bytes) -> tuple[str, ...]:
     """Modules that a request, or anything pickled as one, names and a server does not have."""
     named: set[str] = set()
     objects = {**model._remoteable_persistent_objects(), "saefeat": named}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 from nnsight.intervention.serialization import dumps
@@ -22,6 +22,9 @@ from ..model.modules import torch_module
 from ..model.requests import in_requests
 from .narrow import narrowed
 from .payload import PAYLOAD_LIMIT, leaves, parts_of, require_known, strangers
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 KERNEL = "saefeat.kernel"
 
@@ -36,7 +39,7 @@ class Carried:
     """What an edited copy of a model applies to every pass of every run."""
 
     program: Program
-    model: Any
+    model: TransformersModel
 
     def __call__(self, copy: Any) -> None:
         whole_run(copy, self.program, None)
@@ -51,14 +54,14 @@ def _carried(edit: Carried) -> Any:
 in_requests(Carried, _carried)
 
 
-def as_shipped(program: Program, model: Any) -> Any:
+def as_shipped(program: Program, model: TransformersModel) -> Any:
     """The program as a function of the model that runs without this package."""
     register()
     repository = getattr(model, "repo_id", None)
     return partial(applied, shipped(program, model), repository=repository)
 
 
-def shipped(program: Program, model: Any) -> Program:
+def shipped(program: Program, model: TransformersModel) -> Program:
     """The program as it goes into a request of the user's own.
 
     Raises:
@@ -80,7 +83,7 @@ def shipped(program: Program, model: Any) -> Program:
     return program
 
 
-def require_known_functions(function: str, program: Program, model: Any) -> None:
+def require_known_functions(function: str, program: Program, model: TransformersModel) -> None:
     """Refuse functions of a program that use what a server does not have; nothing else can.
 
     Raises:
@@ -90,7 +93,7 @@ def require_known_functions(function: str, program: Program, model: Any) -> None
         require_known(function, strangers(model, dumps(program)))
 
 
-def embedding(model: Any) -> str | None:
+def embedding(model: TransformersModel) -> str | None:
     """The path of the module that embeds tokens, where later passes' tokens are read."""
     module: Any = torch_module(model)
     wanted = module.get_input_embeddings()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..model.modules import torch_module
 from .prompts import role_markers
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
-def plain(rule: tuple, model: Any) -> tuple:
+
+def plain(rule: tuple, model: TransformersModel) -> tuple:
     """A rule without what only the tokenizer knows: special tokens and roles become ids."""
     kind, *rest = rule
     if kind in ("not", "and", "or"):
@@ -20,7 +23,7 @@ def plain(rule: tuple, model: Any) -> tuple:
     return rule
 
 
-def special_ids(model: Any) -> tuple[int, ...]:
+def special_ids(model: TransformersModel) -> tuple[int, ...]:
     """Special token ids: the tokenizer's, or those the configuration names."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is not None:

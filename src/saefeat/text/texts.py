@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ..kernel.view import Memory, window
 from .prompts import role_markers
 from .rules import special_ids
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 ROLES = ("system", "user", "assistant")
 
@@ -114,7 +117,9 @@ class Texts:
         )
 
 
-def texts_of(model: Any, batch: Mapping[str, Tensor], lengths: Tensor | None = None) -> Texts:
+def texts_of(
+    model: TransformersModel, batch: Mapping[str, Tensor], lengths: Tensor | None = None
+) -> Texts:
     """The texts of a model's batch; special tokens are known without a tokenizer as well."""
     tokenizer = getattr(model, "tokenizer", None)
     special = special_ids(model) if tokenizer is None else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from .effects import effects, require_movable
 from .experiment import Experiment, Folder
 from .ranking import by_prompt, ranking
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 def audit(
     attribute: Attribute,
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     scores: Attribution,
     *,

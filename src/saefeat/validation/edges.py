@@ -33,6 +33,7 @@ from .stats import spearman
 
 if TYPE_CHECKING:
     import pandas
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +131,7 @@ class Edges:
 
 
 def edges(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     upstream: Latents,
     downstream: Latents,
@@ -248,7 +249,7 @@ def _once(
 
 
 def _ablated(
-    model: Any,
+    model: TransformersModel,
     batch: dict[str, Tensor],
     ablated: list[Latents],
     down: Latents,
@@ -284,7 +285,7 @@ def _ablated(
     return (torch.cat(after) - before).mean(1).float()
 
 
-def _identity(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _identity(model: TransformersModel, asked: dict[str, Any]) -> dict[str, Any]:
     """What the pieces of a job depend on."""
     hashed = {name: digest(value) for name, value in asked.items()}
     return {**model_identity(model), "job": "edges", **hashed}

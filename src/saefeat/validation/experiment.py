@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from ..values.per_prompt import per_prompt
 from ..verbs.base import Intervention, require_fired, require_rows
 from ..verbs.edits import Clamp
 from .memory import rows_that_fit
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 Folder = str | os.PathLike[str] | None
 
@@ -65,7 +68,7 @@ class Experiment:
     @classmethod
     def of_metric(
         cls,
-        model: Any,
+        model: TransformersModel,
         prompts: Prompts,
         metric: Metric,
         *,
@@ -100,7 +103,7 @@ class Experiment:
     def of_attribute(
         cls,
         attribute: Attribute,
-        model: Any,
+        model: TransformersModel,
         prompts: Prompts,
         *,
         function: str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from .experiment import Experiment, Folder
 from .random_sets import matched_sets, members_mass, random_sets, require_pool
 from .ranking import Ranking, ranking, selection
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 def faithfulness(
     attribute: Attribute,
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     scores: Attribution,
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .require import require_several, require_upstream_of
 
 if TYPE_CHECKING:
     import pandas
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,7 +89,7 @@ class Interactions:
 
 
 def interactions(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     latents: Latents,
     metric: Metric,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from ..verbs.lower import lower
 from ..verbs.rules import acts_at
 from ..verbs.visits import Visits
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 class SiteLatents(NamedTuple):
     """Latents of one dictionary, the place they are read or written, and its norm."""
@@ -40,7 +43,7 @@ class Jacobian:
     """Gradients of downstream latents at the places upstream latents write, in the bare model."""
 
     def __init__(
-        self, model: Any, way: Route, up: Latents, down: Latents, where: Tokens | None
+        self, model: TransformersModel, way: Route, up: Latents, down: Latents, where: Tokens | None
     ) -> None:
         self._model, self._route = model, way
         self.up, self.down, self.where = up, down, where

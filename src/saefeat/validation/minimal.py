@@ -25,6 +25,7 @@ Holds = float | Criterion | tuple[Criterion, float]
 
 if TYPE_CHECKING:
     import pandas
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +72,7 @@ class MinimalSet:
 
 
 def minimal_set(
-    model: Any,
+    model: TransformersModel,
     prompts: Prompts,
     latents: Latents,
     metric: Metric,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError
 from ..metrics.base import Metric
 from ..metrics.evaluator import Evaluator
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 def require_several(latents: object, function: str, least: int) -> Latents:
@@ -21,7 +24,9 @@ def require_several(latents: object, function: str, least: int) -> Latents:
     )
 
 
-def require_upstream_of(metric: Metric, model: Any, latents: Latents, function: str) -> None:
+def require_upstream_of(
+    metric: Metric, model: TransformersModel, latents: Latents, function: str
+) -> None:
     """Refuse latents that the metric's own site does not depend on.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ..shipping.program import as_shipped
 from ..values.base import Value
 from .lower import lower
 from .steps import StepBase, numbered
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 class Intervention(ABC):
@@ -44,7 +47,7 @@ class Intervention(ABC):
     def __or__(self, other: Intervention) -> Chain:
         return Chain((*self.parts(), *other.parts()))
 
-    def __call__(self, model: Any, *, step: int | None = None) -> Log:
+    def __call__(self, model: TransformersModel, *, step: int | None = None) -> Log:
         """Apply inside an nnsight block, to the forward pass of a trace or to all of a generation.
 
         Call it before reading any layer. In a loop over ``tracer.iter`` pass the loop's number as
@@ -67,7 +70,7 @@ class Intervention(ABC):
         inline(model, lower(self, model), log, step)
         return log
 
-    def bind(self, model: Any) -> Self:
+    def bind(self, model: TransformersModel) -> Self:
         """The same intervention, which may be named in a remote block on this model.
 
         In a remote request it becomes its own program for the model. Everything else it does as
@@ -183,7 +186,7 @@ def _counts(entries: list[Any]) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(1, 3)
 
 
-def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
+def per_latent(function: str, parameter: str, value: Any, latents: Latents) -> Any:
     """A finite number, values [k] or [prompts, k], or a ``Value`` that fits the latents.
 
     Raises:
@@ -192,7 +195,7 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
     if value is None:
         return None
     if isinstance(value, Value):
-        value.check(where, parameter, latents)
+        value.check(function, parameter, latents)
         return value
     try:
         number = torch.as_tensor(value)
@@ -212,9 +215,9 @@ def per_latent(where: str, parameter: str, value: Any, latents: Latents) -> Any:
         else "values made for another selection"
     )
     raise LatentError(
-        f"{where}: `{parameter}` is {got}, wanted a finite number, [{len(latents)}] or [prompts,"
+        f"{function}: `{parameter}` is {got}, wanted a finite number, [{len(latents)}] or [prompts,"
         f" {len(latents)}] values, or a Schedule, Patch or Resample. Likely cause: {cause}. Try:"
-        f" {where}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings), or"
+        f" {function}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings), or"
         f" {parameter}=Resample(readings)"
     )
 
@@ -244,7 +247,7 @@ def by_prompt(intervention: Intervention) -> bool:
     return any(change is not None and change.numbered() for change in changes)
 
 
-def require_fired(receipt: Receipt, where: str) -> None:
+def require_fired(receipt: Receipt, function: str) -> None:
     """Refuse a result in which an edit never selected a token: it would read as "no effect".
 
     Raises:
@@ -252,7 +255,7 @@ def require_fired(receipt: Receipt, where: str) -> None:
     """
     if receipt.unfired:
         raise FiringError(
-            f"{where}: `intervention` is an edit that selected no token: {receipt.unfired[0]},"
+            f"{function}: `intervention` is an edit that selected no token: {receipt.unfired[0]},"
             " wanted at least one token selected by each edit. Likely cause: a token rule or"
             " condition that matches nothing in these prompts. Try: run(..., allow_unfired=True) if"
             " that is meant"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from .steps import StepBase, numbered
 from .visits import Visits
 from .when import When
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
 
 class HasParts(Protocol):
     """An intervention, seen from below."""
@@ -42,7 +45,10 @@ class HasParts(Protocol):
 
 
 def lower(
-    intervention: HasParts, model: Any, rows: slice | Tensor = slice(None), way: Route | None = None
+    intervention: HasParts,
+    model: TransformersModel,
+    rows: slice | Tensor = slice(None),
+    way: Route | None = None,
 ) -> Program:
     """The program of an intervention on a model, visits sorted in the order they are reached.
 
@@ -76,7 +82,7 @@ def lower(
     )
 
 
-def refuse_flat(model: Any) -> None:
+def refuse_flat(model: TransformersModel) -> None:
     """Refuse nnsight's vLLM models: their passes hold tokens of many requests in one row.
 
     Raises:
@@ -115,7 +121,7 @@ def _ends(module: nn.Module) -> Ends:
 class _Builder:
     """Collects visits for one model; steps must be added in the intervention's order."""
 
-    def __init__(self, model: Any, rows: slice | Tensor, way: Route) -> None:
+    def __init__(self, model: TransformersModel, rows: slice | Tensor, way: Route) -> None:
         self.model, self.rows, self.route = model, rows, way
         self.module = torch_module(model)
         self.visits = Visits()

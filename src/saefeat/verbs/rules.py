@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..dictionaries.latents import Dictionary
 from ..text.rules import special_ids
 from ..text.tokens import Tokens
 
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
-def acts_at(where: Tokens | None, dictionary: Dictionary, model: Any) -> Tokens:
+
+def acts_at(where: Tokens | None, dictionary: Dictionary, model: TransformersModel) -> Tokens:
     """The tokens asked for, less those the dictionary was not trained on.
 
     A rule that says all tokens, or names tokens by their ids, means them.
@@ -29,7 +32,7 @@ def _names_tokens(rule: tuple) -> bool:
     return kind in ("ids", "special")
 
 
-def default_rule(dictionary: Dictionary, model: Any) -> Tokens:
+def default_rule(dictionary: Dictionary, model: TransformersModel) -> Tokens:
     """Every real token, less those the dictionary was not trained on."""
     excluded = dictionary.excluded
     if excluded == "special":
