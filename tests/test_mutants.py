@@ -122,12 +122,12 @@ MUTANTS = {
         failure("column_index_hits_a_left_pad"),
     ),
     "hooks left behind": Mutant(
-        "stack.callback(_install(module, stop, state, log).remove)",
-        "_install(module, stop, state, log)",
+        "stack.callback(_install(module, stop, hooks).remove)",
+        "_install(module, stop, hooks)",
         failure("edits_survive_an_exception"),
     ),
     "condition ignored": Mutant(
-        'if action["when"] is not None:',
+        "if self.when is not None:",
         "if False:",
         "test_conditions.py",
     ),
@@ -142,7 +142,7 @@ MUTANTS = {
         failure("wrong_tensor_on_sandwich_norm_models"),
     ),
     "a chunk taken for the prompt": Mutant(
-        'memory["blocks"] = memory.get("blocks", False) or columns > 1',
+        "memory.blocks = memory.blocks or columns > 1",
         "pass",
         "test_machine.py::test_a_prompt_fed_in_chunks_has_no_known_length",
     ),

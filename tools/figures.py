@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "saefeat"
+sys.path.insert(0, str(SRC.parent))  # the figures of the tree that this file is in
 LINES_BEFORE = 24_877
 """Lines of source without the studies at commit 6d8666f, before the house was moved."""
 

@@ -22,6 +22,9 @@ RTOL, ATOL = 1e-4, 1e-5
 SHOWN = 8
 """Elements kept from the start of a tensor, and as many evenly spaced ones."""
 
+HASHED = ("fingerprint", "dictionaries", "direction")
+"""The last parts of names of our own hashes: what they cover may grow, and no number changes."""
+
 Entry = Any
 """A kept tensor, or plain data."""
 
@@ -77,7 +80,7 @@ class Record:
 
     Attributes:
         values: name → entry; these are compared.
-        sizes: name → a number that may change without harm; changes are shown.
+        sizes: name → a number or hash that may change without harm; changes are shown.
     """
 
     values: dict[str, Entry] = field(default_factory=dict)
@@ -89,12 +92,15 @@ class Record:
             for inner, one in value.items():
                 self.put(f"{name}.{inner}" if name else str(inner), one, scale)
             return
+        if name.rpartition(".")[2] in HASHED:
+            self.size(name, value)
+            return
         if name in self.values:
             raise KeyError(f"{name} was recorded before")
         self.values[name] = kept(value, scale) if isinstance(value, Tensor) else plain(value)
 
     def size(self, name: str, value: Any) -> None:
-        """Keep a number for information."""
+        """Keep a number or hash for information."""
         self.sizes[name] = plain(value)
 
 

@@ -105,7 +105,7 @@ Reader = Callable[[Seen], Tensor]
 class Metric:
     """A named scalar per prompt, resolved for one tokenizer when it is used.
 
-    Build one with ``logit_diff``, ``logit``, ``log_prob``, ``kl``, ``metric``, ``activation`` or
+    Build one with ``logit_diff``, ``logit``, ``log_prob``, ``kl``, ``custom``, ``activation`` or
     ``at_site``.
 
     Attributes:

@@ -1,12 +1,12 @@
 """Verbs: what one can do with latents.
 
-* ``values``: what an edit sets latents to, where that depends on the token.
-* ``steps``: the plain values a step is made of: a change, a condition.
+* ``steps``: what a step says of itself: its latents, how they change, where, on what condition.
+* ``when``: conditions.
 * ``base``: what an intervention is, composition with ``|``, and use inside a trace.
 * ``edits``: ``Ablate`` and ``Clamp``.
 * ``probe``: ``Probe``, the reader.
 * ``forms``: what an edit reads and writes.
-* ``lower``: verbs made into the kernel's plain program for one model.
-* ``beside``: several programs side by side in one batch.
-* ``travel``: a program as a request carries it.
+* ``lower``: verbs made into the kernel's program for one model; ``rules`` has its token rules and
+  ``visits`` its actions by site.
+* ``placement``: several programs side by side in one batch.
 """
