@@ -32,6 +32,8 @@ from outputs import Checker, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SLOW = {"docs/guide/remote-sizes.md"}
+"""Pages that take minutes: they run with ``make slow``."""
 MODULES = sorted(
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "src" / "saefeat").rglob("*.py")
@@ -170,7 +172,17 @@ def execute(markdown: str, script: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=str(page.relative_to(ROOT)),
+            marks=[pytest.mark.slow] if str(page.relative_to(ROOT)) in SLOW else [],
+        )
+        for page in PAGES
+    ],
+)
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     execute(page.read_text(encoding="utf-8"), tmp_path / f"{page.stem}.py")
