@@ -249,7 +249,7 @@ ERRORS = {
     "no_grad context": (
         under_no_grad,
         sf.errors.GradientError,
-        "with torch.enable_grad(): attribute(",
+        "with torch.enable_grad(): Attribute(",
     ),
     "inference-mode tensors": (of_inference, sf.errors.GradientError, "load the model outside"),
     "missing baseline tokens": (

@@ -313,7 +313,7 @@ def test_a_cache_filled_before_is_refused():
 
 def test_attribution_is_refused():
     ours = sf.load_sae(lens("temporal"))
-    with pytest.raises(sf.errors.GradientError, match="mix positions"):
+    with pytest.raises(sf.errors.GradientError, match="look back over the text"):
         sf.Attribute(ours, sf.metrics.logit(3))(wrapped(build("llama")), RAGGED)
 
 

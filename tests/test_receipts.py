@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import nnsight
@@ -205,7 +206,8 @@ def test_long_runs_keep_counts_alone(monkeypatch):
     step = sf.Clamp(make_sae().latents([1, 2]), add=1.0)
     whole = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert len(whole.events) == whole.changed == 44
-    monkeypatch.setattr(write, "PAIRS", 40)
+    # of the function itself: a request that was rebuilt in this process brings its own copy
+    monkeypatch.setitem(inspect.unwrap(write.Write.apply).__globals__, "PAIRS", 40)
     cut = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert cut == whole and cut.events is None
     monkeypatch.undo()

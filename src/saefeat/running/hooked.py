@@ -68,7 +68,7 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[Log]:
             stack.callback(_install(module, stop, hooks).remove)
         stack.callback(module.register_forward_hook(hooks.end).remove)
         yield hooks.log
-    if not hooks.log.passes:
+    if not hooks.called:
         raise FiringError(
             "hooked: `model` is never called inside the block, wanted at least one forward pass."
             " Likely cause: results from a cache, or another copy of the model was called. Try:"
@@ -84,9 +84,11 @@ class _Hooks:
         self.memory: Memory | None = None
         self.state: State | None = None
         self.left: set[tuple[str, str]] = set()
+        self.called = False
 
     def begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """At the start of a forward pass: where are we in the sequence?"""
+        self.called = True  # also by a pass that is refused below
         require_sequential(kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         shown = ids if ids is not None else kwargs["inputs_embeds"]
