@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 
 import saefeat as sf
 from saefeat.loading import directory
+from saefeat.loading.declaration import width_in, width_of
 from saefeat.loading.entries import choose
-from saefeat.loading.facts import width_in, width_of
 from saefeat.loading.released import files
 from test_loading_layouts import (
     HYPER,

@@ -7,6 +7,6 @@ release of pickles, and nowhere else.
 """
 
 from .api import load_sae, load_saes
-from .facts import Origin
+from .declaration import Origin
 
 __all__ = ["Origin", "load_sae", "load_saes"]

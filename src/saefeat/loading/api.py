@@ -13,8 +13,8 @@ from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError
 from ..model.sites import Site
 from . import directory, native
+from .declaration import Origin, Source
 from .entries import Entry, Ids, Sites, choose
-from .facts import Origin, Source
 from .from_object import from_object
 from .layouts import detect, folders, read, whole
 from .released import Released

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
-from .facts import Facts, Source, read_json, refuse
+from .declaration import Facts, Source, read_json, refuse
 
 CONFIG, WEIGHTS, PICKLE = "config.json", "ae.safetensors", "ae.pt"
 CLASSES = {

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..errors import DictionaryError
 from . import gemma_scope
+from .declaration import l0_in, width_in
 from .entries import Entry, near
-from .facts import l0_in, width_in
 
 FILE = "pretrained_saes.yaml"
 REFUSED = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import DictionaryError, SiteError
 from ..model.sites import Site
-from .facts import width_of
+from .declaration import width_of
 
 Sites = str | Site | Iterable[Site | str] | None
 Ids = str | Mapping[Site | str, str] | Iterable[str] | None

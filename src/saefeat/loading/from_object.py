@@ -7,7 +7,7 @@ from typing import Any
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import InMemory
 from ..model.sites import Site
-from .facts import Origin, assemble
+from .declaration import Origin, assemble
 from .native import declared
 from .whole import ARCHITECTURES, Whole
 

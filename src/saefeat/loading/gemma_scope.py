@@ -14,7 +14,7 @@ import torch
 
 from ..dictionaries.npz import Npz
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
-from .facts import Facts, Source, l0_in, refuse, width_in
+from .declaration import Facts, Source, l0_in, refuse, width_in
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

@@ -11,7 +11,7 @@ from ..dictionaries.weights import Weights
 from ..errors import SaefeatError
 from ..model.sites import Site
 from . import dictionary_learning, gemma_scope, llama_scope, native, sparsify, transcoders
-from .facts import Facts, Origin, Source, assemble, refuse
+from .declaration import Facts, Origin, Source, assemble, refuse
 from .whole import ARCHITECTURES, Whole, load
 
 T = TypeVar("T")

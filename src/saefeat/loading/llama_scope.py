@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
-from .facts import Facts, Source, read_json, refuse, width_in
+from .declaration import Facts, Source, read_json, refuse, width_in
 
 HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"

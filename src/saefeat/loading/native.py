@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
 from ..errors import DictionaryError
-from .facts import Facts, Source, l0_in, read_json, refuse
+from .declaration import Facts, Source, l0_in, read_json, refuse
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 AVERAGE = "expected_average_only_in"

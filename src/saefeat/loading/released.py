@@ -13,9 +13,9 @@ from ..dictionaries.sae import SAE
 from ..errors import DictionaryError
 from ..model.sites import Site
 from . import hub
+from .declaration import Declared, Origin, Source
 from .directory import Release
 from .entries import Entry
-from .facts import Declared, Origin, Source
 from .from_object import from_object
 from .layouts import GEMMA_SCOPE, LLAMA_SCOPE, NATIVE, TRANSCODERS, Layout, read, whole
 from .whole import Whole

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
-from .facts import Facts, Source, read_json, refuse
+from .declaration import Facts, Source, read_json, refuse
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
-from .facts import Facts, Source
+from .declaration import Facts, Source
 
 
 def facts(source: Source) -> Facts:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dictionaries.latents import Dictionary
 from ..kernel.encode import normalize
 from ..model.sites import Site
-from .facts import Facts, Origin, declared_by, no_site
+from .declaration import Facts, Origin, declared_by, no_site
 
 ARCHITECTURES = ("matching_pursuit", "temporal")
 _ASIDE = ("metadata", "device", "dtype")
@@ -115,7 +115,7 @@ def load(
     """
     from sae_lens import SAE as SaeLens
 
-    from .facts import refuse
+    from .declaration import refuse
 
     try:
         sae = SaeLens.load_from_disk(folder, device="cpu", dtype="float32")

@@ -225,7 +225,7 @@ def width_in(text: str) -> int | None:
     """The number of latents a path or a release name tells, or None.
 
     Examples:
-        >>> from saefeat.loading.facts import width_in
+        >>> from saefeat.loading.declaration import width_in
         >>> width_in("layer_12/width_65k/average_l0_72"), width_in("topk_width-2pow14")
         (65536, 16384)
     """
