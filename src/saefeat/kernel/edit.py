@@ -147,7 +147,7 @@ def moved(
     scale: Float[Tensor, "*batch _"] | None,
     mask: Bool[Tensor, "*batch 1"] | None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """X + step · directions where the mask holds, x elsewhere, in x's own dtype.
+    """x + step · directions where the mask holds, x elsewhere, in x's own dtype.
 
     The sum is taken in the compute dtype and rounded once; since x converts there and back
     without loss, a zero step still returns x exactly.

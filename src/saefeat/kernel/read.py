@@ -30,7 +30,7 @@ class Norm(Frozen):
 
 
 def lift(x: Float[Tensor, "*batch d"], norm: Norm) -> Float[Tensor, "*batch d"]:
-    """X in the compute dtype, through the site's own norm."""
+    """x in the compute dtype, through the site's own norm."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm.kind is None:
         return x
