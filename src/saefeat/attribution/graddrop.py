@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, SaefeatError
 from ..model.families import FAMILIES, NESTED
-from ..model.modules import family, layer_count
+from ..model.modules import blocks, family, layer_count
 from ..model.sites import Site
 from .backward import Backward, Slopes, plain_slopes
 
@@ -92,7 +92,7 @@ def _dropping(module: nn.Module, signed: bool) -> Iterator[Slopes]:
     drop = _Drop({"closed": -1}, path, layer_count(module), signed)
     kind = getattr(getattr(module, "config", None), "model_type", "")
     with ExitStack() as stack:
-        for layer, block in enumerate(module.get_submodule(path).children()):
+        for layer, block in enumerate(blocks(module)):
             for name in _BRANCHES.get(kind, ("self_attn", "mlp")):
                 hook = partial(_gated, drop.state, layer)
                 stack.callback(getattr(block, name).register_forward_hook(hook).remove)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model.families import FAMILIES
-from ..model.modules import family
+from ..model.modules import blocks, family
 from ..model.sites import Site
 from .backward import Backward, Slopes, plain_slopes
 
@@ -71,7 +71,7 @@ def _linearized(module: nn.Module) -> Iterator[Slopes]:
     norms = [getattr(stem, name) for name in _FINAL if hasattr(stem, name)]
     replaced: list[nn.Module] = []
     with ExitStack() as stack:
-        for block in module.get_submodule(path).children():
+        for block in blocks(module):
             norms += [getattr(block, name) for name in _NORMS if hasattr(block, name)]
             _constant_pattern(stack, block)
             replaced.append(_linear_mlp(stack, block.get_submodule("mlp")))

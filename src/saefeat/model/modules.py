@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -57,9 +57,17 @@ def _example(module: nn.Module) -> str:
     return f"{lists[0]}.1.output" if lists else "model.layers.1.output"
 
 
+def blocks(module: nn.Module) -> nn.ModuleList:
+    """The model's blocks in the order they run.
+
+    A block that stands at two layers counts twice, which `children()` would not do.
+    """
+    return cast("nn.ModuleList", module.get_submodule(family(module)[0]))
+
+
 def layer_count(module: nn.Module) -> int:
-    """How many blocks the model has."""
-    return len(list(module.get_submodule(family(module)[0]).children()))
+    """How many blocks the model runs."""
+    return len(blocks(module))
 
 
 def find(module: nn.Module, site: Site) -> Place:
@@ -71,7 +79,7 @@ def find(module: nn.Module, site: Site) -> Place:
     """
     if site.layer is None:
         return _module_at(module, site)
-    blocks, places = family(module)
+    container, places = family(module)
     layers = layer_count(module)
     if site.layer >= layers:
         raise SiteError(
@@ -85,7 +93,7 @@ def find(module: nn.Module, site: Site) -> Place:
             f" {type(module).__name__} has no such value: its blocks are built otherwise. Try: a"
             " dictionary trained on one of these sites, or a site by its module's path"
         )
-    block = f"{blocks}.{site.layer}"
+    block = f"{container}.{site.layer}"
     name, end, *how = places[site.kind]
     path = f"{block}.{name}" if name else block
     _check_eager(module, path)
