@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 import saefeat as sf
 from helpers import ARCHITECTURES, D_SAE, D, build, make_sae, tensors_for, unit
-from saefeat.kernel.edit import Change, moved
+from saefeat.kernel.edit import Acted, Change, moved
 from saefeat.kernel.encode import encode
-from saefeat.kernel.events import counted
 from saefeat.kernel.frozen import Placed
 from saefeat.kernel.log import Log, State
 from saefeat.kernel.program import visit

@@ -330,7 +330,7 @@ def test_one_step_at_a_time_is_refused(place):
 def test_a_program_says_that_it_cannot_be_sent(architecture):
     ours = sf.load_sae(lens(architecture))
     program = lower(sf.Ablate(ours.latents([3])), build("llama"))
-    local = [a.source.columns.get("local") for a in program.actions if isinstance(a, Read)]
+    local = [a.source.encoder.local for a in program.actions if isinstance(a, Read)]
     assert any(reason and "sae-lens object" in reason for reason in local)
 
 

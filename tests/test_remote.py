@@ -760,7 +760,7 @@ def test_only_the_actions_used_travel(model):
     names = {arg for _, arg, _ in pickletools.genops(raw) if isinstance(arg, str)}
     assert {"Program", "Visit", "Read", "Write", "Change"} <= names
     unused = {"Collect", "Test", "Stash", "Show", "Keep", "Split", "LookingBack", "Reselect"}
-    unused |= {"ChangeByToken", "Where", "Scheduled", "Pinned", "Drawn"}
+    unused |= {"ChangeByRow", "Where", "Scheduled", "Pinned", "Drawn"}
     unused |= {"encode_prefix", "matches", "record", "pulled_back"}
     assert not unused & names
 

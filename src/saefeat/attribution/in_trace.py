@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import GradientError, SaefeatError
 from ..kernel.log import Log
-from ..kernel.trace import generating, inline
+from ..kernel.trace import generating, whole_run
 from ..metrics.evaluator import NOTHING, Pass, References, require_finite
 from ..model.modules import torch_module
 from ..results.receipt import Receipt
@@ -151,7 +151,7 @@ def begin(job: Job, model: TransformersModel, intervention: Intervention | None)
     program, log = lower(intervention or NOTHING, model, way=way), Log()
     # What came before the first site stays in the user's graph.
     program = passes.watched(program, passes.written, Moved(), way, detach=False)
-    inline(model, program, log, None)
+    whole_run(model, program, log, None)
     return Watching(job, passes, log)
 
 
@@ -160,7 +160,7 @@ def _require_a_trace(model: TransformersModel) -> None:
     try:
         inputs = model.inputs  # from here on the model's own gradient mode holds
     except OutOfOrderError:
-        return  # ``inline`` says what to do
+        return  # ``whole_run`` says what to do
     if generating(inputs[1]):
         raise GradientError(
             "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause: generate"

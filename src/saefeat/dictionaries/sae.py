@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import DictionaryError
 from ..files.hashing import digest
-from ..kernel.encode import decode, encode
+from ..kernel.encode import decoder_of, encode
 from ..model.sites import Site
 from .base import require_shape
 from .indices import index_tensor
@@ -189,7 +189,7 @@ class SAE(Dictionary):
         columns = cast(self._whole(), dtype, x.device)
         x = x.to(dtype)
         f, scale = encode(columns, x)
-        out = decode(columns, f, x, scale)
+        out = decoder_of(columns).decode(f, x, scale)
         if "W_skip" in self._weights.names():
             out = out + x @ self._weights.read("W_skip").to(x.device, dtype).T
         return out

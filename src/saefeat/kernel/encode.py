@@ -1,6 +1,8 @@
 """Latents from a site's value, reading only the columns that were selected.
 
-A ``columns`` dictionary holds the selected latents of one dictionary, k of them:
+Dictionaries give plain columns, and ``encoder_of`` makes the typed encoder of them that travels: of
+one activation function and one input norm, so that a request brings no others. A ``columns``
+dictionary holds the selected latents of one dictionary, k of them:
 
 ===============  =============  ==============================================================
 key              shape          meaning
@@ -30,35 +32,214 @@ so encode(a), encode(b), decode(f_a) is silently wrong there. Here it is a retur
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from .frozen import Frozen
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+@runtime_checkable
+class AnyEncoder(Protocol):
+    """Latents of a site's value."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """f [*batch, k] of x [*batch, d_in], and the scale their directions carry, if not 1."""
+        ...
+
+
+class Encoder(Frozen):
+    """Latents whose activation is a function of one linear map."""
+
+    encoder: Tensor  # [d_in, k], or [d_in, d_sae] for topk kinds
+    activation: Any  # one of the classes below
+    norm: Any  # LayerNorm, ConstantNorm or None
+
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch 1"] | None]:
+        z, scale = (x, None) if self.norm is None else self.norm.normalize(x)
+        return self.activation.of(z @ self.encoder), scale
+
+
+class Identity(Frozen):
+    """f = h + bias."""
+
+    bias: Tensor
+
+    def of(self, h: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
+        return h + self.bias
+
+
+class ReLU(Frozen):
+    """f = relu(h + bias)."""
+
+    bias: Tensor
+
+    def of(self, h: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
+        return torch.relu(h + self.bias)
+
+
+class JumpReLU(Frozen):
+    """f = relu(h + bias) where h + bias exceeds the threshold."""
+
+    bias: Tensor
+    threshold: Tensor
+
+    def of(self, h: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
+        h = h + self.bias
+        return torch.relu(h) * (h > self.threshold)
+
+
+class Gated(Frozen):
+    """f = relu(h · gain + bias) where h + gate_bias is positive."""
+
+    bias: Tensor
+    gain: Tensor
+    gate_bias: Tensor
+
+    def of(self, h: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
+        return torch.relu(h * self.gain + self.bias) * (h + self.gate_bias > 0)
+
+
+class TopK(Frozen):
+    """The k largest of all d_sae pre-activations, of which some latents were asked for.
+
+    The support depends on every latent, which is why topk kinds carry all columns.
+    """
+
+    bias: Tensor  # [d_sae]
+    kind: str  # topk or abstopk
+    k: int
+    selected: Tensor
+
+    def of(self, h: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch k"]:
+        return top(self.kind, self.k, h + self.bias)[..., self.selected]
+
+
+def top(kind: str, k: int, h: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    """Keep the k largest pre-activations (by magnitude for abstopk), zero the rest."""
+    if kind == "abstopk":
+        index = h.abs().topk(k, dim=-1, sorted=False).indices
+        return torch.zeros_like(h).scatter(-1, index, h.gather(-1, index))
+    values, index = h.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(h).scatter(-1, index, values.relu())
+
+
+class LayerNorm(Frozen):
+    """x less its mean, over its standard deviation."""
+
+    def normalize(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch 1"]]:
+        """The value an SAE was trained on, and the scale that undoes it."""
+        centered = x - x.mean(dim=-1, keepdim=True)
+        scale = centered.std(dim=-1, keepdim=True)  # unbiased, as sae-lens has it
+        return centered / (scale + 1e-5), scale
+
+
+class ConstantNorm(Frozen):
+    """x with a norm of sqrt(d_in)."""
+
+    def normalize(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch 1"]]:
+        """The value an SAE was trained on, and the scale that undoes it."""
+        scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return x / scale.clamp(min=torch.finfo(x.dtype).tiny), scale  # a zero stays zero
+
+
+class Decoder(Frozen):
+    """The reconstruction from all latents."""
+
+    decoder: Tensor  # [d_sae, d]
+    bias: Tensor
+    centered: bool  # whether the encoder took the mean of x away
+
+    def decode(
+        self,
+        f: Float[Tensor, "*batch d_sae"],
+        x: Float[Tensor, "*batch d"],
+        scale: Float[Tensor, "*batch 1"] | None,
+    ) -> Float[Tensor, "*batch d"]:
+        """x and its scale undo an input normalization."""
+        out = f @ self.decoder + self.bias
+        out = out if scale is None else out * scale
+        return out + x.mean(dim=-1, keepdim=True) if self.centered else out
+
+
+class Error(Frozen):
+    """The error term: one latent that is always 1, and whose direction is the error itself.
+
+    So its scale is [*batch, d], on a direction of ones.
+    """
+
+    inner: Encoder
+    outer: Decoder
+
+    def encode(
+        self, x: Float[Tensor, "*batch d"]
+    ) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch d"]]:
+        f, scale = self.inner.encode(x)
+        return torch.ones_like(x[..., :1]), x - self.outer.decode(f, x, scale)
+
+
+class Called(Frozen):
+    """Latents that a function of somebody else's making gives."""
+
+    function: Callable[[Tensor], Tensor]
+    norm: Any
+    local: str | None = None  # why it cannot be sent to a server
+
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch 1"] | None]:
+        z, scale = (x, None) if self.norm is None else self.norm.normalize(x)
+        return self.function(z), scale
+
+
+NORMS = {"none": None, "layer_norm": LayerNorm(), "constant_norm_rescale": ConstantNorm()}
+
+
+def encoder_of(columns: dict[str, Any]) -> AnyEncoder:
+    """The encoder of a dictionary's columns."""
+    kind, norm = columns["activation"], NORMS[columns["norm"]]
+    if not isinstance(kind, str):
+        return Called(function=kind, norm=norm, local=columns.get("local"))
+    inner = columns["inner"] if kind == "error" else kind
+    bias = columns["bias"]
+    if inner in ("topk", "abstopk"):
+        activation = TopK(bias=bias, kind=inner, k=columns["k"], selected=columns["selected"])
+    elif inner == "gated":
+        activation = Gated(bias=bias, gain=columns["gain"], gate_bias=columns["gate_bias"])
+    elif inner == "jumprelu":
+        activation = JumpReLU(bias=bias, threshold=columns["threshold"])
+    else:
+        activation = (Identity if inner == "identity" else ReLU)(bias=bias)
+    encoder = Encoder(encoder=columns["encoder"], activation=activation, norm=norm)
+    return Error(inner=encoder, outer=decoder_of(columns)) if kind == "error" else encoder
+
+
+def decoder_of(columns: dict[str, Any]) -> Decoder:
+    """The decoder of all of a dictionary's columns."""
+    centered = columns["norm"] == "layer_norm" or columns.get("centered", False)
+    return Decoder(decoder=columns["decoder"], bias=columns["decoder_bias"], centered=centered)
+
+
 def encode(
     columns: dict[str, Any], x: Float[Tensor, "*batch d_in"]
 ) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch _"] | None]:
-    """Activations of the selected latents, and the scale their directions carry.
-
-    The error term is one latent that is always 1 and whose direction is the error itself, so its
-    scale is [*batch, d_in] on a direction of ones.
+    """Activations of the selected latents, and the scale their directions carry, if not 1.
 
     ``x`` must already be in the compute dtype (float32, or float64 for float64 models):
-    a bfloat16 encode flips active latents. The scale is None where directions are constant.
+    a bfloat16 encode flips active latents.
     """
-    own = columns["activation"]
-    z, scale = normalize(columns["norm"], x)
-    if not isinstance(own, str):  # a dictionary of somebody else's making
-        return own(z), scale
-    h = z @ columns["encoder"]  # [*batch, k], or [*batch, d_sae] for topk kinds
-    if columns["activation"] == "error":
-        f = activate({**columns, "activation": columns["inner"]}, h)
-        return torch.ones_like(x[..., :1]), x - decode(columns, f, x, scale)
-    return activate(columns, h), scale
+    return encoder_of(columns).encode(x)
 
 
 def scored(scorer: Any, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t 1"]:
@@ -73,61 +254,6 @@ def scored(scorer: Any, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t 1"]:
             " one, or a mean over tokens. Try: lambda x: probe(x).squeeze(-1)."
         )
     return score.to(x.dtype).unsqueeze(-1)
-
-
-def decode(
-    columns: dict[str, Any],
-    f: Float[Tensor, "*batch k"],
-    x: Float[Tensor, "*batch d_in"],
-    scale: Float[Tensor, "*batch 1"] | None,
-) -> Float[Tensor, "*batch d_out"]:
-    """The reconstruction from all latents; x and its scale undo an input normalization."""
-    out = f @ columns["decoder"] + columns["decoder_bias"]
-    out = out if scale is None else out * scale
-    mean_out = columns["norm"] == "layer_norm" or columns.get("centered", False)
-    return out + x.mean(dim=-1, keepdim=True) if mean_out else out
-
-
-def normalize(
-    norm: str, x: Float[Tensor, "*batch d_in"]
-) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch 1"] | None]:
-    """The input normalization an SAE was trained with, and the scale that undoes it."""
-    if norm == "none":
-        return x, None
-    if norm == "constant_norm_rescale":
-        scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5  # [*batch, 1]
-        return x / scale.clamp(min=torch.finfo(x.dtype).tiny), scale  # a zero stays zero
-    centered = x - x.mean(dim=-1, keepdim=True)
-    scale = centered.std(dim=-1, keepdim=True)  # unbiased, as sae-lens has it
-    return centered / (scale + 1e-5), scale
-
-
-def activate(columns: dict[str, Any], h: Float[Tensor, "*batch h"]) -> Float[Tensor, "*batch k"]:
-    """The activation function, on pre-activations without their bias."""
-    kind = columns["activation"]
-    if kind == "gated":
-        open_gate = h + columns["gate_bias"] > 0
-        return torch.relu(h * columns["gain"] + columns["bias"]) * open_gate
-    h = h + columns["bias"]
-    if kind == "identity":
-        return h
-    if kind == "relu":
-        return torch.relu(h)
-    if kind == "jumprelu":
-        return torch.relu(h) * (h > columns["threshold"])
-    return top(kind, columns["k"], h)[..., columns["selected"]]
-
-
-def top(kind: str, k: int, h: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-    """Keep the k largest pre-activations (by magnitude for abstopk), zero the rest.
-
-    The support depends on every latent, which is why topk kinds carry all columns.
-    """
-    if kind == "abstopk":
-        index = h.abs().topk(k, dim=-1, sorted=False).indices
-        return torch.zeros_like(h).scatter(-1, index, h.gather(-1, index))
-    values, index = h.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(h).scatter(-1, index, values.relu())
 
 
 def picked(own: Any, indices: Tensor, x: Float[Tensor, "*batch d_in"]) -> Tensor:

@@ -15,43 +15,37 @@ from torch import Tensor
 from .frozen import Frozen
 from .log import Log
 from .program import Program
-from .trace import inline
+from .trace import whole_run
 from .view import Memory, View
 
 
 def applied(
     program: Program, model: Any, *, step: int | None = None, repository: str | None = None
 ) -> dict[str, Any]:
-    """What an intervention is on a server: its program, called with the model inside a block.
-
-    Only what needs no memory from pass to pass may be applied pass by pass with ``step``.
-    ``repository`` is that of the model the program was made for.
-    """
+    """What an intervention is on a server: its program, called with the model inside a block."""
     traced = getattr(model, "repo_id", None)
-    if traced != repository:
+    if traced != repository:  # of the model that the program was made for
         raise RuntimeError(
             f"saefeat: an intervention is bound to the model {repository}, and applied to {traced}."
             " Try: intervention.bind(model) with the model that the block traces."
         )
-    if step is not None and program.remembers:
+    if step is not None and program.beams is not None:
         raise RuntimeError(
             "saefeat: `step` is given for an intervention with a held condition or a chat role,"
             " which look back over the whole sequence. Try: call it without step, once, before any"
             " loop."
         )
     log = Log()
-    inline(model, program, log, step)
+    whole_run(model, program, log, step=step)
     return pack(log)
 
 
+# What a packed log holds: ``passes``; ``readings``, the selected tokens' values [n, k] by number,
+# and ``masks`` [b, s] which they were taken by; ``fired``, counts [passes, 3] of each edit, and
+# ``events``, the changes it made in each pass whose values were kept; ``view``, the last column's
+# position.
 def pack(log: Log) -> dict[str, Any]:
-    """The log as plain data, without what its readers do not need.
-
-    Returns:
-        ``passes``; ``readings``, the selected tokens' values [n, k] by number, and ``masks`` [b, s]
-        which they were taken by; ``fired``, counts [passes, 3] of each edit, and ``events``, the
-        changes it made in each pass whose values were kept; ``view``, the last column's position.
-    """
+    """The log as plain data, without what its readers do not need."""
     masks = {number: torch.cat(parts, 1) for number, parts in log.masks.items()}
     readings = {n: torch.cat(log.readings[n], 1)[mask > 0].clone() for n, mask in masks.items()}
     fired, events = {}, {}

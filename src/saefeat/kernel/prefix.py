@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .encode import encode
+from .encode import AnyEncoder
 from .view import View
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def encode_prefix(
-    columns: dict[str, Any], x: Float[Tensor, "b t d"], view: View, key: Any
+    encoder: AnyEncoder, x: Float[Tensor, "b t d"], view: View, key: Any
 ) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
-    """What ``encode`` gives for each row's newest tokens, seen after all of its earlier ones.
+    """What the encoder gives for each row's newest tokens, seen after all of its earlier ones.
 
     Padding gets zeros. ``key`` names the action in the memory.
     """
@@ -31,7 +31,7 @@ def encode_prefix(
     found, scales = [], []
     for row in range(len(x)):
         own = values[row][shown[row]]  # [n, d]: this row's tokens, without padding
-        f, scale = encode(columns, own.unsqueeze(0))
+        f, scale = encoder.encode(own.unsqueeze(0))
         found.append(newest(f[0], view.shown[row]))
         scales.append(None if scale is None else newest(scale[0], view.shown[row]))
     return torch.stack(found), None if scales[0] is None else torch.stack(scales)  # type: ignore[arg-type]

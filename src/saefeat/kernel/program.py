@@ -6,14 +6,15 @@ added: at the same visit for an SAE, at a later one for a transcoder.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from .beams import Beams
 from .frozen import Frozen, Placed
 from .log import State
-from .view import Ends
+from .view import Ends, Memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,37 +30,66 @@ class Action(Protocol):
 
 
 class Visit(Frozen):
-    """What is done at one place.
+    """What is done with the output of a module."""
 
-    Attributes:
-        path: the module.
-        end: its input or output.
-        order: sorts visits as a forward pass reaches them.
-        actions: in order.
-    """
-
-    path: str
-    end: str
-    order: tuple[int, int, int, str]
+    path: str  # the module
+    order: tuple[int, int, int, str]  # sorts visits as a forward pass reaches them
     actions: tuple[Action, ...]
+    end: ClassVar[str] = "output"
+
+    def arrive(self, envoy: Any, cache: Any, memory: Memory, first: bool) -> Any:
+        """What the module gives: a tensor, or a tuple that begins with it."""
+        return envoy.output
+
+    def leave(self, envoy: Any, value: Any) -> None:
+        """Put another value in its place."""
+        envoy.output = value
+
+
+class InputVisit(Visit):
+    """What is done with the first thing that a module is given."""
+
+    end: ClassVar[str] = "input"
+
+    def arrive(self, envoy: Any, cache: Any, memory: Memory, first: bool) -> Any:
+        """What the module is given first; ``cache`` is what the model was given."""
+        # Beside it may stand the key-value cache. It is another object than the model's own where
+        # the block runs in a process of its own; then this module fills a copy of it.
+        args, kwargs = envoy.inputs
+        own = kwargs.get("past_key_values")
+        copied = own is not None and type(own) is type(cache) and own is not cache
+        if memory.copied or (copied and not first):
+            raise RuntimeError(
+                f"saefeat: the input of {envoy.path} is read in a generation, on a server that runs"
+                " blocks apart from the model and gives them copies. The module goes on with a copy"
+                " of the key-value cache, so later tokens would not see this one. Likely cause: an"
+                " ordinary key, and a site such as resid_pre.0 or a path that ends in .input. Try:"
+                " one forward pass, without new tokens; another site; or a trusted key."
+            )
+        memory.copied = memory.copied or copied  # harmless if no pass follows
+        return args[0] if args else next(iter(kwargs.values()))
+
+    def leave(self, envoy: Any, value: Any) -> None:
+        """Put another value in its place."""
+        envoy.input = value
+
+
+def visit_at(
+    path: str, end: str, order: tuple[int, int, int, str], actions: tuple[Action, ...]
+) -> Visit:
+    """The visit of a module's input or output."""
+    kind = InputVisit if end == "input" else Visit
+    return kind(path=path, order=order, actions=actions)
 
 
 class Program(Frozen):
-    """An intervention, lowered for one model.
+    """An intervention, lowered for one model."""
 
-    Attributes:
-        visits: in the order a forward pass reaches them.
-        ends: how the model ends a row.
-        remembers: whether an action looks back over its row, so that beams must be followed.
-        embedding: the module that embeds tokens, where a server reads the tokens of later passes.
-        placed: the actions' tensors where runs have needed them.
-    """
-
-    visits: tuple[Visit, ...]
-    ends: Ends | None
-    remembers: bool
-    placed: Placed
-    embedding: str | None = None
+    visits: tuple[Visit, ...]  # in the order a forward pass reaches them
+    ends: Ends | None  # how the model ends a row
+    beams: Beams | None  # given if an action looks back over its row
+    placed: Placed  # the actions' tensors where runs have needed them
+    embedding: str | None = None  # the module that embeds tokens, if later passes are read there
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -70,13 +100,9 @@ class Program(Frozen):
 def visit(
     actions: tuple[Action, ...], x: Float[Tensor, "*batch d"], state: State
 ) -> Float[Tensor, "*batch d"]:
-    """Apply a visit's actions to the value x of its place; return the value to leave behind.
-
-    The same object x comes back when nothing was written, so that the caller need not write either.
-
-    Under autocast, as some servers run blocks, a product of float32 would be one of bfloat16: other
-    latents would fire. So it is switched off here; the meta device, for one, knows nothing of it.
-    """
+    """Apply a visit's actions to the value x of its place; return the value to leave behind."""
+    # Under autocast, as some servers run blocks, a product of float32 would be one of bfloat16:
+    # other latents would fire. Not every device knows of it; the meta device does not.
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
@@ -84,19 +110,16 @@ def visit(
     new = before = by_token(x, *state.view.real.shape)
     for action in actions:
         new = action.apply(new, state)
-    return x if new is before else new.reshape(x.shape)
+    return x if new is before else new.reshape(x.shape)  # x itself need not be written back
 
 
 def by_token(x: Float[Tensor, "*batch d"], rows: int, tokens: int) -> Float[Tensor, "b t d"]:
-    """The value with a row for each sequence: some modules are given all tokens in one row.
-
-    A value of fewer tokens than the pass has would broadcast against their mask.
-    """
+    """The value with a row for each sequence: some modules are given all tokens in one row."""
     if x.ndim == 3 and tuple(x.shape[:2]) == (rows, tokens):
         return x
     if x.ndim == 2 and x.shape[0] == rows * tokens:
         return x.reshape(rows, tokens, -1)
-    raise ValueError(
+    raise ValueError(  # fewer tokens than the pass has would broadcast against their mask
         f"saefeat: a site's value is of shape {tuple(x.shape)}, and this pass has {rows} rows of"
         f" {tokens} tokens. Likely cause: a module that sees only part of them, as the unembedding"
         " does in generate, or that is given all invokes' tokens in one row. Try: the input or"

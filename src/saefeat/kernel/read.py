@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .encode import encode
+from .encode import AnyEncoder
 from .frozen import Frozen
 from .log import Log, State
 from .prefix import encode_prefix
@@ -18,14 +18,9 @@ if TYPE_CHECKING:
 
 
 class Norm(Frozen):
-    """A norm without its weight, where a site is such a value: TransformerLens's ln2.
+    """A norm without its weight, where a site is such a value: TransformerLens's ln2."""
 
-    Attributes:
-        kind: ``rms``, ``layer``, or None for the value as it is.
-        eps: the norm's epsilon.
-    """
-
-    kind: str | None = None
+    kind: str | None = None  # rms, layer, or None for the value as it is
     eps: float = 0.0
 
 
@@ -40,55 +35,39 @@ def lift(x: Float[Tensor, "*batch d"], norm: Norm) -> Float[Tensor, "*batch d"]:
 
 
 class Source(Frozen):
-    """Latents and where they are read.
+    """Latents and where they are read."""
 
-    Attributes:
-        columns: see ``encode``.
-        norm: the site's.
-        plus: the block whose input is added to the value.
-    """
-
-    columns: dict[str, Any]
-    norm: Norm
-    plus: str | None
+    encoder: AnyEncoder
+    norm: Norm  # the site's
+    plus: str | None  # the block whose input is added to the value
 
     def latents(
         self, x: Float[Tensor, "b t d"], state: State
     ) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
         """Their activations, and the scale of their directions."""
         value = lift(state.whole(x, self.plus), self.norm)
-        return encode(state.place(self.columns, x), value)
+        return state.placed.at(self.encoder, x).encode(value)
 
 
 class LookingBack(Source):
-    """Latents that depend on every token before theirs.
+    """Latents that depend on every token before theirs."""
 
-    Attributes:
-        key: by which they find what they remember across passes.
-    """
-
-    key: int
+    key: int  # by which they find what they remember across passes
 
     def latents(
         self, x: Float[Tensor, "b t d"], state: State
     ) -> tuple[Float[Tensor, "b t k"], Float[Tensor, "b t _"] | None]:
         """Their activations, and the scale of their directions."""
         value = lift(state.whole(x, self.plus), self.norm)
-        return encode_prefix(state.place(self.columns, x), value, state.view, self.key)
+        return encode_prefix(state.placed.at(self.encoder, x), value, state.view, self.key)
 
 
 class Read(Frozen):
-    """Encode latents and hold them.
+    """Encode latents and hold them."""
 
-    Attributes:
-        number: of the dictionary in the program, by which a write or a log finds them.
-        source: which latents, and where.
-        tokens: which of them count.
-    """
-
-    number: int
-    source: Source
-    tokens: Everywhere | Where
+    number: int  # of the dictionary in the program, by which a write or a log finds them
+    source: Source  # which latents, and where
+    tokens: Everywhere | Where  # which of them count
 
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         f, scale = self.source.latents(x, state)
@@ -99,22 +78,16 @@ class Read(Frozen):
 class Test(Frozen):
     """Hold where a condition is met: any or all of its latents within bounds, at a real token.
 
-    A condition may read several dictionaries, one test each. With ``hold`` it stays met for the
-    rest of the sequence, later passes included, once all of its tests have been made.
-
-    Attributes:
-        name: of the condition.
-        every: whether all latents must be within the bounds.
-        of: how many tests the condition has.
+    A condition may read several dictionaries, one test each.
     """
 
-    name: str
+    name: str  # of the condition
     source: Source
     above: float | None
     below: float | None
-    every: bool
-    hold: bool
-    of: int
+    every: bool  # whether all latents must be within the bounds
+    hold: bool  # whether it stays met for the rest of the sequence, later passes included
+    of: int  # how many tests the condition has
 
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         f = self.source.latents(x, state)[0].detach()
@@ -144,14 +117,10 @@ class Collect(Frozen):
 
     A reduced reading is one tensor [b, 1, k] (for ``mean`` also a count) however long the run, so
     that reading all latents of a dictionary does not need [b, t, d_sae] of memory.
-
-    Attributes:
-        number: of the dictionary.
-        reduce: max, mean or last over the selected tokens; None keeps every token.
     """
 
-    number: int
-    reduce: str | None
+    number: int  # of the dictionary
+    reduce: str | None  # max, mean or last over the selected tokens; None keeps every token
 
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         if state.log is not None:

@@ -6,7 +6,7 @@ on padding, on the batch, or on how many tokens a pass shows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,15 +31,10 @@ class ByToken(Protocol):
 
 
 class Scheduled(Frozen):
-    """By generated token, the first at step 0; the last value is held on.
+    """By generated token, the first at step 0; the last value is held on."""
 
-    Attributes:
-        values: [steps, k or 1].
-        prompt: [k or 1], before them.
-    """
-
-    values: Tensor
-    prompt: Tensor
+    values: Tensor  # [steps, k or 1]
+    prompt: Tensor  # [k or 1], before them
 
     def at(self, view: View, device: torch.device) -> tuple[Float[Tensor, "b t _"], None]:
         whole_prompt(view)
@@ -49,17 +44,11 @@ class Scheduled(Frozen):
 
 
 class Pinned(Frozen):
-    """What another run of the same prompts gave at the same position.
+    """What another run of the same prompts gave at the same position."""
 
-    Attributes:
-        values: [b, s, k].
-        known: [b, s, k], where it gave anything.
-        starts: [b, 1], the column of each prompt's first token.
-    """
-
-    values: Tensor
-    known: Tensor
-    starts: Tensor
+    values: Tensor  # [b, s, k]
+    known: Tensor  # [b, s, k], where it gave anything
+    starts: Tensor  # [b, 1], the column of each prompt's first token
 
     def at(
         self, view: View, device: torch.device
@@ -73,17 +62,11 @@ class Pinned(Frozen):
 
 
 class Drawn(Frozen):
-    """Rows drawn from data: the same for a (seed, prompt, position) whenever it is asked.
+    """Rows drawn from data: the same for a (seed, prompt, position) whenever it is asked."""
 
-    Attributes:
-        values: [n, k] to draw rows from.
-        seed: of the draw.
-        first: the number of the batch's first prompt in the data set.
-    """
-
-    values: Tensor
-    seed: int
-    first: int
+    values: Tensor  # [n, k] to draw rows from
+    seed: int  # of the draw
+    first: int  # the number of the batch's first prompt in the data set
 
     def at(self, view: View, device: torch.device) -> tuple[Float[Tensor, "b t k"], None]:
         position = view.position.to(device)
@@ -101,14 +84,3 @@ def mixed(word: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     word = ((word ^ (word >> 16)) * 0x21F0AAAD) & WORD
     word = ((word ^ (word >> 15)) * 0x735A2D97) & WORD
     return word ^ (word >> 15)
-
-
-def require_batch(values: dict[str, Any], rows: int) -> None:
-    """Values made for other prompts would broadcast into other rows without a word."""
-    for name, value in values.items():
-        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] != rows:
-            raise ValueError(
-                f"saefeat: `{name}` holds values for {value.shape[0]} prompts, and the batch has"
-                f" {rows}. Likely cause: the prompts were filtered or split after the values were"
-                " made. Try: run, which splits both together."
-            )

@@ -39,34 +39,23 @@ class Show(Frozen):
 
 
 class Keep(Frozen):
-    """Keep the site's value for attribution, move it, and let a gradient be taken there.
+    """Keep the site's value for attribution, move it, and let a gradient be taken there."""
 
-    Attributes:
-        number: of the place.
-        plus: the block whose input is added to the value.
-        before: whether the value is kept as one that edits have not reached yet.
-        target: what the site's value becomes, to the bit, while gradients pass as if a constant had
-            been added.
-        share: [b, 1, 1], how much of the way there it goes from where this pass has it.
-        gradient: whether the value returned is a node of the graph, which the metric can be
-            differentiated at.
-        first: whether the graph starts here: nothing before is differentiated, and frozen models
-            work.
-        through: replaces how gradients pass backward from here, given the value of the place
-            ``source``.
-        copy: whether a copy is kept.
-    """
-
-    number: int
-    plus: str | None = None
-    before: bool = False
+    number: int  # of the place
+    plus: str | None = None  # the block whose input is added to the value
+    before: bool = False  # whether the value is kept as one that edits have not reached yet
+    # What the site's value becomes, to the bit, while gradients pass as if a constant had been
+    # added; and [b, 1, 1], how much of the way there it goes from where this pass has it.
     target: Tensor | None = None
     share: Tensor | None = None
+    # Whether the value returned is a node of the graph, which the metric can be differentiated at;
+    # and whether the graph starts here: nothing before is differentiated, and frozen models work.
     gradient: bool = False
     first: bool = False
+    # Replaces how gradients pass backward from here, given the value of the place ``source``.
     through: Callable[[Tensor, Tensor | None], Tensor] | None = None
     source: int | None = None
-    copy: bool = True
+    copy: bool = True  # whether a copy is kept
 
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         if state.log is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Dictionary
-from ..kernel.encode import normalize
+from ..kernel.encode import NORMS
 from ..model.sites import Site
 from .declaration import Facts, Origin, declared_by, no_site
 
@@ -83,7 +83,8 @@ class Whole(Dictionary):
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = x.to(dtype)
         mean = x.mean(-1, keepdim=True) if self.centered else 0.0
-        z, scale = normalize(self.norm, x - mean)
+        norm = NORMS[self.norm]
+        z, scale = (x - mean, None) if norm is None else norm.normalize(x - mean)
         with torch.no_grad():
             out = self._rebuilt(z.to(self._sae.W_dec.device)).to(x.device, dtype)
         out = out if scale is None else out * scale

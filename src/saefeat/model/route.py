@@ -85,7 +85,7 @@ class Route:
                 " which only a LayerNorm does not see. Try: an SAE trained on this model as it is"
             )
 
-    def writable(self, site: Site, where: str) -> Place:
+    def writable(self, site: Site, where: object) -> Place:
         """Where directions are added, and where gradients along them are taken.
 
         Raises:

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..errors import RemoteError
 from ..generation.decode import Decode
 from ..generation.decoding import Decoding, decoding
+from ..kernel.edit import MOST_LATENTS, Write
 from ..kernel.program import Program
-from ..kernel.write import MOST_LATENTS, Write
 from ..model.modules import torch_module
 from ..shipping.narrow import narrowed
 from ..shipping.payload import (

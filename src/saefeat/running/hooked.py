@@ -18,7 +18,7 @@ from ..errors import FiringError, ModelError
 from ..kernel.log import Log, State
 from ..kernel.program import Program, Visit, visit
 from ..kernel.trace import generating
-from ..kernel.view import Memory, follow_rows, past_length, require_sequential, window
+from ..kernel.view import Memory, past_length, require_sequential, window
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
 from ..verbs.base import Intervention
@@ -98,8 +98,8 @@ class _Hooks:
         if self.memory is None or not _continues(self.memory, past, shape, ids, kwargs):
             self.memory = Memory()
         view = window(ids, mask, shape, past, self.memory, self.program.ends)
-        if self.program.remembers:
-            follow_rows(cache, self.memory)
+        if self.program.beams is not None:
+            self.program.beams.follow(cache, self.memory)
         self.state = State(view, self.log, self.program.placed)
         self.left = {(stop.path, stop.end) for stop in self.program.visits}
         self.log.view = view

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RemoteError
+from ..kernel.encode import AnyEncoder, Called
 from ..kernel.frozen import Placed, mapped
 from ..kernel.program import Program
 from ..kernel.read import Read, Test
@@ -26,7 +27,7 @@ def narrowed(program: Program, dtype: torch.dtype | None = None) -> Program:
     require_floating(dtype)
     for action in program.actions:
         if isinstance(action, Read | Test):
-            require_sendable(action.source.columns)
+            require_sendable(action.source.encoder)
 
     def lean(name: str, tensor: Tensor) -> Tensor:
         return narrow(tensor, dtype) if name in MATRICES else tensor
@@ -80,15 +81,15 @@ def require_floating(dtype: Any) -> None:
     )
 
 
-def require_sendable(tensors: dict[str, Any]) -> None:
+def require_sendable(encoder: AnyEncoder) -> None:
     """Refuse a dictionary that is encoded by an object that stays here.
 
     Raises:
         RemoteError: saying which.
     """
-    if tensors.get("local"):
+    if isinstance(encoder, Called) and encoder.local:
         raise RemoteError(
-            f"run: `remote` is given, and {tensors['local']}, wanted dictionaries made of tensors,"
+            f"run: `remote` is given, and {encoder.local}, wanted dictionaries made of tensors,"
             " or of plain torch functions. Likely cause: a matching pursuit or temporal SAE, which"
             " needs its own code. Try: run(...) without remote, or an SAE of another architecture"
         )

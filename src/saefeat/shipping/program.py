@@ -68,7 +68,7 @@ def shipped(program: Program, model: TransformersModel) -> Program:
         RemoteError: for what no server can run.
     """
     program = narrowed(program)
-    if not program.remembers:  # what does must follow beams, which only the cache tells of
+    if program.beams is None:  # what does must follow beams, which only the cache tells of
         program = program.replace(embedding=embedding(model))
     require_known_functions("intervention(model)", program, model)
     parts = parts_of(program)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..kernel.program import Visit
+from ..kernel.program import Visit, visit_at
 from ..model.families import FAMILIES, NESTED
 
 BLOCKS = {*NESTED.values(), *(blocks for blocks, _ in FAMILIES.values())}
@@ -24,7 +24,7 @@ def upstream(visits: Iterable[Visit]) -> list[Visit]:
         if last is not None and (last.path, last.end) == (path, end):
             merged[-1] = last.replace(actions=last.actions + visit.actions)
         else:
-            merged.append(visit.replace(path=path, end=end))
+            merged.append(visit_at(path, end, visit.order, visit.actions))
     return merged
 
 

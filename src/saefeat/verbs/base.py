@@ -14,7 +14,7 @@ from ..dictionaries.latents import Latents
 from ..errors import FiringError, LatentError, RemoteError
 from ..kernel.log import Log
 from ..kernel.pack import unpack
-from ..kernel.trace import inline
+from ..kernel.trace import whole_run
 from ..model.requests import in_requests
 from ..results.events import record_events
 from ..results.readings import Readings, join_time
@@ -67,7 +67,7 @@ class Intervention(ABC):
         if step is not None:
             require_memoryless(self)
         log = Log()
-        inline(model, lower(self, model), log, step)
+        whole_run(model, lower(self, model), log, step=step)
         return log
 
     def bind(self, model: TransformersModel) -> Self:

@@ -22,7 +22,7 @@ from ..dictionaries.indices import index_tensor
 from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import ErrorTerm
 from ..errors import LatentError
-from ..kernel.edit import AnyChange, Change, ChangeByToken, Reselect
+from ..kernel.edit import AnyChange, Change, ChangeByRow, Reselect
 from ..model.sites import Site
 
 OPEN = {"topk": "relu", "abstopk": "identity"}
@@ -40,7 +40,7 @@ class Form(NamedTuple):
     directions: Tensor
     top: tuple[str, int, Tensor] | None = None
 
-    def changed(self, change: Change | ChangeByToken) -> AnyChange:
+    def changed(self, change: Change | ChangeByRow) -> AnyChange:
         """The change as it is written: with a selection of the k largest, if there is one."""
         if self.top is None:
             return change

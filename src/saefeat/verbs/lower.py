@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, ModelError, SiteError
-from ..kernel.encode import scored
+from ..kernel.beams import Beams
+from ..kernel.edit import Write
+from ..kernel.encode import encoder_of, scored
 from ..kernel.frozen import Placed
 from ..kernel.program import Program
 from ..kernel.read import Collect, LookingBack, Norm, Read, Source, Test
 from ..kernel.tokens import Everywhere, Where, reads_turns
 from ..kernel.view import Ends
-from ..kernel.write import Write
 from ..model.modules import check_ready, torch_module
 from ..model.route import Route, route
 from ..model.sites import Place, Site
@@ -77,7 +78,7 @@ def lower(
     return Program(
         visits=builder.visits.ordered(),
         ends=_ends(builder.module),
-        remembers=builder.remembers,
+        beams=Beams() if builder.remembers else None,
         placed=Placed(),
     )
 
@@ -216,7 +217,7 @@ class _Builder:
                 " the read site. Likely cause: read and write sites swapped, or of different"
                 ' layers. Try: load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")'
             )
-        return self.route.writable(dictionary.write_site, repr(step))
+        return self.route.writable(dictionary.write_site, step)
 
     def condition(self, step: StepBase, number: int) -> None:
         """Test actions for a step's condition, after its reads and before it writes anything."""
@@ -258,8 +259,8 @@ class _Builder:
         place = self.route.places[site]
         if place.plus is not None:
             self.visits.stash(place.plus, self.route.starts[place.plus])
-        norm = Norm(kind=place.transform, eps=place.eps)
+        norm, encoder = Norm(kind=place.transform, eps=place.eps), encoder_of(columns)
         if not columns.get("prefix"):
-            return Source(columns=columns, norm=norm, plus=place.plus)
+            return Source(encoder=encoder, norm=norm, plus=place.plus)
         self.remembers, self._reads = True, self._reads + 1
-        return LookingBack(columns=columns, norm=norm, plus=place.plus, key=self._reads)
+        return LookingBack(encoder=encoder, norm=norm, plus=place.plus, key=self._reads)

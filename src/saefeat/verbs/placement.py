@@ -22,7 +22,7 @@ def beside(programs: Sequence[Program], rows: int) -> Program:
     split = [v.replace(actions=(Split(parts=tuple(parts[key])),)) for key, v in visits.items()]
     return programs[0].replace(
         visits=tuple(sorted(split, key=lambda visit: visit.order)),
-        remembers=any(program.remembers for program in programs),
+        beams=next((program.beams for program in programs if program.beams is not None), None),
     )
 
 

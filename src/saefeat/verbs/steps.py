@@ -43,7 +43,7 @@ class Change(NamedTuple):
 
     def take(
         self, latents: Latents, span: slice, rows: slice | Tensor
-    ) -> edit.Change | edit.ChangeByToken:
+    ) -> edit.Change | edit.ChangeByRow:
         """The kernel's form for some latents and some prompts, in storage of its own."""
         numbers: dict[str, Any] = {"active_only": self.active_only}
         for name, value in zip(("scale", "shift", "low", "high"), self[:4], strict=True):
@@ -51,19 +51,23 @@ class Change(NamedTuple):
                 numbers[name] = value.plain(latents, span, rows)
             else:
                 numbers[name] = _cut(value, span, rows) if isinstance(value, Tensor) else value
-        varying = any(isinstance(value, Value) for value in self[:4])
-        return edit.ChangeByToken(**numbers) if varying else edit.Change(**numbers)
+        varying = any(isinstance(value, Value) or _by_prompt(value) for value in self[:4])
+        return (edit.ChangeByRow if varying else edit.Change)(**numbers)
 
     def prompts(self) -> int | None:
         """How many prompts the values are for, or None if they fit any."""
         sizes = [v.prompts() for v in self if isinstance(v, Value)]
-        sizes += [v.shape[0] for v in self if isinstance(v, Tensor) and v.ndim == 2]
+        sizes += [v.shape[0] for v in self if isinstance(v, Tensor) and _by_prompt(v)]
         return next((size for size in sizes if size is not None), None)
 
     def numbered(self) -> bool:
         """Whether values depend on the prompt's number, so that each batch has its own program."""
         own = any(isinstance(v, Value) and v.numbered for v in self)
         return own or self.prompts() is not None
+
+
+def _by_prompt(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def _cut(value: Tensor, span: slice, rows: slice | Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..kernel.program import Action, Visit
+from ..kernel.program import Action, Visit, visit_at
 from ..kernel.watch import Stash
 from ..model.sites import Order, Place
 
@@ -32,18 +32,17 @@ class Visits:
     def stash(self, block: str, order: Order) -> None:
         """Keep a block's input until its attention's output is there, for resid_mid."""
         there = self._actions.get((block, "input"), ())
-        if not any(isinstance(action, Stash) for action in there):
+        if not any(map(_stashes, there)):
             self.add(Place(block, "input"), order, Stash(name=block))
 
     def ordered(self) -> tuple[Visit, ...]:
         """As a forward pass reaches them; stashing comes last: what is kept is what edits left."""
         visits = [
-            Visit(
-                path=path,
-                end=end,
-                order=self._orders[path, end],
-                actions=tuple(sorted(actions, key=lambda action: isinstance(action, Stash))),
-            )
-            for (path, end), actions in self._actions.items()
+            visit_at(*key, self._orders[key], tuple(sorted(actions, key=_stashes)))
+            for key, actions in self._actions.items()
         ]
         return tuple(sorted(visits, key=lambda visit: visit.order))
+
+
+def _stashes(action: Action) -> bool:
+    return isinstance(action, Stash)
