@@ -38,8 +38,8 @@ MUTANTS = {
         failure("topk_read_as_relu"),
     ),
     "one layer on": Mutant(
-        '{blocks}.{site.layer}"',
-        '{blocks}.{(site.layer + 1) % layers}"',
+        '{container}.{site.layer}"',
+        '{container}.{(site.layer + 1) % layers}"',
         failure("sae_of_another_layer"),
     ),
     "mask dropped": Mutant(
