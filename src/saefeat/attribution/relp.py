@@ -71,7 +71,8 @@ def _linearized(module: nn.Module) -> Iterator[Slopes]:
     norms = [getattr(stem, name) for name in _FINAL if hasattr(stem, name)]
     replaced: list[nn.Module] = []
     with ExitStack() as stack:
-        for block in blocks(module):
+        # once each: a second pair of hooks on a norm would take the gradient away altogether
+        for block in dict.fromkeys(blocks(module)):
             norms += [getattr(block, name) for name in _NORMS if hasattr(block, name)]
             _constant_pattern(stack, block)
             replaced.append(_linear_mlp(stack, block.get_submodule("mlp")))
