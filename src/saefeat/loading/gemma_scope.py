@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..dictionaries.npz import Npz
-from ..dictionaries.weights import Mapped, OnDisk, View, Weights
+from ..dictionaries.weights import Mapped, Npz, OnDisk, View, Weights
 from .declaration import Facts, Source, l0_in, refuse, width_in
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
