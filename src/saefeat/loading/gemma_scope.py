@@ -35,7 +35,7 @@ _SECOND = {
 
 
 def found(folder: Path) -> bool:
-    """Whether the folder has this layout: params.npz or params.safetensors."""
+    """Whether these are its files."""
     return (folder / NPZ).is_file() or (folder / SAFETENSORS).is_file()
 
 
@@ -65,6 +65,11 @@ def hooks(path: str) -> tuple[str | None, str | None]:
 def facts(source: Source) -> Facts:
     """What the path declares."""
     hook, hook_out = hooks(source.path)
+    model = None
+    # gemma-scope-2b-pt is of gemma-2-2b, gemma-scope-2-1b-it of gemma-3-1b-it.
+    if named := re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)", source.path):
+        chat = "-it" if named[3] == "it" else "-pt" if named[1] else ""
+        model = f"gemma-{3 if named[1] else 2}-{named[2]}{chat}"
     return Facts(
         layout="gemma_scope",
         hook=hook,
@@ -72,38 +77,21 @@ def facts(source: Source) -> Facts:
         architecture="jumprelu_transcoder" if hook_out else "jumprelu",
         width=width_in(source.path),
         l0=l0_in(source.path),
-        model=_model(source.path),
+        model=model,
         prepend_bos=True,
     )
 
 
-def _model(path: str) -> str | None:
-    """gemma-scope-2b-pt → gemma-2-2b, gemma-scope-2-1b-it → gemma-3-1b-it."""
-    named = re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)", path)
-    if named is None:
-        return None
-    chat = "-it" if named[3] == "it" else "-pt" if named[1] else ""
-    return f"gemma-{3 if named[1] else 2}-{named[2]}{chat}"
-
-
 def weights(source: Source) -> Weights:
-    """The tensors, read when selected.
-
-    Raises:
-        DictionaryError: for a file that is not whole, or that carries a scaling factor.
-    """
+    """The tensors, read when selected."""
     npz = source.folder / NPZ
     file = Npz(npz) if npz.is_file() else OnDisk(source.folder / SAFETENSORS)
     named = {name.lower(): name for name in file.names()}
     scaling = named.get("scaling_factor")
     if scaling and not torch.allclose(file.read(scaling), torch.ones(1)):
-        raise refuse(
-            source.folder,
-            "whose scaling_factor is not 1",
-            "a Gemma Scope file, which has none",
-            "another library's file under this name",
-            "the layout it was written in",
-        )
+        wanted, cause = "a Gemma Scope file, which has none", "another library's file of this name"
+        call = "the layout it was written in"
+        raise refuse(source.folder, "whose scaling_factor is not 1", wanted, cause, call)
     views = {name: View(named.get(name.lower(), name)) for name in TENSORS}
     if SKIP in named:
         views["W_skip"] = View(SKIP, transposed=True)
