@@ -65,11 +65,6 @@ def hooks(path: str) -> tuple[str | None, str | None]:
 def facts(source: Source) -> Facts:
     """What the path declares."""
     hook, hook_out = hooks(source.path)
-    model = None
-    # gemma-scope-2b-pt is of gemma-2-2b, gemma-scope-2-1b-it of gemma-3-1b-it.
-    if named := re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)", source.path):
-        chat = "-it" if named[3] == "it" else "-pt" if named[1] else ""
-        model = f"gemma-{3 if named[1] else 2}-{named[2]}{chat}"
     return Facts(
         layout="gemma_scope",
         hook=hook,
@@ -77,9 +72,18 @@ def facts(source: Source) -> Facts:
         architecture="jumprelu_transcoder" if hook_out else "jumprelu",
         width=width_in(source.path),
         l0=l0_in(source.path),
-        model=model,
+        model=_model(source.path),
         prepend_bos=True,
     )
+
+
+def _model(path: str) -> str | None:
+    """gemma-scope-2b-pt → gemma-2-2b, gemma-scope-2-1b-it → gemma-3-1b-it."""
+    named = re.search(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)", path)
+    if named is None:
+        return None
+    chat = "-it" if named[3] == "it" else "-pt" if named[1] else ""
+    return f"gemma-{3 if named[1] else 2}-{named[2]}{chat}"
 
 
 def weights(source: Source) -> Weights:
