@@ -152,6 +152,6 @@ def _no_sae(folder: Path) -> DictionaryError:
     return DictionaryError(
         f"load_sae: `folder` is {folder}, which {holds}, wanted a folder of one SAE"
         f" ({native.CONFIG} and {native.WEIGHTS}, params.npz, ...), or for load_saes a folder of"
-        f" such folders. Likely cause: {cause}. Try: load_sae(folder) for one,"
-        " load_saes(parent) for many; sae.save_inference_model(folder) in sae-lens writes the native layout"
+        f" such folders. Likely cause: {cause}. Try: load_sae(folder) for one, load_saes(parent)"
+        " for many; sae.save_inference_model(folder) in sae-lens writes the native layout"
     )

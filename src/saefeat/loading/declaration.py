@@ -243,10 +243,8 @@ def width_of(label: int | str) -> int:
             f'load_saes: `width` is {label!r}, wanted a number of latents, or a label such as "16k"'
             ' or "1m". Try: load_saes(release, width="16k")'
         )
-    count, (unit, binary) = (
-        int(match[1]),
-        {"": (1, 1), "k": (1000, 1024), "m": (10**6, 2**20)}[match[2]],
-    )
+    count, units = int(match[1]), {"": (1, 1), "k": (1000, 1024), "m": (10**6, 2**20)}
+    unit, binary = units[match[2]]
     if unit == 1:
         return count
     # 65k is 2¹⁶ = 65,536, and 131k is 2¹⁷; 64k is 64 · 1,024.

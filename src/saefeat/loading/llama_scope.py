@@ -94,8 +94,6 @@ def _factors(source: Source, config: dict[str, Any], file: OnDisk) -> tuple[floa
     if source.scale is not None:
         return source.scale, source.scale
     wanted = "the average norm of the activations it was trained on"
-    cause, call = (
-        "a checkpoint saved without it",
-        "load_saes on the release, which lists the factor",
-    )
+    cause = "a checkpoint saved without it"
+    call = "load_saes on the sae-lens release, which lists the factor"
     raise refuse(source.folder, f"which has no {NORMS}", wanted, cause, call)
