@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, final
 from tqdm import tqdm
 
 from ..checks import whole
-from ..dictionaries.base import Dictionaries
-from ..dictionaries.latents import Dictionary, Latents, as_latents
+from ..dictionaries.latents import Dictionaries, Dictionary, Latents, as_latents
 from ..errors import PromptError
 from ..files.checkpoint import Checkpoint
 from ..metrics.base import Metric

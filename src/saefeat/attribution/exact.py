@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import Latents, cast
+from ..dictionaries.latents import Latents, cast, index_tensor
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.read import lift

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import cast
+from ..dictionaries.latents import cast, index_tensor
 from ..kernel.encode import encode
 from .part import Part
 

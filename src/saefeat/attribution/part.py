@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..kernel.read import Norm
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionaries
-from ..dictionaries.latents import Dictionary, Latents
+from ..dictionaries.latents import Dictionaries, Dictionary, Latents
 from ..files.container import MAX_BYTES
 from ..model.sites import Site
 from ..text.tokens import Tokens

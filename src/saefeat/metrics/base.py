@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, PromptError, SaefeatError
 from ..kernel.view import View
 from ..model.sites import Site

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import Dictionary, Latents, as_latents, cast
+from ..dictionaries.latents import Dictionary, Latents, as_latents, cast, index_tensor
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select

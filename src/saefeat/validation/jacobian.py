@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import Dictionary, Latents, cast
+from ..dictionaries.latents import Dictionary, Latents, cast, index_tensor
 from ..kernel.encode import encode
 from ..kernel.log import Log
 from ..kernel.read import Norm, lift
