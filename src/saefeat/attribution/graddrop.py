@@ -20,7 +20,7 @@ from ..errors import ModelError, SaefeatError
 from ..model.families import FAMILIES, NESTED
 from ..model.modules import blocks, family, layer_count
 from ..model.sites import Site
-from .backward import Backward, Slopes, plain_slopes
+from .methods import Backward, Slopes, plain_slopes
 
 _BRANCHES = {"gpt2": ("attn", "mlp"), "gpt_neox": ("attention", "mlp")}
 

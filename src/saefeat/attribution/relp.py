@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..model.families import FAMILIES
 from ..model.modules import blocks, family
 from ..model.sites import Site
-from .backward import Backward, Slopes, plain_slopes
+from .methods import Backward, Slopes, plain_slopes
 
 _NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
