@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,17 +78,11 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
     require_tokenwise("activation", "latents", dictionary)
 
     def reader(tokenizer: Any) -> Reader:
-        bound = plain(rule.rule, _Tokenizer(tokenizer))
+        # what lowering a token rule asks of a model is its tokenizer
+        bound = plain(rule.rule, SimpleNamespace(tokenizer=tokenizer))
         return lambda seen: _summed_latents(seen, chosen, bound)
 
     return Metric(f"activation({chosen!r}, {rule!r})", reader, site=dictionary.site)
-
-
-class _Tokenizer:
-    """What lowering a token rule asks of a model: its tokenizer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
 
 
 def _summed_latents(seen: Seen, chosen: Latents, rule: tuple) -> Tensor:

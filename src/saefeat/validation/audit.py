@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attribution.attribute import Attribute
-from ..attribution.columns import require_signed
+from ..attribution.columns import require
 from ..attribution.scores import Attribution
 from ..checks import wholes
 from ..errors import SaefeatError
@@ -81,7 +81,7 @@ def audit(
     """
     wholes("audit", budget=(budget, 2), seed=(seed, 0))
     wanted = _at_the_top(k, budget)
-    require_signed(scores, "audit")
+    require(scores, "audit", "signed")
     ranked = ranking(scores, "audit")
     require_movable(scores, "audit")
     asked = {"scores": scores, "k": wanted, "budget": budget, "seed": seed}

@@ -16,7 +16,7 @@ from ..dictionaries.latents import Latents, as_latents
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
-from ..metrics.batches import Batch, Data
+from ..metrics.evaluator import Batch, Data
 from ..model.route import Route, route
 from ..model.sites import Site
 from ..results.identity import model_identity

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attribution.columns import require_positions
+from ..attribution.columns import require
 from ..attribution.scores import Attribution
 from ..dictionaries.latents import Latents
 from ..errors import SaefeatError
@@ -92,7 +92,7 @@ def require_movable(scores: Attribution, function: str) -> None:
             and no change of the activation alone has that effect. At the zero baseline one of the
             two is zero.
     """
-    require_positions(scores, function)  # an exact score of a whole prompt is no estimate
+    require(scores, function, "positions")  # an exact score of a whole prompt is no estimate
     if torch.equal(scores.change, -scores.activation):
         return
     for dictionary in scores.dictionaries:

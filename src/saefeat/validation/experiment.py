@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
-from ..attribution.batch import baseline_logits
-from ..attribution.prepare import prepare
+from ..attribution.job import prepare
+from ..attribution.path import baseline_logits
 from ..attribution.scores import Attribution
 from ..checks import whole
 from ..dictionaries.latents import Latents
@@ -26,8 +26,15 @@ from ..errors import PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..metrics.base import Metric
-from ..metrics.batches import Batch, Data, metric_data
-from ..metrics.evaluator import NOTHING, Evaluator, References, require_finite
+from ..metrics.evaluator import (
+    NOTHING,
+    Batch,
+    Data,
+    Evaluator,
+    References,
+    metric_data,
+    require_finite,
+)
 from ..results.identity import model_identity
 from ..results.readings import Readings
 from ..results.receipt import Fired, Receipt, join_receipts

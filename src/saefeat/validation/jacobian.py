@@ -13,8 +13,7 @@ from ..kernel.log import Log
 from ..kernel.read import Norm, lift
 from ..kernel.tokens import select
 from ..kernel.watch import Keep
-from ..metrics.batches import Batch
-from ..metrics.evaluator import forward
+from ..metrics.evaluator import Batch, forward
 from ..model.route import Route
 from ..model.sites import Order, Place, Site
 from ..text.rules import plain

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ..metrics.batches import Batch
-from ..metrics.evaluator import Evaluator
+from ..metrics.evaluator import Batch, Evaluator
 from ..verbs.base import Intervention
 
 CAPACITY = 1 << 28
