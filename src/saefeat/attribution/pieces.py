@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files.hashing import digest
-from ..results.identity import model_identity, remote_identity
+from ..results.provenance import model_identity, remote_identity
 from ..results.receipt import Fired, Receipt
 from .job import Job
 from .passes import SitePasses

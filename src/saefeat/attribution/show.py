@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ..results.html import render
-from ..results.table import frame
+from ..results.formats import frame, render
 from .columns import Columns, known_texts
 from .totals import by_latent, by_token, gap, ranked, slope, token_counts, token_mask
 

@@ -14,8 +14,7 @@ from nnsight.tracing.backend import Backend
 from torch import Tensor
 
 from ..errors import RemoteError
-from ..generation.decode import Decode
-from ..generation.decoding import Decoding, decoding
+from ..generation.decoding import Decode, Decoding, decoding
 from ..kernel.program import Program
 from ..kernel.write import MOST_LATENTS, Write
 from ..model.modules import torch_module
@@ -35,9 +34,8 @@ from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from ..verbs.steps import numbered
-from .batch import backend_of, remote_batch, with_stops
-from .dry_run import Dry, dry_run
-from .expected import Expected, expected
+from .batch import Requests, backend_of, remote_batch, with_stops
+from .dry_run import Dry, Expected, dry_run, expected
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -212,11 +210,7 @@ def _programs(
 
 
 def require_light(report: Preflight, limit: int, function: str = "run") -> None:
-    """Refuse a request that would fail, or is larger than wanted.
-
-    Raises:
-        RemoteError: naming the module, what failed, or the largest part.
-    """
+    """Refuse a request that would fail, or is larger than wanted."""
     require_known(function, report.strangers)
     if report.fails:
         raise RemoteError(
@@ -226,6 +220,13 @@ def require_light(report: Preflight, limit: int, function: str = "run") -> None:
             " small model of the family here"
         )
     require_fits(function, report.parts, report.payload, limit)
+
+
+def require_sendable(requests: Requests) -> None:
+    """The same of a run's batches, before the first of them is sent."""
+    task, on = requests.task, requests.on
+    report = inspected(task.model, requests.batches, task.intervention, task.decoding, on.dtype)
+    require_light(report, on.payload_limit, task.function)
 
 
 class Capture(Backend):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .table import frame
+from .formats import frame
 
 if TYPE_CHECKING:
     import pandas
