@@ -318,20 +318,27 @@ def audit(
         (torch.Size([8]), 4)
     """
     wholes("audit", budget=(budget, 2), seed=(seed, 0))
-    wanted = _at_the_top(k, budget)
+    wanted = budget // 2 if k is None else k
+    if type(wanted) is not int or not 1 <= wanted <= budget:
+        raise SaefeatError(
+            f"audit: `k` is {k!r}, wanted an integer in 1..{budget}, the budget. Likely cause: more"
+            " latents to check than may be moved. Try: audit(...,"
+            f" k={budget // 2}, budget={budget})"
+        )
     require_signed(scores, "audit")
     ranked = ranking(scores, "audit")
     require_movable(scores, "audit")
-    asked = {"scores": scores, "k": wanted, "budget": budget, "seed": seed}
     experiment = Experiment.of_attribute(
         attribute, model, prompts, function="audit", batch_size=batch_size, checkpoint=checkpoint,
-        **asked,
+        scores=scores, k=wanted, budget=budget, seed=seed,
     )  # fmt: skip
     clean = experiment.under()
     experiment.require_same(clean, scores)
     chosen, stratum, sizes = draw(len(ranked.keys), wanted, budget - wanted, seed)
-    keys, place = ranked.keys[chosen], ranked.among(chosen)
-    change, gap = _gaps(scores)
+    keys, place = ranked.keys[chosen], ranked.places(chosen)
+    change, gap = scores.baseline - scores.clean, scores.gap
+    if scores.ends is not None and scores.dropped is None:  # each site on a path of its own
+        change, gap = scores.ends - scores.clean[:, None], scores.gap_by_site
     return Audit(
         scores.dictionaries,
         keys,
@@ -345,24 +352,6 @@ def audit(
         noise=float((clean - scores.clean).abs().max()),
         dropped=_dropped(scores),
     )
-
-
-def _at_the_top(k: int | None, budget: int) -> int:
-    """How many of the top to check."""
-    wanted = budget // 2 if k is None else k
-    if type(wanted) is int and 1 <= wanted <= budget:
-        return wanted
-    raise SaefeatError(
-        f"audit: `k` is {k!r}, wanted an integer in 1..{budget}, the budget. Likely cause: more"
-        f" latents to check than may be moved. Try: audit(..., k={budget // 2}, budget={budget})"
-    )
-
-
-def _gaps(scores: Attribution) -> tuple[Tensor, Tensor]:
-    """The metric's change and the completeness gap: one a prompt, or one a site as well."""
-    if scores.ends is not None and scores.dropped is None:
-        return scores.ends - scores.clean[:, None], scores.gap_by_site
-    return scores.baseline - scores.clean, scores.gap
 
 
 def _dropped(scores: Attribution) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -202,13 +203,15 @@ def edges(
     wholes("edges", check=(check, 0), batch_size=(batch_size, 1))
     gradients_on("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
-    way = route(model, _sites(up, down))
+    bases: list[Any] = [basis for basis, _ in (*up.parts, *down.parts)]
+    way = route(model, [site for basis in bases for site in (basis.site, basis.write_site)])
     ordered = _ordered(up, down, way)
     data = Data(encode_prompts(getattr(model, "tokenizer", None), prompts))
     batch, pieces = data.inputs, data.batches(batch_size)
     asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
     asked |= {"check": check, "batch_size": batch_size}
-    who = {} if checkpoint is None else _identity(model, asked)
+    hashed = {name: digest(value) for name, value in asked.items()}
+    who = {} if checkpoint is None else {**model_identity(model), "job": "edges", **hashed}
     with Checkpoint(checkpoint, who, "edges") as done:
         values = _estimated(Jacobian(model, way, up, down, where), pieces, done, progress)
         values = torch.where(ordered[..., None], values, 0.0)
@@ -232,14 +235,19 @@ def _estimated(jacobian: Jacobian, pieces: list[Batch], done: Checkpoint, progre
     values, active = [], {"upstream": False, "downstream": False}
     bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
     for number, piece in enumerate(bar):
-
-        def work(piece: Batch = piece) -> dict[str, Tensor]:
-            return jacobian.values(piece)
-
-        held = _once(done, number, work)
-        values.append(held["values"])
-        active = {name: active[name] or bool(held[name]) for name in active}
-    _require_active(active, jacobian)
+        found = _once(done, number, partial(jacobian.values, piece))
+        values.append(found["values"])
+        active = {name: active[name] or bool(found[name]) for name in active}
+    # latents that never fire would give zeros that read as "no edge"
+    for name, latents in (("upstream", jacobian.up), ("downstream", jacobian.down)):
+        if not active[name]:
+            where = jacobian.where if name == "downstream" else None
+            raise FiringError(
+                f"edges: `{name}` is {latents!r}, of which none is active at"
+                f" {where or 'any token'}, wanted at least one active latent. Likely cause: prompts"
+                " or tokens on which they do not fire. Try: scores.top(20), an attribution over"
+                " these prompts"
+            )
     return torch.cat(values, -1)
 
 
@@ -247,9 +255,8 @@ def _once(
     done: Checkpoint, number: int, work: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """A piece of the job, from the checkpoint if it is there."""
-    held = done.load(number)
-    if held is not None:
-        return held[0]
+    if (kept := done.load(number)) is not None:
+        return kept[0]
     tensors = work()
     done.save(number, tensors, {})
     return tensors
@@ -292,18 +299,6 @@ def _ablated(
     return (torch.cat(after) - before).mean(1).float()
 
 
-def _identity(model: TransformersModel, asked: dict[str, Any]) -> dict[str, Any]:
-    """What the pieces of a job depend on."""
-    hashed = {name: digest(value) for name, value in asked.items()}
-    return {**model_identity(model), "job": "edges", **hashed}
-
-
-def _sites(up: Latents, down: Latents) -> list[Site]:
-    """Every site that either reads or writes."""
-    bases: list[Any] = [basis for latents in (up, down) for basis, _ in latents.parts]
-    return [site for basis in bases for site in (basis.site, basis.write_site)]
-
-
 def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     """[u, d] bool."""
     written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]
@@ -316,22 +311,6 @@ def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
         " latents of a later site. Likely cause: upstream and downstream swapped, or of one site."
         " Try: edges(model, prompts, saes.latents({1: [3]}), saes.latents({2: [5]}))"
     )
-
-
-def _require_active(active: dict[str, bool], jacobian: Jacobian) -> None:
-    """Latents that never fire would give zeros that read as "no edge"."""
-    for name, latents in (("upstream", jacobian.up), ("downstream", jacobian.down)):
-        if not active[name]:
-            at = (
-                jacobian.where
-                if jacobian.where is not None and name == "downstream"
-                else "any token"
-            )
-            raise FiringError(
-                f"edges: `{name}` is {latents!r}, of which none is active at {at}, wanted at least"
-                " one active latent. Likely cause: prompts or tokens on which they do not fire."
-                " Try: scores.top(20), an attribution over these prompts"
-            )
 
 
 class SiteLatents(NamedTuple):

@@ -86,7 +86,13 @@ class Experiment:
         whole(function, "batch_size", batch_size)
         edit = baseline or NOTHING
         data = metric_data(function, model, prompts, metric)
-        _require_baseline(function, metric, baseline)
+        if baseline is None and metric.needs_baseline:
+            name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
+            raise SaefeatError(
+                f"{function}: `metric` is {metric!r}, wanted the baseline run it refers to, or a"
+                f" metric that needs none. Likely cause: {name} is what a baseline run says, and"
+                f" there is none here. Try: {function}(..., baseline=Ablate(latents))"
+            )
         require_rows(edit, data.prompts)
         evaluator = Evaluator(model, metric)
         asked |= {"baseline": baseline}
@@ -168,25 +174,27 @@ class Experiment:
         self, sets: Sequence[Latents], where: Tokens | None, *, progress: bool = False
     ) -> Tensor:
         """[sets, prompts]: the metric with each set ablated; every pair is a row of a batch."""
-        some = max(1, self.batch_size // len(self))
-        starts = range(0, len(sets), some)
-        bar = tqdm(starts, disable=not progress, desc=self.function, unit="batch")
-        return torch.cat([self._without(sets[start : start + some], where) for start in bar])
-
-    def _without(self, sets: Sequence[Latents], where: Tokens | None) -> Tensor:
-        union, member = per_prompt(sets)
-        prompts = torch.arange(len(self)).repeat(len(sets))
-        scale = (~member).float().repeat_interleave(len(self), 0)  # [sets · prompts, k]
-        edit = Clamp(union, scale=scale, where=where) if len(union) else None
-        return self.under(edit, prompts).reshape(len(sets), len(self))
+        together, values = max(1, self.batch_size // len(self)), []
+        starts = range(0, len(sets), together)
+        for start in tqdm(starts, disable=not progress, desc=self.function, unit="batch"):
+            some = sets[start : start + together]
+            union, member = per_prompt(some)
+            scale = (~member).float().repeat_interleave(len(self), 0)  # [some · prompts, k]
+            edit = Clamp(union, scale=scale, where=where) if len(union) else None
+            prompts = torch.arange(len(self)).repeat(len(some))
+            values.append(self.under(edit, prompts).reshape(len(some), len(self)))
+        return torch.cat(values)
 
     def require_same(self, clean: Tensor, scores: Attribution) -> None:
         """Refuse scores of other prompts, another metric or another model.
 
         ``clean`` [prompts] is the metric in the bare model.
         """
-        remembered = scores.clean
-        same = clean.shape == remembered.shape and self._same_texts(scores)
+        remembered, inputs = scores.clean, self.data.inputs
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        ids = tuple(tuple(row[real].tolist()) for row, real in rows)
+        same = clean.shape == remembered.shape
+        same &= scores.texts is None or scores.texts.ids == ids
         # bfloat16 models move by a percent when rows are batched otherwise
         floats = (p for p in self.evaluator.module.parameters() if p.is_floating_point())
         first = next(floats, clean)
@@ -200,13 +208,6 @@ class Experiment:
             f" is {clean.mean():.3f}. Likely cause: other prompts, another order, another metric or"
             " another model. Try: scores = attribute(model, prompts), and the same three here"
         )
-
-    def _same_texts(self, scores: Attribution) -> bool:
-        """Whether scores are of these very tokens; true where they do not know theirs."""
-        inputs = self.data.inputs
-        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-        ids = tuple(tuple(row[real].tolist()) for row, real in rows)
-        return scores.texts is None or scores.texts.ids == ids
 
     def _batches(
         self, edit: Intervention, rows: Tensor, start: int
@@ -244,27 +245,11 @@ def _opened(
     """The job's checkpoint, refused now if it is another's."""
     who: dict[str, Any] = {}
     if folder is not None:
-        who = {
-            **model_identity(evaluator.model),
-            "job": function,
-            "metric": digest(evaluator.metric),
-        }
-        who |= {"prompts": digest(*data), "batch_size": batch_size}
+        who = model_identity(evaluator.model) | {"job": function, "batch_size": batch_size}
+        who |= {"metric": digest(evaluator.metric), "prompts": digest(*data)}
         who |= {name: digest(value) for name, value in asked.items()}
     with Checkpoint(folder, who, function) as done:  # it holds nothing open
         return done
-
-
-def _require_baseline(function: str, metric: Metric, baseline: Intervention | None) -> None:
-    """Refuse a metric that refers to a run nobody named."""
-    if baseline is not None or not metric.needs_baseline:
-        return
-    name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
-    raise SaefeatError(
-        f"{function}: `metric` is {metric!r}, wanted the baseline run it refers to, or a metric"
-        f" that needs none. Likely cause: {name} is what a baseline run says, and there is none"
-        f" here. Try: {function}(..., baseline=Ablate(latents))"
-    )
 
 
 CAPACITY = 1 << 28
@@ -288,14 +273,10 @@ def rows_that_fit(evaluator: Evaluator, batch: Batch, intervention: Intervention
     latents = sum(len(step.latents) for step in intervention.parts())
     row = 3 * (evaluator.columns(batch) or tokens) * words
     row += tokens * (4 * latents + 16 * width + 2 * heads * tokens)
-    return max(1, min(most, _capacity(evaluator) // max(1, row)))
-
-
-def _capacity(evaluator: Evaluator) -> int:
-    device = next((p.device for p in evaluator.module.parameters()), torch.device("cpu"))
-    if device.type != "cuda":
-        return CAPACITY
-    return max(CAPACITY, torch.cuda.mem_get_info(device)[0] // 8)
+    capacity, device = CAPACITY, next((p.device for p in evaluator.module.parameters()), None)
+    if device is not None and device.type == "cuda":
+        capacity = max(capacity, torch.cuda.mem_get_info(device)[0] // 8)
+    return max(1, min(most, capacity // max(1, row)))
 
 
 def effects(
@@ -341,7 +322,9 @@ def _shifted(scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edi
     are by position in the text, so that padding and batching do not matter.
     """
     latents = selection(scores.dictionaries, keys[rows[:, 0].unique()])
-    column = {key: n for n, key in enumerate(_pairs(latents, scores))}
+    number = {id(dictionary): n for n, dictionary in enumerate(scores.dictionaries)}
+    pairs = [(number[id(basis)], i) for basis, indices in latents.parts for i in indices]
+    column = {pair: n for n, pair in enumerate(pairs)}
     places = torch.tensor([column[tuple(key)] for key in keys[rows[edit, 0]].tolist()])
     position = scores.position[moves]
     shift = torch.zeros(len(rows), int(position.max()) + 1, len(latents))  # [b, t, k]
@@ -349,12 +332,6 @@ def _shifted(scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edi
     every = torch.ones_like(shift, dtype=torch.bool)
     values = Readings(latents, shift, every, torch.zeros(len(rows), dtype=torch.long))
     return Clamp(latents, add=Patch(values), where=Tokens.all())
-
-
-def _pairs(latents: Latents, scores: Attribution) -> list[tuple[int, int]]:
-    """(dictionary, latent) in the selection's order."""
-    number = {id(dictionary): n for n, dictionary in enumerate(scores.dictionaries)}
-    return [(number[id(basis)], i) for basis, indices in latents.parts for i in indices]
 
 
 def require_movable(scores: Attribution, function: str) -> None:

@@ -22,8 +22,8 @@ class Ranking(NamedTuple):
     keys: Tensor
     number: Tensor
 
-    def among(self, chosen: Tensor) -> Tensor:
-        """[n]: for each row of the attribution its place in ``chosen`` [k] ranks, or −1."""
+    def places(self, chosen: Tensor) -> Tensor:
+        """[n]: the place of each row of the attribution in ``chosen`` [k] ranks, or −1."""
         place = torch.full((len(self.keys),), -1)
         place[chosen] = torch.arange(len(chosen))
         return place[self.number]
@@ -38,7 +38,15 @@ def ranking(scores: Attribution, function: str) -> Ranking:
             " Likely cause: a baseline that changes nothing, or `where` that selects no token. Try:"
             " print(scores), and compare the metric before and after"
         )
-    _require_finite(scores, function)
+    # a score that is NaN would rank above all others
+    bad = (~torch.isfinite(scores.score)).nonzero().flatten()
+    if len(bad):
+        raise SaefeatError(
+            f"{function}: `scores` is {len(bad)} that are not finite, the first of prompt"
+            f" {int(scores.prompt[bad[0]])}, wanted finite scores. Likely cause: a gradient that"
+            " overflows, or of a root or logarithm at zero in the metric. Try: attribute again"
+            " without these prompts, in float32"
+        )
     pairs = torch.stack([scores.dictionary, scores.latent], 1)
     keys, inverse = torch.unique(pairs, dim=0, return_inverse=True)
     sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, scores.score.double())
@@ -46,20 +54,6 @@ def ranking(scores: Attribution, function: str) -> Ranking:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     return Ranking(keys[order], place[inverse])
-
-
-def _require_finite(scores: Attribution, function: str) -> None:
-    """A score that is NaN would rank above all others."""
-    bad = (~torch.isfinite(scores.score)).nonzero().flatten()
-    if not len(bad):
-        return
-    row = int(bad[0])
-    raise SaefeatError(
-        f"{function}: `scores` is {len(bad)} that are not finite, the first of prompt"
-        f" {int(scores.prompt[row])}, wanted finite scores. Likely cause: a gradient that"
-        " overflows, or of a root or logarithm at zero in the metric. Try: attribute again without"
-        " these prompts, in float32"
-    )
 
 
 def by_prompt(scores: Attribution, number: Tensor, values: Tensor, count: int) -> Tensor:
