@@ -59,7 +59,11 @@ def matched(
         (4, 0)
     """
     chosen = as_latents(latents, "matched")
-    _require_factor(within)
+    if not within >= 1:
+        raise _unmatched(
+            f"asked for within a factor {within}", "a factor of at least 1",
+            "a difference in place of a ratio", "matched(..., within=2.0)",
+        )  # fmt: skip
     one = isinstance(statistics, Readings | Mapping)
     given: list[Any] = [statistics] if one else list(statistics)
     generator = random.Random(seed)
@@ -126,9 +130,9 @@ def _drawn(
     for index in sorted(indices, key=lambda i: (int(like[i].sum()), i)):
         candidates = (like[index] & free).nonzero()[:, 0].tolist()
         if not candidates:
+            numbers = ", ".join(f"{value:.3g}" for value in rows[:, index].tolist())
             raise _unmatched(
-                f"latent {index} of {basis.site}, with {_numbers(rows[:, index])}"
-                " and no other like it",
+                f"latent {index} of {basis.site}, with {numbers} and no other like it",
                 f"another latent within a factor {within:g} in each of these",
                 "a latent unlike the rest, a dead one, or too few tokens read",
                 f"matched(..., within={2 * within:g}), or statistics of more text",
@@ -144,20 +148,6 @@ def _like(rows: Tensor, index: int, within: float) -> Tensor:
     low, high = own.abs() / within, own.abs() * within
     size = rows.abs() * (rows.sign() == own.sign())
     return ((size >= low) & (size <= high) & (rows.sign() == own.sign())).all(0)
-
-
-def _numbers(column: Tensor) -> str:
-    return ", ".join(f"{value:.3g}" for value in column.tolist())
-
-
-def _require_factor(within: float) -> None:
-    if not within >= 1:
-        raise _unmatched(
-            f"asked for within a factor {within}",
-            "a factor of at least 1",
-            "a difference in place of a ratio",
-            "matched(..., within=2.0)",
-        )
 
 
 def _unmatched(got: str, wanted: str, cause: str, call: str) -> LatentError:

@@ -43,7 +43,7 @@ class Greedy:
     stop: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", token_ids("Greedy", self.stop))
+        _keep_stops(self)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Sample:
         if self.top_k is not None:
             whole("Sample", "top_k", self.top_k, 1)
         whole("Sample", "num_beams", self.num_beams, 1)
-        object.__setattr__(self, "stop", token_ids("Sample", self.stop))
+        _keep_stops(self)
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,17 @@ class Beams:
 
     def __post_init__(self) -> None:
         whole("Beams", "num_beams", self.num_beams, 1)
-        object.__setattr__(self, "stop", token_ids("Beams", self.stop))
+        _keep_stops(self)
 
 
 Decode = Greedy | Sample | Beams
 
 
-def token_ids(function: str, stop: Sequence[int]) -> tuple[int, ...]:
-    """Stop tokens, each an id."""
-    for token in stop:
-        whole(function, "stop", token, 0)
-    return tuple(stop)
+def _keep_stops(decode: Decode) -> None:
+    """Make ``stop`` a tuple of ids, whatever sequence was given."""
+    for token in decode.stop:
+        whole(type(decode).__name__, "stop", token, 0)
+    object.__setattr__(decode, "stop", tuple(decode.stop))
 
 
 def _in_range(parameter: str, given: object, most: float, wanted: str) -> None:
@@ -205,7 +205,9 @@ def decoding(
             f"run: `decode` is {decode!r}, wanted a Greedy, Sample or Beams, or None, which is"
             " greedy. Try: run(model, prompts, max_new_tokens=20, decode=Sample(0.8, seed=0))"
         )
-    stops = tuple(dict.fromkeys((*_own_stops(model), *chosen.stop)))
+    own = getattr(getattr(torch_module(model), "generation_config", None), "eos_token_id", None)
+    own = own if isinstance(own, list | tuple) else () if own is None else (own,)
+    stops = tuple(dict.fromkeys((*own, *chosen.stop)))
     plain = Decoding(max_new_tokens, None, 1.0, 0, None, 1, stops)
     if isinstance(chosen, Greedy):
         return plain
@@ -223,32 +225,25 @@ def decoding(
     return plain._replace(temperature=heat, top_p=top_p, top_k=top_k, seed=chosen.seed)
 
 
-def _own_stops(model: TransformersModel) -> tuple[int, ...]:
-    config = getattr(torch_module(model), "generation_config", None)
-    stop = getattr(config, "eos_token_id", None)
-    return tuple(stop) if isinstance(stop, list | tuple) else () if stop is None else (stop,)
-
-
 def require_beamable(intervention: Intervention, settings: Decoding) -> None:
     """Refuse what has no meaning while beams are searched: probes, and draws by prompt."""
     if settings.beams == 1:
         return
     for step in intervention.parts():
-        if step.change is not None and any(isinstance(v, Resample) for v in step.change):
-            raise SaefeatError(
-                f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no Resample where"
-                " beams are searched. Likely cause: it draws for each prompt, and beams change"
-                " places between passes. Try: no num_beams, or activations of your own, [prompts,"
-                " k]"
-            )
         if step.change is None:
-            raise SaefeatError(
-                f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no Probe where beams"
-                " are searched. Likely cause: beams are dropped and copied between passes, so that"
-                " readings would be of tokens that are not in the completion. Try: run(model, [p +"
-                " c for p, c in zip(out.prompts, out.completions)], ...) once more, to read the"
-                " completions"
-            )
+            wanted, call = "Probe", "run(model, [p + c for p, c in zip(out.prompts,"
+            call += " out.completions)], ...) once more, to read the completions"
+            cause = "beams are dropped and copied between passes, so that readings would be of"
+            cause += " tokens that are not in the completion"
+        elif any(isinstance(value, Resample) for value in step.change):
+            wanted, call = "Resample", "no num_beams, or activations of your own, [prompts, k]"
+            cause = "it draws for each prompt, and beams change places between passes"
+        else:
+            continue
+        raise SaefeatError(
+            f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no {wanted} where beams"
+            f" are searched. Likely cause: {cause}. Try: {call}"
+        )
 
 
 @contextmanager

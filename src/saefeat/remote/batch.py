@@ -1,4 +1,10 @@
-"""A run's batches on a server: what travels there, and what came back, checked."""
+"""A run's batches on a server: what travels there, and what came back, held against what was asked.
+
+What comes back is reduced over there: selected readings, counts, token ids, and one row of logits
+a prompt, in the model's own dtype. A server may be of another version, out of memory half-way, or
+not a server at all, and readings of the wrong tokens would look like readings: so shapes, dtypes
+and indices are all checked here, and that the tokens begin with the prompts.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +191,9 @@ def received(
     passes = log.get("passes")
     if type(passes) is not int or not 1 <= passes <= max(new, 1):
         wrong(where, f"a log of {passes!r} passes", f"one of at most {max(new, 1)}")
-    _view(where, log.get("view"), rows)
+    position = log["view"].get("position") if isinstance(log.get("view"), dict) else None
+    if _of(position) != f"[{rows}, 1] int64":
+        wrong(where, f"positions {_of(position)}", f"whole numbers [{rows}, 1]")
     columns = batch["input_ids"].shape[1] + passes - 1
     wanted: dict[str, set[int]] = {"readings": set(), "masks": set(), "fired": set()}
     for step, numbers in numbered(intervention.parts()):
@@ -216,26 +224,16 @@ def _tokens(where: str, tokens: Any, prompts: Tensor, new: int) -> Tensor:
     return tokens
 
 
-def _view(where: str, view: Any, rows: int) -> None:
-    position = view.get("position") if isinstance(view, dict) else None
-    if (
-        not isinstance(position, Tensor)
-        or position.shape != (rows, 1)
-        or position.dtype != torch.int64
-    ):
-        wrong(where, f"positions {_of(position)}", f"whole numbers [{rows}, 1]")
-
-
 def _reading(
     where: str, log: dict[str, Any], number: int, reduce: str | None, shape: tuple[int, int, int]
 ) -> None:
     """Masks [rows, columns] (or counts [rows, 1]), and as many values [n, k] as they select."""
     rows, columns, k = shape
-    f, mask = (log[name].get(number) if name in log else None for name in ("readings", "masks"))
-    wanted = (rows, 1 if reduce else columns)
-    kind = torch.int64 if reduce else torch.bool
-    if not isinstance(mask, Tensor) or mask.shape != wanted or mask.dtype != kind:
-        wrong(where, f"a mask {_of(mask)} of step {number}", f"{list(wanted)}")
+    f: Any = log.get("readings", {}).get(number)
+    mask: Any = log.get("masks", {}).get(number)
+    wanted = [rows, 1 if reduce else columns]
+    if _of(mask) != f"{wanted} {'int64' if reduce else 'bool'}":
+        wrong(where, f"a mask {_of(mask)} of step {number}", f"{wanted}")
     chosen = int((mask > 0).sum())
     fits = isinstance(f, Tensor) and f.is_floating_point() and f.shape == (chosen, k)
     if not fits:
@@ -253,9 +251,8 @@ def _fired(where: str, log: dict[str, Any], number: int, shape: tuple[int, int, 
         changes = seen.get("changes", {})
         sizes = {tuple(column.shape) for column in changes.values()}
         if set(changes) != set(CHANGES) or len(sizes) != 1 or len(next(iter(sizes))) != 1:
-            wrong(
-                where, f"changes of step {number} that are ragged", "a column each, of one length"
-            )
+            ragged = f"changes of step {number} that are ragged"
+            wrong(where, ragged, "a column each, of one length")
         inside = (changes["row"] >= 0) & (changes["row"] < rows)
         inside &= (changes["latent"] >= 0) & (changes["latent"] < k)
         if not bool(inside.all()):

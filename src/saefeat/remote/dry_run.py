@@ -1,4 +1,10 @@
-"""What a request will do, as far as that is known before it is sent."""
+"""What a request will do, as far as that is known before it is sent.
+
+A pass on fake tensors tells shapes, dtypes and sites, and no numbers. nnsight's own ``scan`` runs
+the model, so a skeleton without weights will do, under the very program and kernel that travel.
+Which tokens of a prompt a rule selects is known exactly, by the kernel's own rules on the real ids
+and masks; of a token that is still to be generated its place is known, and not what it will be.
+"""
 
 from __future__ import annotations
 
@@ -39,23 +45,12 @@ def dry_run(model: TransformersModel, program: Program, batch: dict[str, Tensor]
     except Exception as error:
         if _asks_numbers(error):
             return Dry(untried=_short(error))
-        return _blamed(model, program, batch, new > 1, error)
+        try:  # a model that cannot be run so at all says nothing of the program
+            _passes(model, program.replace(visits=()), batch, new > 1)
+        except Exception as own:
+            return Dry(untried=f"the model itself does not run on fake tensors: {_short(own)}")
+        return Dry(fails=_short(error))
     return Dry()
-
-
-def _blamed(
-    model: TransformersModel,
-    program: Program,
-    batch: dict[str, Tensor],
-    more: bool,
-    error: Exception,
-) -> Dry:
-    """Whose fault a failure is: a model that cannot be run so says nothing of the program."""
-    try:
-        _passes(model, program.replace(visits=()), batch, more)
-    except Exception as own:
-        return Dry(untried=f"the model itself does not run on fake tensors: {_short(own)}")
-    return Dry(fails=_short(error))
 
 
 def _asks_numbers(error: Exception) -> bool:

@@ -202,7 +202,12 @@ class Call(NamedTuple):
         self, model: TransformersModel, prompts: dict[str, Tensor], intervention: Intervention
     ) -> Requests:
         """The call's batches, checked but for the preflight."""
-        require_server(self.on)
+        if not isinstance(self.on, Server) or self.on.is_local:
+            raise RemoteError(
+                f'submit: `on` is {self.on!r}, wanted a Server() or Server("http://..."). Likely'
+                " cause: a job is left with a server, which a run here is not. Try: run(model,"
+                ' prompts, intervention, on=Server("local")), which waits'
+            )
         whole("submit", "batch_size", self.batch_size, error=PromptError)
         require_rows(intervention, len(prompts["input_ids"]))
         with_stops(model)
@@ -250,17 +255,6 @@ class Call(NamedTuple):
             ) from error
 
 
-def require_server(on: Any) -> None:
-    """Refuse what is no server that a job could be left with."""
-    if isinstance(on, Server) and not on.is_local:
-        return
-    raise RemoteError(
-        f'submit: `on` is {on!r}, wanted a Server() or Server("http://..."). Likely cause: a job'
-        " is left with a server, which a run here is not. Try: run(model, prompts, intervention,"
-        ' on=Server("local")), which waits'
-    )
-
-
 # ---------------------------------------------------------------- results that have arrived
 
 
@@ -299,21 +293,20 @@ def _flat_events(events: dict[int, list[dict[str, Any]]]) -> dict[str, Tensor]:
 
 def _events(flat: dict[str, Tensor]) -> dict[int, list[dict[str, Any]]]:
     """What ``_flat_events`` made flat."""
-    found: dict[int, dict[str, Tensor]] = {}
+    table: dict[int, dict[str, Tensor]] = {}
     for name, tensor in flat.items():
         if name.startswith("events."):
             _, number, key = name.split(".")
-            found.setdefault(int(number), {})[key] = tensor
-    return {number: _passes(columns) for number, columns in found.items()}
-
-
-def _passes(columns: dict[str, Tensor]) -> list[dict[str, Any]]:
-    sizes = columns.pop("passes").tolist()
-    cut = {name: column.split([n for *_, n in sizes]) for name, column in columns.items()}
-    return [
-        {"begins": bool(begins), "rows": rows, "changes": {n: c[i] for n, c in cut.items()}}
-        for i, (begins, rows, _) in enumerate(sizes)
-    ]
+            table.setdefault(int(number), {})[key] = tensor
+    events = {}
+    for number, columns in table.items():
+        sizes = columns.pop("passes").tolist()
+        cut = {name: column.split([n for *_, n in sizes]) for name, column in columns.items()}
+        events[number] = [
+            {"begins": bool(begins), "rows": rows, "changes": {n: c[i] for n, c in cut.items()}}
+            for i, (begins, rows, _) in enumerate(sizes)
+        ]
+    return events
 
 
 def load_saved(file: Path, job: str) -> dict[str, Any]:

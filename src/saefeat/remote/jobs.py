@@ -348,15 +348,15 @@ class Job:
         if self._file is not None:
             self._file.write()
 
-    def _unreached(self, error: Exception) -> Unreached:
-        return Unreached(self._said(f"not answered: {error}", "the network, or the host", POLL))
+    def _unreached(self, error: Exception) -> RemoteError:
+        return self._error(f"not answered: {error}", "the network, or the host", POLL, Unreached)
 
-    def _error(self, got: str, cause: str, call: str) -> RemoteError:
-        return RemoteError(self._said(got, cause, call))
-
-    def _said(self, got: str, cause: str, call: str) -> str:
+    def _error(
+        self, got: str, cause: str, call: str, kind: type[RemoteError] = RemoteError
+    ) -> RemoteError:
         name = "job" if self._file is None else f"job {self._file.path}"
-        return f"{name}: a request is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
+        said = f"a request is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
+        return kind(f"{name}: {said}")
 
 
 MISSED = 20

@@ -106,15 +106,10 @@ class Preflight:
 
 
 def preflight(
-    model: TransformersModel,
-    prompts: Prompts,
-    intervention: Intervention | None = None,
-    *,
-    max_new_tokens: int = 0,
-    decode: Decode | None = None,
-    batch_size: int = 32,
+    model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
+    max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,
     on: Server | None = None,
-) -> Preflight:
+) -> Preflight:  # fmt: skip
     """Build the request of a remote run, try it on fake tensors, and send nothing.
 
     The request is the real one, made by nnsight and taken apart again here, so that what it names
@@ -124,15 +119,10 @@ def preflight(
     prompt). So the model needs no weights, and errors of sites, shapes and dtypes appear before
     anything queues. Tokens are counted over all batches. What depends on numbers (whether a
     condition is met, which token comes next, whether an index is in range) no dry run can know, and
-    neither the server's device and dtype.
+    neither the server's device and dtype. What is not listed here is as in ``run``.
 
     Args:
         model: an nnsight ``TransformersModel``, loaded or not.
-        prompts: as in ``run``.
-        intervention: as in ``run``.
-        max_new_tokens: as in ``run``.
-        decode: as in ``run``.
-        batch_size: as in ``run``.
         on: as in ``run``: the server that is asked for its nnsight version. None, and
             ``Server("local")``, ask nobody.
 

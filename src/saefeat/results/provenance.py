@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..errors import ModelError, RemoteError
 from ..files.hashing import computation, digest, weights
@@ -87,13 +86,19 @@ def model_identity(model: object) -> dict[str, Any]:
     module = torch_module(model)
     require_unedited(model)
     config, decoding = (getattr(module, name, None) for name in ("config", "generation_config"))
+    device = next((tensor.device.type for tensor in module.parameters()), "cpu")
+    cast = torch.is_autocast_enabled(device)
     return {
         "model": type(module).__name__,
         "weights": weights(module),
         "configuration": digest(_settings(config)),
         "generation configuration": digest(_settings(decoding)),
         "computation": computation(module),
-        "ambient": _ambient(module),
+        # torch's settings of this thread that change what a model computes
+        "ambient": {
+            "autocast": str(torch.get_autocast_dtype(device)) if cast else None,
+            "default dtype": str(torch.get_default_dtype()),
+        },
         "versions": versions(),
     }
 
@@ -133,16 +138,6 @@ def require_unedited(model: object) -> None:
 
 _ORIGINS = ("_name_or_path", "transformers_version")
 """Settings that say where a configuration was loaded from."""
-
-
-def _ambient(module: nn.Module) -> dict[str, str | None]:
-    """Torch's settings of this thread that change what a model computes."""
-    device = next((tensor.device.type for tensor in module.parameters()), "cpu")
-    cast = torch.is_autocast_enabled(device)
-    return {
-        "autocast": str(torch.get_autocast_dtype(device)) if cast else None,
-        "default dtype": str(torch.get_default_dtype()),
-    }
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -322,8 +322,7 @@ def audit(
     if type(wanted) is not int or not 1 <= wanted <= budget:
         raise SaefeatError(
             f"audit: `k` is {k!r}, wanted an integer in 1..{budget}, the budget. Likely cause: more"
-            " latents to check than may be moved. Try: audit(...,"
-            f" k={budget // 2}, budget={budget})"
+            f" latents than may be moved. Try: audit(..., k={budget // 2}, budget={budget})"
         )
     require_signed(scores, "audit")
     ranked = ranking(scores, "audit")
@@ -336,9 +335,7 @@ def audit(
     experiment.require_same(clean, scores)
     chosen, stratum, sizes = draw(len(ranked.keys), wanted, budget - wanted, seed)
     keys, place = ranked.keys[chosen], ranked.places(chosen)
-    change, gap = scores.baseline - scores.clean, scores.gap
-    if scores.ends is not None and scores.dropped is None:  # each site on a path of its own
-        change, gap = scores.ends - scores.clean[:, None], scores.gap_by_site
+    change, gap = _gaps(scores)
     return Audit(
         scores.dictionaries,
         keys,
@@ -352,6 +349,13 @@ def audit(
         noise=float((clean - scores.clean).abs().max()),
         dropped=_dropped(scores),
     )
+
+
+def _gaps(scores: Attribution) -> tuple[Tensor, Tensor]:
+    """The metric's change and the completeness gap: one a prompt, or one a site as well."""
+    if scores.ends is not None and scores.dropped is None:
+        return scores.ends - scores.clean[:, None], scores.gap_by_site
+    return scores.baseline - scores.clean, scores.gap
 
 
 def _dropped(scores: Attribution) -> float:

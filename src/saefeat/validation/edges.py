@@ -210,8 +210,10 @@ def edges(
     batch, pieces = data.inputs, data.batches(batch_size)
     asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
     asked |= {"check": check, "batch_size": batch_size}
-    hashed = {name: digest(value) for name, value in asked.items()}
-    who = {} if checkpoint is None else {**model_identity(model), "job": "edges", **hashed}
+    who: dict[str, Any] = {}
+    if checkpoint is not None:
+        who = model_identity(model) | {"job": "edges"}
+        who |= {name: digest(value) for name, value in asked.items()}
     with Checkpoint(checkpoint, who, "edges") as done:
         values = _estimated(Jacobian(model, way, up, down, where), pieces, done, progress)
         values = torch.where(ordered[..., None], values, 0.0)
@@ -336,7 +338,7 @@ class Jacobian:
         self._writes = [self._part(*part, None, write=True) for part in up.parts]
         self._sinks = [self._part(*part, where, write=False) for part in down.parts]
         written = {self._numbers[part.place] for part in self._writes}
-        self._first = min(written, key=lambda entry: entry[1])[0]
+        self._first, self._first_order = min(written, key=lambda entry: entry[1])
 
     def _part(self, basis: Any, indices: Any, where: Tokens | None, *, write: bool) -> SiteLatents:
         site: Site = basis.write_site if write else basis.site
@@ -374,23 +376,18 @@ class Jacobian:
 
     def _run(self, batch: Batch) -> Log:
         """One forward pass in which every place's value is kept as a node of the graph."""
-        program = lower(Chain(()), self._model)
-        visits = Visits()
+        program, visits = lower(Chain(()), self._model), Visits()
         for place, (number, order) in self._numbers.items():
             if place.plus is not None:
                 visits.stash(place.plus, self._route.starts[place.plus])
             # what lies before the first written place needs no gradient, and frozen models work
-            gradient = order >= self._order(self._first)
-            first = number == self._first
+            gradient, first = order >= self._first_order, number == self._first
             keep = Keep(number=number, plus=place.plus, gradient=gradient, first=first)
             visits.add(place, order, keep)
         program = program.replace(visits=visits.ordered())
         with torch.enable_grad():
             log, _ = forward(self._model, batch, program, columns=1)
         return log
-
-    def _order(self, number: int) -> Order:
-        return next(order for other, order in self._numbers.values() if other == number)
 
     def _node(self, place: Place, log: Log) -> Tensor:
         """The site's value [b, t, d], in the graph where it can be."""

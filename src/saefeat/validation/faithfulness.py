@@ -282,10 +282,9 @@ def faithfulness(
     ranked = ranking(scores, "faithfulness")
     ladder = _sizes(sizes, ranked, controls)
     _require_inside(attribute.job.target, selection(scores.dictionaries, ranked.keys))
-    asked = {"scores": scores, "sizes": ladder, "controls": controls, "to": to, "seed": seed}
     experiment = Experiment.of_attribute(
         attribute, model, prompts, function="faithfulness", batch_size=batch_size,
-        checkpoint=checkpoint, **asked,
+        checkpoint=checkpoint, scores=scores, sizes=ladder, controls=controls, to=to, seed=seed,
     )  # fmt: skip
     clean = experiment.under()
     experiment.require_same(clean, scores)
@@ -354,10 +353,8 @@ def _means(experiment: Experiment, latents: Latents, where: Tokens | None) -> di
     """id(dictionary) → the mean of each of its latents [d_sae] over prompts that have a token."""
     readings = experiment.readings(Probe(latents, where=where, reduce="mean"))
     sums = [torch.where(r.mask, r.values, 0.0).sum((0, 1)).double() for r in readings]
-    total, counts = (
-        sum(sums[1:], sums[0]),
-        torch.stack([r.mask.sum((0, 1)) for r in readings]).sum(0),
-    )
+    total = sum(sums[1:], sums[0])
+    counts = torch.stack([r.mask.sum((0, 1)) for r in readings]).sum(0)
     means, start, by_dictionary = total / counts.clamp(min=1), 0, {}
     for basis, indices in latents.parts:
         row = torch.zeros(basis.d_sae)

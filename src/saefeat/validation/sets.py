@@ -137,7 +137,7 @@ def minimal_set(
         Latents(2: resid_post.0 [484], resid_post.1 [359])
     """
     start = as_latents(latents, "minimal_set")
-    judge = _Judge.of(holds)
+    judge = _Judge(holds)
     whole = None if within is None else _around(start, within)
     require_upstream_of(metric, model, start if whole is None else whole, "minimal_set")
     experiment = Experiment.of_metric(
@@ -184,20 +184,13 @@ def _pruned(
 class _Judge:
     """The criterion: whether a metric [prompts] meets it, and how nearly."""
 
-    def __init__(self, holds: float | Criterion, share: float = 1.0) -> None:
-        self._holds, self._share = holds, share
-        if not 0 < share <= 1:
+    def __init__(self, holds: Holds) -> None:
+        self._holds, self._share = holds if isinstance(holds, tuple) else (holds, 1.0)
+        if not 0 < self._share <= 1:
             raise SaefeatError(
-                f"minimal_set: `holds` is a pair with {share}, wanted a share in (0, 1]. Likely"
-                " cause: a percentage, or a count. Try: holds=(lambda m: m > 0, 0.9)"
+                f"minimal_set: `holds` is a pair with {self._share}, wanted a share in (0, 1]."
+                " Likely cause: a percentage, or a count. Try: holds=(lambda m: m > 0, 0.9)"
             )
-
-    @classmethod
-    def of(cls, holds: Holds) -> _Judge:
-        if not isinstance(holds, tuple):
-            return cls(holds)
-        criterion, share = holds
-        return cls(criterion, share)
 
     def share_of(self, values: Tensor) -> float:
         """The share of prompts for which it holds."""
@@ -234,27 +227,22 @@ def _around(latents: Latents, within: Any) -> Latents:
 
 
 def _require_sufficient(judge: _Judge, whole: Tensor, none: Tensor, start: Latents) -> None:
-    if judge(whole) and not judge(none):
+    if not judge(whole):
+        said = (
+            f"`latents` is {start!r}, with which the criterion holds for"
+            f" {judge.share_of(whole):.0%} of the prompts (mean metric {whole.mean():.3f}), wanted"
+            " a set that suffices. Likely cause: too few latents, or a metric of the wrong sign."
+            " Try: scores.top(100), or a larger share"
+        )
+    elif judge(none):
+        said = (
+            f"`holds` is met with no latents at all (mean metric {none.mean():.3f}), wanted a"
+            " criterion that the set brings about. Likely cause: prompts on which the behavior is"
+            " there anyway, or a metric of the wrong sign. Try: filter the prompts first"
+        )
+    else:
         return
-    fails = not judge(whole)
-    held = judge.share_of(whole if fails else none)
-    parameter = "latents" if fails else "holds"
-    got = (
-        f"{start!r}, with which the criterion holds for {held:.0%} of the prompts (mean"
-        f" metric {whole.mean():.3f})"
-        if fails
-        else f"met with no latents at all (mean metric {none.mean():.3f})"
-    )
-    wanted = "a set that suffices" if fails else "a criterion that the set brings about"
-    cause = (
-        "too few latents, or a metric of the wrong sign"
-        if fails
-        else "prompts on which the behavior is there anyway, or a metric of the wrong sign"
-    )
-    call = "scores.top(100), or a larger share" if fails else "filter the prompts first"
-    raise SaefeatError(
-        f"minimal_set: `{parameter}` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
-    )
+    raise SaefeatError(f"minimal_set: {said}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
