@@ -180,10 +180,9 @@ class Job:
         chosen = intervention or job_file.intervention(model)
         call, prompts = Call.read(job_file.about.get("call"), server.url), job_file.prompts()
         requests = call.requests(model, prompts, chosen)
-        given = intervention is not None
-        if given and call.fingerprint(model, prompts, chosen) != job_file.fingerprint:
-            raise not_ours(job_file.path, "of another run")
-        if len(requests.batches) != len(job_file.parts):
+        given, parts = intervention is not None, len(job_file.parts)
+        same = not given or call.fingerprint(model, prompts, chosen) == job_file.fingerprint
+        if not same or len(requests.batches) != parts:
             raise not_ours(job_file.path, "of another run")
         return cls.resumed(requests, job_file)
 

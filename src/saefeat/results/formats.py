@@ -44,12 +44,7 @@ def frame(columns: Mapping[str, Any] | Sequence[Any], function: str) -> pandas.D
 
 
 def new_figure(function: str, size: tuple[float, float]) -> Figure:
-    """An empty figure, outside pyplot's list of figures, which keeps them for ever.
-
-    Args:
-        function: the public function, for the error.
-        size: width and height, inches.
-    """
+    """An empty figure of this width and height, inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -57,4 +52,5 @@ def new_figure(function: str, size: tuple[float, float]) -> Figure:
             f"{function}: `matplotlib` is not installed, wanted matplotlib 3.9 or later. Likely"
             " cause: it is an extra. Try: pip install 'saefeat[plots]'"
         ) from error
+    # not pyplot's: its list of figures keeps them for ever
     return Figure(figsize=size, layout="constrained")

@@ -18,8 +18,8 @@ from ..attribution.columns import require_positions
 from ..attribution.prepare import prepare
 from ..attribution.scores import Attribution
 from ..checks import whole
-from ..dictionaries.latents import Latents, as_latents
-from ..errors import LatentError, PromptError, SaefeatError
+from ..dictionaries.latents import Latents
+from ..errors import PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..kernel.encode import encode
@@ -290,15 +290,13 @@ def effects(
 ) -> Tensor:
     """[k, prompts] float64: the metric's exact change when a latent moves alone.
 
-    Latents that did not move in a prompt have no row in the batch: their effect is exactly zero.
+    It is the exact counterpart of a score. A score at (prompt, position, latent) is the estimated
+    effect of adding ``change`` to that latent there, so a prompt's sum over positions is the
+    estimate of one edit, which the attribution's record is enough to make. Latents that did not
+    move in a prompt have no row in the batch: their effect is exactly zero.
 
-    Args:
-        experiment: prompts and metric, in the attribution's order.
-        scores: the attribution.
-        keys: [k, 2], (dictionary, latent).
-        place: [n], which key each of the attribution's rows is of, or −1.
-        clean: [prompts], the metric in the clean run.
-        progress: show a progress bar.
+    ``keys`` [k, 2] are (dictionary, latent), ``place`` [n] which key each of the attribution's rows
+    is of, or −1, and ``clean`` [prompts] the metric in the clean run.
     """
     moves = (place >= 0).nonzero().squeeze(1)
     edits, edit = torch.unique(  # [edits, 2] (key, prompt), and the edit each move belongs to
@@ -348,17 +346,6 @@ def require_movable(scores: Attribution, function: str) -> None:
                 " an SAE that normalizes its input, or the error term. Try: Attribute(...,"
                 " baseline=None)"
             )
-
-
-def require_several(latents: object, function: str, least: int) -> Latents:
-    """Latents, at least so many."""
-    chosen = as_latents(latents, function)
-    if len(chosen) >= least:
-        return chosen
-    raise LatentError(
-        f"{function}: `latents` is {chosen!r}, wanted at least {least}. Likely cause: a search that"
-        " found too few. Try: scores.top(20)"
-    )
 
 
 def require_upstream_of(

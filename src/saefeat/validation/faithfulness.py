@@ -29,7 +29,6 @@ from .ranking import (
     members_mass,
     random_sets,
     ranking,
-    require_pool,
     selection,
 )
 from .stats import Estimate, quantiles, resample
@@ -377,8 +376,13 @@ def _sizes(sizes: Sequence[int] | None, ranked: Ranking, controls: int) -> tuple
             " latents that moved. Likely cause: sizes beyond the latents found, or out of order."
             " Try: faithfulness(..., sizes=(1, 2, 4, 8))"
         )
-    if controls:
-        require_pool(ranked, ladder[-1], "faithfulness")
+    if controls and moved < 2 * ladder[-1]:
+        raise SaefeatError(
+            f"faithfulness: `sizes` is up to {ladder[-1]}, wanted at most {most}: half of the"
+            f" {moved} latents that moved, so that as many are left for a control. Likely cause:"
+            " few latents are active on these prompts. Try: faithfulness(...,"
+            f" sizes=(1, {max(1, most)})), or controls=0"
+        )
     return ladder
 
 

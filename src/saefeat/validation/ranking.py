@@ -139,14 +139,3 @@ def members_mass(
         name: torch.tensor([[table[tuple(key)] for key in drawn.tolist()] for drawn in keys])
         for name, keys in sets.items()
     }
-
-
-def require_pool(ranked: Ranking, k: int, function: str) -> None:
-    """Refuse sets so large that no control of their size is left."""
-    if len(ranked.keys) < 2 * k:
-        raise SaefeatError(
-            f"{function}: `sizes` is up to {k}, wanted at most {len(ranked.keys) // 2}: half of the"
-            f" {len(ranked.keys)} latents that moved, so that as many are left for a control."
-            f" Likely cause: few latents are active on these prompts. Try: {function}(...,"
-            f" sizes=(1, {max(1, len(ranked.keys) // 2)})), or controls=0"
-        )

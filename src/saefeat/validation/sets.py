@@ -18,7 +18,7 @@ from ..results.formats import frame
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention
-from .experiment import Experiment, Folder, require_several, require_upstream_of
+from .experiment import Experiment, Folder, require_upstream_of
 
 if TYPE_CHECKING:
     import pandas
@@ -355,7 +355,12 @@ def interactions(
         >>> sf.validation.interactions(model, ["hello"], chosen, sf.metrics.logit(5)).values.shape
         torch.Size([3, 3])
     """
-    chosen = require_several(latents, "interactions", 2)
+    chosen = as_latents(latents, "interactions")
+    if len(chosen) < 2:
+        raise LatentError(
+            f"interactions: `latents` is {chosen!r}, wanted at least 2. Likely cause: a search that"
+            " found too few. Try: scores.top(20)"
+        )
     require_upstream_of(metric, model, chosen, "interactions")
     experiment = Experiment.of_metric(
         model, prompts, metric, function="interactions", batch_size=batch_size, baseline=baseline,
