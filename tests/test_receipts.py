@@ -25,7 +25,7 @@ from helpers import (
 )
 from saefeat.kernel import events as kernel
 from saefeat.kernel import write
-from saefeat.results import events as events_module
+from saefeat.results import receipt as events_module
 
 NEW = 5
 LENGTHS = [3, 6, 4]

@@ -25,7 +25,7 @@ from ..files.hashing import digest
 from ..metrics.base import Metric
 from ..metrics.evaluator import Batch, require_finite
 from ..model.modules import torch_module
-from ..results.identity import model_identity, remote_identity
+from ..results.provenance import model_identity, remote_identity
 from ..results.receipt import Fired, Receipt, join_receipts
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..shipping.server import Server

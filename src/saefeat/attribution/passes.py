@@ -20,7 +20,7 @@ from ..metrics.base import require_tokenwise
 from ..metrics.evaluator import NOTHING, Batch, Evaluator, Pass, pass_options
 from ..model.route import Route
 from ..model.sites import Place, Site
-from ..results.identity import model_key
+from ..results.provenance import model_key
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..verbs.base import Intervention
 from ..verbs.lower import lower

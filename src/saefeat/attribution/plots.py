@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SaefeatError
-from ..results.plot import new_figure
+from ..results.formats import new_figure
 from .columns import Columns, by_token
 
 if TYPE_CHECKING:

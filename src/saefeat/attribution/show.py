@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..results.html import render
-from ..results.table import frame
+from ..results.formats import frame, render
 from .columns import Columns, by_token, ranked
 
 if TYPE_CHECKING:

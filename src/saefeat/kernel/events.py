@@ -52,7 +52,7 @@ class Acted:
         """A tensor [m] a column, one row a changed (token, latent) pair.
 
         ``row`` is the row of the batch, ``latent`` the latent's place in the selection; the others
-        are as ``saefeat.results.events`` documents them.
+        are as ``saefeat.results.receipt`` documents them.
         """
         change = torch.where(self.mask, self.step, 0.0)
         row, column, latent = (change != 0).nonzero(as_tuple=True)
