@@ -308,7 +308,7 @@ def test_the_published_endpoint_needs_an_intervention():
 
 def test_the_baselines_own_tokens_for_others_to_check_against():
     """``BASELINE_TOP`` resolved outside an attribution, as audits need it."""
-    from saefeat.attribution.batch import baseline_logits
+    from saefeat.attribution.path import baseline_logits
 
     nn, sae = wrapped(build("llama")), make_sae()
     starts = (

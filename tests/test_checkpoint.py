@@ -16,7 +16,7 @@ from helpers import RAGGED, build, make_sae, unit, wrapped
 from saefeat.files.checkpoint import Checkpoint
 from saefeat.files.hashing import digest, weights
 from saefeat.generation import Sample
-from saefeat.results.identity import model_identity
+from saefeat.results.provenance import model_identity
 
 JOB = {"prompts": "abc", "options": {"temperature": 0.7, "stop": [1, 2]}}
 TENSORS = {

@@ -658,9 +658,9 @@ def test_on_disk_rows_and_columns_in_any_order(tmp_path):
     disk = OnDisk(tmp_path / "x.safetensors")
     for indices in ([0], [8], [3, 4, 5], [5, 4, 3], [8, 0], [1, 2, 3, 4, 6], list(range(9))):
         index = torch.tensor(indices)
-        assert torch.equal(disk.rows("A", index), tensors["A"][indices])
-        assert torch.equal(disk.columns("A", index), tensors["A"][:, indices])
-        assert torch.equal(disk.rows("v", index), tensors["v"][indices])
+        assert torch.equal(disk.take("A", index), tensors["A"][indices])
+        assert torch.equal(disk.take("A", index, axis=1), tensors["A"][:, indices])
+        assert torch.equal(disk.take("v", index), tensors["v"][indices])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -19,8 +19,7 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.validation.random_sets import mass, matched_sets, random_sets
-from saefeat.validation.ranking import by_prompt, ranking
+from saefeat.validation.ranking import by_prompt, mass, matched_sets, random_sets, ranking
 
 F64 = torch.float64
 METRIC = sf.logit_diff([5, 9], 7)

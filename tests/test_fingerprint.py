@@ -29,7 +29,7 @@ from helpers import (
 )
 from saefeat.dictionaries.weights import InMemory, OnDisk
 from saefeat.files.hashing import computation, digest, weights
-from saefeat.results.identity import model_identity
+from saefeat.results.provenance import model_identity
 
 X = torch.randn(7, D, generator=torch.Generator().manual_seed(5)) * 2 + 0.5
 OPTIONS = {

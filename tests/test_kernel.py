@@ -211,7 +211,9 @@ def test_unselected_positions_survive_a_delta_that_is_not_a_number():
 def test_fired_counts_only_what_was_selected():
     step = torch.tensor([[[0.0, 2.0], [0.0, 0.0]], [[-5.0, 1.0], [9.0, 9.0]]])
     mask = torch.tensor([[[True], [True]], [[True], [False]]])
-    assert counted(step, mask).tolist() == [3.0, 3.0, 5.0]
+    seen = window(None, None, (2, 2), 0, Memory(), None)
+    acted = Acted((step, step, step), mask, torch.zeros(2, D), None, seen)
+    assert acted.counts().tolist() == [3.0, 3.0, 5.0]
 
 
 def test_lift_is_the_norm_without_its_weight():

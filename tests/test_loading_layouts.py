@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import saefeat as sf
-from saefeat.dictionaries.npz import Npz
+from saefeat.dictionaries.weights import Npz
 
 D, N = 16, 48  # widths of the site and of the dictionaries
 
@@ -549,8 +549,8 @@ def test_npz_slices_equal_the_whole(tmp_path, order, compressed):
     assert file.names() == {"a", "b"} and file.shape("a") == (6, 10)
     index = torch.tensor([5, 0, 2])
     assert torch.equal(file.read("a"), whole)
-    assert torch.equal(file.rows("a", index), whole[index])
-    assert torch.equal(file.columns("a", index), whole[:, index])
+    assert torch.equal(file.take("a", index), whole[index])
+    assert torch.equal(file.take("a", index, axis=1), whole[:, index])
     assert file.read("b").dtype == torch.float64
 
 

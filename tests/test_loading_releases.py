@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 import saefeat as sf
 from saefeat.loading import directory
 from saefeat.loading.declaration import width_in, width_of
-from saefeat.loading.entries import choose
+from saefeat.loading.directory import choose
 from saefeat.loading.released import files
 from test_loading_layouts import (
     HYPER,

@@ -484,7 +484,7 @@ def test_nothing_is_left_behind(model, tmp_path, monkeypatch):
 SERVE = """
 import json, os, sys, threading, time
 sys.path.insert(0, {tests!r})
-import nnsight, saefeat as sf
+import loopback, nnsight, saefeat as sf
 from helpers import RAGGED, build, wrapped
 from test_loopback import endless, eventually, in_a_block, whereabouts
 nnsight.CONFIG.APP.REMOTE_LOGGING = False
@@ -541,7 +541,7 @@ def test_tensors_leave_without_what_is_behind_them():
 def test_a_half_precision_block_runs_under_autocast_and_the_kernel_does_not():
     """NDIF's trusted keys: float32 products of a block would be bfloat16's, and latents flip."""
     half = wrapped(build("llama").to(torch.bfloat16))
-    probe = sf.Probe(latents())
+    probe = sf.Probe(latents()).bind(half)
     with loopback.serve(half) as server, half.trace(batch_of(), remote=server.url):
         casts = nnsight.save(torch.is_autocast_enabled("cpu"))
         log = nnsight.save(probe(half))

@@ -33,13 +33,13 @@ def failure(name: str) -> str:
 
 MUTANTS = {
     "W_dec read for W_enc": Mutant(
-        'self._weights.columns("W_enc", encoded)',
-        'self._weights.rows("W_dec", encoded).T',
+        'encoder = weights.take("W_enc", encoded, axis=1)',
+        'encoder = weights.take("W_dec", encoded).T',
         failure("topk_read_as_relu"),
     ),
     "one layer on": Mutant(
-        '{blocks}.{site.layer}"',
-        '{blocks}.{(site.layer + 1) % layers}"',
+        '{container}.{site.layer}"',
+        '{container}.{(site.layer + 1) % layers}"',
         failure("sae_of_another_layer"),
     ),
     "mask dropped": Mutant(
@@ -101,7 +101,7 @@ MUTANTS = {
         failure("topk_read_as_relu"),
     ),
     "b_dec forgotten": Mutant(
-        'shift = self._weights.read("b_dec") @ encoder',
+        'shift = weights.read("b_dec") @ encoder if self.subtract_bias else 0.0',
         "shift = 0.0",
         failure("topk_read_as_relu"),
     ),

@@ -23,9 +23,8 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.kernel import events as kernel
-from saefeat.kernel import write
-from saefeat.results import events as events_module
+from saefeat.kernel import edit
+from saefeat.results import receipt as events_module
 
 NEW = 5
 LENGTHS = [3, 6, 4]
@@ -207,7 +206,7 @@ def test_long_runs_keep_counts_alone(monkeypatch):
     whole = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert len(whole.events) == whole.changed == 44
     # of the function itself: a request that was rebuilt in this process brings its own copy
-    monkeypatch.setitem(inspect.unwrap(write.Write.apply).__globals__, "PAIRS", 40)
+    monkeypatch.setitem(inspect.unwrap(edit.Write.apply).__globals__, "PAIRS", 40)
     cut = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert cut == whole and cut.events is None
     monkeypatch.undo()
@@ -314,7 +313,7 @@ def test_noting_costs_a_decode_step_no_synchronization(monkeypatch):
         raise AssertionError("computed while the model runs")
 
     monkeypatch.setattr(events_module, "record_events", refuse)
-    monkeypatch.setattr(kernel, "counted", refuse)
+    monkeypatch.setattr(edit.Acted, "counts", refuse)
     with sf.hooked(model, step) as log:
         model.generate(**batch, max_new_tokens=3, do_sample=False)
     monkeypatch.undo()

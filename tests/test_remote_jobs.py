@@ -24,9 +24,8 @@ from helpers import BOS, RAGGED, batch_of, build, make_sae, unit, wrapped
 from saefeat.generation import Beams, Greedy, Sample
 from saefeat.generation.decoding import decoding
 from saefeat.remote import Server
-from saefeat.remote.batch import remote_batch
+from saefeat.remote.batch import received, remote_batch
 from saefeat.remote.preflight import Capture
-from saefeat.remote.validate import received
 from saefeat.verbs.lower import lower
 
 NEW = 4

@@ -730,3 +730,31 @@ def test_on_a_linear_model_every_method_is_exact_ablation(how):
         other.scores_of(chosen), exact.scores_of(chosen), atol=1e-6, rtol=1e-5
     )
     assert exact.scores_of(chosen).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        sf.attribution.RelP(),
+        pytest.param(
+            sf.attribution.GradDrop(),
+            marks=pytest.mark.xfail(
+                strict=True, reason="a block's gates close at both of its layers at once"
+            ),
+        ),
+    ],
+)
+def test_a_block_that_stands_at_two_layers(backward):
+    """Its hooks were there twice. The gradients are those of two blocks with the same weights."""
+    once, twice = build("llama").requires_grad_(False), build("llama").requires_grad_(False)
+    once.model.layers.append(once.model.layers[0])
+    twice.model.layers.append(copy.deepcopy(twice.model.layers[0]))
+    embeds = torch.randn(1, 5, once.config.hidden_size)
+    found = []
+    for model in (once, twice):
+        x = embeds.clone().requires_grad_()
+        with backward.applied(model) as slopes:
+            total = model(inputs_embeds=x, use_cache=False).logits[0, -1, 3]
+            found.append(slopes(total, {0: x}, {0: sf.Site("resid_pre", 0)})[0])
+    assert float(found[1].abs().max()) > 0
+    torch.testing.assert_close(*found)

@@ -13,7 +13,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, VOCAB, build, make_sae, raw_hooks, tokenizer, unit, wrapped
-from saefeat.validation import memory
+from saefeat.validation import experiment as memory
 from saefeat.validation.experiment import Experiment
 
 F64 = torch.float64

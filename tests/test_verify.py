@@ -10,8 +10,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, tokenizer, wrapped
-from saefeat.loading.declaration import Declared
-from saefeat.loading.declared_notes import notes
+from saefeat.loading.declaration import Declared, notes
 from saefeat.studies.refusal import tiny
 
 PROMPTS = [

@@ -32,8 +32,7 @@ from .hub.files import load, save
 from .loading.api import load_sae, load_saes
 from .metrics.logits import logit_diff
 from .model.sites import Site
-from .running.edit import edit
-from .running.hooked import hooked
+from .running.attached import edit, hooked
 from .running.run import run
 from .running.sweep import sweep
 from .text.tokens import Tokens

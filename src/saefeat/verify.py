@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dictionaries.base import Dictionaries, Dictionary
 from .dictionaries.direction import Neurons
+from .dictionaries.latents import Dictionaries, Dictionary
 from .errors import DictionaryError, ModelError, SiteError
-from .loading.declared_notes import notes
+from .loading.declaration import notes
 from .model.modules import check_ready, family, layer_count, torch_module, width_at
 from .model.route import Route, route
 from .model.sites import HOOKS, Site

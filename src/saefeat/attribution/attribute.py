@@ -4,45 +4,51 @@ The dictionary is never in the graph. With the error term kept and a linear deco
 ∂m/∂f_i = (∂m/∂x) · direction_i, so the model runs bare, gradients are taken at the sites'
 values [b, t, d_model], averaged over the path, and only then read through the dictionary, a block
 of latents at a time, into a sparse result. Memory does not grow with the dictionary's width.
-
-``prepare`` makes batches, ``passes`` the passes, ``endpoint`` the baseline, ``path`` the
-gradients; ``readout`` reads them out, ``exact`` does without them, ``in_trace`` works in a trace of
-the user's own.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import whole
-from ..dictionaries.base import Dictionaries
-from ..dictionaries.latents import Dictionary, Latents, as_latents
-from ..errors import PromptError
+from ..dictionaries.latents import Dictionaries, Dictionary, Latents, as_latents
+from ..errors import GradientError
 from ..files.checkpoint import Checkpoint
+from ..files.hashing import digest
 from ..metrics.base import Metric
+from ..metrics.evaluator import Batch, require_finite
 from ..model.modules import torch_module
-from ..results.receipt import join_receipts
+from ..results.provenance import model_identity, remote_identity
+from ..results.receipt import Fired, Receipt, join_receipts
+from ..shipping.payload import PAYLOAD_LIMIT
 from ..shipping.server import Server
 from ..text.prompts import Prompts
 from ..text.texts import texts_of
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention, require_fired
-from .backward import Backward
 from .baselines import Baseline
-from .batch import attribute_batch
-from .exact import require_few
-from .in_trace import Watching, begin
-from .job import Job
-from .methods import AtP, Method
+from .exact import effects
+from .in_trace import Watching, watch
+from .job import (
+    AtOnce,
+    Job,
+    Prepared,
+    prepare,
+    require_gradients,
+    require_scored,
+    require_sense,
+    require_sizes,
+)
+from .methods import AtP, Backward, Method
 from .passes import SitePasses
-from .path import AtOnce, require_at_once
-from .pieces import identity, join_attributions, plain_piece, restored
-from .prepare import prepare, require_gradients, require_scored, require_sense
+from .path import Path, begin, joined, mean_gradients, read_out, require_apart
 from .scores import Attribution
 
 if TYPE_CHECKING:
@@ -149,33 +155,31 @@ class Attribute:
                 fit it.
             SiteError, ModelError: as in ``run``.
         """
-        server = Server("local") if on is None else on  # its limit alone counts then
-        remote, job = on is not None and on.remote, self.job
-        if not job.method.moves() and not remote:
+        job, remote = self.job, on is not None and on.remote
+        if job.method.nodes() and not remote:
             require_gradients(torch_module(model))
-        whole("Attribute", "batch_size", batch_size, error=PromptError)
-        require_few(job.method, job.target)
-        require_at_once(steps_at_once)
-        passes = SitePasses(
-            job.target, model, job.metric, semantics=job.semantics, backward=job.backward,
-            remote=remote, limit=server.payload_limit,
-        )  # fmt: skip
+        require_sizes(job, batch_size, steps_at_once)
+        limit = PAYLOAD_LIMIT if on is None else on.payload_limit
+        passes = SitePasses(job, model, remote, limit)
         prepared = prepare(job, model, prompts)
-        who = {} if checkpoint is None else identity(job, model, prepared, batch_size, remote)
+        who = {} if checkpoint is None else _identity(job, model, prepared, batch_size, remote)
         pieces, receipts = [], []
         with Checkpoint(checkpoint, who, "Attribute") as done:
             batches = tqdm(
                 prepared.batches(batch_size), disable=not progress, desc="attribute", unit="batch"
             )
-            for number, pair in enumerate(batches):
-                piece = restored(done.load(number), passes)
-                if piece is None:
-                    piece = attribute_batch(job, passes, *pair, steps_at_once)
-                    done.save(number, *plain_piece(*piece))
-                pieces.append(piece[0])
-                receipts.append(piece[1])
+            for number, (batch, other) in enumerate(batches):
+                saved = done.load(number)
+                if saved is None:
+                    piece, receipt = _attribute(job, passes, batch, other, steps_at_once)
+                    if checkpoint is not None:
+                        done.save(number, *_plain(piece, receipt))
+                else:
+                    piece, receipt = _restored(saved, passes)
+                pieces.append(piece)
+                receipts.append(receipt)
         require_fired(join_receipts(receipts), "Attribute")  # over all of the data set
-        scores = join_attributions(pieces)
+        scores = _join(pieces)
         require_scored(scores.tokens, "Attribute")
         texts = texts_of(model, *prepared.data)
         signed = self.backward is None or self.backward.signed
@@ -211,4 +215,100 @@ class Attribute:
             >>> isinstance(scores.top(3), sf.Latents)
             True
         """
-        return begin(self.job, model, intervention)
+        return watch(self.job, model, intervention)
+
+
+def _attribute(
+    job: Job, passes: SitePasses, batch: Batch, other: Batch | None, at_once: AtOnce
+) -> tuple[Attribution, Receipt]:
+    """One batch's scores, and what the baseline's edits did."""
+    nodes = job.method.nodes()
+    # A path that starts at zero has the clean pass for its first node.
+    gradient = passes.written if nodes and nodes[0][0] == 0.0 else ()
+    path = begin(job, passes, batch, other, at_once, gradient)
+    require_apart(path)
+    slopes = mean_gradients(path) if nodes else {}
+    with torch.no_grad():
+        clean, of_parts = path.clean, (passes.parts, path.scored, path.targets)
+        if nodes:
+            rows, dropped = read_out(*of_parts, clean.values, slopes, clean.view, job.keep)
+        else:
+            parts = zip(*of_parts, strict=True)
+            rows, dropped = [effects(path, *part) for part in parts], None
+        columns = joined(rows, batch.numbers)
+        scored = torch.stack(path.scored).any(0).cpu()
+        scores = Attribution(
+            tuple(part.dictionary for part in passes.parts),
+            *columns,
+            clean=_finite(path.metric(clean, batch), batch, "clean"),
+            baseline=_finite(path.metric(path.baseline, path.other), batch, "baseline"),
+            tokens=scored.sum(1),
+            scored=scored[batch.inputs["attention_mask"].bool()],
+            ends=_metric_by_site(path) if job.one_site else None,
+            dropped=dropped,
+        )
+    return scores, path.baseline.receipt
+
+
+def _metric_by_site(path: Path) -> Tensor:
+    """[b, dictionaries]: the metric with each dictionary's written site alone at the baseline."""
+    by_place = {}
+    for n in path.passes.written:
+        run = path.passes.run(path.batch, targets={n: path.ends[n]}, copy=False)
+        by_place[n] = _finite(path.metric(run, path.batch), path.batch, "baseline")
+    return torch.stack([by_place[part.write] for part in path.passes.parts], 1)
+
+
+def _finite(values: Tensor, batch: Batch, run: str) -> Tensor:
+    return require_finite("Attribute", values, batch.numbers, run, GradientError)
+
+
+# ---------------------------------------------------------------- batches kept and joined
+
+_ALWAYS = (
+    *("prompt", "dictionary", "position", "latent", "score", "activation", "change"),
+    *("clean", "baseline", "tokens"),
+)
+_SOMETIMES = ("ends", "dropped", "scored")
+
+
+def _identity(
+    job: Job, model: TransformersModel, prepared: Prepared, batch_size: int, remote: bool | str
+) -> dict[str, Any]:
+    """Everything that scores depend on; how many nodes share a pass is not among it."""
+    names = ("metric", "baseline", "method", "where", "semantics", "one_site", "backward", "keep")
+    return {
+        **(remote_identity(model, remote) if remote else model_identity(model)),
+        "target": digest(job.target),
+        **{name: digest(getattr(job, name)) for name in names},
+        "prompts": digest(prepared.data, prepared.others),
+        "batch_size": batch_size,
+    }
+
+
+def _plain(piece: Attribution, receipt: Receipt) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A batch's scores as tensors, and its receipt as plain data."""
+    names = [name for name in (*_ALWAYS, *_SOMETIMES) if getattr(piece, name) is not None]
+    rows = [[row.edit, row.tokens, row.changed, row.largest] for row in receipt.rows]
+    tensors = {name: getattr(piece, name) for name in names}
+    return tensors, {"passes": receipt.passes, "rows": rows}
+
+
+def _restored(
+    saved: tuple[dict[str, Any], dict[str, Any]], passes: SitePasses
+) -> tuple[Attribution, Receipt]:
+    tensors, meta = saved
+    piece = Attribution(tuple(part.dictionary for part in passes.parts), **tensors)
+    return piece, Receipt(tuple(Fired(*row) for row in meta["rows"]), meta["passes"])
+
+
+def _join(pieces: Sequence[Attribution]) -> Attribution:
+    """Batches of prompts as one result; prompts are renumbered in order."""
+    starts = torch.tensor([0] + [len(piece.tokens) for piece in pieces]).cumsum(0)
+    columns: dict[str, Any] = {}
+    for name in (*_ALWAYS, *_SOMETIMES):
+        values = [getattr(piece, name) for piece in pieces]
+        if name == "prompt":
+            values = [column + start for column, start in zip(values, starts, strict=False)]
+        columns[name] = None if any(column is None for column in values) else torch.cat(values)
+    return Attribution(pieces[0].dictionaries, **columns)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, PromptError
+from ..metrics.evaluator import Batch
 from ..text.prompts import Prompts
 from ..values.base import Value
 from ..verbs.base import Intervention, per_latent
@@ -61,30 +62,23 @@ class Fixed:
     @property
     def prompts(self) -> int | None:
         """How many prompts the values are for; None if they fit any."""
-        return (
-            len(self.values) if isinstance(self.values, Tensor) and self.values.ndim == 2 else None
-        )
-
-    def _places(self, dictionary: Any) -> dict[int, int]:
-        """A dictionary's latents → their columns in the values."""
-        places, start = {}, 0
-        for basis, indices in self.latents.parts:
-            if basis is dictionary:
-                places |= {index: start + n for n, index in enumerate(indices)}
-            start += len(indices)
-        return places
+        by_prompt = isinstance(self.values, Tensor) and self.values.ndim == 2
+        return len(self.values) if by_prompt else None
 
     def of(self, dictionary: Any, indices: Sequence[int], prompt: Tensor) -> Tensor:
         """[1 or n, k]: the values of a dictionary's latents, for n tokens of these prompts."""
-        place = self._places(dictionary)
+        place, start = {}, 0  # the dictionary's latents → their columns in the values
+        for basis, own in self.latents.parts:
+            if basis is dictionary:
+                place |= {index: start + n for n, index in enumerate(own)}
+            start += len(own)
         missing = [index for index in indices if index not in place]
         if missing:
-            got = f"without a value for latent {missing[0]} at {dictionary.site}" + (
-                f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            )
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise LatentError(
-                f"Attribute: `baseline` is {got}, wanted a value for every watched latent. Likely"
-                " cause: values of another selection, or of a dictionary loaded again. Try:"
+                f"Attribute: `baseline` is without a value for latent {missing[0]} at"
+                f" {dictionary.site}{more}, wanted a value for every watched latent. Likely cause:"
+                " values of another selection, or of a dictionary loaded again. Try:"
                 " Fixed(saes.latents(), readings.mean()), from the same saes"
             )
         columns = torch.tensor([place[index] for index in indices])
@@ -137,41 +131,8 @@ class Paired:
 Baseline = Intervention | Fixed | Paired | None
 
 
-def counterparts(
-    align: Alignment, lengths: Sequence[int], others: Sequence[int], start: int
-) -> tuple[list[list[int]], list[list[bool]]]:
-    """For each token of each prompt its counterpart's position, −1 where there is none.
-
-    The second result says which tokens were given None on purpose. ``start`` numbers the prompts
-    in messages.
-
-    Raises:
-        PromptError: naming the first pair that does not fit.
-    """
-    positions: list[list[int]] = []
-    free: list[list[bool]] = []
-    for n, (length, other) in enumerate(zip(lengths, others, strict=True)):
-        if align == "end":
-            row: list[int | None] = [p if p >= 0 else -1 for p in range(other - length, other)]
-        elif align is None:
-            _require(length == other, start + n, length, other, "as many tokens in both")
-            row = list(range(length))
-        else:
-            given: Any = align[start + n]
-            row = list(given)
-            fits = len(row) == length and all(p is None or 0 <= p < other for p in row)
-            _require(fits, start + n, length, other, f"a map of {length} positions below {other}")
-        positions.append([-1 if p is None else p for p in row])
-        free.append([p is None for p in row])
-    return positions, free
-
-
 def require_pairs(baseline: Paired, prompts: int, others: int) -> None:
-    """Refuse pairs that are not pairs.
-
-    Raises:
-        PromptError: for another number of prompts or maps, or an unknown rule.
-    """
+    """Refuse pairs that are not pairs: another number of prompts or maps, or an unknown rule."""
     align = baseline.align
     named = isinstance(align, str)
     maps = prompts if align is None or named else len(align)
@@ -185,12 +146,80 @@ def require_pairs(baseline: Paired, prompts: int, others: int) -> None:
     )
 
 
-def _require(fits: bool, number: int, length: int, other: int, wanted: str) -> None:
+def aligned(
+    baseline: Paired,
+    batch: Batch,
+    other: Batch,
+    clean: dict[int, Tensor],
+    paired: dict[int, Tensor],
+    scored: tuple[Tensor, ...],
+) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
+    """The paired run's values at this batch's columns, and what can be scored of it.
+
+    Values [b, t, d] a place, ``scored`` [b, t] a part. Where a token has no counterpart the value
+    is the clean run's.
+    """
+    columns, free = _columns(baseline.align, batch, other)
+    missing = columns < 0
+    for mask in scored:
+        lacking = mask & (missing & ~free).to(mask.device)
+        if bool(lacking.any()):
+            row = int(lacking.any(1).nonzero()[0])
+            raise PromptError(
+                f"Attribute: `baseline` is without a counterpart for {int(lacking[row].sum())}"
+                f" scored tokens of prompt {int(batch.numbers[row])}, wanted a baseline token for"
+                " every scored token. Likely cause: the paired prompt is shorter. Try:"
+                " where=Tokens.last(n) for the tokens they share, or a map with None in align="
+            )
+    rows = torch.arange(len(columns))[:, None]
+    values = {}
+    for n, value in clean.items():
+        across = paired[n][rows, columns.clamp(min=0)]
+        values[n] = torch.where(missing.to(value.device).unsqueeze(-1), value, across)
+    return values, tuple(mask & ~free.to(mask.device) for mask in scored)
+
+
+def _columns(align: Alignment, batch: Batch, other: Batch) -> tuple[Tensor, Tensor]:
+    """[b, t]: the other batch's column that meets each column, or −1; and where that was asked for.
+
+    Positions are the prompt's; what continues it meets what continues the other.
+    """
+    columns = torch.full(batch.inputs["input_ids"].shape, -1)
+    free = torch.zeros(columns.shape, dtype=torch.bool)
+    sizes = zip(batch.numbers.tolist(), _sizes(batch), _sizes(other), strict=True)
+    for n, (number, (length, more, pad), (theirs, _, their_pad)) in enumerate(sizes):
+        met = _counterparts(align, number, length, theirs)
+        meets = [-1 if position is None else position + their_pad for position in met]
+        columns[n, pad : pad + length] = torch.tensor(meets)
+        asked = [position is None and align != "end" for position in met]
+        free[n, pad : pad + length] = torch.tensor(asked)
+        columns[n, pad + length :] = torch.arange(more) + their_pad + theirs
+    return columns, free
+
+
+def _counterparts(align: Alignment, number: int, length: int, other: int) -> list[int | None]:
+    """For each token of a prompt the position of its counterpart, None where there is none."""
+    if align == "end":
+        return [position if position >= 0 else None for position in range(other - length, other)]
+    row: list[int | None] = list(range(length))
+    fits, wanted = length == other, "as many tokens in both"
+    if align is not None:
+        given: Any = align[number]
+        row, wanted = list(given), f"a map of {length} positions below {other}"
+        fits = len(row) == length and all(p is None or 0 <= p < other for p in row)
     if fits:
-        return
+        return row
     raise PromptError(
         f"Paired: `align` is not an alignment of pair {number}: {length} tokens, and {other} in its"
         f" baseline, wanted {wanted}. Likely cause: two prompts that are tokenized into different"
         ' numbers of tokens. Try: Paired(prompts, align="end"), or a map of positions for each'
         " prompt"
     )
+
+
+def _sizes(batch: Batch) -> list[tuple[int, int, int]]:
+    """For each row: the prompt's tokens, the continuation's, and pads."""
+    mask = batch.inputs["attention_mask"]
+    real = mask.sum(1)
+    lengths = real if batch.lengths is None else batch.lengths.squeeze(1)
+    return torch.stack([lengths, real - lengths, mask.shape[1] - real], 1).tolist()

@@ -7,43 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import Latents, cast
-from ..errors import LatentError
+from ..dictionaries.latents import cast, index_tensor
 from ..kernel.encode import encode
 from ..kernel.read import lift
-from .methods import Method
-from .pairs import Target, at_tokens
-from .part import Part
+from .pairs import Part, Rows, Target, at_tokens, score
 from .path import Path
-from .readout import Rows, moved_rows
-
-Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""prompt, position, latent, score, activation, change: [n] each."""
 
 
-def require_few(method: Method, latents: Latents) -> None:
-    """Refuse to run the model once for each of a whole dictionary's latents by accident.
-
-    Raises:
-        LatentError: for more latents than the method's limit.
-    """
-    limit = getattr(method, "limit", len(latents))
-    if len(latents) > limit:
-        raise LatentError(
-            f"Attribute: `target` is {len(latents)} latents for {method!r}, wanted at most {limit}."
-            " Likely cause: a whole dictionary, when each latent costs a run of its own. Try:"
-            f" attribute with IG first, then scores.top(100), or limit={len(latents)}"
-        )
-
-
-def effects(path: Path, part: Part, mask: Tensor, target: Target) -> Columns:
-    """One part's scores: what the metric does when each latent is moved alone."""
+def effects(path: Path, part: Part, mask: Tensor, target: Target) -> tuple[Tensor, ...]:
+    """One part's scores, in six columns: what the metric does when each latent is moved alone."""
     before = lift(at_tokens(path.clean.values[part.read], mask), part.norm)
-    rows = moved_rows(part, before, target)
+    rows, _ = score(part, before, target, None)
     cell = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
     prompt, position = cell[:, 0], path.clean.view.position[mask].to(cell.device)
-    per_latent = getattr(path.method, "per", "latent") == "latent"
+    per_latent = getattr(path.job.method, "per", "latent") == "latent"
     group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, per_latent)
     owner = prompt[rows.token[first]]
     scores = [torch.zeros(0, device=owner.device)]
@@ -51,15 +28,15 @@ def effects(path: Path, part: Part, mask: Tensor, target: Target) -> Columns:
         steps = _steps(part, before, target, rows.at(members))  # [m, d_out]
         at = (group[members] - some.start, cell[rows.token[members], 1])
         scores.append(_effect(path, part.write, owner[some], at, steps))
-    scored = torch.stack(path.end.scored).any(0).sum(1)  # the prompt's, whatever this part skips
+    scored = torch.stack(path.scored).any(0).sum(1)  # the prompt's, whatever this part skips
     count = scored.to(owner.device)[owner] if per_latent else torch.ones_like(owner)
     activation, change = (
         column.new_zeros(len(first)).index_add_(0, group, column) / count
         for column in (rows.activation, rows.change)
     )
     place = torch.full_like(owner, -1) if per_latent else position[rows.token[first]]
-    score = torch.cat(scores)
-    return owner, place, rows.latent[first], score.float(), activation.float(), change.float()
+    numbers = (torch.cat(scores).float(), activation.float(), change.float())
+    return owner, place, rows.latent[first], *numbers
 
 
 def _groups(key: Tensor, per_latent: bool) -> tuple[Tensor, Tensor]:
@@ -105,9 +82,9 @@ def _effect(
     start = path.clean.values[write][owner]
     at, steps = (at[0].to(start.device), at[1].to(start.device)), steps.to(start.device)
     total = torch.zeros(len(owner))
-    for fraction, weight in path.method.moves():
+    for fraction, weight in path.job.method.moves():
         if fraction == 0:
-            values = path.metric_at_clean()[owner]
+            values = path.metric(path.clean, path.batch)[owner]
         else:
             moved = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
             run = path.passes.run(many, targets={write: moved.to(start.dtype)}, copy=False)

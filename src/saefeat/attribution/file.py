@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionaries
 from ..dictionaries.excerpt import Excerpt
-from ..dictionaries.latents import Dictionary
+from ..dictionaries.latents import Dictionaries, Dictionary
 from ..errors import SaefeatError
 from ..files.container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
 from ..results.provenance import versions
@@ -49,15 +48,12 @@ def save(columns: Columns, path: str | Path) -> Path:
 
 def _entry(dictionary: Dictionary) -> dict[str, Any]:
     """What a table needs of a dictionary, and what tells it from others."""
-    return {
-        "site": str(dictionary.site),
-        "write_site": str(dictionary.write_site),
-        "d_in": dictionary.d_in,
-        "d_out": dictionary.d_out,
-        "d_sae": dictionary.d_sae,
-        "name": dictionary.name,
-        "fingerprint": dictionary.fingerprint(),
-    }
+    sites = {name: str(getattr(dictionary, name)) for name in ("site", "write_site")}
+    plain = {name: getattr(dictionary, name) for name in (*_SIZES, "name")}
+    return {**sites, **plain, "fingerprint": dictionary.fingerprint()}
+
+
+_SIZES = ("d_in", "d_out", "d_sae")
 
 
 def load(
@@ -138,30 +134,25 @@ def _check(
 
 def _dictionary(entry: Any, live: list[Dictionary] | None, function: str) -> Dictionary:
     """The live dictionary an entry means, or a stand-in that knows its name and width."""
-    keys = {"site", "write_site", "d_in", "d_out", "d_sae", "name", "fingerprint"}
-    sizes = ("d_in", "d_out", "d_sae")
+    keys = {"site", "write_site", *_SIZES, "name", "fingerprint"}
     if not isinstance(entry, dict) or set(entry) != keys:
         raise broken(function, f"a dictionary {brief(entry)}", ", ".join(sorted(keys)))
-    texts = [entry[key] for key in keys - set(sizes)]
-    whole = all(type(entry[key]) is int and 0 < entry[key] <= 2**31 for key in sizes)
+    texts = [entry[key] for key in keys - set(_SIZES)]
+    whole = all(type(entry[key]) is int and 0 < entry[key] <= 2**31 for key in _SIZES)
     if not whole or not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
-        raise broken(
-            function, f"a dictionary {brief(entry)}", "widths, and names of 4,096 characters"
-        )
+        got = f"a dictionary {brief(entry)}"
+        raise broken(function, got, "widths, and names of 4,096 characters")
     if live is None:
         try:
             return Excerpt({}, **entry, excluded=(), origin=None)
         except (SaefeatError, ValueError) as error:
             raise broken(function, f"a dictionary that cannot be ({error})", "a site") from error
     for dictionary in live:
-        if (
-            str(dictionary.site) == entry["site"]
-            and dictionary.fingerprint() == entry["fingerprint"]
-        ):
+        same_site = str(dictionary.site) == entry["site"]
+        if same_site and dictionary.fingerprint() == entry["fingerprint"]:
             return dictionary
-    got = (
-        f"without the dictionary {brief(entry['name'])} of {entry['site']}, {entry['fingerprint']}"
-    )
+    got = f"without the dictionary {brief(entry['name'])} of {entry['site']}"
+    got += f", {entry['fingerprint']}"
     wanted = "the dictionaries the scores were made with"
     cause = "another release, width or revision of the SAEs"
     raise refuse(function, got, wanted, cause, "Attribution.load(path), for tables alone", "saes")
@@ -173,14 +164,8 @@ def _texts(spec: Any, tensors: dict[str, Tensor], function: str) -> Texts | None
     if spec is None and ids is None and sizes is None:
         return None
     right = isinstance(spec, dict) and set(spec) - {"prompts"} == {"words", "special", "roles"}
-    if (
-        spec is None
-        or not right
-        or ids is None
-        or sizes is None
-        or ids.dtype != torch.int64
-        or ids.ndim != 1
-    ):
+    listed = ids is not None and (ids.dtype, ids.ndim) == (torch.int64, 1)
+    if spec is None or ids is None or sizes is None or not (right and listed):
         raise broken(function, "tokens of another form", "texts with ids and lengths")
     good = sizes.dtype == torch.int64 and sizes.ndim == 1 and bool((sizes >= 0).all())
     if not good or int(sizes.double().sum()) != len(ids):

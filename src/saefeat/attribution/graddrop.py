@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..errors import ModelError, SaefeatError
 from ..model.families import FAMILIES, NESTED
 from ..model.modules import blocks, family, layer_count
 from ..model.sites import Site
-from .backward import Backward, Slopes, plain_slopes
+from .methods import Backward, Slopes, plain_slopes
 
 _BRANCHES = {"gpt2": ("attn", "mlp"), "gpt_neox": ("attention", "mlp")}
 
@@ -76,70 +76,66 @@ class GradDrop(Backward):
         )
 
 
-class _Drop(NamedTuple):
-    """Which layer's gates are closed, and how the gradients without it are put together."""
-
-    state: dict[str, int]
-    blocks: str
-    layers: int
-    signed: bool
-
-
 @contextmanager
 def _dropping(module: nn.Module, signed: bool) -> Iterator[Slopes]:
     """A gate behind every branch, to be closed layer by layer in the backward passes."""
-    path = family(module)[0]
-    drop = _Drop({"closed": -1}, path, layer_count(module), signed)
+    closed = {"layer": -1}  # whose gates are closed
     kind = getattr(getattr(module, "config", None), "model_type", "")
     with ExitStack() as stack:
         for layer, block in enumerate(blocks(module)):
             for name in _BRANCHES.get(kind, ("self_attn", "mlp")):
-                hook = partial(_gated, drop.state, layer)
+                hook = partial(_gated, closed, layer)
                 stack.callback(getattr(block, name).register_forward_hook(hook).remove)
-        yield partial(_dropped_in_turn, drop)
+        yield partial(_dropped_in_turn, closed, family(module)[0], layer_count(module), signed)
 
 
-def _gated(state: dict[str, int], layer: int, _: nn.Module, __: tuple, out: Any) -> Any:
+def _gated(closed: dict[str, int], layer: int, _: nn.Module, __: tuple, out: Any) -> Any:
     if isinstance(out, Tensor):
-        return _Gate.apply(out, state, layer)
-    return (_Gate.apply(out[0], state, layer), *out[1:])
+        return _Gate.apply(out, closed, layer)
+    return (_Gate.apply(out[0], closed, layer), *out[1:])
 
 
 class _Gate(torch.autograd.Function):
     """The value as it is; backward nothing, if the layer is closed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, state: dict[str, int], layer: int) -> Tensor:  # type: ignore[override]
-        ctx.state, ctx.layer = state, layer
+    def forward(ctx: Any, x: Tensor, closed: dict[str, int], layer: int) -> Tensor:  # type: ignore[override]
+        ctx.closed, ctx.layer = closed, layer
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        closed = ctx.state["closed"] == ctx.layer
-        return torch.zeros_like(gradient) if closed else gradient, None, None
+        shut = ctx.closed["layer"] == ctx.layer
+        return torch.zeros_like(gradient) if shut else gradient, None, None
 
 
 def _dropped_in_turn(
-    drop: _Drop, total: Tensor, nodes: Mapping[int, Tensor], sites: Mapping[int, Site]
+    closed: dict[str, int],
+    blocks: str,
+    layers: int,
+    signed: bool,
+    total: Tensor,
+    nodes: Mapping[int, Tensor],
+    sites: Mapping[int, Site],
 ) -> dict[int, Tensor]:
     """Gradients without each layer but the site's own: their mean [b, t, d] if signed, else all
     of them [b, t, layers, d], to be averaged when their sizes are known.
     """
-    own = {n: layer_around(sites[n], drop.blocks) for n in nodes}
-    counted = {n: [k for k in range(drop.layers) if k != own[n]] or [-1] for n in nodes}
-    order = sorted({layer for layers in counted.values() for layer in layers})
+    own = {n: layer_around(sites[n], blocks) for n in nodes}
+    counted = {n: [k for k in range(layers) if k != own[n]] or [-1] for n in nodes}
+    order = sorted({layer for others in counted.values() for layer in others})
     slopes: dict[int, list[Tensor]] = {n: [] for n in nodes}
     for layer in order:
-        drop.state["closed"] = layer
+        closed["layer"] = layer
         for n, slope in plain_slopes(total, nodes, sites, keep=layer != order[-1]).items():
             if layer not in counted[n]:
                 continue
-            if drop.signed:
+            if signed:
                 part = slope.to(torch.promote_types(slope.dtype, torch.float32)) / len(counted[n])
                 slopes[n] = [slopes[n][0].add_(part)] if slopes[n] else [part]
             else:
                 slopes[n].append(slope)
-    return {n: some[0] if drop.signed else torch.stack(some, 2) for n, some in slopes.items()}
+    return {n: some[0] if signed else torch.stack(some, 2) for n, some in slopes.items()}
 
 
 def layer_around(site: Site, blocks: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -15,22 +16,14 @@ from ..kernel.trace import generating, whole_run
 from ..metrics.evaluator import NOTHING, Pass, References, require_finite
 from ..model.modules import torch_module
 from ..results.receipt import Receipt
-from ..text.texts import Texts, texts_of
+from ..text.texts import texts_of
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
-from .backward import plain_slopes
 from .baselines import Fixed
-from .batch import read_out, scored_tokens
-from .endpoint import fixed_values
-from .job import Job
-from .pairs import Target
+from .job import Job, require_count, require_gradients, require_scored
+from .methods import plain_slopes
 from .passes import Moved, SitePasses
-from .prepare import (
-    require_count,
-    require_finite_scores,
-    require_gradients,
-    require_scored,
-)
+from .path import joined, read_out, scored_tokens, target_of
 from .scores import Attribution
 
 if TYPE_CHECKING:
@@ -86,15 +79,18 @@ class Watching:
             masks = scored_tokens(job.where, self.passes, view, False)
             parts, kept = self.passes.parts, self.log.kept
             targets = [
-                Target(fixed=fixed_values(job.baseline, part, mask.nonzero()[:, 0]))
+                target_of(job.baseline, part, mask.nonzero()[:, 0])
                 for part, mask in zip(parts, masks, strict=True)
             ]
-            columns, dropped = read_out(parts, masks, targets, kept, slopes, view, job.keep)
+            found, dropped = read_out(parts, masks, targets, kept, slopes, view, job.keep)
             clean = require_finite("Watching.scores", values.detach(), rows, "clean", GradientError)
-            require_finite_scores(columns, rows)
+            columns = joined(found, rows)
             chosen = torch.stack(masks).any(0)
             require_scored(chosen.sum(1), "Watching.scores")
-            texts = self._texts()
+            texts = None  # the model was given embeddings
+            if view.ids is not None:
+                batch = {"input_ids": view.ids.cpu(), "attention_mask": view.real.cpu()}
+                texts = texts_of(self.passes.evaluator.model, batch)
             return Attribution(
                 tuple(part.dictionary for part in parts),
                 *columns,
@@ -107,66 +103,46 @@ class Watching:
                 metric=name,
             )
 
-    def _texts(self) -> Texts | None:
-        """The prompts' tokens; None where the model was given embeddings."""
-        view = self.log.view
-        if view.ids is None:
-            return None
-        batch = {"input_ids": view.ids.cpu(), "attention_mask": view.real.cpu()}
-        return texts_of(self.passes.evaluator.model, batch)
-
     def _slopes(self, values: Tensor) -> dict[int, Tensor]:
         rows = len(self.log.view.real)
-        found = None
+        why = "without a gradient"
         if values.shape == (rows,) and values.requires_grad:
-            found = torch.autograd.grad(
-                values.sum(),
-                list(self.log.nodes.values()),
-                retain_graph=True,
-                allow_unused=True,
-            )
-        if found is not None and any(slope is not None for slope in found):
-            return plain_slopes(values.sum(), self.log.nodes, {}, keep=True)
-        got = f"of shape {tuple(values.shape)}, " + (
-            "which no watched site reaches" if found else "without a gradient"
-        )
+            total, nodes = values.sum(), list(self.log.nodes.values())
+            slopes = torch.autograd.grad(total, nodes, retain_graph=True, allow_unused=True)
+            if any(slope is not None for slope in slopes):
+                return plain_slopes(total, self.log.nodes, {}, keep=True)
+            why = "which no watched site reaches"
         raise GradientError(
-            f"Watching.scores: `values` is {got}, wanted one differentiable number a prompt,"
-            f" [{rows}], from behind the sites. Likely cause: an argmax or a mean over prompts,"
-            " values of another invoke, or of a site read before the watched ones. Try:"
-            " watching.scores(model.output.logits[:, -1, token])"
+            f"Watching.scores: `values` is of shape {tuple(values.shape)}, {why}, wanted one"
+            f" differentiable number a prompt, [{rows}], from behind the sites. Likely cause: an"
+            " argmax or a mean over prompts, values of another invoke, or of a site read before the"
+            " watched ones. Try: watching.scores(model.output.logits[:, -1, token])"
         )
 
     def __repr__(self) -> str:
         return f"Watching({self.job!r})"
 
 
-def begin(job: Job, model: TransformersModel, intervention: Intervention | None) -> Watching:
+def watch(job: Job, model: TransformersModel, intervention: Intervention | None) -> Watching:
     """Put the watched sites into the user's trace, behind an intervention's edits."""
     _require_one_pass(job)
     require_gradients(torch_module(model))
-    _require_a_trace(model)
-    passes = SitePasses(job.target, model, job.metric, semantics=job.semantics)
+    # A generation runs without gradients and passes the sites many times.
+    with suppress(OutOfOrderError):  # ``whole_run`` says what to do
+        inputs = model.inputs  # from here on the model's own gradient mode holds
+        if generating(inputs[1]):
+            raise GradientError(
+                "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause:"
+                " generate runs without gradients. Try: with model.trace(prompt + completion), or"
+                " log_prob(completion) outside"
+            )
+    passes = SitePasses(job, model)
     way = passes.evaluator.route_with(intervention or NOTHING)
     program, log = lower(intervention or NOTHING, model, way=way), Log()
     # What came before the first site stays in the user's graph.
     program = passes.watched(program, passes.written, Moved(), way, detach=False)
     whole_run(model, program, log, None)
     return Watching(job, passes, log)
-
-
-def _require_a_trace(model: TransformersModel) -> None:
-    """Refuse a generation, which runs without gradients and passes the sites many times."""
-    try:
-        inputs = model.inputs  # from here on the model's own gradient mode holds
-    except OutOfOrderError:
-        return  # ``whole_run`` says what to do
-    if generating(inputs[1]):
-        raise GradientError(
-            "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause: generate"
-            " runs without gradients. Try: with model.trace(prompt + completion), or"
-            " log_prob(completion) outside"
-        )
 
 
 def _require_one_pass(job: Job) -> None:

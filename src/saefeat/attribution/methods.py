@@ -3,17 +3,32 @@
 Gradient methods are one quadrature: nodes α in [0, 1] with weights that sum to one. The gradient is
 averaged over the nodes and multiplied once, at the end, with the change of each latent. The others
 move one latent at a time for real, and read the metric.
+
+Where the plain gradient misleads a ``Backward`` rule stands in for it: ``relp`` and ``graddrop``
+hold one each. A rule changes how gradients flow through the model, never a value. It is put on the
+modules by hooks for the length of one forward pass, and is gone after it, after an error and after
+Ctrl-C alike; the graph that was built keeps it.
+
+nnsight facts these rules rest on (0.8.1, each tried): its own reading and writing of a module lies
+around ``forward``, inside torch's hooks. So a pre-hook comes before a site at the module's input,
+and a hook after a site at its output: what a hook adds must be added to the value it is given, or
+the site's node would drop out of the graph. ``type(module).forward`` runs without nnsight.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ..errors import SaefeatError
+from ..model.sites import Site
 
 RULES = ("left", "midpoint", "gauss")
 ENDPOINTS = ("corrected", "as_published")
@@ -193,3 +208,35 @@ def _require_moves(function: str, per: str, limit: int, step: float) -> None:
         f" \"token\", at least 1 latent, and a step in (0, 1]. Try: {function}(per='latent',"
         " limit=4096)"
     )
+
+
+Slopes = Callable[[Tensor, Mapping[int, Tensor], Mapping[int, Site]], dict[int, Tensor]]
+"""``slopes(total [], nodes, sites)``: the gradient of the total at each node [b, t, d]; or for a
+rule that averages sizes, the gradients whose sizes are averaged, [b, t, ways, d]."""
+
+
+class Backward(ABC):
+    """A way for gradients to flow backward through the model, in place of the plain one.
+
+    Attributes:
+        signed: whether scores are signed, or sizes alone.
+
+    Examples:
+        >>> issubclass(sf.attribution.RelP, sf.attribution.Backward)
+        True
+    """
+
+    signed: bool = True
+
+    @abstractmethod
+    def applied(self, module: nn.Module) -> AbstractContextManager[Slopes]:
+        """Put the rule on the model for one forward pass; gives what computes the gradients."""
+
+
+def plain_slopes(
+    total: Tensor, nodes: Mapping[int, Tensor], sites: Mapping[int, Site], keep: bool = False
+) -> dict[int, Tensor]:
+    """The gradient as it is."""
+    order, at = zip(*sorted(nodes.items()), strict=True)
+    slopes = torch.autograd.grad(total, at, materialize_grads=True, retain_graph=keep)
+    return dict(zip(order, slopes, strict=True))

@@ -1,22 +1,22 @@
 """What a path moves: the pairs of token and latent whose activation differs at its two ends.
 
 Nothing of the size [tokens, d_sae] exists: blocks of latents times tokens are encoded, and reduced
-to the pairs that move. What moves a site, and what is scored, is summed over these pairs alone.
+to the pairs that move. What moves a site, and what is scored, is summed over these pairs alone. A
+pair's score is its change times the gradient's dot product with the latent's direction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import cast
+from ..dictionaries.latents import Dictionary, cast, index_tensor
 from ..kernel.encode import encode
-from .part import Part
+from ..kernel.read import Norm
 
 CHUNK, ELSEWHERE = 1024, 8192
 """Latents encoded at a time, on a CPU and elsewhere: more costs memory, fewer costs launches."""
@@ -28,6 +28,30 @@ DENSE = 64
 """Above one wanted pair in so many a dense product is faster than a gather."""
 
 Span = tuple[int, int]
+
+
+class Part(NamedTuple):
+    """One dictionary's latents, and the numbers of the places it reads and writes."""
+
+    dictionary: Dictionary
+    indices: Sequence[int]
+    read: int
+    write: int
+    norm: Norm
+
+
+class Rows(NamedTuple):
+    """Sparse scores of one part: token number among those scored, latent, and what it did."""
+
+    token: Tensor
+    latent: Tensor
+    score: Tensor
+    activation: Tensor
+    change: Tensor
+
+    def at(self, which: Tensor) -> Rows:
+        """Some of the rows."""
+        return Rows(*(column[which] for column in self))
 
 
 class Target(NamedTuple):
@@ -67,9 +91,17 @@ class Block(NamedTuple):
             return self._sum(self.will - self.was, tokens)
         return self._sum(self.will, tokens) * self.then - self._sum(self.was, tokens) * self.scale
 
-    def dot(self, slope: Tensor) -> Tensor:
+    def effect(self, gradient: Tensor) -> Tensor:
+        """[m]: change of each latent times its direction's part of the gradient [t, d_out]."""
+        if self.scale is None or self.then is None:
+            return (self.will - self.was) * self._dot(gradient)
+        # the difference of two contributions
+        after = self.will * self._dot(gradient * self.then)
+        return after - self.was * self._dot(gradient * self.scale)
+
+    def _dot(self, slope: Tensor) -> Tensor:
         """[m]: each pair's direction times its token's slope [t, d_out]."""
-        if self._many(len(slope)):
+        if len(self.token) * DENSE > len(slope) * len(self.latents):
             return (slope @ self.directions.T)[self.token, self.column]
         step = max(1, (1 << 18) // slope.shape[1])  # 1 MiB of float32 at a time
         pieces = [
@@ -78,12 +110,9 @@ class Block(NamedTuple):
         ]
         return torch.cat(pieces)
 
-    def _many(self, tokens: int) -> bool:
-        return len(self.token) * DENSE > tokens * len(self.latents)
-
     def _sum(self, weight: Tensor, tokens: int) -> Tensor:
         """[t, d_out]: each token's weighted sum of directions."""
-        if self._many(tokens):
+        if len(self.token) * DENSE > tokens * len(self.latents):
             every = weight.new_zeros(tokens, len(self.latents))
             return every.index_put_((self.token, self.column), weight) @ self.directions
         bags = torch.searchsorted(self.token, torch.arange(tokens, device=weight.device))
@@ -111,27 +140,24 @@ class GrowingColumns:
 
     def __init__(self) -> None:
         self._columns: list[Tensor] = []
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
+        self.size = 0
 
     def add(self, columns: Sequence[Tensor]) -> None:
         """Add rows: one tensor [m] a column."""
-        stop = self._size + len(columns[0])
+        stop = self.size + len(columns[0])
         capacity = len(self._columns[0]) if self._columns else -1
         if stop > capacity:
             grown = [column.new_empty(max(stop, 2 * capacity, 1024)) for column in columns]
             for new, old in zip(grown, self._columns, strict=bool(self._columns)):
-                new[: self._size] = old[: self._size]
+                new[: self.size] = old[: self.size]
             self._columns = grown
         for stored, column in zip(self._columns, columns, strict=True):
-            stored[self._size : stop] = column
-        self._size = stop
+            stored[self.size : stop] = column
+        self.size = stop
 
     def columns(self) -> list[Tensor]:
         """The rows so far."""
-        return [column[: self._size] for column in self._columns]
+        return [column[: self.size] for column in self._columns]
 
 
 def at_tokens(values: Tensor, mask: Tensor) -> Tensor:
@@ -149,18 +175,16 @@ def blocks(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
         return
     pairs, start = target.pairs, 0
     dtype = torch.promote_types(before.dtype, torch.float32)
+    everything, scales = slice(0, len(before)), (pairs.scale, pairs.then)
     for span, stop in pairs.ends.items():
         latents = index_tensor(part.indices[slice(*span)])
-        token, column, was, will = (rows[start:stop] for rows in pairs.columns)
         directions = part.dictionary.directions(latents).to(before.device, dtype)
-        everything = slice(0, len(before))
-        scales = (pairs.scale, pairs.then)
+        token, column, was, will = (rows[start:stop] for rows in pairs.columns)
         yield Block(everything, span, latents, directions, token, column, was, will, *scales)
         start = stop
 
 
 def _encoded(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
-    """The blocks of pairs that move, by encoding both runs."""
     dtype = torch.promote_types(before.dtype, torch.float32)
     most = CHUNK if before.device.type == "cpu" else ELSEWHERE
     # A joint dictionary computes all of its latents for any of them: one block has them all.
@@ -170,35 +194,24 @@ def _encoded(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
         latents = index_tensor(part.indices[slice(*span)])
         columns = cast(part.dictionary.columns(latents), dtype, before.device)
         width = columns["encoder"].shape[1] if "encoder" in columns else part.dictionary.d_sae
-        tokens = max(1, most * TOKENS // max(width, most))
-        for start in range(0, max(len(before), 1), tokens):
-            yield _block(columns, latents, before, target, slice(start, start + tokens), span)
-
-
-def _block(
-    columns: dict[str, Any],
-    latents: Tensor,
-    before: Tensor,
-    target: Target,
-    tokens: slice,
-    span: Span,
-) -> Block:
-    """One block's pairs that move."""
-    was, scale = encode(columns, before[tokens])
-    # At the zero baseline the latent is zero, though x − f · directions may encode to more.
-    will, then = was.new_zeros(()).expand_as(was), scale
-    if target.after is not None:
-        will, then = encode(columns, target.after[tokens])
-    elif target.fixed is not None:
-        fixed = target.fixed if len(target.fixed) == 1 else target.fixed[tokens]
-        will = fixed[:, slice(*span)].to(was).expand_as(was)
-    # A scaled direction moves itself, though its latent may not.
-    moved = will != was if scale is None else (will != 0) | (was != 0)
-    token, column = moved.nonzero(as_tuple=True)
-    was, will = was[token, column], will[token, column]
-    return Block(
-        tokens, span, latents, columns["directions"], token, column, was, will, scale, then
-    )
+        count = max(1, most * TOKENS // max(width, most))
+        for start in range(0, max(len(before), 1), count):
+            tokens = slice(start, start + count)
+            was, scale = encode(columns, before[tokens])
+            # At the zero baseline the latent is zero, though x − f · directions may encode to more.
+            will, then = was.new_zeros(()).expand_as(was), scale
+            if target.after is not None:
+                will, then = encode(columns, target.after[tokens])
+            elif target.fixed is not None:
+                fixed = target.fixed if len(target.fixed) == 1 else target.fixed[tokens]
+                will = fixed[:, slice(*span)].to(was).expand_as(was)
+            # A scaled direction moves itself, though its latent may not.
+            moved = will != was if scale is None else (will != 0) | (was != 0)
+            token, column = moved.nonzero(as_tuple=True)
+            # The caller works while this waits: nothing of the block's whole size is held.
+            was, will = was[token, column], will[token, column]
+            moves = (token, column, was, will)
+            yield Block(tokens, span, latents, columns["directions"], *moves, scale, then)
 
 
 def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[Tensor, Target]:
@@ -214,11 +227,60 @@ def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[T
         out[block.tokens] = value + block.step(len(value)).to(out)
         if block.scale is not None and block.then is not None:
             scales[block.tokens.start] = block.scale, block.then
-        if len(kept) <= limit:
+        if kept.size <= limit:
             token = block.token + block.tokens.start
             kept.add((token, block.column, block.was, block.will))
-            ends[block.span] = len(kept)
-    if len(kept) > limit or not ends:
+            ends[block.span] = kept.size
+    if kept.size > limit or not ends:
         return out, target
     scale, then = map(torch.cat, zip(*scales.values(), strict=True)) if scales else (None, None)
     return out, target._replace(pairs=Pairs(ends, kept.columns(), scale, then))
+
+
+def score(
+    part: Part, before: Tensor, target: Target, gradient: Tensor | None, keep: int | None = None
+) -> tuple[Rows, Tensor]:
+    """Rows of latents that moved, and each token's sums of what ``keep`` left out.
+
+    Args:
+        part: the latents.
+        before: [n, d_in], what they read in the clean run.
+        target: what they are moved to.
+        gradient: [n, d_out], the metric's at the written site; of [n, ways, d_out] the scores'
+            sizes are averaged. None scores nothing.
+        keep: how many rows a token, those with the largest scores.
+
+    Returns:
+        The rows; and [n, 2], the sum of the scores left out and of their sizes.
+    """
+    rows, left = GrowingColumns(), before.new_zeros(len(before), 2)
+    for block in blocks(part, before, target):
+        effect = torch.zeros_like(block.was)
+        if gradient is not None:
+            slope = gradient[block.tokens].to(before)
+            if slope.ndim == 2:
+                effect = block.effect(slope)
+            else:
+                sizes = (block.effect(one).abs() for one in slope.unbind(1))
+                effect = sum(sizes, effect) / slope.shape[1]
+        token = block.token + block.tokens.start
+        latent = block.latents.to(token.device)[block.column]
+        scored = Rows(token, latent, effect, block.was, block.will - block.was)
+        if keep is not None:
+            earlier = rows.columns() or [column[:0] for column in scored]
+            every = Rows(*map(torch.cat, zip(earlier, scored, strict=True)))
+            scored, dropped = _largest(every, keep)
+            sums = torch.stack([dropped.score, dropped.score.abs()], 1)
+            left.index_add_(0, dropped.token, sums.to(left))
+            rows = GrowingColumns()
+        rows.add(scored)
+    return Rows(*rows.columns()), left
+
+
+def _largest(rows: Rows, keep: int) -> tuple[Rows, Rows]:
+    """The ``keep`` rows with the largest scores, by size, of each token; and the others."""
+    order = rows.score.abs().argsort(descending=True, stable=True)
+    order = order[rows.token[order].argsort(stable=True)]
+    token = rows.token[order]
+    rank = torch.arange(len(token), device=token.device) - torch.searchsorted(token, token)
+    return rows.at(order[rank < keep]), rows.at(order[rank >= keep])

@@ -11,24 +11,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dictionaries.latents import Dictionary, Latents
 from ..errors import GradientError
 from ..kernel.log import Log
 from ..kernel.program import Program
 from ..kernel.read import Norm
 from ..kernel.watch import Keep, Show
-from ..metrics.base import Metric, require_tokenwise
-from ..metrics.batches import Batch
-from ..metrics.evaluator import NOTHING, Evaluator, Pass, pass_options
+from ..metrics.base import require_tokenwise
+from ..metrics.evaluator import NOTHING, Batch, Evaluator, Pass, pass_options
 from ..model.route import Route
 from ..model.sites import Place, Site
-from ..results.identity import model_key
+from ..results.provenance import model_key
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
 from ..verbs.visits import Visits
-from .backward import Backward, Slopes, plain_slopes
-from .part import Part
+from .job import Job
+from .methods import Slopes, plain_slopes
+from .pairs import Part
 from .remote_passes import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
 from .semantics import through
 
@@ -58,47 +57,42 @@ class Moved(NamedTuple):
 
 
 class SitePasses:
-    """The places to watch in one model, for some latents and a metric."""
+    """The places to watch in one model, for an attribution's latents and metric."""
 
     def __init__(
         self,
-        latents: Latents,
+        job: Job,
         model: TransformersModel,
-        metric: Metric,
-        *,
-        semantics: str = "pass_through",
-        backward: Backward | None = None,
         remote: bool | str = False,
         limit: int = PAYLOAD_LIMIT,
     ) -> None:
-        self.backward, self.remote, self.limit = backward, remote, limit
+        self.backward, self.remote, self.limit = job.backward, remote, limit
         if remote:
-            require_plain(semantics, backward)
+            require_plain(job.semantics, job.backward)
             if remote != "local":
                 model_key(model)
-        bases: list[Any] = [basis for basis, _ in latents.parts]
-        sites = [site for basis in bases for site in (basis.site, basis.write_site)]
-        self.evaluator = Evaluator(model, metric, sites)
-        self._places: dict[Place, tuple[int, Site]] = {}
-        self.parts = [self._part(basis, indices) for basis, indices in latents.parts]
-        self.written = {part.write: part.dictionary.write_site for part in self.parts}
-        self.through = through(self.parts) if semantics == "through_sae" else {}
-        self.evaluator.require_upstream("Attribute", self.written.values())
-
-    def _part(self, basis: Any, indices: Any) -> Part:
-        dictionary: Dictionary = basis
+        bases: list[tuple[Any, Any]] = list(job.target.parts)
+        sites = [site for basis, _ in bases for site in (basis.site, basis.write_site)]
+        self.evaluator = Evaluator(model, job.metric, sites)
         route = self.evaluator.route
-        route.check(dictionary, "dictionary")
-        route.writable(dictionary.write_site, "Attribute")
-        require_tokenwise("Attribute", "target", dictionary, GradientError)
-        place = route.places[dictionary.site]
-        read, write = (self._number(s) for s in (dictionary.site, dictionary.write_site))
-        return Part(dictionary, indices, read, write, Norm(kind=place.transform, eps=place.eps))
-
-    def _number(self, site: Site) -> int:
-        place = self.evaluator.route.places[site]
-        key = Place(place.path, place.end, plus=place.plus)
-        return self._places.setdefault(key, (len(self._places), site))[0]
+        self._places: dict[Place, tuple[int, Site]] = {}
+        self.parts: list[Part] = []
+        for basis, indices in bases:
+            route.check(basis, "dictionary")
+            route.writable(basis.write_site, "Attribute")
+            require_tokenwise("Attribute", "target", basis, GradientError)
+            numbers = {}
+            for site in (basis.site, basis.write_site):
+                place = route.places[site]
+                key = Place(place.path, place.end, plus=place.plus)
+                numbers[site] = self._places.setdefault(key, (len(self._places), site))[0]
+            place = route.places[basis.site]
+            norm = Norm(kind=place.transform, eps=place.eps)
+            read, write = numbers[basis.site], numbers[basis.write_site]
+            self.parts.append(Part(basis, indices, read, write, norm))
+        self.written = {part.write: part.dictionary.write_site for part in self.parts}
+        self.through = through(self.parts) if job.semantics == "through_sae" else {}
+        self.evaluator.require_upstream("Attribute", self.written.values())
 
     def run(
         self,
@@ -116,43 +110,35 @@ class SitePasses:
         The values are kept as the intervention left them. Each goes to its target first, or a
         ``share`` [b, 1, 1] of the way from where this pass has it.
         """
-        evaluator, slopes = self.evaluator, plain_slopes
+        evaluator = self.evaluator
         way, moved = evaluator.route_with(intervention), Moved(targets or {}, share)
         program = lower(intervention, evaluator.model, batch.rows(), way)
         program = self.watched(program, gradient, moved, way, before=before, copy=copy)
         if self.remote:
-            return self._remote(batch, program, intervention, bool(gradient))
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(bool(gradient)))
-            if self.backward is not None and gradient:
-                slopes = stack.enter_context(self.backward.applied(evaluator.module))
-            log, logits = evaluator.forward(batch, program)
-        return self._passed(log, logits, intervention, log.nodes, slopes)
-
-    def _passed(
-        self,
-        log: Log,
-        logits: Tensor,
-        intervention: Intervention,
-        nodes: dict[int, Tensor],
-        slopes: Slopes,
-    ) -> SitePass:
-        run = self.evaluator.passed(log, logits, intervention.receipt(log))
+            log, logits, nodes, slopes = self._remote(batch, program, bool(gradient))
+        else:
+            with ExitStack() as stack:
+                stack.enter_context(torch.set_grad_enabled(bool(gradient)))
+                slopes = plain_slopes
+                if self.backward is not None and gradient:
+                    slopes = stack.enter_context(self.backward.applied(evaluator.module))
+                log, logits = evaluator.forward(batch, program)
+            nodes = log.nodes
+        run = evaluator.passed(log, logits, intervention.receipt(log))
         return SitePass(**vars(run), values=log.kept, before=log.before, nodes=nodes, slopes=slopes)
 
     def _remote(
-        self, batch: Batch, program: Program, intervention: Intervention, gradient: bool
-    ) -> SitePass:
+        self, batch: Batch, program: Program, gradient: bool
+    ) -> tuple[Log, Tensor, dict[int, Any], Slopes]:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         model, columns = self.evaluator.model, self.evaluator.columns(batch)
         place = (model, self.remote, program, batch.inputs, batch.lengths, columns)
         errand = Errand(*place, pass_options(model, columns), self.limit)
         log, logits = run_afar(errand)
         if not gradient:
-            return self._passed(log, logits, intervention, log.nodes, plain_slopes)
-        leaves = leaves_of(log, logits)
-        nodes: dict[int, Any] = dict.fromkeys(nodes_of(program))  # they are there, by number
-        return self._passed(log, logits, intervention, nodes, partial(pull, errand, leaves))
+            return log, logits, log.nodes, plain_slopes
+        nodes = dict.fromkeys(nodes_of(program))  # they are there, by number
+        return log, logits, nodes, partial(pull, errand, leaves_of(log, logits))
 
     def watched(
         self,
@@ -167,8 +153,8 @@ class SitePasses:
     ) -> Program:
         """The program with a ``Keep`` behind each watched visit, and what else is to be read."""
         visits = Visits(program.visits)
-        reached = sorted(self._places.values(), key=lambda entry: way.orders[entry[1]])
-        first = next((number for number, _ in reached if number in gradient), None)
+        asked = [(way.orders[s], n) for n, s in self._places.values() if n in gradient]
+        first = min(asked)[1] if asked else None
         for place, (number, site) in self._places.items():
             order = way.orders[site]
             if place.plus is not None:

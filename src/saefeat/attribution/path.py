@@ -1,68 +1,73 @@
-"""The path of one batch from clean to baseline: the metric at its ends, gradients along it."""
+"""One batch's path from its clean run to its baseline, gradients along it, and their scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import GradientError, SaefeatError
-from ..metrics.batches import Batch
-from ..metrics.evaluator import Pass, References
-from .endpoint import Endpoint
-from .methods import Method
+from ..errors import GradientError
+from ..kernel.read import lift
+from ..kernel.tokens import select
+from ..kernel.view import View
+from ..metrics.evaluator import Batch, Pass, References
+from ..text.prompts import Prompts
+from ..text.rules import plain
+from ..text.tokens import Tokens
+from ..verbs.base import Intervention
+from ..verbs.rules import acts_at
+from .baselines import Baseline, Fixed, Paired, aligned
+from .job import AtOnce, Job, prepare
+from .pairs import Part, Target, at_tokens, moved_by, score
 from .passes import SitePass, SitePasses
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 ON_CPU, ELSEWHERE = 128, 8192
 """Tokens a pass, when nobody says: a CPU gains nothing from more, a GPU would stand idle."""
 
-AtOnce = str | int
+LARGE = 1 << 26
+"""Logits of a metric that reads every token may be gigabytes: more than these are not copied."""
 
 
-def require_at_once(wanted: AtOnce) -> None:
-    """Refuse anything but ``"auto"`` or a number from 1.
+@dataclass(frozen=True)
+class Path:
+    """One batch under way: its clean run, where its path ends, and how the way between is taken.
 
-    Raises:
-        SaefeatError: for anything else.
+    ``ends`` [b, t, d] a written place, ``targets`` a part, ``scored`` [b, t] a part; ``other`` is
+    what the baseline run is made with, another batch for paired prompts; ``run`` is that run if it
+    was made already.
     """
-    if wanted == "auto" or (type(wanted) is int and wanted > 0):
-        return
-    raise SaefeatError(
-        f'Attribute: `steps_at_once` is {wanted!r}, wanted "auto", or a number from 1. Try:'
-        " attribute(model, prompts, steps_at_once=4)"
-    )
 
-
-class Path(NamedTuple):
-    """One batch under way: its clean run, its endpoint, and how the way between is taken."""
-
+    job: Job
     passes: SitePasses
-    method: Method
-    batch: Batch
-    clean: SitePass
-    end: Endpoint
     at_once: AtOnce
+    batch: Batch
+    other: Batch
+    clean: SitePass
+    run: SitePass | None
+    ends: dict[int, Tensor]
+    targets: tuple[Target, ...]
+    scored: tuple[Tensor, ...]
+
+    @cached_property
+    def baseline(self) -> SitePass:
+        """The baseline run; made when asked for, so that it need not lie beside another's graph."""
+        return self.run or self.passes.run(self.batch, targets=self.ends, copy=False)
 
     def metric(self, run: Pass, batch: Batch, rows: Tensor | slice = slice(None)) -> Tensor:
         """The metric of a pass over some rows of the batch, [rows]."""
-        base = self.baseline_logits(rows)
-        top = None if base is None else base.argmax(-1)
+        evaluator, top, base = self.passes.evaluator, None, None
+        if evaluator.metric.needs_baseline:
+            base = self.baseline.last[rows]
+            top = base.argmax(-1)
         references = References(top, self.clean.last[rows], base)
-        return self.passes.evaluator.read(run, batch.numbers, references)
-
-    def metric_at_clean(self) -> Tensor:
-        """The metric in the clean run, [b]."""
-        return self.metric(self.clean, self.batch)
-
-    def metric_at_baseline(self) -> Tensor:
-        """The metric in the baseline run, [b]."""
-        return self.metric(self.end.run, self.end.batch)
-
-    def baseline_logits(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
-        """The baseline run's last logits [rows, vocabulary], if the metric asks for them."""
-        return self.end.run.last[rows] if self.passes.evaluator.metric.needs_baseline else None
+        return evaluator.read(run, batch.numbers, references)
 
     @property
     def copies(self) -> int:
@@ -70,57 +75,174 @@ class Path(NamedTuple):
         if isinstance(self.at_once, int):
             return self.at_once
         budget = ON_CPU if self.clean.logits.device.type == "cpu" else ELSEWHERE
-        return max(1, budget // self.batch.tokens)
-
-    def mean_gradients(self, one_site: bool) -> dict[int, Tensor]:
-        """The metric's gradient at each written place [b, t, d], averaged over the path.
-
-        With ``one_site`` each place has a path of its own, on which nothing else is moved.
-        """
-        total: dict[int, Tensor] = {}
-        nodes = list(self.method.nodes())
-        if nodes[0][0] == 0.0:  # the clean pass is the node at zero, for every site
-            weight = nodes.pop(0)[1]
-            _add(total, gradients(self.metric_at_clean(), self.clean, self.passes), weight)
-            self.clean.nodes.clear()  # one graph at a time
-        written = list(self.passes.written)
-        for group in [[number] for number in written] if one_site else [written]:
-            for first in range(0, len(nodes), self.copies):
-                some = nodes[first : first + self.copies]
-                for n, slopes in self._slopes(some, group).items():
-                    for (_, weight), one in zip(some, slopes, strict=True):
-                        _add(total, {n: one}, weight)
-        return total
-
-    def _slopes(
-        self, nodes: Sequence[tuple[float, float]], group: Sequence[int]
-    ) -> dict[int, Tensor]:
-        """[nodes, b, t, d]: gradients at several nodes in one pass, as copies of the batch."""
-        rows = torch.arange(len(self.batch.numbers)).repeat(len(nodes))
-        share = torch.tensor([alpha for alpha, _ in nodes], dtype=torch.float64)
-        share = share.repeat_interleave(len(self.batch.numbers))
-        targets = {n: self.end.values[n].repeat(len(nodes), 1, 1) for n in group}
-        many = self.batch.take(rows)
-        run = self.passes.run(
-            many, gradient=group, targets=targets, share=share[:, None, None], copy=False
-        )
-        slopes = gradients(self.metric(run, many, rows), run, self.passes)
-        return {n: slope.unflatten(0, (len(nodes), -1)) for n, slope in slopes.items()}
+        return max(1, budget // self.batch.inputs["input_ids"].numel())
 
 
-def _add(total: dict[int, Tensor], slopes: dict[int, Tensor], weight: float) -> None:
-    """Sums in at least float32: in bfloat16 a mean of 200 gradients is wrong by several percent."""
-    for number, slope in slopes.items():
-        part = weight * slope.to(torch.promote_types(slope.dtype, torch.float32))
-        total[number] = part if number not in total else total[number].add_(part)
+# ---------------------------------------------------------------- the two ends
 
 
-def gradients(values: Tensor, run: SitePass, passes: SitePasses) -> dict[int, Tensor]:
-    """∂(Σ metric)/∂x at each node; prompts do not mix, so rows are the prompts' own.
+def baseline_run(
+    job: Job, passes: SitePasses, batch: Batch, other: Batch | None
+) -> SitePass | None:
+    """The baseline's own run, where it has one."""
+    if isinstance(job.baseline, Intervention):
+        return passes.run(batch, job.baseline, before=job.as_published)
+    return None if other is None else passes.run(other)
 
-    Raises:
-        GradientError: for a metric that is not one differentiable number a prompt.
+
+def begin(
+    job: Job,
+    passes: SitePasses,
+    batch: Batch,
+    other: Batch | None,
+    at_once: AtOnce = "auto",
+    gradient: Collection[int] = (),
+) -> Path:
+    """The batch's path, with its clean run made, and the baseline's where it has one of its own."""
+    run = baseline_run(job, passes, batch, other)  # first: the clean run's graph takes memory
+    clean = passes.run(batch, gradient=gradient)
+    scored = scored_tokens(job.where, passes, clean.view, batch.lengths is not None)
+    with torch.no_grad():
+        if run is None:
+            ends, targets = _moved(job, passes, batch, clean, scored)
+        else:
+            values = run.values
+            if isinstance(job.baseline, Paired) and other is not None:
+                values, scored = aligned(job.baseline, batch, other, clean.values, values, scored)
+            ends = {n: (run.before or values)[n] for n in passes.written}
+            targets = [
+                Target(lift(at_tokens(values[part.read], mask), part.norm))
+                for part, mask in zip(passes.parts, scored, strict=True)
+            ]
+    return Path(
+        *(job, passes, at_once, batch, other or batch, clean), run, ends, tuple(targets), scored
+    )
+
+
+def baseline_logits(
+    job: Job, model: TransformersModel, prompts: Prompts, batch_size: int
+) -> Iterator[Tensor]:
+    """[b, vocabulary] a batch: last logits of the baseline run of an attribution of these prompts.
+
+    What ``BASELINE_TOP`` and ``kl("baseline")`` refer to.
     """
+    passes = SitePasses(job, model)
+    with torch.no_grad():
+        for batch, other in prepare(job, model, prompts).batches(batch_size):
+            run = baseline_run(job, passes, batch, other)
+            yield (run or begin(job, passes, batch, other).baseline).last.cpu()
+
+
+def scored_tokens(
+    where: Tokens | None, passes: SitePasses, view: View, continued: bool
+) -> tuple[Tensor, ...]:
+    """[b, t] a part: which tokens are scored; never a continuation's, unless ``where`` says so."""
+    model, masks = passes.evaluator.model, []
+    for part in passes.parts:
+        rule = acts_at(where, part.dictionary, model)
+        if continued and where is None:
+            rule &= Tokens.prompt()
+        masks.append(select(plain(rule.rule, model), view))
+    return tuple(masks)
+
+
+def target_of(baseline: Baseline, part: Part, prompt: Tensor) -> Target:
+    """What a part's latents are moved to at n tokens of these prompts: fixed values, or zero."""
+    if not isinstance(baseline, Fixed):
+        return Target()
+    return Target(fixed=baseline.of(part.dictionary, part.indices, prompt))
+
+
+def _moved(
+    job: Job, passes: SitePasses, batch: Batch, clean: SitePass, scored: Sequence[Tensor]
+) -> tuple[dict[int, Tensor], list[Target]]:
+    """Latents at zero or at fixed values, each site moved from its own clean value."""
+    targets: list[Target] = []
+    ends: dict[int, Tensor] = {}
+    for part, mask in zip(passes.parts, scored, strict=True):
+        target = target_of(job.baseline, part, batch.numbers[mask.nonzero()[:, 0].cpu()])
+        before = lift(at_tokens(clean.values[part.read], mask), part.norm)
+        out = ends.get(part.write, clean.values[part.write]).clone()
+        on_site = mask.to(out.device)
+        out[on_site], target = moved_by(part, before, target, out[on_site])
+        targets.append(target)
+        ends[part.write] = out
+    return ends, targets
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def require_apart(path: Path) -> None:
+    """Refuse a metric whose number for one prompt depends on another of its batch.
+
+    Its shape is right, and a batch's gradient would still be no prompt's own. It is asked of the
+    first and the last prompt of the first batch, unless its logits are ``LARGE``.
+    """
+    clean, count = path.clean, len(path.batch.numbers)
+    if count < 2 or int(path.batch.numbers[0]) or torch.is_inference_mode_enabled():
+        return
+    if clean.logits.numel() > LARGE:
+        return
+    with torch.enable_grad():
+        read = {"logits": clean.logits, "site": clean.site}
+        leaves = {n: x.detach().requires_grad_() for n, x in read.items() if x is not None}
+        values = path.metric(replace(clean, **leaves), path.batch)
+        if values.shape != (count,) or not values.requires_grad:
+            return  # refused where its gradient is taken; without one, it may do for Exact
+        first, last = (
+            torch.autograd.grad(
+                one, list(leaves.values()), materialize_grads=True, retain_graph=True
+            )
+            for one in (values[0], values[-1])
+        )
+    crossed = [x for a, b in zip(first, last, strict=True) for x in (a[1:], b[:-1])]
+    if any(bool(x.nan_to_num(0.0, 0.0, 0.0).any()) for x in crossed):  # NaN is refused by name
+        raise GradientError(
+            f"Attribute: `metric` is {path.job.metric!r}, whose number for one prompt depends on"
+            " another prompt, wanted each prompt's own number, whatever its batch. Likely cause: a"
+            " mean, a sum or a normalization over the first dimension, the prompts. Try:"
+            " metric(lambda logits: logits.softmax(-1)[:, 5]), or batch_size=1"
+        )
+
+
+def mean_gradients(path: Path) -> dict[int, Tensor]:
+    """The metric's gradient at each written place [b, t, d], averaged over the path.
+
+    With ``one_site`` each place has a path of its own, on which nothing else is moved.
+    """
+    total: dict[int, Tensor] = {}
+    nodes, count = list(path.job.method.nodes()), len(path.batch.numbers)
+    if nodes[0][0] == 0.0:  # the clean pass is the node at zero, for every site
+        _add_gradients(total, path, path.clean, path.batch, slice(None), [nodes.pop(0)[1]])
+        path.clean.nodes.clear()  # one graph at a time
+    written = list(path.passes.written)
+    for group in [[number] for number in written] if path.job.one_site else [written]:
+        for first in range(0, len(nodes), path.copies):
+            shares, weights = zip(*nodes[first : first + path.copies], strict=True)
+            share = torch.tensor(shares, dtype=torch.float64).repeat_interleave(count)
+            targets = {n: path.ends[n].repeat(len(shares), 1, 1) for n in group}
+            rows = torch.arange(count).repeat(len(shares))
+            many = path.batch.take(rows)
+            run = path.passes.run(
+                many, gradient=group, targets=targets, share=share[:, None, None], copy=False
+            )
+            _add_gradients(total, path, run, many, rows, weights)
+    return total
+
+
+def _add_gradients(
+    total: dict[int, Tensor],
+    path: Path,
+    run: SitePass,
+    batch: Batch,
+    rows: Tensor | slice,
+    weights: Sequence[float],
+) -> None:
+    """Add weight · ∂(Σ metric)/∂x at each node of a pass, whose rows are the path's batch once a
+    weight; prompts do not mix, so rows are the prompts' own.
+    """
+    values = path.metric(run, batch, rows)
     if values.shape != run.logits.shape[:1] or not values.requires_grad:
         raise GradientError(
             f"Attribute: `metric` is of shape {tuple(values.shape)},"
@@ -128,4 +250,52 @@ def gradients(values: Tensor, run: SitePass, passes: SitePasses) -> dict[int, Te
             " [batch]. Likely cause: an argmax, a detach or a mean over prompts inside the metric."
             " Try: metric(lambda logits: logits[:, 5])"
         )
-    return run.slopes(values.sum(), run.nodes, passes.written)
+    for number, slopes in run.slopes(values.sum(), run.nodes, path.passes.written).items():
+        for weight, slope in zip(weights, slopes.chunk(len(weights)), strict=True):
+            # In bfloat16 a mean of 200 gradients is wrong by several percent.
+            part = weight * slope.to(torch.promote_types(slope.dtype, torch.float32))
+            total[number] = part if number not in total else total[number].add_(part)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def read_out(
+    parts: Sequence[Part],
+    masks: Sequence[Tensor],
+    targets: Sequence[Target],
+    values: dict[int, Tensor],
+    slopes: dict[int, Tensor],
+    view: View,
+    keep: int | None,
+) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
+    """Six columns of scores a part, and the sums [b, 2] of what ``keep`` left out."""
+    rows, left_out = [], torch.zeros(len(view.real), 2)
+    for part, mask, target in zip(parts, masks, targets, strict=True):
+        before = lift(at_tokens(values[part.read], mask), part.norm)  # [n, d_in]
+        kept, dropped = score(part, before, target, at_tokens(slopes[part.write], mask), keep)
+        prompt = mask.nonzero()[:, 0].to(before.device)
+        position = view.position[mask].to(before.device)[kept.token]
+        numbers = (kept.score.float(), kept.activation.float(), kept.change.float())
+        rows.append((prompt[kept.token], position, kept.latent, *numbers))
+        left_out.index_add_(0, prompt.cpu(), dropped.float().cpu())
+    return rows, None if keep is None else left_out
+
+
+def joined(rows: Sequence[tuple[Tensor, ...]], numbers: Tensor) -> tuple[Tensor, ...]:
+    """Every part's columns as one, on the CPU, with the part's number behind the prompt's.
+
+    Scores that are NaN or infinite are refused: NaN would be ranked above every number.
+    """
+    parts = [(row[0], torch.full_like(row[0], n), *row[1:]) for n, row in enumerate(rows)]
+    columns = tuple(torch.cat([c.cpu() for c in column]) for column in zip(*parts, strict=True))
+    bad = ~torch.stack([column.isfinite() for column in columns[4:]]).all(0)
+    if bool(bad.any()):
+        raise GradientError(
+            f"Attribute: `metric` is without a finite gradient or effect for {int(bad.sum())} of"
+            f" {len(bad)} scores, first in prompt {int(numbers[columns[0][bad][0]])}, wanted finite"
+            " gradients, and finite metrics of moved latents. Likely cause: a square root or"
+            " logarithm at zero in the metric, or a float16 model whose gradients overflow. Try: a"
+            " metric that is smooth at the clean run, or the model in bfloat16 or float32"
+        )
+    return columns

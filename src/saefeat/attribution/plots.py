@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SaefeatError
-from ..results.plot import new_figure
-from .columns import Columns
-from .show import heat
-from .totals import by_latent
+from ..results.formats import new_figure
+from .columns import Columns, by_token
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +23,9 @@ def _axes(given: Axes | None, function: str, size: tuple[float, float]) -> Axes:
 
 
 def _means(columns: Columns, function: str) -> tuple[Tensor, Tensor]:
-    """Keys [m, 2] and mean scores [m].
-
-    Raises:
-        SaefeatError: for a result without a score.
-    """
+    """Keys [m, 2] and mean scores [m]."""
     if len(columns):
-        return by_latent(columns)[:2]
+        return columns.totals()[:2]
     raise SaefeatError(
         f"{function}: `scores` is empty, wanted at least one score. Likely cause: no latent moved"
         " between the clean and the baseline run. Try: another baseline, or where="
@@ -57,17 +51,17 @@ def latents(columns: Columns, k: int, ax: Axes | None) -> Axes:
 
 def tokens(columns: Columns, prompt: int, ax: Axes | None) -> Axes:
     """One prompt's tokens by their summed scores; tokens that were not scored have none."""
-    words, sums, scored = heat(columns, "Attribution.plot_tokens")
-    if not 0 <= prompt < len(words):
+    texts, sums, scored = by_token(columns, "Attribution.plot_tokens")
+    if not 0 <= prompt < len(sums):
         raise SaefeatError(
             f"Attribution.plot_tokens: `prompt` is {prompt!r}, wanted a number in"
-            f" 0..{len(words) - 1}. Likely cause: another data set's prompt. Try:"
+            f" 0..{len(sums) - 1}. Likely cause: another data set's prompt. Try:"
             " scores.plot_tokens(0)"
         )
     values = torch.where(scored[prompt], sums[prompt], torch.nan)
     ax = _axes(ax, "Attribution.plot_tokens", (max(4.0, 0.4 * len(values)), 1.8))
     _image(ax, values[None], "score")
-    ax.set_xticks(range(len(values)), [_plain(w) for w in words[prompt]], rotation=90)
+    ax.set_xticks(range(len(values)), [_plain(w) for w in texts.tokens(prompt)], rotation=90)
     ax.set_yticks([])
     return ax
 

@@ -7,7 +7,7 @@ put in its place. The value stays what it is, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..model.families import FAMILIES
 from ..model.modules import blocks, family
 from ..model.sites import Site
-from .backward import Backward, Slopes, plain_slopes
+from .methods import Backward, Slopes, plain_slopes
 
 _NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
@@ -71,7 +71,8 @@ def _linearized(module: nn.Module) -> Iterator[Slopes]:
     norms = [getattr(stem, name) for name in _FINAL if hasattr(stem, name)]
     replaced: list[nn.Module] = []
     with ExitStack() as stack:
-        for block in blocks(module):
+        # once each: a second pair of hooks on a norm would take the gradient away altogether
+        for block in dict.fromkeys(blocks(module)):
             norms += [getattr(block, name) for name in _NORMS if hasattr(block, name)]
             _constant_pattern(stack, block)
             replaced.append(_linear_mlp(stack, block.get_submodule("mlp")))
@@ -88,11 +89,7 @@ def _slopes(
     nodes: Mapping[int, Tensor],
     sites: Mapping[int, Site],
 ) -> dict[int, Tensor]:
-    """The gradient of the linearized model, where its graph holds the sites' nodes.
-
-    Raises:
-        ModelError: for a site at the input of a module whose own graph is cut.
-    """
+    """The gradient of the linearized model, where its graph holds the sites' nodes."""
     for site in sites.values():
         path, _, end = site.kind.rpartition(".")
         if end == "input" and any(module.get_submodule(path) is part for part in replaced):
@@ -148,31 +145,27 @@ def _constant_pattern(stack: ExitStack, block: nn.Module) -> None:
         if hasattr(inner, name):
             hook = getattr(inner, name).register_forward_hook(lambda _, __, out: out.detach())
             stack.callback(hook.remove)
-    for name, first in (("c_attn", _third), ("qkv_proj", _grouped), ("query_key_value", _by_head)):
+    for name, of_values in _VALUES.items():
         if hasattr(inner, name):
-            hook = partial(_only_values, partial(first, inner))
+            hook = partial(_only_values, inner, of_values)
             stack.callback(getattr(inner, name).register_forward_hook(hook).remove)
 
 
-def _only_values(values: Any, _: nn.Module, __: tuple, out: Tensor) -> Tensor:
+def _only_values(attention: Any, of_values: Any, _: nn.Module, __: tuple, out: Tensor) -> Tensor:
     """A fused projection's output, with the gradient of the values' columns alone."""
     column = torch.arange(out.shape[-1], device=out.device)
-    return torch.where(values(column), out, out.detach())
+    return torch.where(of_values(attention, column), out, out.detach())
 
 
-def _third(_: Any, column: Tensor) -> Tensor:
-    """Of gpt2: queries, keys and values one after another."""
-    return column >= len(column) // 3 * 2
-
-
-def _grouped(attention: Any, column: Tensor) -> Tensor:
-    """Of phi3: likewise, with fewer heads of keys and values."""
-    return column >= len(column) - attention.num_key_value_heads * attention.head_dim
-
-
-def _by_head(attention: Any, column: Tensor) -> Tensor:
-    """Of gpt_neox: head by head, each with its query, key and value."""
-    return column % (3 * attention.head_size) >= 2 * attention.head_size
+_VALUES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    # gpt2: queries, keys and values one after another
+    "c_attn": lambda _, column: column >= len(column) // 3 * 2,
+    # phi3: likewise, with fewer heads of keys and values
+    "qkv_proj": lambda a, column: column >= len(column) - a.num_key_value_heads * a.head_dim,
+    # gpt_neox: head by head, each with its query, key and value
+    "query_key_value": lambda a, column: column % (3 * a.head_size) >= 2 * a.head_size,
+}
+"""Fused projection → which of its columns are values."""
 
 
 def _linear_mlp(stack: ExitStack, mlp: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import GradientError, RemoteError, SaefeatError
 from ..kernel.log import Log
-from ..kernel.program import Action, Program
+from ..kernel.program import Program
 from ..kernel.slopes import NO_GRADIENT, pack_pass, pulled_back, unpack_pass
 from ..kernel.trace import whole_run
 from ..kernel.watch import Keep
@@ -28,6 +28,15 @@ from ..shipping.program import register, require_known_functions
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
+
+
+_NO_GRADIENT = (
+    "Attribute: `remote` is a server that lets no gradient cross between the model and the block,"
+    " wanted a block that runs beside the model. Likely cause: NDIF runs the blocks of ordinary"
+    " keys in a process of their own, and copies values. Try: method=Exact() or FiniteDifference(),"
+    " which need forward passes alone, on the few latents that matter; or a key for which blocks"
+    " run beside the model"
+)
 
 
 class Errand(NamedTuple):
@@ -43,13 +52,10 @@ class Errand(NamedTuple):
     limit: int
 
     def packed(self, program: Program) -> tuple[Program, dict[str, Tensor]]:
-        """The program and the inputs as they are sent.
-
-        Raises:
-            RemoteError: for what is too large, or needs what a server does not have.
-        """
+        """The program and the inputs as they are sent."""
         register()
-        own, batch = narrowed(program), own_storage(self.inputs)
+        own = narrowed(program)
+        batch = {n: x.clone() for n, x in self.inputs.items()}  # a view ships what it is a view of
         require_known_functions("Attribute", own, self.model)
         parts = {**parts_of(own), "inputs": weight(list(batch.values()))}
         require_fits("Attribute", parts, sum(parts.values()), self.limit)
@@ -73,11 +79,7 @@ def run_afar(errand: Errand) -> tuple[Log, Tensor]:
 
 
 def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
-    """The gradient at each of the program's nodes, from the metric's slope at what it reads.
-
-    Raises:
-        GradientError: where the server lets no gradient cross to the block.
-    """
+    """The gradient at each of the program's nodes, from the metric's slope at what it reads."""
     model, remote, program, _, lengths, columns, options, _ = errand
     own, batch = errand.packed(program)
     found = None
@@ -91,7 +93,7 @@ def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
                 found = nnsight.save(pulled_back(log, logits, slopes))
     except (Refused, RuntimeError) as error:
         if NO_GRADIENT in str(error):
-            raise GradientError(no_gradient()) from error
+            raise GradientError(_NO_GRADIENT) from error
         raise
     require_values(errand, "gradients", found, nodes_of(program))
     return found
@@ -110,11 +112,7 @@ def leaves_of(log: Log, logits: Tensor) -> dict[str, Tensor]:
 
 
 def require_pass(errand: Errand, log: Any, logits: Any) -> None:
-    """Refuse a pass that is not the one asked for.
-
-    Raises:
-        RemoteError: naming what does not fit.
-    """
+    """Refuse a pass that is not the one asked for."""
     rows, tokens = errand.inputs["input_ids"].shape
     wanted = (rows, errand.columns or tokens)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != wanted:
@@ -128,26 +126,20 @@ def require_pass(errand: Errand, log: Any, logits: Any) -> None:
 
 
 def require_values(errand: Errand, what: str, found: Any, numbers: list[Any]) -> None:
-    """Refuse other places than those asked for, or other tokens there.
-
-    Raises:
-        RemoteError: naming what does not fit.
-    """
+    """Refuse other places than those asked for, or other tokens there."""
     if not isinstance(found, dict) or set(found) != set(numbers):
         got = list(found) if isinstance(found, dict) else _of(found)
         raise unfit(f"{what} of places {got}", f"of {numbers}")
+    shape = errand.inputs["input_ids"].shape
     for value in found.values():
-        shape = errand.inputs["input_ids"].shape
-        if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
-            raise unfit(f"{what} {_of(value)}", f"{[*shape, 'd']}")
-        if value.shape[:-1].numel() != shape.numel():
+        right = isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point()
+        if not right or value.shape[:-1].numel() != shape.numel():
             raise unfit(f"{what} {_of(value)}", f"{[*shape, 'd']}")
 
 
 def _of(value: Any) -> str:
-    return (
-        str(list(value.shape)) if isinstance(value, Tensor) else f"of type {type(value).__name__}"
-    )
+    shaped = isinstance(value, Tensor)
+    return str(list(value.shape)) if shaped else f"of type {type(value).__name__}"
 
 
 def unfit(got: str, wanted: str) -> RemoteError:
@@ -161,18 +153,12 @@ def unfit(got: str, wanted: str) -> RemoteError:
 
 def still(program: Program) -> Program:
     """The program without nodes: values are moved as before, no graph is begun."""
-    visits = [
-        visit.replace(actions=tuple(_quiet(action) for action in visit.actions))
-        for visit in program.visits
-    ]
+    quiet = {"gradient": False, "first": False, "through": None, "source": None}
+    visits = []
+    for visit in program.visits:
+        actions = [a.replace(**quiet) if isinstance(a, Keep) else a for a in visit.actions]
+        visits.append(visit.replace(actions=tuple(actions)))
     return program.replace(visits=tuple(visits))
-
-
-def _quiet(action: Action) -> Action:
-    """A keep action without gradient; others as they are."""
-    if not isinstance(action, Keep):
-        return action
-    return action.replace(gradient=False, first=False, through=None, source=None)
 
 
 def nodes_of(program: Program) -> list[int]:
@@ -180,39 +166,20 @@ def nodes_of(program: Program) -> list[int]:
     return [a.number for a in program.actions if isinstance(a, Keep) and a.gradient]
 
 
-def own_storage(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Clones: a view would ship what it is a view of."""
-    return {name: tensor.clone() for name, tensor in inputs.items()}
-
-
 def require_plain(semantics: str, backward: object) -> None:
-    """Refuse what needs the model's modules or whole dictionaries beside the pass.
-
-    Raises:
-        SaefeatError: for ``through_sae`` or a backward rule.
-    """
-    if semantics == "pass_through" and backward is None:
-        return
-    got = f"backward={backward!r}" if backward is not None else f"semantics={semantics!r}"
-    cause = "whole dictionaries would have to stand in the server's graph"
-    call = "semantics='pass_through', whose gradients need none"
+    """Refuse what needs the model's modules or whole dictionaries beside the pass."""
     if backward is not None:
+        got = f"backward={backward!r}"
         cause = "a backward rule hooks the model's own modules, and no hook travels"
         call = "backward=None and IG(8, 'midpoint'), which mends most of what the rule is for"
-    call += ", Exact() on the latents that matter, or a model here"
-    wanted = "pass_through semantics and the plain gradient"
+    elif semantics != "pass_through":
+        got = f"semantics={semantics!r}"
+        cause = "whole dictionaries would have to stand in the server's graph"
+        call = "semantics='pass_through', whose gradients need none"
+    else:
+        return
     raise SaefeatError(
-        f"Attribute: `remote` is given with {got}, wanted {wanted}. Likely cause: {cause}. Try:"
-        f" {call}"
-    )
-
-
-def no_gradient() -> str:
-    """What to do where gradients do not exist."""
-    return (
-        "Attribute: `remote` is a server that lets no gradient cross between the model and the"
-        " block, wanted a block that runs beside the model. Likely cause: NDIF runs the blocks of"
-        " ordinary keys in a process of their own, and copies values. Try: method=Exact() or"
-        " FiniteDifference(), which need forward passes alone, on the few latents that matter; or a"
-        " key for which blocks run beside the model"
+        f"Attribute: `remote` is given with {got}, wanted pass_through semantics and the plain"
+        f" gradient. Likely cause: {cause}. Try: {call}, Exact() on the latents that matter, or a"
+        " model here"
     )

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..dictionaries.base import Dictionaries
-from ..dictionaries.latents import Dictionary, Latents
+from ..dictionaries.latents import Dictionaries, Dictionary, Latents
 from ..files.container import MAX_BYTES
-from ..model.sites import Site
 from ..text.tokens import Tokens
-from . import file, plots, show, totals
-from .columns import Columns
+from . import file, plots, show
+from .columns import Columns, members, ranked
 
 if TYPE_CHECKING:
     import pandas
@@ -63,100 +61,6 @@ class Attribution(Columns):
         >>> sf.attribution.Attribution((v,), *at, 2 * one, one, -one, one, one, zero + 4).top(1)
         Latents(1: resid_post.0 [0])
     """
-
-    @property
-    def slope(self) -> Tensor:
-        """[n]: score over change, the mean gradient's dot product with the latent's direction.
-
-        The size of that product for scores without a sign. NaN where the activation is the same
-        in both runs and the direction itself moved, as with SAEs that normalize their input.
-        """
-        return totals.slope(self)
-
-    @property
-    def gap(self) -> Tensor:
-        """[prompts]: Σ scores, dropped ones too, − (baseline − clean) of the metric.
-
-        Zero for exact integrated gradients of a single site whose dictionary explains all of the
-        change. Sites in a row each carry the same effect, so over many sites the sum overcounts.
-        NaN where no baseline run was made.
-
-        Raises:
-            SaefeatError: for scores without a sign, which do not add up to a change.
-        """
-        return totals.gap(self)
-
-    @property
-    def gap_by_site(self) -> Tensor:
-        """[prompts, dictionaries]: Σ scores at each dictionary's site − the change the site makes.
-
-        With ``one_site=True`` every site has a path of its own, so each gap is one of its own too:
-        zero for exact integration and a dictionary that explains all of the change. Dictionaries
-        that write at one site share its path, and its gap.
-
-        Raises:
-            SaefeatError: without ``one_site=True``, where ``keep`` left scores out, or for scores
-                without a sign.
-        """
-        return totals.gap_by_site(self)
-
-    @property
-    def degenerate(self) -> Tensor:
-        """[prompts] bool: the metric is exactly the same in both runs: nothing to attribute.
-
-        It happens when the baseline's own token is the very token it is compared with, which makes
-        the metric zero in both, and where the baseline changes nothing.
-        """
-        return self.clean == self.baseline
-
-    def totals(
-        self, *, per: str = "dataset", where: Tokens | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores by latent: the mean over a prompt's scored tokens, then over prompts.
-
-        Args:
-            per: ``"dataset"``, or ``"prompt"`` to keep prompts apart.
-            where: count only scored tokens that this rule selects, in sums and in means:
-                ``~Tokens.special()`` leaves BOS and the template's markers out,
-                ``Tokens.role("user")`` all of the template. A prompt without any counts as zero.
-
-        Returns:
-            keys [m, 2] (dictionary, latent), values, and the prompt of each row: [m] and [m]
-            for ``"prompt"`` (for ``"dataset"`` the last is all zeros).
-
-        Raises:
-            SaefeatError: for a rule on a result that does not know its tokens, or whose scores
-                belong to none.
-        """
-        return totals.by_latent(self, per, where)
-
-    def by_site(self, *, where: Tokens | None = None) -> dict[Site, float]:
-        """Σ scores of each site over latents and tokens, mean over prompts.
-
-        Sites in a row carry the same effect: compare them, do not add them.
-
-        Args:
-            where: only scored tokens that this rule selects.
-        """
-        return totals.by_site(self, where)
-
-    def by_position(
-        self, *, origin: str = "start", where: Tokens | None = None
-    ) -> dict[int, float]:
-        """Σ scores of each position over sites and latents, mean over the prompts that have it.
-
-        Args:
-            origin: ``"start"``: 0 is a prompt's first real token; ``"end"``: −1 is its last, and
-                a continuation's tokens count from 0.
-            where: only scored tokens that this rule selects.
-
-        Returns:
-            Position → mean, for positions that are scored in at least one prompt.
-
-        Raises:
-            SaefeatError: for scores of whole prompts, which have no position.
-        """
-        return totals.by_position(self, origin, where)
 
     @overload
     def top(
@@ -302,7 +206,7 @@ class Attribution(Columns):
         """[k]: the mean score over the data set of each latent, zero where it never moved."""
         keys, values, _ = self.totals()
         table = {(int(d), int(i)): float(v) for (d, i), v in zip(keys, values, strict=True)}
-        pairs = totals.members(self.dictionaries, latents)
+        pairs = members(self.dictionaries, latents)
         return torch.tensor([table.get(pair, 0.0) for pair in pairs])
 
     def ranking(
@@ -312,12 +216,12 @@ class Attribution(Columns):
         keys, values, _ = self.totals()
         return tuple(
             (Latents(((self.dictionaries[d], (i,)),)), score)
-            for d, i, score in totals.ranked(self, keys, values, k, within)
+            for d, i, score in ranked(self, keys, values, k, within)
         )
 
     def _best(self, keys: Tensor, values: Tensor, k: int, within: Latents | None) -> Latents:
         chosen: dict[Dictionary, list[int]] = {}
-        for number, index, _ in totals.ranked(self, keys, values, k, within):
+        for number, index, _ in ranked(self, keys, values, k, within):
             chosen.setdefault(self.dictionaries[number], []).append(index)
         ordered = sorted(chosen.items(), key=lambda item: item[0].site.order)
         return Latents(tuple((basis, tuple(indices)) for basis, indices in ordered))

@@ -8,6 +8,7 @@ encode → decode carries, as if the dictionary were spliced into the model with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor
 from ..dictionaries.latents import Dictionary
 from ..errors import DictionaryError
 from ..kernel.read import Norm, lift
-from .part import Part
+from .pairs import Part
 
-SEMANTICS = ("pass_through", "through_sae")
 _NUMBERS = 1 << 22
 """Latents times tokens that a backward pass through a dictionary holds at a time."""
 
@@ -26,26 +26,22 @@ Passing = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def through(parts: Sequence[Part]) -> dict[int, tuple[int | None, Passing]]:
-    """For each written place the place its dictionary reads (None if the same), and how it passes.
-
-    Raises:
-        DictionaryError: for a dictionary without a reconstruction, or two that write at one place.
-    """
+    """Written place → the place its dictionary reads (None if the same), and how it passes."""
     passing: dict[int, tuple[int | None, Passing]] = {}
     for part in parts:
         reconstruct = _reconstruction(part.dictionary)
         if part.write in passing or reconstruct is None:
-            got = f"'through_sae' with {part.dictionary!r}" + (
-                ", a second one there" if part.write in passing else ""
-            )
+            second = ", a second one there" if part.write in passing else ""
             raise DictionaryError(
-                f"Attribute: `semantics` is {got}, wanted one dictionary with a reconstruction at"
+                f"Attribute: `semantics` is 'through_sae' with {part.dictionary!r}{second}, wanted"
+                " one dictionary with a reconstruction at"
                 " each place. Likely cause: an error term or a function, or an SAE and a transcoder"
                 " that write to the same place. Try: semantics='pass_through', or other"
                 " dictionaries"
             )
         source = None if part.read == part.write else part.read
-        passing[part.write] = (source, _passing(part, reconstruct, source))
+        step = max(1, _NUMBERS // part.dictionary.d_sae)
+        passing[part.write] = (source, partial(_pass, part.norm, reconstruct, step))
     return passing
 
 
@@ -60,13 +56,8 @@ def _reconstruction(dictionary: Dictionary) -> Callable[[Tensor], Tensor] | None
     return lambda x: (f := dictionary.encode(x)) @ directions.to(f.device, f.dtype)
 
 
-def _passing(part: Part, reconstruct: Callable[[Tensor], Tensor], source: int | None) -> Passing:
-    step = max(1, _NUMBERS // part.dictionary.d_sae)
-
-    def passing(x: Tensor, read: Tensor | None) -> Tensor:
-        return _Through.apply(x, x if source is None else read, part.norm, reconstruct, step)  # type: ignore[return-value]
-
-    return passing
+def _pass(norm: Norm, reconstruct: Callable, step: int, x: Tensor, read: Tensor | None) -> Tensor:
+    return _Through.apply(x, x if read is None else read, norm, reconstruct, step)  # type: ignore[return-value]
 
 
 class _Through(torch.autograd.Function):

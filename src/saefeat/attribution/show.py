@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
-
-from ..results.html import render
-from ..results.table import frame
-from .columns import Columns, known_texts
-from .totals import by_latent, by_token, gap, ranked, slope, token_counts, token_mask
+from ..results.formats import frame, render
+from .columns import Columns, by_token, ranked
 
 if TYPE_CHECKING:
     import pandas
@@ -57,7 +52,7 @@ def _warnings(columns: Columns) -> str:
 
 
 def _gap_line(columns: Columns) -> str:
-    mean_gap = gap(columns).abs().mean()
+    mean_gap = columns.gap.abs().mean()
     moved = (columns.baseline - columns.clean).abs().mean()
     share = f", {mean_gap / moved:.0%} of the metric's change" if moved else ""
     sites = len({dictionary.site for dictionary in columns.dictionaries})
@@ -70,17 +65,13 @@ def _best(columns: Columns, k: int) -> list[tuple[str, int, float]]:
     """(site, latent, mean score) of the k best latents."""
     if not len(columns):
         return []
-    keys, values, _ = by_latent(columns)
+    keys, values, _ = columns.totals()
     best = ranked(columns, keys, values, k, None)
     return [(str(columns.dictionaries[number].site), i, score) for number, i, score in best]
 
 
 def table(columns: Columns) -> pandas.DataFrame:
-    """One row a score, in long format.
-
-    Raises:
-        SaefeatError: without pandas.
-    """
+    """One row a score, in long format."""
     sites = [str(dictionary.site) for dictionary in columns.dictionaries]
     names = [dictionary.name for dictionary in columns.dictionaries]
     number = columns.dictionary.tolist()
@@ -94,7 +85,7 @@ def table(columns: Columns) -> pandas.DataFrame:
         "score": columns.score.numpy(),
         "activation": columns.activation.numpy(),
         "change": columns.change.numpy(),
-        "slope": slope(columns).numpy(),
+        "slope": columns.slope.numpy(),
     }
     return frame(by_name, "Attribution.to_pandas")
 
@@ -144,17 +135,18 @@ def page(columns: Columns, most: int) -> str:
 
 def _prompts(columns: Columns, most: int) -> list[Prompt]:
     """Prompts token by token, shaded by their summed score on one scale."""
-    words, sums, scored = heat(columns, "Attribution.to_html")
+    texts, sums, scored = by_token(columns, "Attribution.to_html")
     largest = max((float(row.abs().max()) for row in sums if len(row)), default=0.0)
     prompts = []
-    for number in range(min(most, len(words))):
-        shown = words[number][:TOKENS]
+    for number in range(min(most, len(sums))):
+        words = texts.tokens(number)
+        shown = words[:TOKENS]
         baseline = columns.baseline[number]
         change = f"{columns.clean[number]:+.3f}"
         change += "" if baseline.isnan() else f" → {baseline:+.3f}"
         rows = zip(shown, sums[number].tolist(), scored[number].tolist(), strict=False)
         tokens = [_token(*row, largest) for row in rows]
-        prompts.append(Prompt(number, change, tokens, len(words[number]) - len(shown)))
+        prompts.append(Prompt(number, change, tokens, len(words) - len(shown)))
     return prompts
 
 
@@ -166,14 +158,3 @@ def _token(word: str, value: float, scored: bool, largest: float) -> Token:
     shade = 0.75 * abs(value) / largest if largest else 0.0
     color = f"background:rgba({_UP if value > 0 else _DOWN},{shade:.3f})"
     return Token(text, color, f"{value:+.4g}")
-
-
-def heat(
-    columns: Columns, function: str
-) -> tuple[list[tuple[str, ...]], Sequence[Tensor], Sequence[Tensor]]:
-    """Each prompt's tokens, summed scores and whether they were scored."""
-    sizes = token_counts(columns, function).tolist()
-    texts, _ = known_texts(columns, function)
-    words = [texts.tokens(prompt) for prompt in range(len(sizes))]
-    scored, sums = token_mask(columns, None, function), by_token(columns, function)
-    return words, sums.split(sizes), scored.split(sizes)

@@ -4,8 +4,7 @@
 * ``directions``: the same latents writing along random directions.
 """
 
-from .directions import random_directions
-from .matched import matched
+from .draws import matched, random_directions
 
 __all__ = [
     "matched",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import DictionaryError, LatentError
 from ..kernel.edit import moved
-from .indices import index_tensor
 from .latents import Dictionary, cast
 
 
@@ -91,7 +90,7 @@ def _storage(dictionary: Dictionary, index: Tensor) -> None:
 
 
 def _zero_step(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:
-    columns = cast(dictionary.columns(index_tensor(index.tolist())), x.dtype, x.device)
+    columns = cast(dictionary.columns(index), x.dtype, x.device)
     y = torch.randn(2, 5, dictionary.d_out, generator=torch.Generator().manual_seed(1))
     step = torch.zeros(2, 5, len(index))
     if not torch.equal(moved(y, step, columns["directions"], None, None), y):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import DictionaryError, LatentError
 from ..model.sites import Site
-from .base import require_shape
 from .latents import Dictionary, Latents
 from .sae import NORMS
+from .weights import require_shape
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
     "identity": {"bias": ("k",)},

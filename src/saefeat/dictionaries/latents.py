@@ -1,28 +1,28 @@
-"""What every dictionary is, and Latents: an immutable selection from one or more of them.
+"""What every dictionary is; ``Latents``, a selection; ``Dictionaries``, one dictionary a site.
 
 Attribution, search and set arithmetic return Latents; edits and probes take them. So
 attribute → ablate → probe is a loop over one kind of value. A dictionary gives selections and a
-selection holds its dictionaries, so the two stand in one file.
+selection holds its dictionaries, so they stand in one file.
 """
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import eq
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import one_of
-from ..errors import LatentError
+from ..errors import LatentError, SiteError
 from ..files.hashing import digest
 from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
-from .indices import brief, checked, compact, index_tensor
 
 
 class Dictionary(ABC):
@@ -143,6 +143,13 @@ def cast(columns: dict[str, Any], dtype: torch.dtype, device: torch.device) -> d
     }
 
 
+def index_tensor(indices: Iterable[int]) -> Tensor:
+    """Indices as a long tensor [k]."""
+    if isinstance(indices, range):
+        return torch.arange(indices.start, indices.stop, indices.step)
+    return torch.tensor(list(indices), dtype=torch.long)
+
+
 WRITTEN = ("frozen", "reselect", "span")
 """How an edit of a selection is written; see ``Latents``."""
 
@@ -173,8 +180,15 @@ class Latents:
 
     def __post_init__(self) -> None:
         one_of("Latents", "written", self.written, WRITTEN, error=LatentError)
-        parts = tuple((basis, compact(basis.d_sae, indices)) for basis, indices in self.parts)
-        object.__setattr__(self, "parts", parts)
+        parts = []
+        for basis, indices in self.parts:
+            every = range(basis.d_sae)
+            # A whole dictionary is kept as a range: its numbers as objects take 36 bytes each.
+            whole = not isinstance(indices, range) and len(indices) == len(every)
+            if whole and all(map(eq, indices, every)):
+                indices = every
+            parts.append((basis, indices))
+        object.__setattr__(self, "parts", tuple(parts))
 
     @classmethod
     def of(cls, dictionary: Dictionary, indices: Iterable[int] | Tensor) -> Latents:
@@ -183,10 +197,27 @@ class Latents:
         Raises:
             LatentError: for an index that is negative, out of range, repeated or not whole.
         """
-        if isinstance(indices, range) and indices == range(dictionary.d_sae):
-            return cls(((dictionary, range(dictionary.d_sae)),))
-        chosen = checked(dictionary.site, dictionary.d_sae, indices)
-        return cls(((dictionary, chosen),) if chosen else ())
+        d_sae = dictionary.d_sae
+        if isinstance(indices, range) and indices == range(d_sae):
+            return cls(((dictionary, indices),))
+        tolist = getattr(indices, "tolist", None)  # torch's and numpy's
+        given: Any = tolist() if callable(tolist) else indices
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            listed, wrong = [], [indices]
+        else:  # numpy's and torch's own integers are integers too; True is none
+            listed = list(given)
+            wrong = [i for i in listed if not hasattr(i, "__index__") or isinstance(i, bool)]
+        chosen = () if wrong else tuple(index.__index__() for index in listed)
+        wrong = wrong or [index for index in chosen if not 0 <= index < d_sae]
+        if not wrong and len(set(chosen)) == len(chosen):
+            return cls(((dictionary, chosen),) if chosen else ())
+        got, cause = "a list with repeats", "one latent listed twice would be edited twice"
+        if wrong:
+            got, cause = repr(wrong[0]), "an index from a dictionary of another width"
+        raise LatentError(
+            f"latents of {dictionary.site}: `indices` is {got}, wanted distinct integers in"
+            f" 0..{d_sae - 1}. Likely cause: {cause}. Try: dictionary.latents([0, 1])"
+        )
 
     def __len__(self) -> int:
         return sum(len(indices) for _, indices in self.parts)
@@ -201,24 +232,26 @@ class Latents:
         return Latents(_rows(table), self._written_with(other))
 
     def __and__(self, other: Latents) -> Latents:
-        theirs = other._table()
-        both = {
-            b: {i: None for i in ix if i in theirs.get(b, {})} for b, ix in self._table().items()
-        }
+        theirs, both = other._table(), self._table()
+        for basis, indices in both.items():
+            both[basis] = {i: None for i in indices if i in theirs.get(basis, ())}
         return Latents(_rows(both), self._written_with(other))
 
     def __sub__(self, other: Latents) -> Latents:
-        theirs = other._table()
-        rest = {
-            b: {i: None for i in ix if i not in theirs.get(b, {})}
-            for b, ix in self._table().items()
-        }
+        theirs, rest = other._table(), self._table()
+        for basis, indices in rest.items():
+            rest[basis] = {i: None for i in indices if i not in theirs.get(basis, ())}
         return replace(self, parts=_rows(rest))
 
     def __repr__(self) -> str:
-        shown = [f"{b.site} [{brief(ix)}]" for b, ix in self.parts[:6]]
-        more = f", and {len(self.parts) - 6} more sites" if len(self.parts) > 6 else ""
-        listed = f": {', '.join(shown)}{more}" if shown else ""
+        shown = []
+        for basis, indices in self.parts[:6]:
+            head = ", ".join(map(str, indices[:5]))
+            more = f", ... {len(indices)} in all" if len(indices) > 5 else ""
+            shown.append(f"{basis.site} [{head}{more}]")
+        if len(self.parts) > 6:
+            shown.append(f"and {len(self.parts) - 6} more sites")
+        listed = f": {', '.join(shown)}" if shown else ""
         written = "" if self.written == "frozen" else f".{self.written}()"
         return f"Latents({len(self)}{listed}){written}"
 
@@ -275,10 +308,9 @@ class Latents:
                 " Likely cause: the control is drawn from too small a set. Try: draw from"
                 " dictionary.latents(), all latents"
             )
+        drawn = random.Random(seed).sample(pairs, n)
         table: Table = {}
-        for basis, index in sorted(
-            random.Random(seed).sample(pairs, n), key=lambda pair: (pair[0].site.order, pair[1])
-        ):
+        for basis, index in sorted(drawn, key=lambda pair: (pair[0].site.order, pair[1])):
             table.setdefault(basis, {})[index] = None
         return replace(self, parts=_rows(table))
 
@@ -296,11 +328,7 @@ class Latents:
         return table
 
     def _written_with(self, other: Latents) -> str:
-        """How two selections together are written; an empty one has no say.
-
-        Raises:
-            LatentError: where they differ.
-        """
+        """How two selections together are written; an empty one has no say."""
         ways = {latents.written for latents in (self, other) if latents.parts}
         if len(ways) < 2:
             return next(iter(ways), "frozen")
@@ -323,11 +351,7 @@ def _rows(table: Table) -> tuple[tuple[Dictionary, Sequence[int]], ...]:
 
 
 def as_latents(subject: object, function: str) -> Latents:
-    """Latents as they are; a dictionary or a mapping of them as all its latents.
-
-    Raises:
-        LatentError: for anything else, an empty selection, and one that says how edits write it.
-    """
+    """Latents as they are; a dictionary or a mapping of them as all its latents."""
     latents = selection(subject, function)
     if latents.written == "frozen":
         return latents
@@ -339,15 +363,11 @@ def as_latents(subject: object, function: str) -> Latents:
 
 
 def selection(subject: object, function: str = "latents") -> Latents:
-    """The same, where it may also say how edits write it.
-
-    Raises:
-        LatentError: for anything else, and for an empty selection.
-    """
+    """The same, where it may also say how edits write it."""
     select = None if isinstance(subject, Latents) else getattr(subject, "latents", None)
     latents = select() if callable(select) else subject
     if isinstance(latents, Latents) and len(latents):
-        _loaded_once(latents, function)
+        _require_distinct(latents, function)
         return latents
     got = "empty" if isinstance(latents, Latents) else type(subject).__name__
     raise LatentError(
@@ -357,18 +377,110 @@ def selection(subject: object, function: str = "latents") -> Latents:
     )
 
 
-def _loaded_once(latents: Latents, function: str) -> None:
-    """Refuse one file's dictionary under two names: its latents would be edited twice."""
-    seen: dict[tuple[object, Site], list[Sequence[int]]] = {}
+def _require_distinct(latents: Latents, function: str) -> None:
+    """Refuse one file's dictionary as two objects: its latents would be edited twice."""
+    seen: dict[tuple[object, Site], set[int]] = {}
     for basis, indices in latents.parts:
         origin = getattr(basis, "origin", None)
         if origin is None:
             continue
-        held = seen.setdefault((origin, basis.site), [])
-        if any(not set(indices).isdisjoint(others) for others in held):
+        others = seen.setdefault((origin, basis.site), set())
+        if not others.isdisjoint(indices):
             raise LatentError(
                 f"{function}: `latents` is latents of {origin} twice, wanted each latent once."
                 " Likely cause: the dictionary was loaded twice, and is two objects. Try: select"
                 " from one load_saes(...)"
             )
-        held.append(indices)
+        others.update(indices)
+
+
+class Dictionaries(Mapping[Site, Dictionary]):
+    """One dictionary a site: what ``load_saes`` returns and ``Attribute`` watches.
+
+    Keys are sites; ``saes["resid_post.3"]`` and, where only one site lies in a layer, ``saes[3]``
+    find the same entry.
+
+    Raises:
+        SiteError: if two dictionaries read the same site (one would hide the other).
+
+    Examples:
+        >>> v = torch.ones(8)
+        >>> directions = [sf.Direction(v, site=f"resid_post.{layer}") for layer in range(3)]
+        >>> at = sf.dictionaries.Dictionaries(directions)
+        >>> at[1].site
+        Site(kind='resid_post', layer=1)
+        >>> at.latents({0: [0], 2: [0]})
+        Latents(2: resid_post.0 [0], resid_post.2 [0])
+    """
+
+    def __init__(self, dictionaries: Iterable[Dictionary]) -> None:
+        self._found: dict[Site, Dictionary] = {}
+        for dictionary in sorted(dictionaries, key=lambda d: d.site.order):
+            if dictionary.site in self._found:
+                raise SiteError(
+                    f"Dictionaries: `dictionaries` is two at {dictionary.site}, wanted one a site."
+                    " Likely cause: two widths or releases in one mapping. Try: keep them in two"
+                    " mappings; edits on both compose with |"
+                )
+            self._found[dictionary.site] = dictionary
+
+    def __getitem__(self, key: Site | str | int) -> Dictionary:
+        return self._found[self.resolve(key)]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self.resolve(key)
+        except SiteError:
+            return False
+        return True
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The dictionary at a site, or the default where there is none."""
+        return self[key] if key in self else default  # noqa: SIM401  (it would call itself)
+
+    def resolve(self, key: Any) -> Site:
+        """The site meant by a site, its name, or its layer.
+
+        Raises:
+            SiteError: if there is none, or several.
+        """
+        if isinstance(key, int):
+            sites = [site for site in self._found if site.layer == key]
+        else:
+            sites = [site for site in self._found if site == Site.parse(key)]
+        if len(sites) == 1:
+            return sites[0]
+        cause = "several sites lie in that layer" if sites else "no dictionary there"
+        raise SiteError(
+            f"Dictionaries: `key` is {key!r}, which matches {len(sites)} sites, wanted one of"
+            f" {', '.join(str(site) for site in self._found)}. Likely cause: {cause}. Try:"
+            ' saes["resid_post.3"]'
+        )
+
+    def latents(self, indices: Mapping[Site | str | int, Iterable[int]] | None = None) -> Latents:
+        """Select latents by site; without an argument, every latent of every dictionary.
+
+        Raises:
+            SiteError: for an unknown site.
+            LatentError: for a bad index.
+        """
+        if indices is None:
+            return Latents(tuple(p for d in self._found.values() for p in d.latents().parts))
+        chosen = Latents(())
+        for key, found in indices.items():
+            chosen = chosen | self[key].latents(found)
+        return chosen
+
+    def at(self, kind: str) -> Dictionaries:
+        """Only the dictionaries that read sites of this kind."""
+        return Dictionaries(d for d in self._found.values() if d.site.kind == kind)
+
+    def __repr__(self) -> str:
+        lines = "\n".join(f"  {dictionary}" for dictionary in self._found.values())
+        return f"Dictionaries({len(self)}\n{lines}\n)"

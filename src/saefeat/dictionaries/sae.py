@@ -22,10 +22,8 @@ from ..errors import DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import decoder_of, encode
 from ..model.sites import Site
-from .base import require_shape
-from .indices import index_tensor
 from .latents import Dictionary, cast
-from .weights import Weights
+from .weights import InMemory, Weights, require_shape
 
 ACTIVATIONS = {
     "standard": "relu",
@@ -100,8 +98,13 @@ class SAE(Dictionary):
         self.excluded, self.name = excluded, name
         self._weights = weights
         self._hashed: tuple[object, str] | None = None
-        self.joint = ACTIVATIONS.get(architecture) in ("topk", "abstopk")
-        self._check()
+        _one_of("architecture", architecture, ACTIVATIONS)
+        _one_of("norm", norm, NORMS)
+        self.activation = ACTIVATIONS[architecture]  # the kernel's name for it
+        self.joint = self.activation in ("topk", "abstopk")
+        self._rescaled = self.joint and rescale  # by the norms of all decoder rows
+        self._check_tensors()
+        self._check_shapes()
         self.d_in, self.d_sae = weights.shape("W_enc")
         self.d_out = weights.shape("W_dec")[1]
 
@@ -118,8 +121,6 @@ class SAE(Dictionary):
         name: str = "sae",
     ) -> SAE:
         """An SAE from tensors in memory, with the names and shapes of the class docstring."""
-        from .weights import InMemory
-
         return cls(
             InMemory(tensors),
             architecture=architecture,
@@ -130,51 +131,36 @@ class SAE(Dictionary):
             name=name,
         )
 
-    @property
-    def activation(self) -> str:
-        """The kernel's name for the activation function."""
-        return ACTIVATIONS[self.architecture]
-
     def columns(self, indices: Tensor) -> dict[str, Any]:
+        weights = self._weights
         encoded = torch.arange(self.d_sae) if self.joint else indices
-        encoder = self._weights.columns("W_enc", encoded)  # [d_in, k]
+        encoder = weights.take("W_enc", encoded, axis=1)  # [d_in, k]
+        # b_dec is subtracted after the input normalization and the centering, so it folds into
+        # the bias, by the encoder as it is.
+        shift = weights.read("b_dec") @ encoder if self.subtract_bias else 0.0  # [k]
         columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
-        columns |= self._biases(encoder, encoded)  # b_dec is subtracted after centering
+        if self.activation == "gated":
+            gain = weights.take("r_mag", encoded).exp()
+            columns |= {"gain": gain, "gate_bias": weights.take("b_gate", encoded) - shift}
+            columns["bias"] = weights.take("b_mag", encoded) - shift * gain
+        else:
+            columns["bias"] = weights.take("b_enc", encoded) - shift
+        if self.activation == "jumprelu":
+            columns["threshold"] = weights.take("threshold", encoded)
         if self.centered:  # (x − mean(x)) W = x (W − column means)
             encoder = encoder - encoder.mean(0, keepdim=True)
+        directions = weights.take("W_dec", indices)  # [k, d_out]
         if self.joint:
             columns |= {"k": self.k, "selected": indices.clone()}
         if self._rescaled:
-            norms = self._weights.read("W_dec").norm(dim=1)  # [d_sae]
+            norms = weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
-        return columns | {"encoder": encoder, "directions": self._rows(indices)}
+            directions = directions / directions.norm(dim=1, keepdim=True)
+        return columns | {"encoder": encoder, "directions": directions}
 
     def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
-        return self._rows(self._index(indices))  # without touching the encoder
-
-    def _rows(self, indices: Tensor) -> Tensor:
-        """[k, d_out]: decoder rows, of unit norm where activations were rescaled by it."""
-        rows = self._weights.rows("W_dec", indices)
-        if self._rescaled:
-            return rows / rows.norm(dim=1, keepdim=True)
-        return rows
-
-    def _biases(self, encoder: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        """Bias, threshold, gate: everything of shape [k], with b_dec folded in."""
-        shift = 0.0
-        if self.subtract_bias:
-            shift = self._weights.read("b_dec") @ encoder  # [k]
-        if self.activation == "gated":
-            gain = self._weights.rows("r_mag", indices).exp()
-            return {
-                "gain": gain,
-                "gate_bias": self._weights.rows("b_gate", indices) - shift,
-                "bias": self._weights.rows("b_mag", indices) - shift * gain,
-            }
-        found = {"bias": self._weights.rows("b_enc", indices) - shift}
-        if self.activation == "jumprelu":
-            found["threshold"] = self._weights.rows("threshold", indices)
-        return found
+        rows = self._weights.take("W_dec", self._index(indices))  # without touching the encoder
+        return rows / rows.norm(dim=1, keepdim=True) if self._rescaled else rows
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """The SAE's own reconstruction of x (or of the write site's value, for a transcoder).
@@ -207,7 +193,7 @@ class SAE(Dictionary):
 
     def _whole(self) -> dict[str, Any]:
         """All columns, with the decoder and its bias."""
-        columns = self.columns(index_tensor(range(self.d_sae)))
+        columns = self.columns(torch.arange(self.d_sae))
         return columns | {
             "decoder": columns["directions"],
             "decoder_bias": self._weights.read("b_dec"),
@@ -215,19 +201,18 @@ class SAE(Dictionary):
         }
 
     def content(self, indices: Tensor) -> object:
-        every = len(indices) == self.d_sae
         encoded = torch.arange(self.d_sae) if self.joint else indices
-        weights, settings = self._weights, self._settings()
+        weights, names = self._weights, self._wanted()
         tensors = {
-            "W_enc": digest(weights.columns("W_enc", encoded)),
-            "W_dec": digest(weights.rows("W_dec", encoded if self._rescaled else indices)),
+            "W_enc": digest(weights.take("W_enc", encoded, axis=1)),
+            "W_dec": digest(weights.take("W_dec", encoded if self._rescaled else indices)),
             "b_dec": digest(weights.read("b_dec")),
         }
-        for name in self._wanted() - {"W_enc", "W_dec", "b_dec", "W_skip"}:
-            tensors[name] = digest(weights.rows(name, encoded))
-        if every and "W_skip" in self._wanted():
+        for name in names - {"W_enc", "W_dec", "b_dec", "W_skip"}:
+            tensors[name] = digest(weights.take(name, encoded))
+        if len(indices) == self.d_sae and "W_skip" in names:
             tensors["W_skip"] = digest(weights.read("W_skip"))
-        return settings, tensors, indices.tolist() if self.joint else len(indices)
+        return self._settings(), tensors, indices.tolist() if self.joint else len(indices)
 
     def _settings(self) -> tuple[object, ...]:
         """What decides, beside the tensors, what is computed."""
@@ -246,76 +231,59 @@ class SAE(Dictionary):
             self._hashed = known, super().fingerprint()
         return self._hashed[1]
 
-    def _check(self) -> None:
-        _one_of("architecture", self.architecture, ACTIVATIONS)
-        _one_of("norm", self.norm, NORMS)
-        wanted = self._wanted()
-        missing = sorted(wanted - self._weights.names())
-        if missing or (self.joint and not self.k):
-            parameter = "weights" if missing else "k"
-            got = f"without {', '.join(missing)}" if missing else repr(self.k)
-            raise DictionaryError(
-                f"SAE {self.name!r}: `{parameter}` is {got}, wanted what a {self.architecture} SAE"
-                " has. Likely cause: a file of another architecture, or a renamed tensor. Try: pass"
-                " architecture= as the release declares it"
-            )
-        self._check_unused(wanted)
-        self._check_shapes(wanted)
-        self._check_ends()
-
     def _wanted(self) -> set[str]:
         """The tensors that an SAE of this architecture has."""
         bias = () if self.activation == "gated" else ("b_enc",)
         skip = ("W_skip",) if "skip" in self.architecture else ()
         return {"W_enc", "W_dec", "b_dec", *bias, *skip, *_EXTRA.get(self.activation, ())}
 
-    @property
-    def _rescaled(self) -> bool:
-        """Whether activations are multiplied by the norms of all decoder rows."""
-        return self.joint and self.rescale
+    def _check_tensors(self) -> None:
+        """Refuse an SAE without the tensors of its architecture, or with those of another."""
+        wanted, there = self._wanted(), self._weights.names()
+        missing = sorted(wanted - there)
+        # Tensors that would change the latents, had the architecture been declared.
+        strange = sorted(_PARTS & there - wanted)
+        parameter, cause = "weights", "a file of another architecture, or a renamed tensor"
+        if missing:
+            got = f"without {', '.join(missing)}"
+        elif self.joint and not self.k:
+            parameter, got = "k", repr(self.k)
+        elif strange:
+            parameter = "architecture"
+            got = f"{self.architecture}, with {', '.join(strange)} among the weights, unused there"
+            cause = "an architecture that is not declared; without these its latents differ"
+        else:
+            return
+        raise DictionaryError(
+            f"SAE {self.name!r}: `{parameter}` is {got}, wanted what a {self.architecture} SAE has."
+            f" Likely cause: {cause}. Try: pass architecture= as the release declares it"
+        )
 
-    def _check_unused(self, wanted: set[str]) -> None:
-        """Refuse tensors that would change the latents, had the architecture been declared."""
-        strange = sorted(_PARTS & self._weights.names() - wanted)
-        if strange:
-            raise DictionaryError(
-                f"SAE {self.name!r}: `architecture` is {self.architecture}, with"
-                f" {', '.join(strange)} among the weights, wanted no tensor that a"
-                f" {self.architecture} SAE does not use. Likely cause: an architecture that is not"
-                " declared; without these its latents differ. Try: pass architecture= as the"
-                " release declares it"
-            )
-
-    def _check_shapes(self, wanted: set[str]) -> None:
-        """Tensors that fit each other, and a k that there are latents for."""
-        for name in ("W_enc", "W_dec"):
-            if len(self._weights.shape(name)) != 2:
-                self._shape(name, ("d_in", "d_sae") if name == "W_enc" else ("d_sae", "d_out"))
-        d_sae = self._weights.shape("W_enc")[1]
+    def _check_shapes(self) -> None:
+        """Tensors that fit each other, a k that there are latents for, and a place to write."""
+        shape = self._weights.shape
+        for name, symbols in (("W_enc", ("d_in", "d_sae")), ("W_dec", ("d_sae", "d_out"))):
+            if len(shape(name)) != 2:
+                require_shape(name, shape(name), symbols)
+        (d_in, d_sae), d_out = shape("W_enc"), shape("W_dec")[-1]
         if self.joint and not 1 <= (self.k or 0) <= d_sae:
             _one_of("k", str(self.k), (f"1..{d_sae}",))
-        self._shape("W_dec", (d_sae, self._weights.shape("W_dec")[-1]))
-        self._shape("b_dec", (self._weights.shape("W_dec")[-1],))
-        for name in wanted - {"W_enc", "W_dec", "b_dec", "W_skip"}:
-            self._shape(name, (d_sae,))
-
-    def _check_ends(self) -> None:
-        """A write site of a transcoder, and a write width that its read width allows."""
-        d_in, d_sae = self._weights.shape("W_enc")
-        if "transcoder" in self.architecture and self.site == self.write_site:
+        require_shape("W_dec", shape("W_dec"), (d_sae, d_out))
+        require_shape("b_dec", shape("b_dec"), (d_out,))
+        for name in self._wanted() - {"W_enc", "W_dec", "b_dec", "W_skip"}:
+            require_shape(name, shape(name), (d_sae,))
+        if self.site != self.write_site:
+            if self.norm != "none":  # its scale belongs to the input, its directions to the output
+                _one_of("norm of a transcoder", self.norm, ("none",))
+        elif "transcoder" in self.architecture:
             raise DictionaryError(
                 f"transcoder {self.name!r}: `write_site` is not declared by the file, wanted"
                 " metadata.hook_name_out, or write_site=. Likely cause: a transcoder saved without"
                 " its output hook; its directions do not belong where it reads. Try:"
                 ' load_sae(folder, write_site="mlp_out.3")'
             )
-        if self.site == self.write_site:
-            self._shape("W_dec", (d_sae, d_in))
-        elif self.norm != "none":  # its scale belongs to the input, its directions to the output
-            _one_of("norm of a transcoder", self.norm, ("none",))
-
-    def _shape(self, name: str, wanted: tuple[int | str, ...]) -> None:
-        require_shape(name, self._weights.shape(name), wanted)
+        else:
+            require_shape("W_dec", shape("W_dec"), (d_sae, d_in))
 
 
 @final

@@ -1,17 +1,22 @@
 """Where an SAE's tensors come from: memory, or a file read a slice at a time.
 
-Files are safetensors, or npz (``npz.py``). ``Mapped`` reads another library's file under
-sae-lens's names.
+Files are safetensors, or NumPy archives. ``Mapped`` reads another library's file under sae-lens's
+names.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -35,13 +40,10 @@ class Weights(ABC):
         """A whole tensor, float32."""
 
     @abstractmethod
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """[k, ...]: the rows at ``index``, float32, in a storage of their own."""
+    def take(self, name: str, index: Tensor, axis: int = 0) -> Tensor:
+        """The rows at ``index``, [k, ...], or with axis 1 the columns, [d, k]; float32.
 
-    @abstractmethod
-    def columns(self, name: str, index: Tensor) -> Tensor:
-        """[d, k]: the columns at ``index``, float32, in a storage of their own, or the tensor
-        itself if that is all of it: not to be written to.
+        In a storage of their own; all columns may be the tensor itself, not to be written to.
         """
 
     def stamp(self) -> object:
@@ -65,16 +67,15 @@ class InMemory(Weights):
     def read(self, name: str) -> Tensor:
         return up(self._tensors[name])
 
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        run = _run_of(index)
-        return up(self._tensors[name][index if run is None else run].clone())
-
-    def columns(self, name: str, index: Tensor) -> Tensor:
+    def take(self, name: str, index: Tensor, axis: int = 0) -> Tensor:
         tensor, run = self._tensors[name], _run_of(index)
         if run is None:
-            return up(tensor[:, index].contiguous())
+            return up((tensor[:, index] if axis else tensor[index]).contiguous())
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
-        return up(tensor if alone and len(index) == tensor.shape[1] else tensor[:, run].clone())
+        if axis and alone and len(index) == tensor.shape[1]:
+            return up(tensor)
+        # A view would keep the whole matrix alive, and carry it to a server.
+        return up((tensor[:, run] if axis else tensor[run]).clone())
 
 
 @final
@@ -83,25 +84,16 @@ class OnDisk(Weights):
 
     A row of ``W_dec`` is one read; a column of ``W_enc`` touches every row of the file's matrix,
     which is why edits cut their columns once and keep them.
-
-    Raises:
-        DictionaryError: for a file that is missing or not whole.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:
-                self._shapes = {
-                    name: tuple(file.get_slice(name).get_shape())
-                    for name in file.keys()  # noqa: SIM118
-                }
+                names = file.keys()
+                self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except (OSError, SafetensorError) as error:
-            raise DictionaryError(
-                f"load_sae: `path` is {path}, which cannot be read ({error}), wanted a whole"
-                " safetensors file. Likely cause: an interrupted download or copy, or a Git LFS"
-                " pointer. Try: fetch the file again and compare its size"
-            ) from error
+            raise _unreadable(path, error, "safetensors file") from error
 
     def names(self) -> frozenset[str]:
         return frozenset(self._shapes)
@@ -113,28 +105,107 @@ class OnDisk(Weights):
         with safe_open(self.path, framework="pt") as file:
             return up(file.get_tensor(name))
 
-    def rows(self, name: str, index: Tensor) -> Tensor:
+    def take(self, name: str, index: Tensor, axis: int = 0) -> Tensor:
         run = _run_of(index)
-        if run is None and len(index) * 4 > self._shapes[name][0]:  # one read is cheaper
-            return self.read(name)[index]
+        if run is None and len(index) * 4 > self._shapes[name][axis]:  # one read is cheaper
+            whole = self.read(name)
+            return (whole[:, index] if axis else whole[index]).contiguous()
         with safe_open(self.path, framework="pt") as file:
             part = file.get_slice(name)
-            if run is not None:
-                return up(part[run]).clone()  # a slice maps the whole tensor
-            return up(torch.cat([part[i : i + 1] for i in index.tolist()]))
-
-    def columns(self, name: str, index: Tensor) -> Tensor:
-        run = _run_of(index)
-        if run is None and len(index) * 4 > self._shapes[name][1]:
-            return self.read(name)[:, index].contiguous()
-        with safe_open(self.path, framework="pt") as file:
-            part = file.get_slice(name)
-            if run is not None:
-                return up(part[:, run]).clone()
-            return up(torch.cat([part[:, i : i + 1] for i in index.tolist()], dim=1))
+            if run is not None:  # cloned, since a slice maps the whole tensor
+                return up(part[:, run] if axis else part[run]).clone()
+            spans = [slice(i, i + 1) for i in index.tolist()]
+            return up(torch.cat([part[:, one] if axis else part[one] for one in spans], axis))
 
     def stamp(self) -> object:
-        return stamp_of(self.path)
+        return _stamp_of(self.path)
+
+
+@final
+class Npz(Weights):
+    """A NumPy archive, mapped where it is stored uncompressed, as Gemma Scope's are.
+
+    A compressed member cannot be read in parts: it is read whole, once, and kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._whole: dict[str, Tensor] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._members = {
+                    info.filename.removesuffix(".npy"): _member(path, archive, info)
+                    for info in archive.infolist()
+                }
+        except (OSError, ValueError, LookupError, EOFError, *_ZIP) as error:
+            raise _unreadable(path, error, "npz archive of plain arrays") from error
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._members)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._members[name].shape
+
+    def read(self, name: str) -> Tensor:
+        return self._copied(name, (...,))
+
+    def take(self, name: str, index: Tensor, axis: int = 0) -> Tensor:
+        return self._copied(name, (*[slice(None)] * axis, index.numpy()))
+
+    def stamp(self) -> object:
+        return _stamp_of(self.path)
+
+    def _copied(self, name: str, key: tuple[Any, ...]) -> Tensor:
+        """A copy of part of an array, so that nothing stays mapped."""
+        member = self._members[name]
+        if member.offset is None:
+            if name not in self._whole:
+                with np.load(self.path, allow_pickle=False) as archive:
+                    self._whole[name] = torch.from_numpy(archive[name])
+            array = self._whole[name].numpy()
+        else:
+            order = "F" if member.fortran else "C"
+            array = np.memmap(self.path, member.dtype, "r", member.offset, member.shape, order)
+        return up(torch.from_numpy(np.array(array[key], order="C")))
+
+
+_ZIP = (zipfile.BadZipFile, struct.error, zlib.error, NotImplementedError, RuntimeError)
+"""What zipfile raises over a damaged archive, an encrypted one, or a compression it lacks."""
+
+
+class _Member(NamedTuple):
+    """One array of an archive; ``offset`` is None where it is compressed."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool
+    offset: int | None
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+    """Read an array's header, and where its data starts in the archive."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            header = np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+        if dtype.hasobject:  # they are pickled, and a pickle runs what it holds
+            raise ValueError(f"{info.filename} holds Python objects")
+        skip = file.tell()
+    if dtype.kind != "f" or not dtype.isnative:
+        raise ValueError(f"{info.filename} holds {dtype.str}, no floating-point numbers")
+    if skip + dtype.itemsize * math.prod(shape) != info.file_size:
+        raise ValueError(f"{info.filename} is not of the size its header says")
+    if info.compress_type != zipfile.ZIP_STORED:
+        return _Member(shape, dtype, fortran, None)
+    with path.open("rb") as file:  # the local header repeats the name, with its own extra field
+        file.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    start = info.header_offset + 30 + name + extra + skip
+    if start + dtype.itemsize * math.prod(shape) > path.stat().st_size:
+        raise ValueError(f"{info.filename} is cut short")
+    return _Member(shape, dtype, fortran, start)
 
 
 @dataclass(frozen=True)
@@ -197,42 +268,47 @@ class Mapped(Weights):
         if name not in self._views:
             return self._constants.read(name)
         view = self._views[name]
-        tensor = self._source.read(view.name)
-        tensor = tensor.T.contiguous() if view.transposed else tensor
-        return _scaled(tensor, view.scale)
+        return self._scaled(self._source.read(view.name), view, view.scale)
 
-    def rows(self, name: str, index: Tensor) -> Tensor:
+    def take(self, name: str, index: Tensor, axis: int = 0) -> Tensor:
         if name not in self._views:
-            return self._constants.rows(name, index)
+            return self._constants.take(name, index, axis)
         view = self._views[name]
-        if view.transposed:
-            part = self._source.columns(view.name, index).T.contiguous()
-        else:
-            part = self._source.rows(view.name, index)
-        return _scaled(part, view.scale[index] if isinstance(view.scale, Tensor) else view.scale)
-
-    def columns(self, name: str, index: Tensor) -> Tensor:
-        view = self._views[name]
-        if view.transposed:
-            part = self._source.rows(view.name, index).T.contiguous()
-        else:
-            part = self._source.columns(view.name, index)
-        return _scaled(part, view.scale)
+        part = self._source.take(view.name, index, 1 - axis if view.transposed else axis)
+        scale = view.scale
+        if isinstance(scale, Tensor) and axis == 0:
+            scale = scale[index]
+        return self._scaled(part, view, scale)
 
     def stamp(self) -> object:
         return self._source.stamp()
 
+    def _scaled(self, part: Tensor, view: View, scale: float | Tensor) -> Tensor:
+        part = part.T.contiguous() if view.transposed else part
+        if isinstance(scale, Tensor):
+            return part * scale.to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
+        return part if scale == 1.0 else part * scale
 
-def _scaled(part: Tensor, scale: float | Tensor) -> Tensor:
-    if isinstance(scale, Tensor):
-        return part * scale.to(part.dtype).reshape(-1, *[1] * (part.ndim - 1))
-    return part if scale == 1.0 else part * scale
+
+def require_shape(name: str, got: tuple[int, ...], wanted: tuple[int | str, ...]) -> None:
+    """Refuse a tensor of another shape."""
+    if got != wanted:
+        raise DictionaryError(
+            f"dictionary: `{name}` is of shape {got}, wanted {wanted}. Likely cause: a transposed"
+            " matrix, or tensors of two dictionaries mixed. Try: check the file against its"
+            " cfg.json"
+        )
 
 
-def stamp_of(path: Path) -> tuple[object, ...]:
-    """A file's path, size, time of change and inode."""
-    about = path.stat()
-    return str(path), about.st_size, about.st_mtime_ns, about.st_ino
+def up(tensor: Tensor) -> Tensor:
+    """float32 at least: latents flip in half precision, and float64 tests stay float64."""
+    if not tensor.is_floating_point():
+        raise DictionaryError(
+            f"dictionary: `weights` is of {tensor.dtype}, wanted floating-point numbers. Likely"
+            " cause: a damaged header, quantized weights, or another file. Try: fetch the file"
+            " again, or dequantize it"
+        )
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _run_of(index: Tensor) -> slice | None:
@@ -242,16 +318,15 @@ def _run_of(index: Tensor) -> slice | None:
     return slice(int(index[0]), int(index[-1]) + 1)
 
 
-def up(tensor: Tensor) -> Tensor:
-    """float32 at least: latents flip in half precision, and float64 tests stay float64.
+def _stamp_of(path: Path) -> tuple[object, ...]:
+    """A file's path, size, time of change and inode."""
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns, about.st_ino
 
-    Raises:
-        DictionaryError: for whole numbers, which are no weights.
-    """
-    if not tensor.is_floating_point():
-        raise DictionaryError(
-            f"dictionary: `weights` is of {tensor.dtype}, wanted floating-point numbers. Likely"
-            " cause: a damaged header, quantized weights, or another file. Try: fetch the file"
-            " again, or dequantize it"
-        )
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+def _unreadable(path: Path, error: Exception, kind: str) -> DictionaryError:
+    return DictionaryError(
+        f"load_sae: `path` is {path}, which cannot be read ({error}), wanted a whole {kind}. Likely"
+        " cause: an interrupted download or copy, or a Git LFS pointer. Try: fetch the file again"
+        " and compare its size"
+    )

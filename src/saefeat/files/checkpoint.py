@@ -36,7 +36,7 @@ class Checkpoint:
     Args:
         folder: where to keep batches; made if it is not there. None keeps nothing.
         identity: what the job is: name → anything JSON can hold, shown in the error where it
-            differs. ``saefeat.results.identity`` hashes what is long.
+            differs. ``saefeat.results.provenance`` hashes what is long.
         function: the public function, for errors.
 
     Raises:

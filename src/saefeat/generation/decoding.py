@@ -1,10 +1,12 @@
-"""How new tokens are chosen: greedily, sampled with a seed, or by beams."""
+"""How new tokens are chosen: greedily, by a seeded sample, or by beams."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,10 +17,133 @@ from ..errors import ModelError, PromptError, SaefeatError
 from ..model.modules import torch_module
 from ..values.resample import Resample
 from ..verbs.base import Intervention
-from .decode import Beams, Decode, Greedy, Sample
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The most probable token at each step: what ``decode=None`` does, with stop tokens.
+
+    Args:
+        stop: token ids that end a completion, besides the model's own.
+
+    Raises:
+        SaefeatError: for a stop token that is not an id.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> stops = sf.generation.Greedy(stop=(6,))
+        >>> out = sf.run(tiny.model("chat"), "hello", max_new_tokens=4, decode=stops)
+        >>> out.provenance.generation["stops"]
+        [5, 1, 6]
+    """
+
+    stop: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        _keep_stops(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A draw from softmax(logits / temperature), the same again for the same seed.
+
+    Nothing is cut off unless you ask: transformers' habit of sampling from 50 tokens is off.
+
+    Args:
+        temperature: above 0; 1 samples from the model's own probabilities.
+        seed: of the draws; needed, since a sample that nobody can draw again is no result.
+        top_p: sample from the fewest tokens that hold this probability; all by default.
+        top_k: sample from this many tokens; all by default.
+        num_beams: sequences searched for each prompt, each continued by draws.
+        stop: token ids that end a completion, besides the model's own.
+
+    Raises:
+        SaefeatError: for a number out of range, or without a seed.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model, sample = tiny.model("chat"), sf.generation.Sample(0.8, seed=0)
+        >>> first = sf.run(model, "hello", max_new_tokens=4, decode=sample)
+        >>> first.texts == sf.run(model, "hello", max_new_tokens=4, decode=sample).texts
+        True
+    """
+
+    temperature: float = 1.0
+    _: KW_ONLY
+    seed: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+    stop: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, sys.float_info.max, "a finite number above 0")
+        if self.seed is None:
+            raise SaefeatError(
+                "Sample: `seed` is not given, wanted an integer from 0. Likely cause: a sample"
+                " that nobody can draw again is no result. Try:"
+                f" Sample({self.temperature!r}, seed=0)"
+            )
+        whole("Sample", "seed", self.seed, 0)
+        if self.top_p is not None:
+            _in_range("top_p", self.top_p, 1.0, "a probability above 0, up to 1")
+        if self.top_k is not None:
+            whole("Sample", "top_k", self.top_k, 1)
+        whole("Sample", "num_beams", self.num_beams, 1)
+        _keep_stops(self)
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Beam search: the most probable of the sequences that were searched.
+
+    An edit acts on every beam. Receipts count them all, without events; probes are refused, since
+    beams are dropped on the way.
+
+    Args:
+        num_beams: sequences searched for each prompt.
+        stop: token ids that end a completion, besides the model's own.
+
+    Raises:
+        SaefeatError: for a count below 1, or a stop token that is not an id.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> beams = sf.generation.Beams(3)
+        >>> out = sf.run(tiny.model("chat"), "hello", max_new_tokens=4, decode=beams)
+        >>> len(out.texts)
+        1
+    """
+
+    num_beams: int
+    _: KW_ONLY
+    stop: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        whole("Beams", "num_beams", self.num_beams, 1)
+        _keep_stops(self)
+
+
+Decode = Greedy | Sample | Beams
+
+
+def _keep_stops(decode: Decode) -> None:
+    """Make ``stop`` a tuple of ids, whatever sequence was given."""
+    for token in decode.stop:
+        whole(type(decode).__name__, "stop", token, 0)
+    object.__setattr__(decode, "stop", tuple(decode.stop))
+
+
+def _in_range(parameter: str, given: object, most: float, wanted: str) -> None:
+    if isinstance(given, int | float) and 0 < given <= most:
+        return
+    raise SaefeatError(
+        f"Sample: `{parameter}` is {given!r}, wanted {wanted}. Try: Sample(0.8, top_p=0.9, seed=0);"
+        " decode=None is greedy"
+    )
 
 
 class Decoding(NamedTuple):
@@ -72,12 +197,7 @@ class Decoding(NamedTuple):
 def decoding(
     model: TransformersModel, max_new_tokens: int = 0, decode: Decode | None = None
 ) -> Decoding:
-    """``max_new_tokens`` and ``decode``, checked for this model.
-
-    Raises:
-        PromptError: for a count of tokens that is not one.
-        SaefeatError: for a way of decoding that is not one, or would have no effect.
-    """
+    """``max_new_tokens`` and ``decode``, checked for this model."""
     whole("run", "max_new_tokens", max_new_tokens, 0, error=PromptError)
     chosen = Greedy() if decode is None else decode
     if not isinstance(chosen, Greedy | Sample | Beams):
@@ -85,7 +205,9 @@ def decoding(
             f"run: `decode` is {decode!r}, wanted a Greedy, Sample or Beams, or None, which is"
             " greedy. Try: run(model, prompts, max_new_tokens=20, decode=Sample(0.8, seed=0))"
         )
-    stops = tuple(dict.fromkeys((*_own_stops(model), *chosen.stop)))
+    own = getattr(getattr(torch_module(model), "generation_config", None), "eos_token_id", None)
+    own = own if isinstance(own, list | tuple) else () if own is None else (own,)
+    stops = tuple(dict.fromkeys((*own, *chosen.stop)))
     plain = Decoding(max_new_tokens, None, 1.0, 0, None, 1, stops)
     if isinstance(chosen, Greedy):
         return plain
@@ -103,45 +225,30 @@ def decoding(
     return plain._replace(temperature=heat, top_p=top_p, top_k=top_k, seed=chosen.seed)
 
 
-def _own_stops(model: TransformersModel) -> tuple[int, ...]:
-    config = getattr(torch_module(model), "generation_config", None)
-    stop = getattr(config, "eos_token_id", None)
-    return tuple(stop) if isinstance(stop, list | tuple) else () if stop is None else (stop,)
-
-
 def require_beamable(intervention: Intervention, settings: Decoding) -> None:
-    """Refuse what has no meaning while beams are searched: probes, and draws by prompt.
-
-    Raises:
-        SaefeatError: naming the step.
-    """
+    """Refuse what has no meaning while beams are searched: probes, and draws by prompt."""
     if settings.beams == 1:
         return
     for step in intervention.parts():
-        if step.change is not None and any(isinstance(v, Resample) for v in step.change):
-            raise SaefeatError(
-                f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no Resample where"
-                " beams are searched. Likely cause: it draws for each prompt, and beams change"
-                " places between passes. Try: no num_beams, or activations of your own, [prompts,"
-                " k]"
-            )
         if step.change is None:
-            raise SaefeatError(
-                f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no Probe where beams"
-                " are searched. Likely cause: beams are dropped and copied between passes, so that"
-                " readings would be of tokens that are not in the completion. Try: run(model, [p +"
-                " c for p, c in zip(out.prompts, out.completions)], ...) once more, to read the"
-                " completions"
-            )
+            wanted, call = "Probe", "run(model, [p + c for p, c in zip(out.prompts,"
+            call += " out.completions)], ...) once more, to read the completions"
+            cause = "beams are dropped and copied between passes, so that readings would be of"
+            cause += " tokens that are not in the completion"
+        elif any(isinstance(value, Resample) for value in step.change):
+            wanted, call = "Resample", "no num_beams, or activations of your own, [prompts, k]"
+            cause = "it draws for each prompt, and beams change places between passes"
+        else:
+            continue
+        raise SaefeatError(
+            f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no {wanted} where beams"
+            f" are searched. Likely cause: {cause}. Try: {call}"
+        )
 
 
 @contextmanager
 def seeded(seed: int | None, module: nn.Module) -> Iterator[None]:
-    """Draw from this seed inside, and leave every generator as it was found.
-
-    Raises:
-        ModelError: on devices whose generator cannot be put back.
-    """
+    """Draw from this seed inside, and leave every generator as it was found."""
     if seed is None:
         yield
         return

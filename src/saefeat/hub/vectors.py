@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..dictionaries.indices import index_tensor
+from ..dictionaries.latents import index_tensor
 from ..errors import LatentError
 from ..files.container import refuse, write
 from ..model.sites import Site

@@ -10,10 +10,10 @@ Annotations are strings and are never evaluated when the code runs.
 * ``encode``: latents of a site's value from the selected encoder columns.
 * ``prefix``: the same for latents that depend on every earlier token.
 * ``values``: what a value is at each token, where it is no plain number.
-* ``edit``: f → f', and the site's new value.
-* ``events``: where an edit acted.
+* ``edit``: f → f', the site's new value, and the record of what was done.
 * ``log``: what a run leaves behind, and the state of one pass.
-* ``read``, ``write``, ``watch``: the actions, each with one method, ``apply``.
+* ``read``, ``edit``, ``watch``: the actions, each with one method, ``apply``.
+* ``beams``: what an action remembers of a row, where beam search moves rows.
 * ``program``: visits and their actions.
 * ``split``: several programs in one pass, each for its rows.
 * ``trace``: a program inside an nnsight block, for one forward pass or for all of them.

@@ -91,16 +91,17 @@ class ChangeByRow(Frozen):
 
     def at(self, f: Float[Tensor, "b t k"], view: View) -> Change:
         """The change with numbers, known where all that differ by token have a value."""
-        numbers: dict[str, Any] = dict(vars(self))
-        known = None
+        numbers: dict[str, Any] = vars(self) | {"known": None}
         require_batch(numbers, len(f))
         for name in ("scale", "shift"):
-            value = numbers[name]
+            value: ByToken = numbers[name]
             if isinstance(value, Frozen):
                 require_batch(vars(value), len(f))
                 numbers[name], some = value.at(view, f.device)
-                known = some if known is None or some is None else known & some
-        return Change(**(numbers | {"known": known}))
+                known = numbers["known"]
+                if some is not None:
+                    numbers["known"] = some if known is None else known & some
+        return Change(**numbers)
 
     def steps(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError("a change by row has no steps before its tokens are known")

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..dictionaries.base import Dictionaries
+from ..dictionaries.latents import Dictionaries
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError
 from ..model.sites import Site
 from . import directory, native
 from .declaration import Origin, Source
-from .entries import Entry, Ids, Sites, choose
-from .from_object import from_object
+from .directory import Entry, choose
 from .layouts import detect, folders, read, whole
+from .native import from_object
 from .released import Released
 from .whole import Whole
 
@@ -57,13 +57,10 @@ def load_sae(
     if not isinstance(folder, str | os.PathLike):
         return from_object(folder, site=site, write_site=write_site)
     folder = Path(folder)
-    layout = detect(folder)
-    if layout is None:
-        raise _no_sae(folder)
-    source = Source.local(folder)
-    origin = Origin(whole(layout.facts, source).layout, str(folder), folder.name)
-    name = _label(folder)
-    return read(layout, source, origin, name=name, site=site, write_site=write_site)
+    name = folder.name
+    if name.startswith("average_l0"):  # one of many of that name: with its parents
+        name = "/".join(folder.absolute().parts[-3:])
+    return _read(folder, folder.name, name, site, write_site)
 
 
 def load_saes(
@@ -102,30 +99,20 @@ def load_saes(
         >>> scope[15].name
         'gemma-scope-2b-pt-res/layer_15/width_65k/average_l0_127'
     """
-    folder = Path(source)
-    if folder.is_dir():
-        return Dictionaries(_local(folder, sites, width, l0, ids))
-    release = _release(str(source), ids)
+    if (folder := Path(source)).is_dir():
+        entries = [_entry(path, folder) for path in folders(folder)]
+        if not entries:
+            raise _no_sae(folder)
+        chosen = choose(entries, folder, sites=sites, width=width, l0=l0, ids=ids)
+        return Dictionaries(_read(Path(e.path), e.id, e.id, e.hook) for e in chosen)
+    name = str(source)
+    if name not in directory.names() and ids and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        given = [ids] if isinstance(ids, str) else ids.values() if isinstance(ids, Mapping) else ids
+        release = directory.repository(name, list(given))
+    else:
+        release = directory.release(name)
     chosen = choose(release.entries, source, sites=sites, width=width, l0=l0, ids=ids)
     return Dictionaries(Released(release, entry) for entry in chosen)
-
-
-def _release(name: str, ids: Ids) -> directory.Release:
-    """The release of this name, or the repository of this name that no release lists."""
-    if name not in directory.names() and ids and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        paths = [ids] if isinstance(ids, str) else ids.values() if isinstance(ids, Mapping) else ids
-        return directory.repository(name, list(paths))
-    return directory.release(name)
-
-
-def _local(
-    folder: Path, sites: Sites, width: int | str | None, l0: float | None, ids: Ids
-) -> list[SAE | Whole]:
-    entries = [_entry(path, folder) for path in folders(folder)]
-    if not entries:
-        raise _no_sae(folder)
-    chosen = choose(entries, folder, sites=sites, width=width, l0=l0, ids=ids)
-    return [_read(entry) for entry in chosen]
 
 
 def _entry(path: Path, parent: Path) -> Entry:
@@ -134,41 +121,37 @@ def _entry(path: Path, parent: Path) -> Entry:
     layout = detect(path)
     assert layout is not None
     try:
-        facts = whole(layout.facts, Source.local(path))
+        facts = whole(layout.facts, Source(path))
     except SaefeatError as error:
         return Entry(name, str(path), hook=None, problem=str(error))
     return Entry(name, str(path), facts.hook, facts.hook_out, facts.width, facts.l0)
 
 
-def _read(entry: Entry) -> SAE | Whole:
-    folder = Path(entry.path)
+def _read(
+    folder: Path,
+    id: str,
+    name: str,
+    site: Site | str | None,
+    write_site: Site | str | None = None,
+) -> SAE | Whole:
     layout = detect(folder)
-    assert layout is not None
-    source = Source.local(folder)
-    origin = Origin(whole(layout.facts, source).layout, entry.path, entry.id)
-    return read(layout, source, origin, name=entry.id, site=entry.hook)
-
-
-def _label(folder: Path) -> str:
-    """A folder's name; with its parents where the name is one of many (``average_l0_82``)."""
-    parts = folder.absolute().parts
-    return "/".join(parts[-3:]) if folder.name.startswith("average_l0") else folder.name
+    if layout is None:
+        raise _no_sae(folder)
+    source = Source(folder)
+    origin = Origin(whole(layout.facts, source).layout, str(folder), id)
+    return read(layout, source, origin, name=name, site=site, write_site=write_site)
 
 
 def _no_sae(folder: Path) -> DictionaryError:
     inside = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
     pickles = sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth")) if inside else []
-    got = f"{folder}, " + (
-        f"which holds {', '.join(inside)}" if inside else "which is empty or not there"
-    )
-    cause = (
-        f"{pickles[0].name} is a pickle, which is not read"
-        if pickles
-        else "a wrong path, or an unknown layout"
-    )
+    holds = f"holds {', '.join(inside)}" if inside else "is empty or not there"
+    cause = "a wrong path, or an unknown layout"
+    if pickles:
+        cause = f"{pickles[0].name} is a pickle, which is not read"
     return DictionaryError(
-        f"load_sae: `folder` is {got}, wanted a folder of one SAE ({native.CONFIG} and"
-        f" {native.WEIGHTS}, params.npz, ...), or for load_saes a folder of such folders. Likely"
-        f" cause: {cause}. Try: load_sae(folder) for one, load_saes(parent) for many;"
-        " sae.save_inference_model(folder) in sae-lens writes the native layout"
+        f"load_sae: `folder` is {folder}, which {holds}, wanted a folder of one SAE"
+        f" ({native.CONFIG} and {native.WEIGHTS}, params.npz, ...), or for load_saes a folder of"
+        f" such folders. Likely cause: {cause}. Try: load_sae(folder) for one, load_saes(parent)"
+        " for many; sae.save_inference_model(folder) in sae-lens writes the native layout"
     )

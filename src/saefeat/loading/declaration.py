@@ -1,13 +1,20 @@
-"""What a folder declares of its SAE before a tensor is read, and the SAE made from it."""
+"""What a folder declares of its SAE before a tensor is read, and the SAE made from it.
+
+What is declared of its training is held against the model and what was measured by ``notes``.
+None of it is certain: a name differs between hubs, an L0 between texts. So a difference is a note
+in ``verify``'s table and no error.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import Weights
@@ -25,19 +32,38 @@ class Source:
 
     Attributes:
         folder: where the files are.
-        path: what site and width are deduced from where no file declares them.
+        path: what site and width are deduced from where no file declares them; the folder's own
+            unless a release says otherwise.
         overrides: configuration entries the release corrects.
         scale: the release's activation norm factor, where it lists one.
     """
 
     folder: Path
-    path: str
+    path: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     scale: float | None = None
 
-    @classmethod
-    def local(cls, folder: Path) -> Source:
-        return cls(folder, folder.absolute().as_posix())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path or self.folder.absolute().as_posix())
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a dictionary's files or release say of its training; ``verify`` holds it to them.
+
+    Attributes:
+        model: the model, as TransformerLens or the hub names it.
+        width: number of latents.
+        l0: active latents a token.
+        explained: share of variance explained.
+        prepend_bos: whether texts had BOS in front.
+    """
+
+    model: str | None = None
+    width: int | None = None
+    l0: float | None = None
+    explained: float | None = None
+    prepend_bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,11 @@ class Facts:
                 if type(value) not in kinds:
                     raise TypeError(f"{name} is {value!r}")
 
+    @property
+    def declared(self) -> Declared:
+        """What the file says of its SAE's training."""
+        return Declared(self.model, self.width, self.l0, None, self.prepend_bos)
+
 
 _TYPES = (
     (("architecture", "norm"), (str,)),
@@ -89,30 +120,6 @@ _TYPES = (
     (("excluded",), (tuple, str)),
 )
 """Facts → the types they may have."""
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What a dictionary's files or release say of its training; ``verify`` holds it to them.
-
-    Attributes:
-        model: the model, as TransformerLens or the hub names it.
-        width: number of latents.
-        l0: active latents a token.
-        explained: share of variance explained.
-        prepend_bos: whether texts had BOS in front.
-    """
-
-    model: str | None = None
-    width: int | None = None
-    l0: float | None = None
-    explained: float | None = None
-    prepend_bos: bool | None = None
-
-
-def declared_by(facts: Facts) -> Declared:
-    """What a file says of its SAE's training."""
-    return Declared(facts.model, facts.width, facts.l0, None, facts.prepend_bos)
 
 
 @dataclass(frozen=True)
@@ -150,24 +157,16 @@ def assemble(
     site: Site | str | None = None,
     write_site: Site | str | None = None,
 ) -> SAE:
-    """The SAE; a site given by the caller wins over the declared one.
-
-    Raises:
-        DictionaryError: without a site, or for tensors that do not fit the declaration.
-        SiteError: for a hook this version has no place for.
-    """
+    """The SAE; a site given by the caller wins over the declared one."""
     hook = site if site is not None else facts.hook
     output = write_site if write_site is not None else facts.hook_out
     if hook is None:
         raise no_site(origin.file)
     if facts.transcoder and output is None:
-        raise refuse(
-            origin.file,
-            "a transcoder that does not say where it writes",
-            "write_site=",
-            "a layout that leaves the output to the folder's name",
-            'load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")',
-        )
+        got = "a transcoder that does not say where it writes"
+        cause = "a layout that leaves the output to the folder's name"
+        call = 'load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")'
+        raise refuse(origin.file, got, "write_site=", cause, call)
     sae = SAE(
         weights,
         architecture=facts.architecture,
@@ -181,7 +180,7 @@ def assemble(
         excluded=facts.excluded,
         name=name,
     )
-    sae.origin, sae.declared = origin, declared_by(facts)
+    sae.origin, sae.declared = origin, facts.declared
     return sae
 
 
@@ -203,22 +202,17 @@ def refuse(path: object, got: str, wanted: str, cause: str, call: str) -> Dictio
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file.
-
-    Raises:
-        DictionaryError: if it is not a JSON object.
-    """
+    """A configuration file."""
+    wanted = f"the configuration that belongs in {path.name}"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DictionaryError(
-            f"load_sae: `folder` is {path}, which is not JSON ({error}), wanted the configuration"
-            f" that belongs in {path.name}. Likely cause: an interrupted copy, or a Git LFS"
-            " pointer. Try: fetch the file again"
-        ) from error
-    if isinstance(found, dict):
-        return found
-    raise refuse(path, "which holds no JSON object", "a configuration", "another file", "check it")
+        cause = "an interrupted copy, or a Git LFS pointer"
+        got = f"which is not JSON ({error})"
+        raise refuse(path, got, wanted, cause, "fetch the file again") from error
+    if isinstance(config, dict):
+        return config
+    raise refuse(path, "which holds no JSON object", wanted, "another file", "check it")
 
 
 def width_in(text: str) -> int | None:
@@ -230,9 +224,8 @@ def width_in(text: str) -> int | None:
         (65536, 16384)
     """
     for pattern, value in _WIDTHS:
-        found = re.search(pattern, text, re.IGNORECASE)
-        if found:
-            return value(found[1])
+        if match := re.search(pattern, text, re.IGNORECASE):
+            return value(match[1])
     return None
 
 
@@ -241,24 +234,22 @@ def width_of(label: int | str) -> int:
 
     Labels count in thousands or in 1,024s, as releases do: a label that is a power of two in
     thousands means that power.
-
-    Raises:
-        DictionaryError: for a label that is neither.
     """
     if isinstance(label, int):
         return label
-    found = re.fullmatch(r"(\d+)([km]?)", label.strip().lower())
-    if found is None:
+    match = re.fullmatch(r"(\d+)([km]?)", label.strip().lower())
+    if match is None:
         raise DictionaryError(
             f'load_saes: `width` is {label!r}, wanted a number of latents, or a label such as "16k"'
             ' or "1m". Try: load_saes(release, width="16k")'
         )
-    count = int(found[1])
-    unit = {"": 1, "k": 1000, "m": 10**6}[found[2]]
+    count, units = int(match[1]), {"": (1, 1), "k": (1000, 1024), "m": (10**6, 2**20)}
+    unit, binary = units[match[2]]
     if unit == 1:
         return count
+    # 65k is 2¹⁶ = 65,536, and 131k is 2¹⁷; 64k is 64 · 1,024.
     powers = [2**n for n in range(8, 31) if 2**n // unit == count]
-    return powers[0] if powers else count * {1000: 1024, 10**6: 2**20}[unit]
+    return powers[0] if powers else count * binary
 
 
 _WIDTHS = (
@@ -275,5 +266,73 @@ _WIDTHS = (
 
 def l0_in(text: str) -> float | None:
     """The L0 a path tells (``average_l0_72``), or None."""
-    found = re.search(r"(?:average_l0|l0)[_-](\d+(?:\.\d+)?)", text, re.IGNORECASE)
-    return float(found[1]) if found else None
+    match = re.search(r"(?:average_l0|l0)[_-](\d+(?:\.\d+)?)", text, re.IGNORECASE)
+    return float(match[1]) if match else None
+
+
+_TUNED = re.compile(r"-(it|instruct|chat|sft|dpo|base|pt)$")
+_SAME = {"gpt2-small": "gpt2"}
+"""TransformerLens's name → the hub's, where they are no part of each other."""
+
+
+def notes(
+    sae: Any,
+    module: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    bos: int | None,
+    l0: float,
+    fvu: float,
+) -> tuple[str, ...]:
+    """Everything in which a dictionary's declarations and what was measured disagree.
+
+    Args:
+        sae: the dictionary.
+        module: the model.
+        prompts: token ids of each prompt measured.
+        bos: the id of BOS, if the tokenizer has one.
+        l0: measured.
+        fvu: measured.
+    """
+    declared: Declared | None = getattr(sae, "declared", None)
+    if declared is None:
+        return ()
+    noted = [_model_note(declared.model, module)]
+    if declared.width is not None and declared.width != sae.d_sae:
+        noted.append(f"declares {declared.width:,} latents and holds {sae.d_sae:,}")
+    # Texts differ, so only a factor of two is worth a word.
+    if declared.l0 and not declared.l0 / 2 <= l0 <= declared.l0 * 2:
+        noted.append(f"declares an L0 of {declared.l0:g}, and {l0:.1f} latents are active here")
+    if declared.explained is not None and 1 - fvu < declared.explained - 0.2:
+        noted.append(
+            f"declares {declared.explained:.0%} of the variance explained, and explains"
+            f" {1 - fvu:.0%} here"
+        )
+    noted.append(None if bos is None else _bos_note(declared.prepend_bos, prompts, bos))
+    return tuple(note for note in noted if note)
+
+
+def _model_note(declared: str | None, module: nn.Module) -> str | None:
+    name = getattr(getattr(module, "config", None), "name_or_path", "") or ""
+    if not declared or not name or Path(name).is_dir():  # a folder may be called anything
+        return None
+    short = [text.rsplit("/", 1)[-1].lower() for text in (declared, name)]
+    trained, loaded = [_SAME.get(text, text) for text in short]
+    if trained == loaded:
+        return None
+    if _TUNED.sub("", trained) == _TUNED.sub("", loaded):
+        return f"trained on {declared}, and this is {name}: one of them is tuned further"
+    return f"trained on {declared}, and this model is called {name}"
+
+
+def _bos_note(declared: bool | None, prompts: Sequence[Sequence[int]], bos: int) -> str | None:
+    heads = [tuple(prompt[:2]) for prompt in prompts]
+    twice = sum(head == (bos, bos) for head in heads)
+    if twice:
+        return f"{twice} of {len(heads)} prompts begin with two BOS tokens"
+    without = sum(head[:1] != (bos,) for head in heads)
+    if declared and without:
+        return f"trained with BOS in front, and {without} of {len(heads)} prompts have none"
+    if declared is False and without < len(heads):
+        with_bos = len(heads) - without
+        return f"trained without BOS, and {with_bos} of {len(heads)} prompts begin with it"
+    return None

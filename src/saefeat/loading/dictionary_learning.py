@@ -9,7 +9,6 @@ by them on decoding, which changes the unit of a latent and nothing else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
 from .declaration import Facts, Source, read_json, refuse
@@ -39,32 +38,32 @@ _NAMES = {
 
 
 def found(folder: Path) -> bool:
-    """Whether the folder has this layout: config.json beside ae.pt or ae.safetensors."""
+    """Whether these are its files; a pickle too, which is then refused with the remedy."""
     config = folder / CONFIG
     return config.is_file() and any((folder / name).is_file() for name in (WEIGHTS, PICKLE))
 
 
 def facts(source: Source) -> Facts:
-    """What the trainer's configuration declares.
-
-    Raises:
-        DictionaryError: for a class that is not an SAE of one site.
-    """
-    trainer = _trainer(source.folder)
+    """What the trainer's configuration declares."""
+    path = source.folder / CONFIG
+    trainer = read_json(path).get("trainer")
+    if not isinstance(trainer, dict):
+        wanted, cause = "dictionary_learning's configuration", "another library's config.json"
+        call = "the folder as the library wrote it"
+        raise refuse(path, "which has no trainer entry", wanted, cause, call)
     name = trainer.get("dict_class", "AutoEncoder")
     if name not in CLASSES:
-        raise refuse(
-            source.folder,
-            f"whose dict_class is {name}",
-            "one of " + ", ".join(CLASSES),
-            "a dictionary that is no SAE of one site, or a newer class",
-            "convert it to sae-lens's native layout",
-        )
+        got, wanted = f"whose dict_class is {name}", "one of " + ", ".join(CLASSES)
+        cause = "a dictionary that is no SAE of one site, or a newer class"
+        call = "convert it to sae-lens's native layout"
+        raise refuse(source.folder, got, wanted, cause, call)
     architecture, subtract = CLASSES[name]
+    # Residual SAEs only: what an MLP or attention submodule's output is depends on the model.
+    residual = "layer" in trainer and "resid" in (trainer.get("submodule_name") or "resid_post")
     k = trainer.get("k")
     return Facts(
         layout="dictionary_learning",
-        hook=_hook(trainer),
+        hook=f"blocks.{trainer['layer']}.hook_resid_post" if residual else None,
         architecture=architecture,
         subtract_bias=subtract,
         k=k if architecture == "topk" else None,
@@ -74,59 +73,27 @@ def facts(source: Source) -> Facts:
 
 
 def weights(source: Source) -> Weights:
-    """The tensors, renamed and transposed, read when selected.
-
-    Raises:
-        DictionaryError: for a pickle, or a file that is not whole.
-    """
-    if not (source.folder / WEIGHTS).is_file():
-        raise pickled(source.folder / PICKLE)
-    file = OnDisk(source.folder / WEIGHTS)
-    architecture = facts(source).architecture
+    """The tensors, renamed and transposed, read when selected; a pickle is refused."""
+    path = source.folder / WEIGHTS
+    if not path.is_file():
+        cause = "reading a pickle runs the code in it; if you trust the file, convert it once"
+        call = (
+            "from safetensors.torch import save_file; "
+            f"state = torch.load({PICKLE!r}, weights_only=True, map_location='cpu'); "
+            f"save_file({{n: t.clone().contiguous() for n, t in state.items()}}, {WEIGHTS!r})"
+        )
+        wanted = f"{WEIGHTS} beside its {CONFIG}"
+        raise refuse(source.folder / PICKLE, "which is a pickle", wanted, cause, call)
+    file = OnDisk(path)
     views = {}
     for name, candidates in _NAMES.items():
         there = [View(found, turned) for found, turned in candidates if found in file.names()]
         if there:
             views[name] = there[0]
-    if architecture != "jumprelu" or "threshold" not in file.names():
+    if facts(source).architecture != "jumprelu" or "threshold" not in file.names():
         return Mapped(file, views)
     if file.shape("threshold"):
         return Mapped(file, views | {"threshold": View("threshold")})
-    mapped = Mapped(file, views)
-    one = file.read("threshold").expand(mapped.shape("W_enc")[1]).contiguous()
-    return Mapped(file, views, {"threshold": one})
-
-
-def pickled(path: Path) -> Exception:
-    """The refusal of a pickle, with the three lines that convert it."""
-    target = path.with_suffix(".safetensors").name
-    return refuse(
-        path,
-        "which is a pickle",
-        f"{target} beside its {CONFIG}",
-        "reading a pickle runs the code in it; if you trust the file, convert it once",
-        "from safetensors.torch import save_file; "
-        f"state = torch.load({path.name!r}, weights_only=True, map_location='cpu'); "
-        f"save_file({{n: t.clone().contiguous() for n, t in state.items()}}, {target!r})",
-    )
-
-
-def _trainer(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
-    if isinstance(config.get("trainer"), dict):
-        return config["trainer"]
-    raise refuse(
-        folder / CONFIG,
-        "which has no trainer entry",
-        "dictionary_learning's configuration",
-        "another library's config.json",
-        "the folder as the library wrote it",
-    )
-
-
-def _hook(trainer: dict[str, Any]) -> str | None:
-    """Residual SAEs only: what an MLP or attention submodule's output is depends on the model."""
-    submodule = trainer.get("submodule_name") or "resid_post"
-    if "layer" not in trainer or "resid" not in submodule:
-        return None
-    return f"blocks.{trainer['layer']}.hook_resid_post"
+    # One threshold for all latents.
+    d_sae = Mapped(file, views).shape("W_enc")[1]
+    return Mapped(file, views, {"threshold": file.read("threshold").expand(d_sae).contiguous()})

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..dictionaries.npz import Npz
-from ..dictionaries.weights import Mapped, OnDisk, View, Weights
+from ..dictionaries.weights import Mapped, Npz, OnDisk, View, Weights
 from .declaration import Facts, Source, l0_in, refuse, width_in
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
@@ -36,7 +35,7 @@ _SECOND = {
 
 
 def found(folder: Path) -> bool:
-    """Whether the folder has this layout: params.npz or params.safetensors."""
+    """Whether these are its files."""
     return (folder / NPZ).is_file() or (folder / SAFETENSORS).is_file()
 
 
@@ -88,23 +87,15 @@ def _model(path: str) -> str | None:
 
 
 def weights(source: Source) -> Weights:
-    """The tensors, read when selected.
-
-    Raises:
-        DictionaryError: for a file that is not whole, or that carries a scaling factor.
-    """
+    """The tensors, read when selected."""
     npz = source.folder / NPZ
     file = Npz(npz) if npz.is_file() else OnDisk(source.folder / SAFETENSORS)
     named = {name.lower(): name for name in file.names()}
     scaling = named.get("scaling_factor")
     if scaling and not torch.allclose(file.read(scaling), torch.ones(1)):
-        raise refuse(
-            source.folder,
-            "whose scaling_factor is not 1",
-            "a Gemma Scope file, which has none",
-            "another library's file under this name",
-            "the layout it was written in",
-        )
+        wanted, cause = "a Gemma Scope file, which has none", "another library's file of this name"
+        call = "the layout it was written in"
+        raise refuse(source.folder, "whose scaling_factor is not 1", wanted, cause, call)
     views = {name: View(named.get(name.lower(), name)) for name in TENSORS}
     if SKIP in named:
         views["W_skip"] = View(SKIP, transposed=True)

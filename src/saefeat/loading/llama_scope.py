@@ -25,26 +25,27 @@ NORMS = "dataset_average_activation_norm"
 
 
 def found(folder: Path) -> bool:
-    """Whether the folder has this layout: one of the two layouts."""
+    """Whether these are its files, of either layout."""
     return (folder / HYPER).is_file() or _distilled(folder)
 
 
-def facts(source: Source) -> Facts:
-    """What the configuration declares.
+def _distilled(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
-    Raises:
-        DictionaryError: for another activation or normalization than the published ones.
-    """
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / (HYPER if (folder / HYPER).is_file() else CONFIG))
+
+
+def facts(source: Source) -> Facts:
+    """What the configuration declares."""
     config = _config(source.folder)
     act, norm = config.get("act_fn", "jumprelu"), config.get("norm_activation", "dataset-wise")
     if act != "jumprelu" or norm not in ("dataset-wise", "inference", "none"):
-        raise refuse(
-            source.folder,
-            f"with act_fn {act!r} and norm_activation {norm!r}",
-            "jumprelu, and dataset-wise, inference or none",
-            "a checkpoint from before its authors converted it for inference",
-            "the published checkpoint",
-        )
+        got = f"with act_fn {act!r} and norm_activation {norm!r}"
+        wanted = "jumprelu, and dataset-wise, inference or none"
+        cause = "a checkpoint from before its authors converted it for inference"
+        raise refuse(source.folder, got, wanted, cause, "the published checkpoint")
     hook, hook_out = config["hook_point_in"], config.get("hook_point_out")
     transcoder = hook_out not in (None, hook)
     width = config.get("d_sae") or int(config["d_model"] * config.get("expansion_factor", 0))
@@ -60,13 +61,8 @@ def facts(source: Source) -> Facts:
 
 
 def weights(source: Source) -> Weights:
-    """The tensors, transposed and rescaled, read when selected.
-
-    Raises:
-        DictionaryError: for a file that is not whole, or whose normalization is unknown.
-    """
-    config = _config(source.folder)
-    distilled = _distilled(source.folder)
+    """The tensors, transposed and rescaled, read when selected."""
+    config, distilled = _config(source.folder), _distilled(source.folder)
     file = OnDisk(source.folder / (WEIGHTS if distilled else FINAL))
     before, after = _factors(source, config, file)
     views = {
@@ -75,21 +71,12 @@ def weights(source: Source) -> Weights:
         "W_dec": View("decoder.weight", transposed=True, scale=1 / after),
         "b_dec": View("decoder.bias", scale=1 / after),
     }
-    threshold = file.read(LOG_THRESHOLD).exp() if distilled else _threshold(config, before)
+    if distilled:
+        threshold = file.read(LOG_THRESHOLD).exp()
+    else:
+        threshold = torch.tensor(config["jump_relu_threshold"] * before)
     d_sae = file.shape("encoder.weight")[0]
     return Mapped(file, views, {"threshold": threshold.expand(d_sae).contiguous()})
-
-
-def _distilled(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / (HYPER if (folder / HYPER).is_file() else CONFIG))
-
-
-def _threshold(config: dict[str, Any], factor: float) -> torch.Tensor:
-    return torch.tensor(config["jump_relu_threshold"] * factor)
 
 
 def _factors(source: Source, config: dict[str, Any], file: OnDisk) -> tuple[float, float]:
@@ -97,22 +84,16 @@ def _factors(source: Source, config: dict[str, Any], file: OnDisk) -> tuple[floa
     if config.get("norm_activation", "dataset-wise") != "dataset-wise":
         return 1.0, 1.0
     d_out, d_in = file.shape("decoder.weight")[0], config["d_model"]
-    norms = config.get(NORMS) or {}
-    ends = ("in", config["hook_point_in"]), ("out", config.get("hook_point_out"))
-    known = [norms.get(short) or _stored(file, f"{NORMS}.{hook}") for short, hook in ends]
-    if known[0]:
-        out = known[1] or known[0]
-        return math.sqrt(d_in) / known[0], math.sqrt(d_out) / out
+    norms = dict(config.get(NORMS) or {})
+    for short, hook in (("in", config["hook_point_in"]), ("out", config.get("hook_point_out"))):
+        stored = f"{NORMS}.{hook}"  # the second layout has them among the tensors
+        if not norms.get(short):
+            norms[short] = float(file.read(stored)) if stored in file.names() else None
+    if norms["in"]:
+        return math.sqrt(d_in) / norms["in"], math.sqrt(d_out) / (norms["out"] or norms["in"])
     if source.scale is not None:
         return source.scale, source.scale
-    raise refuse(
-        source.folder,
-        f"which has no {NORMS}",
-        "the average norm of the activations it was trained on",
-        "a checkpoint saved without it",
-        "load_saes on the sae-lens release, which lists the factor",
-    )
-
-
-def _stored(file: OnDisk, name: str) -> float | None:
-    return float(file.read(name)) if name in file.names() else None
+    wanted = "the average norm of the activations it was trained on"
+    cause = "a checkpoint saved without it"
+    call = "load_saes on the sae-lens release, which lists the factor"
+    raise refuse(source.folder, f"which has no {NORMS}", wanted, cause, call)

@@ -1,4 +1,4 @@
-"""sae-lens's own layout: ``cfg.json`` beside ``sae_weights.safetensors``, old (flat) or new.
+"""sae-lens's own layout: ``cfg.json`` beside ``sae_weights.safetensors``, and its objects.
 
 Files of sae-lens before 6 differ in three ways, all handled: other key names, topk written as an
 activation function of a standard SAE, and a boolean for the normalization.
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dictionaries.weights import Mapped, OnDisk, View, Weights
+from ..dictionaries.sae import SAE
+from ..dictionaries.weights import InMemory, Mapped, OnDisk, View, Weights
 from ..errors import DictionaryError
-from .declaration import Facts, Source, l0_in, read_json, refuse
+from ..model.sites import Site
+from .declaration import Facts, Origin, Source, assemble, l0_in, read_json, refuse
+from .whole import ARCHITECTURES, Whole
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 AVERAGE = "expected_average_only_in"
@@ -27,65 +30,19 @@ _OLD |= {"activation_fn_str": "activation_fn"}
 
 
 def found(folder: Path) -> bool:
-    """Whether the folder has this layout; a configuration alone counts, and is then refused."""
+    """Whether these are its files; a configuration alone counts, and is then refused."""
     return (folder / CONFIG).is_file()
 
 
 def facts(source: Source) -> Facts:
-    """What ``cfg.json`` declares.
-
-    Raises:
-        DictionaryError: for a missing or broken file, or what cannot be computed.
-    """
-    return declared(_config(source), str(source.folder), source.path)
-
-
-def declared(config: dict[str, Any], label: str, path: str = "") -> Facts:
-    """The facts in a sae-lens configuration dictionary.
-
-    Raises:
-        DictionaryError: for one attention head's SAE, or an activation sae-lens dropped.
-    """
-    flat = {**config, **(config.get("metadata") or {})}
-    flat |= {new: flat[old] for old, new in _OLD.items() if old in flat and new not in flat}
-    if flat.get("hook_head_index") is not None:
-        raise refuse(
-            label,
-            f"which reads head {flat['hook_head_index']} of {flat.get('hook_name')} alone",
-            "an SAE that reads a whole site",
-            "SAEs of one attention head have no site in this version",
-            "an SAE trained on all heads of the layer",
-        )
-    architecture, k = _architecture(flat, label)
-    transcoder = "transcoder" in architecture
-    pretrained = flat.get("model_from_pretrained_kwargs") or {}
-    norm = _norm(flat)
-    return Facts(
-        layout="sae_lens",
-        hook=flat.get("hook_name"),
-        hook_out=flat.get("hook_name_out") if transcoder else None,
-        architecture=architecture,
-        norm="none" if norm in _BY_SAE_LENS else norm,
-        subtract_bias=not transcoder and bool(flat.get("apply_b_dec_to_input", True)),
-        centered=bool(pretrained.get("center_writing_weights", False)),
-        k=k,
-        rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
-        excluded=_excluded(flat.get("exclude_special_tokens")),
-        width=flat.get("d_sae"),
-        l0=_l0(flat, k, path),
-        model=flat.get("model_name"),
-        prepend_bos=flat.get("prepend_bos"),
-    )
+    """What ``cfg.json`` declares."""
+    return _declared(_config(source), source.folder, source.path)
 
 
 def weights(source: Source) -> Weights:
-    """The tensors, read when selected; factors sae-lens keeps beside them are folded in.
-
-    Raises:
-        DictionaryError: for a file that is missing, not whole, or scaled without saying so.
-    """
+    """The tensors, read when selected; factors sae-lens keeps beside them are folded in."""
     config = _config(source)
-    file = OnDisk(existing(source.folder, WEIGHTS))
+    file = OnDisk(_existing(source.folder, WEIGHTS))
     scale, gain = _scale(source, config), _finetuned(config, file, source)
     if scale == 1.0 and gain is None:
         return file
@@ -96,12 +53,21 @@ def weights(source: Source) -> Weights:
     return Mapped(file, views)
 
 
-def existing(folder: Path, name: str) -> Path:
-    """The file, or an error that names it.
+def from_object(
+    sae: Any, *, site: Site | str | None = None, write_site: Site | str | None = None
+) -> SAE | Whole:
+    """A dictionary from a sae-lens object; its tensors are shared, its state is never used."""
+    name = sae.get_name()
+    facts = _declared(sae.cfg.to_dict(), name)
+    origin = Origin(layout="sae_lens", file="memory", id=name)
+    if facts.architecture in ARCHITECTURES:
+        return Whole(sae, facts, origin, name=name, site=site)
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving(state)
+    return assemble(facts, InMemory(state), origin, name=name, site=site, write_site=write_site)
 
-    Raises:
-        DictionaryError: if it is not there.
-    """
+
+def _existing(folder: Path, name: str) -> Path:
     if (folder / name).is_file():
         return folder / name
     raise DictionaryError(
@@ -113,32 +79,56 @@ def existing(folder: Path, name: str) -> Path:
 
 
 def _config(source: Source) -> dict[str, Any]:
-    return {**read_json(existing(source.folder, CONFIG)), **source.overrides}
+    return {**read_json(_existing(source.folder, CONFIG)), **source.overrides}
 
 
-def _architecture(flat: dict[str, Any], label: str) -> tuple[str, int | None]:
-    """Architecture and k; old files call a topk SAE standard, with topk as its activation."""
-    architecture = flat.get("architecture", "standard")
-    activation = flat.get("activation_fn") or "relu"
-    k = flat.get("k")
-    if activation == "topk":
-        k = (flat.get("activation_fn_kwargs") or {}).get("k", k)
-        return "topk", k
-    if activation == "relu":
-        return architecture, k
-    raise refuse(
-        label,
-        f"whose activation function is {activation}",
-        "relu or topk",
-        "sae-lens 6 dropped the others and would read this one as relu, with other latents",
-        "an SAE with another activation function",
+def _declared(config: dict[str, Any], label: object, path: str = "") -> Facts:
+    """The facts in a sae-lens configuration dictionary."""
+    flat = {**config, **(config.get("metadata") or {})}
+    flat |= {new: flat[old] for old, new in _OLD.items() if old in flat and new not in flat}
+    if flat.get("hook_head_index") is not None:
+        got = f"which reads head {flat['hook_head_index']} of {flat.get('hook_name')} alone"
+        cause = "SAEs of one attention head have no site in this version"
+        call = "an SAE trained on all heads of the layer"
+        raise refuse(label, got, "an SAE that reads a whole site", cause, call)
+    architecture, k = _architecture(flat, label)
+    transcoder = "transcoder" in architecture
+    pretrained = flat.get("model_from_pretrained_kwargs") or {}
+    norm = _norm(flat)
+    l0 = flat.get("l0") if k is None else k
+    excluded = flat.get("exclude_special_tokens")
+    if isinstance(excluded, (list, tuple)):
+        excluded = tuple(int(token) for token in excluded)
+    else:
+        excluded = "special" if excluded else ()
+    return Facts(
+        layout="sae_lens",
+        hook=flat.get("hook_name"),
+        hook_out=flat.get("hook_name_out") if transcoder else None,
+        architecture=architecture,
+        norm="none" if norm in _BY_SAE_LENS else norm,
+        subtract_bias=not transcoder and bool(flat.get("apply_b_dec_to_input", True)),
+        centered=bool(pretrained.get("center_writing_weights", False)),
+        k=k,
+        rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
+        excluded=excluded,
+        width=flat.get("d_sae"),
+        l0=float(l0) if isinstance(l0, int | float) else l0_in(path),
+        model=flat.get("model_name"),
+        prepend_bos=flat.get("prepend_bos"),
     )
 
 
-def _l0(flat: dict[str, Any], k: int | None, path: str) -> float | None:
-    """Active latents a token: k, what the trainer wrote down, or what the path tells."""
-    told = flat.get("l0") if k is None else k
-    return float(told) if isinstance(told, int | float) else l0_in(path)
+def _architecture(flat: dict[str, Any], label: object) -> tuple[str, int | None]:
+    """Architecture and k; old files call a topk SAE standard, with topk as its activation."""
+    activation, k = flat.get("activation_fn") or "relu", flat.get("k")
+    if activation == "topk":
+        return "topk", (flat.get("activation_fn_kwargs") or {}).get("k", k)
+    if activation == "relu":
+        return flat.get("architecture", "standard"), k
+    got = f"whose activation function is {activation}"
+    cause = "sae-lens 6 dropped the others and would read this one as relu, with other latents"
+    raise refuse(label, got, "relu or topk", cause, "an SAE with another activation function")
 
 
 def _norm(flat: dict[str, Any]) -> str:
@@ -149,11 +139,9 @@ def _norm(flat: dict[str, Any]) -> str:
 
 
 def _scale(source: Source, config: dict[str, Any]) -> float:
-    """The factor by which activations are multiplied before the SAE, 1 where it is folded in.
-
-    sae-lens writes ``none`` into a file whose factor is folded in, so a file that still asks for
-    it was not; without the factor its latents are off by that factor.
-    """
+    """The factor by which activations are multiplied before the SAE, 1 where it is folded in."""
+    # sae-lens writes ``none`` into a file whose factor is folded in, so a file that still asks
+    # for it was not; without the factor its latents are off by that factor.
     if _norm(config) != AVERAGE:
         return 1.0
     if source.scale is not None:
@@ -171,24 +159,14 @@ def _scale(source: Source, config: dict[str, Any]) -> float:
 
 def _finetuned(config: dict[str, Any], file: OnDisk, source: Source) -> Tensor | None:
     """One factor a latent, [d_sae], by which a fine-tuned SAE multiplies what it decodes."""
-    name = next(
-        (n for n in ("scaling_factor", "finetuning_scaling_factor") if n in file.names()), ""
-    )
+    names = ("scaling_factor", "finetuning_scaling_factor")
+    name = next((name for name in names if name in file.names()), "")
     factor = file.read(name) if name else torch.ones(())
     if torch.allclose(factor, torch.ones_like(factor)):
         return None
     if config.get("finetuning_scaling_factor"):
         return factor
-    raise refuse(
-        source.folder,
-        f"whose {name} is not 1 while its {CONFIG} says finetuning_scaling_factor = false",
-        "either of the two",
-        "a fine-tuned SAE saved with the configuration it started from",
-        f'"finetuning_scaling_factor": true in {CONFIG}, if its directions carry the factor',
-    )
-
-
-def _excluded(declared: object) -> tuple[int, ...] | str:
-    if isinstance(declared, (list, tuple)):
-        return tuple(int(token) for token in declared)
-    return "special" if declared else ()
+    got = f"whose {name} is not 1 while its {CONFIG} says finetuning_scaling_factor = false"
+    cause = "a fine-tuned SAE saved with the configuration it started from"
+    call = f'"finetuning_scaling_factor": true in {CONFIG}, if its directions carry the factor'
+    raise refuse(source.folder, got, "either of the two", cause, call)

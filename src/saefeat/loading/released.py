@@ -1,9 +1,15 @@
-"""A dictionary of a release: its site is known at once, its files are read when asked for."""
+"""A dictionary of a release: its site is known at once, its files are read when asked for.
+
+They come from the Hugging Face cache where they are there, else from the hub. A cached file is
+used without asking whether its repository has changed since, so that a filled cache needs no
+network and gives the same dictionaries every time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
@@ -12,22 +18,21 @@ from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError
 from ..model.sites import Site
-from . import hub
+from . import gemma_scope, llama_scope, native, transcoders
 from .declaration import Declared, Origin, Source
-from .directory import Release
-from .entries import Entry
-from .from_object import from_object
-from .layouts import GEMMA_SCOPE, LLAMA_SCOPE, NATIVE, TRANSCODERS, Layout, read, whole
+from .directory import Entry, Release
+from .layouts import Layout, read, whole
+from .native import from_object
 from .whole import Whole
 
 _READ: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "sae_lens": (NATIVE, ("/cfg.json", "/sae_weights.safetensors")),
-    "gemma_2": (GEMMA_SCOPE, ("/params.npz",)),
-    "gemma_2_transcoder": (GEMMA_SCOPE, ("/params.npz",)),
-    "gemma_3": (GEMMA_SCOPE, ("/params.safetensors",)),
-    "llama_scope": (LLAMA_SCOPE, ("/hyperparams.json", "/checkpoints/final.safetensors")),
-    "llama_scope_r1_distill": (LLAMA_SCOPE, ("/config.json", "/sae_weights.safetensors")),
-    "mwhanna_transcoder": (TRANSCODERS, ("",)),
+    "sae_lens": (native, ("/cfg.json", "/sae_weights.safetensors")),
+    "gemma_2": (gemma_scope, ("/params.npz",)),
+    "gemma_2_transcoder": (gemma_scope, ("/params.npz",)),
+    "gemma_3": (gemma_scope, ("/params.safetensors",)),
+    "llama_scope": (llama_scope, ("/hyperparams.json", "/checkpoints/final.safetensors")),
+    "llama_scope_r1_distill": (llama_scope, ("/config.json", "/sae_weights.safetensors")),
+    "mwhanna_transcoder": (transcoders, ("",)),
 }
 """sae-lens conversion → the layout read here, and what follows the path in its files' names."""
 
@@ -45,13 +50,6 @@ class Released(Dictionary):
     Safetensors and uncompressed npz files are read a slice at a time. Releases that are pickles
     (dictionary_learning, Qwen Scope, Goodfire, DeepSeek-R1, hook_z-kk) or temporal SAEs are
     converted by sae-lens, which is imported then, and stay in memory.
-
-    Args:
-        release: the release.
-        entry: which of its SAEs.
-
-    Raises:
-        SiteError: for a hook this version has no place for.
     """
 
     def __init__(self, release: Release, entry: Entry) -> None:
@@ -62,19 +60,23 @@ class Released(Dictionary):
 
     @cached_property
     def sae(self) -> SAE | Whole:
-        """The dictionary itself.
-
-        Raises:
-            DictionaryError: for a file that is missing or cannot be computed with.
-        """
-        found = _open(self._release, self._entry, self.name)
-        found.declared = _declared(found.declared, self._release, self._entry)
+        """The dictionary itself."""
+        release, entry = self._release, self._entry
+        found = _open(release, entry, self.name)
+        file: Declared = found.declared
+        found.declared = Declared(  # what the release says, and its file where that is silent
+            model=release.model or file.model,
+            width=entry.width or file.width,
+            l0=entry.l0 if entry.l0 is not None else file.l0,
+            explained=entry.explained,
+            prepend_bos=file.prepend_bos,
+        )
         if found.site == self.site and found.write_site == self.write_site:
             return found
         raise DictionaryError(
             f"load_saes: `source` is {self.name}, at {self.site} by its name and at {found.site} by"
             " its file, wanted a name and a file that agree. Likely cause: a file under another"
-            f' SAE\'s name. Try: load_saes(release, ids={{"{found.site}": {self._entry.id!r}}})'
+            f' SAE\'s name. Try: load_saes(release, ids={{"{found.site}": {entry.id!r}}})'
             " once you know which is right"
         )
 
@@ -118,17 +120,6 @@ class Released(Dictionary):
         return f"SAE({self.name!r}, {at}, {width}{l0}, not read yet)"
 
 
-def _declared(file: Declared, release: Release, entry: Entry) -> Declared:
-    """What the release says of an SAE, and its file where the release is silent."""
-    return Declared(
-        model=release.model or file.model,
-        width=entry.width or file.width,
-        l0=entry.l0 if entry.l0 is not None else file.l0,
-        explained=entry.explained,
-        prepend_bos=file.prepend_bos,
-    )
-
-
 def files(release: Release, entry: Entry) -> list[str]:
     """The files of the repository that an SAE is made of."""
     if release.conversion == "connor_rob_hook_z":
@@ -138,7 +129,9 @@ def files(release: Release, entry: Entry) -> list[str]:
 
 
 def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
-    paths = [hub.fetch(release.repo, file) for file in files(release, entry)]
+    paths = [_fetched(release.repo, file) for file in files(release, entry)]
+    parts = paths[0].parts  # a cached file lies below snapshots/<commit>
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
     layout = _READ[release.conversion][0] if release.conversion in _READ else None
     origin = Origin(
         layout=release.conversion,
@@ -146,7 +139,7 @@ def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
         id=entry.id,
         release=release.name,
         repo=release.repo,
-        revision=hub.revision(paths[0]),
+        revision=commit,
     )
     if layout is None:
         return _converted(release, entry, origin, name)
@@ -173,3 +166,22 @@ def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE
     sae.name = name
     sae.origin = origin
     return sae
+
+
+def _fetched(repo: str, file: str) -> Path:
+    """The local path of a repository's file."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = try_to_load_from_cache(repo, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(repo, file))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise DictionaryError(
+            f"load_saes: `source` is missing {file} of {repo}, wanted that file in the Hugging Face"
+            " cache, or a network to fetch it. Likely cause: it was never downloaded here, and the"
+            f" hub is out of reach ({type(error).__name__}). Try: where there is a network: hf"
+            f" download {repo} {file}"
+        ) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def found(folder: Path) -> bool:
-    """Whether the folder has this layout: cfg.json beside sae.safetensors."""
+    """Whether these are its files."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
@@ -28,20 +27,14 @@ def facts(source: Source) -> Facts:
 
     A folder of an MLP or attention module needs ``site=``: its output is ``hook_mlp_out`` in
     most models, but not in Gemma-2 and Gemma-3, and the folder does not say which model it is.
-
-    Raises:
-        DictionaryError: for groupmax, and for coders shared among layers.
     """
-    config = _config(source)
+    config = {**read_json(source.folder / CONFIG), **source.overrides}
     activation = config.get("activation", "topk")
     if activation != "topk" or config.get("n_targets"):
-        raise refuse(
-            source.folder,
-            f"with activation {activation!r} and {config.get('n_targets', 0)} target layers",
-            "a topk coder of one layer",
-            "groupmax and cross-layer coders cannot be computed by this version",
-            "a coder trained with activation topk",
-        )
+        got = f"with activation {activation!r} and {config.get('n_targets', 0)} target layers"
+        cause = "groupmax and cross-layer coders cannot be computed by this version"
+        call = "a coder trained with activation topk"
+        raise refuse(source.folder, got, "a topk coder of one layer", cause, call)
     k = int(config["k"])
     signed, transcode = bool(config.get("signed")), bool(config.get("transcode"))
     block = re.fullmatch(r"(?:layers|h)[._](\d+)", source.folder.name)
@@ -58,20 +51,13 @@ def facts(source: Source) -> Facts:
 
 
 def weights(source: Source) -> Weights:
-    """The tensors, renamed and transposed, read when selected.
-
-    Raises:
-        DictionaryError: for a file that is not whole.
-    """
+    """The tensors, renamed and transposed, read when selected."""
     file = OnDisk(source.folder / WEIGHTS)
     views, constants = {}, {}
     for name, plain in (("W_enc", "encoder.weight"), ("W_dec", "decoder.weight")):
         views[name] = View(name) if name in file.names() else View(plain, transposed=True)
-    width = Mapped(file, views).shape("W_enc")
-    for name, plain, size in (
-        ("b_enc", "encoder.bias", width[1]),
-        ("b_dec", "decoder.bias", width[0]),
-    ):
+    d_in, d_sae = Mapped(file, views).shape("W_enc")
+    for name, plain, size in (("b_enc", "encoder.bias", d_sae), ("b_dec", "decoder.bias", d_in)):
         there = [n for n in (name, plain) if n in file.names()]
         if there:
             views[name] = View(there[0])
@@ -80,7 +66,3 @@ def weights(source: Source) -> Weights:
     if "W_skip" in file.names():
         views["W_skip"] = View("W_skip")
     return Mapped(file, views, constants)
-
-
-def _config(source: Source) -> dict[str, Any]:
-    return {**read_json(source.folder / CONFIG), **source.overrides}

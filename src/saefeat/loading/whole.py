@@ -17,7 +17,7 @@ from torch import Tensor
 from ..dictionaries.latents import Dictionary
 from ..kernel.encode import NORMS
 from ..model.sites import Site
-from .declaration import Facts, Origin, declared_by, no_site
+from .declaration import Facts, Origin, no_site, refuse
 
 ARCHITECTURES = ("matching_pursuit", "temporal")
 _ASIDE = ("metadata", "device", "dtype")
@@ -31,17 +31,7 @@ class Whole(Dictionary):
     A few latents cost as much as all of them. Edits keep the delta form: other latents stay as
     they were. A temporal SAE's latents are its novel codes, and depend on every earlier token of
     their sequence. What it runs is a sae-lens object, which cannot be sent to a server.
-
-    Args:
-        sae: the ``sae_lens.SAE``; it is shared, and neither changed nor asked to keep state.
-        facts: what it declares.
-        origin: where it comes from.
-        name: a label for reports.
-        site: overrides the hook it declares.
-
-    Raises:
-        DictionaryError: if nothing says where it reads.
-        SiteError: for a hook this version has no place for.
+    The object is shared, and neither changed nor asked to keep state.
     """
 
     def __init__(
@@ -54,10 +44,16 @@ class Whole(Dictionary):
         self.architecture, self.norm, self.centered = facts.architecture, facts.norm, facts.centered
         self.prefix = facts.architecture == "temporal"
         self.excluded, self.name, self.origin = facts.excluded, name, origin
-        self.declared = declared_by(facts)
+        self.declared = facts.declared
         self.d_sae, self.d_in = sae.W_dec.shape
         self.d_out, self.joint = self.d_in, True
-        self._sae = _stateless(sae, facts.norm)
+        # sae-lens keeps the scale of its norms on the module between encode and decode; so a twin,
+        # which shares the tensors, leaves norm and reshape to the kernel.
+        self._sae = copy.copy(sae)
+        if facts.norm != "none":
+            self._sae.run_time_activation_norm_fn_in = _same
+            self._sae.run_time_activation_norm_fn_out = _same
+        self._sae.reshape_fn_in = self._sae.reshape_fn_out = _same
         self._factor = 1.0
         if sae.cfg.normalize_activations == "constant_scalar_rescale":
             self._factor = float(sae.cfg.activation_normalization_factor)
@@ -83,21 +79,18 @@ class Whole(Dictionary):
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = x.to(dtype)
         mean = x.mean(-1, keepdim=True) if self.centered else 0.0
-        norm = NORMS[self.norm]
+        norm, sae = NORMS[self.norm], self._sae
         z, scale = (x - mean, None) if norm is None else norm.normalize(x - mean)
+        z = z.to(sae.W_dec.device)
         with torch.no_grad():
-            out = self._rebuilt(z.to(self._sae.W_dec.device)).to(x.device, dtype)
+            if self.prefix:
+                out = sae(z.reshape(-1, *z.shape[-2:])).reshape(z.shape)
+            else:
+                bias = sae.b_dec if sae.cfg.apply_b_dec_to_input else 0.0
+                out = sae.encode(z) @ sae.W_dec + bias
+        out = out.to(x.device, dtype)
         out = out if scale is None else out * scale
         return out + (x.mean(-1, keepdim=True) if self.norm == "layer_norm" else mean)
-
-    def _rebuilt(self, z: Tensor) -> Tensor:
-        """[..., d_out], of normalized values."""
-        if not self.prefix:
-            f = self._sae.encode(z)
-            bias = self._sae.b_dec if self._sae.cfg.apply_b_dec_to_input else 0.0
-            return f @ self._sae.W_dec + bias
-        sequences = z.reshape(-1, *z.shape[-2:])
-        return self._sae(sequences).reshape(z.shape)
 
     def content(self, indices: Tensor) -> object:
         config = self._sae.cfg.to_dict()
@@ -109,38 +102,17 @@ class Whole(Dictionary):
 def load(
     folder: Path, facts: Facts, origin: Origin, *, name: str, site: Site | str | None
 ) -> Whole:
-    """One from a sae-lens folder; imports sae-lens.
-
-    Raises:
-        DictionaryError: for a file that sae-lens cannot read.
-    """
+    """One from a sae-lens folder; imports sae-lens."""
     from sae_lens import SAE as SaeLens
-
-    from .declaration import refuse
 
     try:
         sae = SaeLens.load_from_disk(folder, device="cpu", dtype="float32")
     except Exception as error:
-        raise refuse(
-            folder,
-            f"which sae-lens cannot read ({type(error).__name__}: {error})",
-            f"a whole {facts.architecture!r} SAE",
-            "an interrupted copy, or tensors that do not fit the configuration",
-            "fetch the files again",
-        ) from error
+        got = f"which sae-lens cannot read ({type(error).__name__}: {error})"
+        wanted = f"a whole {facts.architecture!r} SAE"
+        cause = "an interrupted copy, or tensors that do not fit the configuration"
+        raise refuse(folder, got, wanted, cause, "fetch the files again") from error
     return Whole(sae, facts, origin, name=name, site=site)
-
-
-def _stateless(sae: Any, norm: str) -> Any:
-    """A twin that shares the tensors and leaves norm and reshape to the kernel.
-
-    sae-lens keeps the scale of its norms on the module between encode and decode.
-    """
-    twin = copy.copy(sae)
-    if norm != "none":
-        twin.run_time_activation_norm_fn_in = twin.run_time_activation_norm_fn_out = _same
-    twin.reshape_fn_in, twin.reshape_fn_out = _same, _same
-    return twin
 
 
 def _same(x: Tensor, *_: object) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from ..dictionaries.base import Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, PromptError, SaefeatError
 from ..kernel.view import View
 from ..model.sites import Site
@@ -153,11 +153,7 @@ def real(seen: Seen) -> Tensor:
 
 
 def same_count(function: str, *values: Any) -> int | None:
-    """How many prompts ``PerPrompt`` values are for; None if there are none.
-
-    Raises:
-        PromptError: for values made for different numbers of prompts.
-    """
+    """How many prompts ``PerPrompt`` values are for; None if there are none."""
     counts = {len(value.values) for value in values if isinstance(value, PerPrompt)}
     if len(counts) > 1:
         raise PromptError(
@@ -177,9 +173,6 @@ def require_tokenwise(
     """Refuse latents that depend on earlier tokens: padding would be among them.
 
     Their change reaches later tokens' latents, so that scores of single tokens mean nothing either.
-
-    Raises:
-        LatentError: or ``error``, naming the dictionary.
     """
     if dictionary.prefix:
         raise error(

@@ -1,7 +1,7 @@
-"""Evaluator: passes of one model under interventions, and a metric read off each of them.
+"""Prompts in batches, passes of one model over them, and a metric read off each pass.
 
-``measure`` asks it for values; attribution adds watched places and gradients to its passes;
-validation measures under many edits with it.
+``measure`` asks an ``Evaluator`` for values; attribution adds watched places and gradients to its
+passes; validation measures under many edits with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ..errors import SaefeatError, SiteError
+from ..checks import one_a_prompt, whole
+from ..errors import PromptError, SaefeatError, SiteError
 from ..kernel.log import Log
 from ..kernel.program import Program
 from ..kernel.read import Norm, lift
@@ -25,18 +26,88 @@ from ..kernel.watch import Show
 from ..model.modules import torch_module
 from ..model.route import Route, route
 from ..model.sites import Site
-from ..results.receipt import Receipt
-from ..verbs.base import Chain, Intervention
+from ..results.receipt import Receipt, join_receipts
+from ..text.prompts import Prompts, encode_prompts
+from ..verbs.base import Chain, Intervention, require_fired, require_rows
 from ..verbs.lower import lower, sites_of
 from ..verbs.visits import Visits
 from .base import Metric, Reader, Seen
-from .batches import Batch
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 NOTHING = Chain(())
 """The intervention of a bare run."""
+
+
+class Batch(NamedTuple):
+    """Some prompts, left-padded, with what follows them.
+
+    ``numbers`` [b] says which prompts of the data set they are, ``lengths`` [b, 1] how many real
+    tokens of each row are the prompt's, None for all.
+    """
+
+    inputs: dict[str, Tensor]
+    numbers: Tensor
+    lengths: Tensor | None
+
+    def rows(self) -> slice:
+        """The prompts as a slice of the data set, for values that differ by prompt."""
+        return slice(int(self.numbers[0]), int(self.numbers[-1]) + 1)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Rows by number, repeated as wanted."""
+        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return Batch(inputs, self.numbers[rows], lengths)
+
+
+class Data(NamedTuple):
+    """All prompts of a call, left-padded, and how long each prompt itself is, [n, 1]."""
+
+    inputs: dict[str, Tensor]
+    lengths: Tensor | None = None
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return len(self.inputs["input_ids"])
+
+    def batches(self, size: int) -> list[Batch]:
+        """Rows in order, at most ``size`` each, without columns that are all padding."""
+        batches = []
+        for start in range(0, self.prompts, size):
+            rows = slice(start, start + size)
+            mask = self.inputs["attention_mask"][rows]
+            first = int((mask.sum(0) == 0).long().argmin())
+            inputs = {name: tensor[rows, first:] for name, tensor in self.inputs.items()}
+            lengths = None if self.lengths is None else self.lengths[rows]
+            batches.append(Batch(inputs, torch.arange(start, start + len(mask)), lengths))
+        return batches
+
+    def take(self, rows: Tensor) -> Data:
+        """Rows by number, repeated as wanted."""
+        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        return Data(inputs, None if self.lengths is None else self.lengths[rows])
+
+
+def metric_data(function: str, model: TransformersModel, prompts: Prompts, metric: Metric) -> Data:
+    """Prompts encoded, and continued where the metric wants it."""
+    tokenizer = getattr(model, "tokenizer", None)
+    inputs = encode_prompts(tokenizer, prompts)
+    one_a_prompt(function, "metric", metric.prompts, len(inputs["input_ids"]))
+    return continued(tokenizer, inputs, metric)
+
+
+def continued(tokenizer: Any, inputs: dict[str, Tensor], metric: Metric) -> Data:
+    """Prompts with what follows them, less its last token, which predicts nothing wanted."""
+    if metric.continuation is None:
+        return Data(inputs)
+    ids, mask = metric.continuation(tokenizer), inputs["attention_mask"].bool()
+    rows = [row[real].tolist() for row, real in zip(inputs["input_ids"], mask, strict=True)]
+    behind = ids if len(ids) > 1 else ids * len(rows)
+    joined = [[*row, *more[:-1]] for row, more in zip(rows, behind, strict=True)]
+    return Data(encode_prompts(tokenizer, joined), mask.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -167,11 +238,7 @@ class Evaluator:
         return self._reader(Seen(run.logits, top, numbers, run.view, clean, base, run.site))
 
     def require_upstream(self, function: str, written: Iterable[Site]) -> None:
-        """Refuse sites that the metric's own site does not depend on: zeros would say so badly.
-
-        Raises:
-            SiteError: naming the first such site.
-        """
+        """Refuse sites that the metric's own site does not depend on: zeros would say so badly."""
         at, orders = self.metric.site, self.route.orders
         late = [] if at is None else [site for site in written if orders[site] > orders[at]]
         if late:
@@ -190,11 +257,7 @@ def require_finite(
     run: str,
     error: type[SaefeatError] = SaefeatError,
 ) -> Tensor:
-    """The metric of a run, [b] float32 on the CPU, if it is one finite number a prompt.
-
-    Raises:
-        SaefeatError: or ``error``, naming the first prompt of which it is not.
-    """
+    """The metric of a run, [b] float32 on the CPU, if it is one finite number a prompt."""
     if values.shape != numbers.shape:
         raise error(
             f"{function}: `metric` is of shape {tuple(values.shape)}, wanted one number a prompt,"
@@ -210,3 +273,58 @@ def require_finite(
         " metric, or a model that overflows on this prompt. Try: measure(model, prompts, metric),"
         " to find the prompts, and leave them out"
     )
+
+
+def measure(
+    model: TransformersModel,
+    prompts: Prompts,
+    metric: Metric,
+    intervention: Intervention | None = None,
+    *,
+    batch_size: int = 32,
+) -> Tensor:
+    """Any metric of ``Attribute``, read off a run: what an attribution is to be checked against.
+
+    Args:
+        model: an nnsight ``TransformersModel``.
+        prompts: strings, chats or token ids.
+        metric: what to measure. ``BASELINE_TOP`` stands for the run's own most likely token,
+            ``kl("clean")`` compares with the run without the intervention.
+        intervention: what to apply; None runs the bare model.
+        batch_size: prompts a batch.
+
+    Returns:
+        [prompts] float32, on the CPU.
+
+    Raises:
+        PromptError: for values made for another number of prompts.
+        SaefeatError: for a metric that compares with a baseline run, of which there is none.
+        FiringError: if an edit selected no token in the whole run.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> metric = sf.metrics.log_prob([5, 6])
+        >>> sf.metrics.measure(model, ["hello", "how do i bake bread"], metric).shape
+        torch.Size([2])
+    """
+    whole("measure", "batch_size", batch_size, error=PromptError)
+    edit = NOTHING if intervention is None else intervention
+    data = metric_data("measure", model, prompts, metric)
+    if metric.reference == "baseline":
+        raise SaefeatError(
+            f"measure: `metric` is {metric!r}, wanted a metric that needs no baseline run. Likely"
+            ' cause: a metric made for Attribute(..., baseline=...). Try: kl("clean"), or'
+            " kl(logits)"
+        )
+    require_rows(edit, data.prompts)
+    evaluator, values, receipts = Evaluator(model, metric), [], []
+    for batch in data.batches(batch_size):
+        run = evaluator.run(batch, edit)
+        clean = evaluator.run(batch) if metric.reference == "clean" else run
+        references = References(run.last.argmax(-1), clean.last, run.last)
+        with torch.no_grad():
+            values.append(evaluator.read(run, batch.numbers, references).float().cpu())
+        receipts.append(run.receipt)
+    require_fired(join_receipts(receipts), "measure")
+    return torch.cat(values)

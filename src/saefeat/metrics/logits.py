@@ -1,24 +1,15 @@
-"""Metrics of the last token's logits."""
+"""Metrics of logits: of the last token, of what follows a prompt, and KL from another run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PromptError, SaefeatError
-from .base import (
-    BaselineTop,
-    Metric,
-    PerPrompt,
-    Reader,
-    Seen,
-    TokenSpec,
-    real,
-    same_count,
-)
+from .base import BaselineTop, Metric, PerPrompt, Reader, Seen, TokenSpec, real, same_count
 
 
 def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
@@ -103,6 +94,97 @@ def custom(
     return Metric(name, lambda _: lambda seen: function(seen.logits[:, -1]))
 
 
+def log_prob(continuation: str | Sequence[int] | PerPrompt) -> Metric:
+    """The log-probability that the prompt goes on with these tokens, summed over them.
+
+    The model is given the prompt and the continuation behind it (but for its last token, which
+    predicts nothing that is wanted). Token rules see it as generated text: ``Tokens.prompt()`` and
+    ``last(n)`` mean the prompt. Unless ``where=`` says otherwise only prompt tokens are scored,
+    since latents at the continuation's own tokens answer what was already given.
+
+    Args:
+        continuation: text, tokenized without special tokens; token ids; or ``PerPrompt`` of
+            either, of any lengths. Where a tokenizer treats the start of a text specially, pass
+            ids.
+
+    Returns:
+        A metric, in nats.
+
+    Raises:
+        PromptError: when bound, for a continuation without tokens.
+
+    Examples:
+        >>> sf.metrics.log_prob([5, 9, 4])
+        log_prob([5, 9, 4])
+    """
+    each = continuation.values if isinstance(continuation, PerPrompt) else (continuation,)
+
+    def ids(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+        return tuple(_ids(tokenizer, one) for one in each)
+
+    def reader(tokenizer: Any) -> Reader:
+        table = ids(tokenizer)
+        return lambda seen: _summed(seen, table)
+
+    return Metric(
+        f"log_prob({continuation!r})",
+        reader,
+        columns="continuation",
+        continuation=ids,
+        prompts=len(each) if isinstance(continuation, PerPrompt) else None,
+    )
+
+
+def kl(to: str | Tensor = "clean") -> Metric:
+    """KL(reference ‖ this run) of the next token's distribution: how far a run has gone from it.
+
+    Against the clean run it is zero there and so is its gradient: use IG, or exact ablations. AtP,
+    which looks at that one point, is refused.
+
+    Args:
+        to: ``"clean"``, ``"baseline"``, or logits or log-probabilities [vocabulary] or
+            [prompts, vocabulary].
+
+    Returns:
+        A metric, in nats.
+
+    Raises:
+        SaefeatError: for another ``to``.
+
+    Examples:
+        >>> sf.metrics.kl()
+        kl('clean')
+    """
+    if isinstance(to, Tensor):
+        given: Tensor = to.detach()
+        shaped = given.is_floating_point() and given.ndim in (1, 2)
+        name = f"kl({list(given.shape)})"
+    else:
+        given, shaped, name = torch.zeros(0), to in ("clean", "baseline"), f"kl({to!r})"
+    if not shaped:
+        got = f"of shape {tuple(to.shape)}" if isinstance(to, Tensor) else repr(to)
+        raise SaefeatError(
+            f'kl: `to` is {got}, wanted "clean", "baseline", or logits [vocabulary] or [prompts,'
+            ' vocabulary]. Likely cause: a token id, or logits of every position. Try: kl("clean")'
+        )
+
+    def read(seen: Seen) -> Tensor:
+        reference = seen.clean if isinstance(to, str) and to == "clean" else seen.base
+        if isinstance(to, Tensor):
+            reference = given if given.ndim == 1 else given[seen.numbers]
+        assert reference is not None
+        logits = seen.logits[:, -1]
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        wanted = reference.detach().to(logits.device, dtype).log_softmax(-1)
+        log_probs = logits.to(dtype).log_softmax(-1)
+        return (wanted.exp() * (wanted - log_probs)).sum(-1)
+
+    count = len(to) if isinstance(to, Tensor) and to.ndim == 2 else None
+    return Metric(
+        name, lambda _: read, prompts=count, reference=to if isinstance(to, str) else None
+    )
+
+
 def _has_top(*specs: Any) -> bool:
     """Whether ``BASELINE_TOP`` is among these, or among their values by prompt."""
     listed = [one for s in specs for one in (s.values if isinstance(s, PerPrompt) else (s,))]
@@ -134,27 +216,20 @@ def _token(tokenizer: Any, token: str | int) -> int:
 
 def _joined(seen: Seen, group: Any) -> Tensor:
     """[b]: log-sum-exp over the group at the last token, in at least float32."""
+    if isinstance(group, list):  # values that differ by prompt: row by row
+        tops = [None] * len(seen.logits) if seen.top is None else seen.top.split(1)
+        rows = zip(seen.logits.split(1), tops, seen.numbers.tolist(), strict=True)
+        return torch.cat([_joined(seen._replace(logits=x, top=t), group[n]) for x, t, n in rows])
     logits = seen.logits[:, -1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if isinstance(group, list):  # values that differ by prompt: row by row
-        chosen = [group[number] for number in seen.numbers.tolist()]
-        rows = [
-            _chosen(logits[n : n + 1], None if seen.top is None else seen.top[n : n + 1], one)
-            for n, one in enumerate(chosen)
-        ]
-        return torch.cat(rows)
-    return _chosen(logits, seen.top, group)
-
-
-def _chosen(logits: Tensor, top: Any, group: Tensor | None) -> Tensor:
-    if group is None and top is None:
+    if group is None and seen.top is None:
         raise SaefeatError(
             "metric: `token` is BASELINE_TOP, wanted a token, where no baseline is run. Likely"
             " cause: a metric of the baseline's own token inside a trace. Try: attribute(model,"
             " prompts), outside the trace"
         )
     if group is None:
-        return logits.gather(1, top[:, None].to(logits.device)).squeeze(1)
+        return logits.gather(1, seen.top[:, None].to(logits.device)).squeeze(1)
     outside = [int(token) for token in group if not 0 <= token < logits.shape[1]]
     if outside:
         raise PromptError(
@@ -164,3 +239,34 @@ def _chosen(logits: Tensor, top: Any, group: Tensor | None) -> Tensor:
         )
     chosen = logits[:, group.to(logits.device)]
     return chosen.squeeze(1) if chosen.shape[1] == 1 else chosen.logsumexp(1)
+
+
+def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
+    if isinstance(text, str) and tokenizer is not None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = [] if isinstance(text, (str, int)) else list(text)
+    if ids and all(type(token) is int for token in ids):
+        return tuple(ids)
+    raise PromptError(
+        f"log_prob: `continuation` is {text!r:.80}, which is not a sequence of tokens, wanted text,"
+        " or token ids. Likely cause: an empty text, a single id, or text for a model without its"
+        ' tokenizer. Try: log_prob(" I cannot"), or PerPrompt([...]) for one a prompt'
+    )
+
+
+def _summed(seen: Seen, table: tuple[tuple[int, ...], ...]) -> Tensor:
+    """[b]: a row ends with its continuation, less the last token, so targets count from the end."""
+    logits = seen.logits.to(torch.promote_types(seen.logits.dtype, torch.float32))
+    rows = []
+    for row, number in enumerate(seen.numbers.tolist()):
+        ids = torch.tensor(table[number if len(table) > 1 else 0], device=logits.device)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[-1]:
+            raise PromptError(
+                f"log_prob: `continuation` is {ids.tolist()}, wanted ids in"
+                f" 0..{logits.shape[-1] - 1}. Likely cause: ids of another model's vocabulary. Try:"
+                " log_prob(tokenizer(text, add_special_tokens=False)['input_ids'])"
+            )
+        log_probs = logits[row, -len(ids) :].log_softmax(-1)  # [c, vocabulary]
+        rows.append(log_probs.gather(1, ids[:, None]).sum())
+    return torch.stack(rows)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import Dictionary, Latents, as_latents, cast
+from ..dictionaries.latents import Dictionary, Latents, as_latents, cast, index_tensor
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select
@@ -78,17 +78,11 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
     require_tokenwise("activation", "latents", dictionary)
 
     def reader(tokenizer: Any) -> Reader:
-        bound = plain(rule.rule, _Tokenizer(tokenizer))
+        # what lowering a token rule asks of a model is its tokenizer
+        bound = plain(rule.rule, SimpleNamespace(tokenizer=tokenizer))
         return lambda seen: _summed_latents(seen, chosen, bound)
 
     return Metric(f"activation({chosen!r}, {rule!r})", reader, site=dictionary.site)
-
-
-class _Tokenizer:
-    """What lowering a token rule asks of a model: its tokenizer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
 
 
 def _summed_latents(seen: Seen, chosen: Latents, rule: tuple) -> Tensor:

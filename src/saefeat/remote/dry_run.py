@@ -1,14 +1,15 @@
-"""A pass on fake tensors: shapes, dtypes and sites as they will be, and no numbers.
+"""What a request will do, as far as that is known before it is sent.
 
-nnsight's own ``scan`` runs the model, so that a skeleton without weights will do. The program is
-the one that is sent, and the kernel that applies it is the one that travels. Which tokens a rule
-selects is worked out beforehand on the real ids; everything else there is fake.
+A pass on fake tensors tells shapes, dtypes and sites, and no numbers. nnsight's own ``scan`` runs
+the model, so a skeleton without weights will do, under the very program and kernel that travel.
+Which tokens of a prompt a rule selects is known exactly, by the kernel's own rules on the real ids
+and masks; of a token that is still to be generated its place is known, and not what it will be.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,9 +20,12 @@ from torch import Tensor
 from ..kernel.log import Log
 from ..kernel.program import Program
 from ..kernel.read import Read
-from ..kernel.tokens import selected
+from ..kernel.tokens import matches, select, selected
 from ..kernel.trace import locate, visits
 from ..kernel.view import Memory, View, window
+from ..values.patch import Patch
+from ..verbs.base import Intervention
+from ..verbs.steps import StepBase, numbered
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -41,23 +45,12 @@ def dry_run(model: TransformersModel, program: Program, batch: dict[str, Tensor]
     except Exception as error:
         if _asks_numbers(error):
             return Dry(untried=_short(error))
-        return _blamed(model, program, batch, new > 1, error)
+        try:  # a model that cannot be run so at all says nothing of the program
+            _passes(model, program.replace(visits=()), batch, new > 1)
+        except Exception as own:
+            return Dry(untried=f"the model itself does not run on fake tensors: {_short(own)}")
+        return Dry(fails=_short(error))
     return Dry()
-
-
-def _blamed(
-    model: TransformersModel,
-    program: Program,
-    batch: dict[str, Tensor],
-    more: bool,
-    error: Exception,
-) -> Dry:
-    """Whose fault a failure is: a model that cannot be run so says nothing of the program."""
-    try:
-        _passes(model, program.replace(visits=()), batch, more)
-    except Exception as own:
-        return Dry(untried=f"the model itself does not run on fake tensors: {_short(own)}")
-    return Dry(fails=_short(error))
 
 
 def _asks_numbers(error: Exception) -> bool:
@@ -126,3 +119,98 @@ def _views(program: Program, batch: dict[str, Tensor]) -> Iterator[View]:
         yield view
         past, ids = mask.shape[1], batch["input_ids"][:, -1:]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+
+
+class Expected(NamedTuple):
+    """What a step will act on: the least and the most tokens, in prompts and in generated text."""
+
+    step: str
+    prompt: tuple[int, int]
+    generated: tuple[int, int]
+
+    @property
+    def least(self) -> int:
+        """At least so many tokens in all."""
+        return self.prompt[0] + self.generated[0]
+
+    @property
+    def most(self) -> int:
+        """At most so many."""
+        return self.prompt[1] + self.generated[1]
+
+    def __str__(self) -> str:
+        late = f", {_span(self.generated)} generated" if self.generated[1] else ""
+        return f"{_span(self.prompt)} prompt tokens{late}"
+
+
+def _span(ends: tuple[int, int]) -> str:
+    least, most = ends
+    return f"{most:,}" if least == most else f"{least:,}..{most:,}"
+
+
+def expected(
+    intervention: Intervention,
+    program: Program,
+    batches: Sequence[dict[str, Tensor]],
+    new: int,
+    stops: Sequence[int],
+) -> tuple[Expected, ...]:
+    """For each step, the tokens it will act on in all batches.
+
+    A condition, or a value that is given for some tokens alone, may leave none of those its rule
+    selects. A generated token is fed back but for the last one, unless a stop token comes first.
+    """
+    rules = {
+        action.number: action.tokens.rule for action in program.actions if isinstance(action, Read)
+    }
+    prompts: dict[int, int] = dict.fromkeys(rules, 0)
+    late: dict[int, tuple[int, int]] = dict.fromkeys(rules, (0, 0))
+    for batch in batches:
+        shape = (batch["input_ids"].shape[0], batch["input_ids"].shape[1])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        view = window(ids, mask, shape, 0, Memory(), program.ends)
+        after = generated(view.lengths, max(new - 1, 0))
+        for number, rule in rules.items():
+            prompts[number] += int(select(rule, view).sum())
+            some, every = (int(m.sum()) for m in reversed(bounds(rule, after)))
+            late[number] = (late[number][0] + (0 if stops else every), late[number][1] + some)
+    return tuple(
+        _of_step(step, [prompts[n] for n in numbers], [late[n] for n in numbers])
+        for step, numbers in numbered(intervention.parts())
+    )
+
+
+def _of_step(step: StepBase, prompts: list[int], late: list[tuple[int, int]]) -> Expected:
+    """A step's dictionaries together, counted as a receipt does: by the one that acts most."""
+    values = () if step.change is None else step.change
+    open_ended = step.condition is not None or any(isinstance(v, Patch) for v in values)
+    least, most = max((low for low, _ in late), default=0), max((m for _, m in late), default=0)
+    prompt = max(prompts, default=0)
+    floor = (0, 0) if open_ended else (prompt, least)
+    return Expected(repr(step), (floor[0], prompt), (floor[1], most))
+
+
+def generated(lengths: Tensor, count: int) -> View:
+    """The view [b, count] of tokens that come after prompts of these lengths [b, 1]."""
+    position = lengths + torch.arange(count)
+    real = torch.ones_like(position, dtype=torch.bool)
+    return View(
+        ids=None, position=position, shown=real, real=real, lengths=lengths, whole=False,
+        begins=False, memory=Memory(lengths), selected={},
+    )  # fmt: skip
+
+
+def bounds(rule: tuple, view: View) -> tuple[Tensor, Tensor]:
+    """[b, t] twice: where a rule surely selects tokens of unknown ids, and where it may."""
+    kind, *rest = rule
+    if kind == "not":
+        sure, may = bounds(rest[0], view)
+        return ~may, ~sure
+    if kind in ("and", "or"):
+        (a, b), (c, d) = bounds(rest[0], view), bounds(rest[1], view)
+        return (a & c, b & d) if kind == "and" else (a | c, b | d)
+    if kind in ("all", "prompt", "first", "last", "generated"):
+        found = matches(rule, view)
+        return found, found
+    shape = torch.zeros_like(view.position, dtype=torch.bool)
+    return shape, ~shape

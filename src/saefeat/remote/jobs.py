@@ -1,4 +1,4 @@
-"""Jobs: a run on a server, sent off batch by batch, polled, and taken up again from its file.
+"""Jobs: runs on a server, sent off batch by batch, polled, and taken up again from their files.
 
 Making the same call with the same file polls what is pending, sends again what failed or was lost,
 and asks nothing anew that has arrived. ``Job.load`` does the same from the file and the model
@@ -17,17 +17,81 @@ from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..errors import RemoteError
-from ..results.identity import model_key
+from ..generation.decoding import Decode, Greedy
+from ..results.provenance import model_key, require_unedited
 from ..results.run import Run
 from ..shipping.server import NDIF, Server
-from ..verbs.base import Intervention
-from .call import Call
-from .jobfile import JobFile, Part, not_ours
-from .request import Requests
-from .saved import load_saved, save_saved
+from ..text.prompts import Prompts, encode_prompts
+from ..verbs.base import Chain, Intervention
+from .batch import Requests, backend_of
+from .jobfile import Call, JobFile, Part, load_saved, not_ours, save_saved
+from .preflight import require_sendable
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
+
+
+def submit(
+    model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
+    max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,
+    allow_unfired: bool = False, on: Server = NDIF, file: str | Path | None = None,
+) -> Job:  # fmt: skip
+    """Send a run to a server and return at once.
+
+    With ``file`` nothing is lost: the same call with the same file, in a new process too, polls
+    what is pending, sends again what failed, and keeps what has arrived. So does ``Job.load`` with
+    the file and the model alone. What is not listed here is as in ``run``.
+
+    Args:
+        model: an nnsight ``TransformersModel``; its weights need not be loaded.
+        batch_size: prompts a batch; each is a request.
+        on: the server, the NDIF host that nnsight is set to by default.
+        file: a JSON file for the job's state. Beside it lie the prompts, the intervention (unless
+            it has a function, which no file can hold) and results that have arrived.
+
+    Returns:
+        A ``Job``; its ``wait``, its ``poll`` or awaiting it gives the ``Run``.
+
+    Raises:
+        RemoteError: for a request too large or bound to fail, the file of another run, or a server
+            that does not answer.
+        CheckpointError: with ``file``, for a function that cannot be told from another.
+        SiteError, ModelError, PromptError, LatentError: as ``run``.
+
+    Examples:
+        >>> import loopback  # the repository's stand-in for a server, in its tests
+        >>> from saefeat.studies.refusal import tiny
+        >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
+        >>> model = tiny.model("chat")
+        >>> with loopback.serve(model) as server:
+        ...     job = sf.remote.submit(model, ["hello"], on=sf.remote.Server(server.url))
+        ...     job.wait().receipt.passes
+        1
+    """
+    call = Call(max_new_tokens, decode or Greedy(), batch_size, allow_unfired, on)
+    chosen = intervention if intervention is not None else Chain(())
+    encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    encoded = {name: tensor.long() for name, tensor in encoded.items()}  # as a file has them
+    requests = call.requests(model, encoded, chosen)
+    require_sendable(requests)
+    if file is None:
+        return Job(requests).resubmit()
+    require_unedited(model)
+    about = {"model": model_key(model), "call": call.to_dict()}
+    about["host"] = backend_of(model, on.remote).host
+    parts, fingerprint = (
+        [Part() for _ in requests.batches],
+        call.fingerprint(model, encoded, chosen),
+    )
+    job = JobFile(Path(file), fingerprint, about, parts)
+    if job.path.exists():
+        old = JobFile.read(job.path)
+        if old.fingerprint != fingerprint or len(old.parts) != len(parts):
+            raise not_ours(job.path, "of another run")
+        old.about |= about  # this call's own address and limits
+        return Job.resumed(requests, old).resubmit()
+    job.keep_call(encoded, chosen, model)
+    return Job.resumed(requests, job).resubmit()
 
 
 class Unreached(RemoteError):
@@ -116,10 +180,9 @@ class Job:
         chosen = intervention or job_file.intervention(model)
         call, prompts = Call.read(job_file.about.get("call"), server.url), job_file.prompts()
         requests = call.requests(model, prompts, chosen)
-        given = intervention is not None
-        if given and call.fingerprint(model, prompts, chosen) != job_file.fingerprint:
-            raise not_ours(job_file.path, "of another run")
-        if len(requests.batches) != len(job_file.parts):
+        given, parts = intervention is not None, len(job_file.parts)
+        same = not given or call.fingerprint(model, prompts, chosen) == job_file.fingerprint
+        if not same or len(requests.batches) != parts:
             raise not_ours(job_file.path, "of another run")
         return cls.resumed(requests, job_file)
 
@@ -284,15 +347,15 @@ class Job:
         if self._file is not None:
             self._file.write()
 
-    def _unreached(self, error: Exception) -> Unreached:
-        return Unreached(self._said(f"not answered: {error}", "the network, or the host", POLL))
+    def _unreached(self, error: Exception) -> RemoteError:
+        return self._error(f"not answered: {error}", "the network, or the host", POLL, Unreached)
 
-    def _error(self, got: str, cause: str, call: str) -> RemoteError:
-        return RemoteError(self._said(got, cause, call))
-
-    def _said(self, got: str, cause: str, call: str) -> str:
+    def _error(
+        self, got: str, cause: str, call: str, kind: type[RemoteError] = RemoteError
+    ) -> RemoteError:
         name = "job" if self._file is None else f"job {self._file.path}"
-        return f"{name}: a request is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
+        said = f"a request is {got}, wanted a result. Likely cause: {cause}. Try: {call}"
+        return kind(f"{name}: {said}")
 
 
 MISSED = 20
@@ -302,11 +365,7 @@ RESEND = "job.resubmit(), which sends again what failed and keeps what has arriv
 
 
 def _trusted(file: JobFile) -> Server:
-    """The configured host, to which the key belongs, if it is the file's.
-
-    Raises:
-        RemoteError: for another.
-    """
+    """The configured host, to which the key belongs, if it is the file's."""
     host = file.about.get("host")
     if host == CONFIG.API.HOST:
         return NDIF

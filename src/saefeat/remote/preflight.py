@@ -14,8 +14,7 @@ from nnsight.tracing.backend import Backend
 from torch import Tensor
 
 from ..errors import RemoteError
-from ..generation.decode import Decode
-from ..generation.decoding import Decoding, decoding
+from ..generation.decoding import Decode, Decoding, decoding
 from ..kernel.edit import MOST_LATENTS, Write
 from ..kernel.program import Program
 from ..model.modules import torch_module
@@ -35,9 +34,8 @@ from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from ..verbs.steps import numbered
-from .batch import backend_of, remote_batch, with_stops
-from .dry_run import Dry, dry_run
-from .expected import Expected, expected
+from .batch import Requests, backend_of, remote_batch, with_stops
+from .dry_run import Dry, Expected, dry_run, expected
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -108,15 +106,10 @@ class Preflight:
 
 
 def preflight(
-    model: TransformersModel,
-    prompts: Prompts,
-    intervention: Intervention | None = None,
-    *,
-    max_new_tokens: int = 0,
-    decode: Decode | None = None,
-    batch_size: int = 32,
+    model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
+    max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,
     on: Server | None = None,
-) -> Preflight:
+) -> Preflight:  # fmt: skip
     """Build the request of a remote run, try it on fake tensors, and send nothing.
 
     The request is the real one, made by nnsight and taken apart again here, so that what it names
@@ -126,15 +119,10 @@ def preflight(
     prompt). So the model needs no weights, and errors of sites, shapes and dtypes appear before
     anything queues. Tokens are counted over all batches. What depends on numbers (whether a
     condition is met, which token comes next, whether an index is in range) no dry run can know, and
-    neither the server's device and dtype.
+    neither the server's device and dtype. What is not listed here is as in ``run``.
 
     Args:
         model: an nnsight ``TransformersModel``, loaded or not.
-        prompts: as in ``run``.
-        intervention: as in ``run``.
-        max_new_tokens: as in ``run``.
-        decode: as in ``run``.
-        batch_size: as in ``run``.
         on: as in ``run``: the server that is asked for its nnsight version. None, and
             ``Server("local")``, ask nobody.
 
@@ -212,11 +200,7 @@ def _programs(
 
 
 def require_light(report: Preflight, limit: int, function: str = "run") -> None:
-    """Refuse a request that would fail, or is larger than wanted.
-
-    Raises:
-        RemoteError: naming the module, what failed, or the largest part.
-    """
+    """Refuse a request that would fail, or is larger than wanted."""
     require_known(function, report.strangers)
     if report.fails:
         raise RemoteError(
@@ -226,6 +210,13 @@ def require_light(report: Preflight, limit: int, function: str = "run") -> None:
             " small model of the family here"
         )
     require_fits(function, report.parts, report.payload, limit)
+
+
+def require_sendable(requests: Requests) -> None:
+    """The same of a run's batches, before the first of them is sent."""
+    task, on = requests.task, requests.on
+    report = inspected(task.model, requests.batches, task.intervention, task.decoding, on.dtype)
+    require_light(report, on.payload_limit, task.function)
 
 
 class Capture(Backend):

@@ -38,11 +38,7 @@ class Scheduler(Generic[Key]):
         self.failed: dict[Key, SaefeatError] = {}
 
     def ended(self) -> Iterator[Key]:
-        """Every job's key, when it has ended, well or badly.
-
-        Raises:
-            SaefeatError: of the first job, if it cannot be sent: nothing is lost by saying so.
-        """
+        """Every job's key, when it has ended, well or badly."""
         pause = pauses(None)
         while self._waiting or self._active:
             before = len(self.results) + len(self.failed)

@@ -8,7 +8,7 @@
 * ``html``, ``table``: results as pages and as pandas tables.
 """
 
-from .html import render
+from .formats import render
 from .provenance import Provenance, versions
 from .readings import Readings
 from .receipt import Receipt

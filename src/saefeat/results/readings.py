@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .table import frame
+from .formats import frame
 
 if TYPE_CHECKING:
     import pandas
@@ -101,14 +102,6 @@ def join_time(pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-def pad_columns(tensor: Tensor, left: int, right: int) -> Tensor:
-    """[b, t, ...] with columns of zeros (or False) on both sides."""
-    b, _, *rest = tensor.shape
-    return torch.cat(
-        [tensor.new_zeros((b, left, *rest)), tensor, tensor.new_zeros((b, right, *rest))], dim=1
-    )
-
-
 def stack_readings(batches: list[Readings], widths: list[int]) -> Readings:
     """The same probe's readings over several batches, prompts ending in the same column.
 
@@ -122,11 +115,10 @@ def stack_readings(batches: list[Readings], widths: list[int]) -> Readings:
     sides = [
         (width - w, new - (b.values.shape[1] - w)) for b, w in zip(batches, widths, strict=True)
     ]
-    values = [pad_columns(b.values, *side) for b, side in zip(batches, sides, strict=True)]
-    masks = [pad_columns(b.mask, *side) for b, side in zip(batches, sides, strict=True)]
-    starts = [
-        b.starts + left for b, (left, _) in zip(batches, sides, strict=True) if b.starts is not None
-    ]
+    pairs = list(zip(batches, sides, strict=True))
+    values = [pad(b.values, (0, 0, *side)) for b, side in pairs]  # zeros in columns that are not
+    masks = [pad(b.mask, (0, 0, *side)) for b, side in pairs]
+    starts = [b.starts + left for b, (left, _) in pairs if b.starts is not None]
     joined = torch.cat(starts) if len(starts) == len(batches) else None
     counts = [b.counts for b in batches if b.counts is not None]
     totals = torch.cat(counts) if counts else None

@@ -3,79 +3,61 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from torch import Tensor
+from tqdm import tqdm
+
 from ..checks import whole
-from ..errors import PromptError
-from ..generation.decode import Decode
-from ..generation.decoding import decoding
-from ..generation.result import Piece, without_events
-from ..generation.task import Task
-from ..remote.batch import require_plain, with_stops
-from ..results.receipt import Receipt
+from ..errors import CheckpointError, PromptError
+from ..files.checkpoint import Checkpoint
+from ..files.hashing import digest
+from ..generation.decoding import Decode, decoding
+from ..generation.task import Piece, Task, pack, run_batch, unpack
+from ..remote.batch import Requests, require_plain, with_stops
+from ..remote.jobs import Job
+from ..remote.preflight import require_sendable
+from ..results.provenance import model_identity, remote_identity
+from ..results.receipt import Receipt, without_events
 from ..results.run import Run
 from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_prompts, split
 from ..verbs.base import Chain, Intervention, require_fired, require_rows
-from .batches import Batch, Finished, pieces_here, pieces_on
-from .lazy import encoded_batches
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 Folder = str | os.PathLike[str]
+Batch = dict[str, Tensor]
 
 
 @overload
 def run(
-    model: TransformersModel,
-    prompts: Prompts,
-    intervention: Intervention | None = None,
-    *,
-    max_new_tokens: int = 0,
-    decode: Decode | None = None,
-    batch_size: int = 32,
-    checkpoint: Folder | None = None,
-    allow_unfired: bool = False,
-    progress: bool = False,
-    on: Server | None = None,
-    stream: Literal[False] = False,
-) -> Run: ...
+    model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
+    max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,
+    checkpoint: Folder | None = None, allow_unfired: bool = False, progress: bool = False,
+    on: Server | None = None, stream: Literal[False] = False,
+) -> Run: ...  # fmt: skip
 
 
 @overload
 def run(
-    model: TransformersModel,
-    prompts: Prompts | Iterable[Any],
-    intervention: Intervention | None = None,
-    *,
-    max_new_tokens: int = 0,
-    decode: Decode | None = None,
-    batch_size: int = 32,
-    checkpoint: Folder | None = None,
-    allow_unfired: bool = False,
-    progress: bool = False,
-    on: Server | None = None,
-    stream: Literal[True],
-) -> Iterator[Run]: ...
+    model: TransformersModel, prompts: Prompts | Iterable[Any],
+    intervention: Intervention | None = None, *,
+    max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,
+    checkpoint: Folder | None = None, allow_unfired: bool = False, progress: bool = False,
+    on: Server | None = None, stream: Literal[True],
+) -> Iterator[Run]: ...  # fmt: skip
 
 
 def run(
-    model: TransformersModel,
-    prompts: Any,
-    intervention: Intervention | None = None,
-    *,
-    max_new_tokens: int = 0,
-    decode: Decode | None = None,
-    batch_size: int = 32,
-    checkpoint: Folder | None = None,
-    allow_unfired: bool = False,
-    progress: bool = False,
-    on: Server | None = None,
-    stream: bool = False,
-) -> Run | Iterator[Run]:
+    model: TransformersModel, prompts: Any, intervention: Intervention | None = None, *,
+    max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,
+    checkpoint: Folder | None = None, allow_unfired: bool = False, progress: bool = False,
+    on: Server | None = None, stream: bool = False,
+) -> Run | Iterator[Run]:  # fmt: skip
     """Run prompts under an intervention, in batches.
 
     A sample is drawn from its seed and the batch's place in the list, so it is the same again for
@@ -135,27 +117,125 @@ def run(
     whole("run", "batch_size", batch_size, error=PromptError)
     chosen = intervention if intervention is not None else Chain(())
     task = Task("run", model, chosen, settings, batch_size, allow_unfired)
-    task.require_lowered()
     if on is not None:
         require_plain(model, settings, on.remote)
     tokenizer = getattr(model, "tokenizer", None)
     if stream:
-        lazily = encoded_batches(tokenizer, prompts, batch_size)
-        finished = Finished.of(task, on, checkpoint)
-        return _streamed(task, _pieces(on, finished, ([batch] for batch in lazily), progress))
+        groups = ([batch] for batch in _encoded_batches(tokenizer, prompts, batch_size))
+        return _streamed(
+            task, _pieces(task, on, _checkpoint(task, on, checkpoint), groups, progress)
+        )
     encoded = encode_prompts(tokenizer, prompts)
     require_rows(chosen, len(encoded["input_ids"]))
-    finished = Finished.of(task, on, checkpoint)
-    return task.join(list(_pieces(on, finished, [split(encoded, batch_size)], progress)))
+    finished = _checkpoint(task, on, checkpoint)
+    return task.join(list(_pieces(task, on, finished, [split(encoded, batch_size)], progress)))
+
+
+def _encoded_batches(tokenizer: Any, prompts: Any, size: int) -> Iterator[Batch]:
+    """``input_ids`` and ``attention_mask`` [at most size, tokens], each batch when its turn comes.
+
+    A bad prompt is refused then, with the numbers of its batch.
+    """
+    single = isinstance(prompts, str | Mapping | Tensor)
+    listed = isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int | Mapping)
+    if single or listed:  # one prompt, or tensors: nothing to be lazy about
+        yield from split(encode_prompts(tokenizer, prompts), size)
+        return
+    if not isinstance(prompts, Iterable):
+        encode_prompts(tokenizer, prompts)  # says what it is
+    rest, count = iter(prompts), 0
+    while chunk := list(islice(rest, size)):
+        try:
+            # a list of numbers would be taken for the tokens of one prompt
+            if any(isinstance(prompt, int) for prompt in chunk):
+                raise PromptError(
+                    "run: `prompts` is an iterable of numbers, wanted strings, chats or lists of"
+                    " token ids. Likely cause: one prompt's ids without a list around them. Try:"
+                    " run(model, [ids], ..., stream=True)"
+                )
+            yield encode_prompts(tokenizer, chunk)
+        except PromptError as error:
+            raise PromptError(f"prompts {count}..{count + len(chunk) - 1}: {error}") from error
+        count += len(chunk)
+    if not count:
+        encode_prompts(tokenizer, [])
+
+
+def _checkpoint(task: Task, on: Server | None, folder: Folder | None) -> Checkpoint:
+    """The finished batches of this very call; without a folder none are kept."""
+    if folder is None:
+        return Checkpoint(None, {}, "run")
+    if on is None:
+        identity = model_identity(task.model)
+    else:  # nobody here can hash the weights of a model elsewhere
+        identity = remote_identity(task.model, on.remote) | {"sent as": str(on.dtype)}
+    identity |= {"intervention": digest(task.intervention), **task.provenance.generation}
+    return Checkpoint(folder, identity, "run")
 
 
 def _pieces(
-    on: Server | None, finished: Finished, groups: Iterable[list[Batch]], progress: bool
-) -> Iterator[Piece]:
-    """Every batch's result, from where it is run."""
-    if on is None:
-        return pieces_here(finished, chain.from_iterable(groups), progress)
-    return pieces_on(on, finished, groups, progress)
+    task: Task, on: Server | None, finished: Checkpoint, groups: Iterable[list[Batch]],
+    progress: bool,
+) -> Iterator[Piece]:  # fmt: skip
+    """Every batch's result, in order: restored, or run; on a server a job for each group."""
+    number = start = 0
+    with finished, tqdm(disable=not progress, desc="run", unit="batch") as bar:
+        for batches in groups:
+            pieces: dict[int, Piece] = {}
+            for n, batch in enumerate(batches):
+                if (kept := finished.load(number + n)) is not None:
+                    _require_same_prompts(finished, number + n, batch, kept[1])
+                    pieces[n] = unpack(task, *kept)
+            bar.update(len(pieces))
+            if on is None:
+                arriving = _run_here(task, batches, start, set(pieces))
+            else:
+                arriving = _run_there(task, batches, start, set(pieces), on)
+            for n, piece in arriving:
+                tensors, meta = pack(piece)
+                finished.save(number + n, tensors, meta | {"identity": _identity(batches[n])})
+                pieces[n] = piece
+                bar.update()
+            yield from (pieces[n] for n in range(len(batches)))
+            number += len(batches)
+            start += sum(len(batch["input_ids"]) for batch in batches)
+
+
+def _run_here(
+    task: Task, batches: list[Batch], start: int, done: Collection[int]
+) -> Iterator[tuple[int, Piece]]:
+    for n, batch in enumerate(batches):
+        size = len(batch["input_ids"])
+        if n not in done:
+            program, settings = task.program(start, size), task.decoding.at(start)
+            yield n, task.piece(batch, *run_batch(task.model, program, batch, settings))
+        start += size
+
+
+def _run_there(
+    task: Task, batches: list[Batch], start: int, done: Collection[int], server: Server
+) -> Iterator[tuple[int, Piece]]:
+    requests = Requests(task, batches, server, start)
+    if start == 0:  # of a stream, the first batch stands for the others
+        require_sendable(requests)
+    # a batch that fails does not stop those in flight with it: they arrive, and are kept, first
+    for n in Job(requests, arrived=done).arrivals():
+        yield n, requests.piece(n)
+
+
+def _identity(batch: Batch) -> str:
+    return digest(batch["input_ids"], batch["attention_mask"])
+
+
+def _require_same_prompts(finished: Checkpoint, number: int, batch: Batch, meta: Any) -> None:
+    if meta["identity"] == _identity(batch):
+        return
+    raise CheckpointError(
+        f"run: `checkpoint` is of another job: {finished.folder} differs in prompts (of batch"
+        f" {number}), wanted the prompts of the finished batches unchanged. Likely cause: the list"
+        " was changed or put in another order since. Try: the same prompts again, or a folder of"
+        " its own for this job"
+    )
 
 
 def _streamed(task: Task, pieces: Iterator[Piece]) -> Iterator[Run]:
@@ -163,7 +243,7 @@ def _streamed(task: Task, pieces: Iterator[Piece]) -> Iterator[Run]:
     total: Receipt | None = None
     rows = 0
     for piece in pieces:
-        receipt = without_events(piece).run.receipt
+        receipt = without_events(piece.run.receipt)
         total = receipt if total is None else total + receipt
         rows += len(piece.run.prompts)
         yield piece.run

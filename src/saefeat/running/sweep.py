@@ -10,26 +10,22 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import FiringError, LatentError, RemoteError
-from ..generation.batch import require_passes, run_batch
-from ..generation.decoding import Decoding, decoding, until_stop
-from ..generation.result import Piece, join, piece, provenance
-from ..kernel.log import Log
-from ..kernel.program import Program
+from ..generation.decoding import decoding, until_stop
+from ..generation.task import Piece, Task, require_passes, run_batch
 from ..model.route import route
-from ..remote.jobs import Job
+from ..remote.jobs import Job, submit
 from ..remote.scheduler import Scheduler
-from ..remote.submit import submit
 from ..results.run import Run
 from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_prompts, split
-from ..verbs.base import Chain, Intervention, by_prompt, require_fired, require_rows
-from ..verbs.lower import lower, sites_of
+from ..verbs.base import Chain, Intervention, require_rows
+from ..verbs.lower import sites_of
 from ..verbs.placement import beside, taken_apart
 
 if TYPE_CHECKING:
@@ -39,30 +35,20 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def sweep(
-    model: TransformersModel,
-    prompts: Prompts,
-    settings: Mapping[Key, Intervention | None],
-    *,
-    max_new_tokens: int = 0,
-    batch_size: int = 32,
-    allow_unfired: bool = False,
-    progress: bool = False,
-    on: Server | None = None,
-    folder: str | Path | None = None,
-) -> dict[Key, Run]:
+    model: TransformersModel, prompts: Prompts, settings: Mapping[Key, Intervention | None], *,
+    max_new_tokens: int = 0, batch_size: int = 32, allow_unfired: bool = False,
+    progress: bool = False, on: Server | None = None, folder: str | Path | None = None,
+) -> dict[Key, Run]:  # fmt: skip
     """Run the same prompts under many interventions, several to a batch.
 
     Each setting gives what ``run`` gives for it, to rounding; any interventions will do, with
-    probes, conditions and values of their own.
+    probes, conditions and values of their own. ``model``, ``prompts``, ``allow_unfired`` and
+    ``progress`` are as in ``run``.
 
     Args:
-        model: an nnsight ``TransformersModel``.
-        prompts: as in ``run``.
         settings: name → intervention; None is the bare model.
         max_new_tokens: how many tokens to generate, greedily; 0 makes one forward pass.
         batch_size: rows a batch; prompts x settings rows are run in all.
-        allow_unfired: accept edits that selected no token at all.
-        progress: show a progress bar.
         on: as in ``run``; each setting is a job (``submit``), and all together have at most the
             server's ``requests`` in flight.
         folder: a folder for the jobs' files: the same call with it asks again only for what has
@@ -86,7 +72,11 @@ def sweep(
         ([0.0, 2.0, 4.0], True)
     """
     chosen = {key: one or Chain(()) for key, one in settings.items()}
-    _require_settings(chosen)
+    if not chosen:
+        raise LatentError(
+            "sweep: `settings` is empty, wanted at least one intervention. Likely cause: a search"
+            ' space without points. Try: sweep(model, prompts, {"ablate": Ablate(latents)})'
+        )
     if on is not None:
         submitted = partial(
             submit, model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
@@ -98,68 +88,41 @@ def sweep(
     for one in chosen.values():
         require_rows(one, total)
     batches = split(encoded, min(batch_size, total))
-    groups = _groups(list(chosen.values()), max(1, batch_size // len(batches[0]["input_ids"])))
     way = route(model, [site for one in chosen.values() for site in sites_of(one)])
-    shared = [None if by_prompt(one) else lower(one, model, way=way) for one in chosen.values()]
-    pieces: list[list[Piece]] = [[] for _ in chosen]
     greedy = decoding(model, max_new_tokens=max_new_tokens)
-    generation = {**greedy.to_dict(model), "batch_size": batch_size}
-    jobs = [(batch, group) for batch in batches for group in groups]
+    tasks = [
+        Task(f"sweep, setting {key!r}", model, one, greedy, batch_size, allow_unfired, way)
+        for key, one in chosen.items()
+    ]
+    pieces: list[list[Piece]] = [[] for _ in tasks]
+    together = max(1, batch_size // len(batches[0]["input_ids"]))  # settings that share a batch
+    groups = [range(len(tasks))[n : n + together] for n in range(0, len(tasks), together)]
     start = 0
-    for batch, group in tqdm(jobs, disable=not progress, desc="sweep", unit="batch"):
-        rows = slice(start, start + len(batch["input_ids"]))
-        pairs = [(n, list(chosen.values())[n]) for n in group]
-        programs = [shared[n] or lower(one, model, rows, way) for n, one in pairs]
-        results = _together(model, programs, batch, greedy, allow_unfired)
-        for (n, one), result in zip(pairs, results, strict=True):
-            source = provenance(model, one, generation)
-            pieces[n].append(piece(one, model, batch, result, source))
-        start = rows.stop if group is groups[-1] else start
-    return _joined(chosen, pieces, allow_unfired)
+    count = len(batches) * len(groups)
+    with tqdm(total=count, disable=not progress, desc="sweep", unit="batch") as bar:
+        for batch in batches:
+            for group in groups:
+                results = _together([tasks[n] for n in group], batch, start)
+                for n, result in zip(group, results, strict=True):
+                    pieces[n].append(result)
+                bar.update()
+            start += len(batch["input_ids"])
+    return {key: task.join(own) for key, task, own in zip(chosen, tasks, pieces, strict=True)}
 
 
-def _joined(
-    chosen: Mapping[Key, Intervention], pieces: list[list[Piece]], allow_unfired: bool
-) -> dict[Key, Run]:
-    """Each setting's batches as one result, every edit of which acted."""
-    runs = {key: join(batches) for key, batches in zip(chosen, pieces, strict=True)}
-    for key, result in runs.items():
-        if not allow_unfired:
-            require_fired(result.receipt, f"sweep, setting {key!r}")
-    return runs
-
-
-def _groups(settings: list[Intervention], size: int) -> list[range]:
-    """Numbers of the settings that share a batch."""
-    return [range(n, min(n + size, len(settings))) for n in range(0, len(settings), size)]
-
-
-def _together(
-    model: TransformersModel,
-    programs: list[Program],
-    batch: dict[str, Tensor],
-    greedy: Decoding,
-    allow_unfired: bool,
-) -> list[tuple[Log, list[list[int]], Tensor]]:
-    """One batch under several programs: the log, completions and logits of each."""
-    rows, width = batch["input_ids"].shape
-    shared = {name: value.repeat(len(programs), 1) for name, value in batch.items()}
-    log, tokens, logits = run_batch(model, beside(programs, rows), shared, greedy)
-    ends = [until_stop(part[:, width:], greedy.stops) for part in tokens.split(rows)]
+def _together(tasks: list[Task], batch: dict[str, Tensor], start: int) -> list[Piece]:
+    """One batch of prompts, the first of them number ``start``, under several settings."""
+    (rows, width), settings = batch["input_ids"].shape, tasks[0].decoding
+    programs = [task.program(start, rows) for task in tasks]
+    shared = {name: value.repeat(len(tasks), 1) for name, value in batch.items()}
+    log, tokens, logits = run_batch(tasks[0].model, beside(programs, rows), shared, settings)
+    ends = [until_stop(part[:, width:], settings.stops) for part in tokens.split(rows)]
     passes = [max(1, *(len(row) for row in part)) for part in ends]
-    if not allow_unfired and any(program.visits for program in programs):
+    if not tasks[0].allow_unfired and any(program.visits for program in programs):
         require_passes(log, max(passes), "sweep")
-    logs = taken_apart(log, len(programs), rows, passes)
-    return list(zip(logs, ends, logits.split(rows), strict=True))
-
-
-def _require_settings(settings: Mapping[Any, Intervention]) -> None:
-    if settings:
-        return
-    raise LatentError(
-        "sweep: `settings` is empty, wanted at least one intervention. Likely cause: a search space"
-        ' without points. Try: sweep(model, prompts, {"ablate": Ablate(latents)})'
-    )
+    logs = taken_apart(log, len(tasks), rows, passes)
+    parts = zip(tasks, logs, ends, logits.split(rows), strict=True)
+    return [task.result(batch, log, new, last) for task, log, new, last in parts]
 
 
 def _on_server(

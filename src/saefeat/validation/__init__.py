@@ -7,13 +7,10 @@
 * ``edges``: which latents drive which, through the bare model.
 """
 
-from .audit import audit
-from .audited import Audit
-from .curves import Faithfulness
+from .audit import Audit, audit
 from .edges import Edges, edges
-from .faithfulness import faithfulness
-from .interactions import Interactions, interactions
-from .minimal import MinimalSet, minimal_set
+from .faithfulness import Faithfulness, faithfulness
+from .sets import Interactions, MinimalSet, interactions, minimal_set
 from .stability import Stability, stability
 
 __all__ = [

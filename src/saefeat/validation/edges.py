@@ -5,30 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..checks import gradients_on, whole, wholes
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.latents import Dictionary, Latents, as_latents, cast, index_tensor
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
-from ..metrics.batches import Batch, Data
+from ..kernel.encode import encode
+from ..kernel.log import Log
+from ..kernel.read import Norm, lift
+from ..kernel.tokens import select
+from ..kernel.watch import Keep
+from ..metrics.evaluator import Batch, Data, forward
 from ..model.route import Route, route
-from ..model.sites import Site
-from ..results.identity import model_identity
-from ..results.table import frame
+from ..model.sites import Order, Place, Site
+from ..results.formats import frame
+from ..results.provenance import model_identity
 from ..running.run import run
 from ..text.prompts import Prompts, encode_prompts
+from ..text.rules import plain
 from ..text.tokens import Tokens
 from ..values.per_prompt import per_prompt
+from ..verbs.base import Chain
 from ..verbs.edits import Clamp
+from ..verbs.lower import lower
 from ..verbs.probe import Probe
+from ..verbs.rules import acts_at
+from ..verbs.visits import Visits
 from .experiment import Folder
-from .jacobian import Jacobian
 from .stats import spearman
 
 if TYPE_CHECKING:
@@ -191,13 +201,17 @@ def edges(
     wholes("edges", check=(check, 0), batch_size=(batch_size, 1))
     gradients_on("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
-    way = route(model, _sites(up, down))
+    bases: list[Any] = [basis for basis, _ in (*up.parts, *down.parts)]
+    way = route(model, [site for basis in bases for site in (basis.site, basis.write_site)])
     ordered = _ordered(up, down, way)
     data = Data(encode_prompts(getattr(model, "tokenizer", None), prompts))
     batch, pieces = data.inputs, data.batches(batch_size)
     asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
     asked |= {"check": check, "batch_size": batch_size}
-    who = {} if checkpoint is None else _identity(model, asked)
+    who: dict[str, Any] = {}
+    if checkpoint is not None:
+        who = model_identity(model) | {"job": "edges"}
+        who |= {name: digest(value) for name, value in asked.items()}
     with Checkpoint(checkpoint, who, "edges") as done:
         values = _estimated(Jacobian(model, way, up, down, where), pieces, done, progress)
         values = torch.where(ordered[..., None], values, 0.0)
@@ -217,22 +231,23 @@ def edges(
 
 
 def _estimated(jacobian: Jacobian, pieces: list[Batch], done: Checkpoint, progress: bool) -> Tensor:
-    """[u, d, prompts]: every batch's edges.
-
-    Raises:
-        FiringError: if no upstream or no downstream latent is active in any of them.
-    """
+    """[u, d, prompts]: every batch's edges."""
     values, active = [], {"upstream": False, "downstream": False}
     bar = tqdm(pieces, disable=not progress, desc="edges", unit="batch")
     for number, piece in enumerate(bar):
-
-        def work(piece: Batch = piece) -> dict[str, Tensor]:
-            return jacobian.values(piece)
-
-        held = _once(done, number, work)
-        values.append(held["values"])
-        active = {name: active[name] or bool(held[name]) for name in active}
-    _require_active(active, jacobian)
+        found = _once(done, number, partial(jacobian.values, piece))
+        values.append(found["values"])
+        active = {name: active[name] or bool(found[name]) for name in active}
+    # latents that never fire would give zeros that read as "no edge"
+    for name, latents in (("upstream", jacobian.up), ("downstream", jacobian.down)):
+        if not active[name]:
+            where = jacobian.where if name == "downstream" else None
+            raise FiringError(
+                f"edges: `{name}` is {latents!r}, of which none is active at"
+                f" {where or 'any token'}, wanted at least one active latent. Likely cause: prompts"
+                " or tokens on which they do not fire. Try: scores.top(20), an attribution over"
+                " these prompts"
+            )
     return torch.cat(values, -1)
 
 
@@ -240,9 +255,8 @@ def _once(
     done: Checkpoint, number: int, work: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """A piece of the job, from the checkpoint if it is there."""
-    held = done.load(number)
-    if held is not None:
-        return held[0]
+    if (kept := done.load(number)) is not None:
+        return kept[0]
     tensors = work()
     done.save(number, tensors, {})
     return tensors
@@ -285,18 +299,6 @@ def _ablated(
     return (torch.cat(after) - before).mean(1).float()
 
 
-def _identity(model: TransformersModel, asked: dict[str, Any]) -> dict[str, Any]:
-    """What the pieces of a job depend on."""
-    hashed = {name: digest(value) for name, value in asked.items()}
-    return {**model_identity(model), "job": "edges", **hashed}
-
-
-def _sites(up: Latents, down: Latents) -> list[Site]:
-    """Every site that either reads or writes."""
-    bases: list[Any] = [basis for latents in (up, down) for basis, _ in latents.parts]
-    return [site for basis in bases for site in (basis.site, basis.write_site)]
-
-
 def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     """[u, d] bool."""
     written = [way.orders[basis.write_site] for basis, ix in up.parts for _ in ix]
@@ -311,17 +313,111 @@ def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     )
 
 
-def _require_active(active: dict[str, bool], jacobian: Jacobian) -> None:
-    """Latents that never fire would give zeros that read as "no edge"."""
-    for name, latents in (("upstream", jacobian.up), ("downstream", jacobian.down)):
-        if not active[name]:
-            at = (
-                jacobian.where
-                if jacobian.where is not None and name == "downstream"
-                else "any token"
-            )
-            raise FiringError(
-                f"edges: `{name}` is {latents!r}, of which none is active at {at}, wanted at least"
-                " one active latent. Likely cause: prompts or tokens on which they do not fire."
-                " Try: scores.top(20), an attribution over these prompts"
-            )
+class SiteLatents(NamedTuple):
+    """Latents of one dictionary, the place they are read or written, and its norm."""
+
+    dictionary: Dictionary
+    columns: dict[str, Any]
+    place: Place
+    norm: Norm
+    rule: tuple
+
+
+class Jacobian:
+    """Gradients of downstream latents at the places upstream latents write, in the bare model."""
+
+    def __init__(
+        self, model: TransformersModel, way: Route, up: Latents, down: Latents, where: Tokens | None
+    ) -> None:
+        self._model, self._route = model, way
+        self.up, self.down, self.where = up, down, where
+        self._numbers: dict[Place, tuple[int, Order]] = {}
+        self._reads = [self._part(*part, None, write=False) for part in up.parts]
+        self._writes = [self._part(*part, None, write=True) for part in up.parts]
+        self._sinks = [self._part(*part, where, write=False) for part in down.parts]
+        written = {self._numbers[part.place] for part in self._writes}
+        self._first, self._first_order = min(written, key=lambda entry: entry[1])
+
+    def _part(self, basis: Any, indices: Any, where: Tokens | None, *, write: bool) -> SiteLatents:
+        site: Site = basis.write_site if write else basis.site
+        way = self._route.writable(site, "edges") if write else self._route.places[site]
+        place = Place(way.path, way.end, plus=way.plus)
+        self._numbers.setdefault(place, (len(self._numbers), self._route.orders[site]))
+        if place.plus is not None:  # resid_mid: the block's input is the other half of its value
+            block = Place(place.plus, "input")
+            order = self._route.starts[place.plus]
+            self._numbers.setdefault(block, (len(self._numbers), order))
+        rule = plain(acts_at(where, basis, self._model).rule, self._model)
+        columns = basis.columns(index_tensor(indices))
+        norm = Norm(kind=way.transform, eps=way.eps)
+        return SiteLatents(basis, columns, place, norm, rule)
+
+    def values(self, batch: Batch) -> dict[str, Tensor]:
+        """``values`` [u, d, b], the edges of one batch; whether either side was active at all."""
+        log = self._run(batch)
+        with torch.enable_grad():
+            sums = torch.cat([self._sum(part, log) for part in self._sinks], -1)  # [b, d]
+        nodes = [log.nodes[self._numbers[part.place][0]] for part in self._writes]
+        active, effects = [self._active(read, log) for read in self._reads], []
+        for j in range(sums.shape[1]):
+            slopes = torch.autograd.grad(
+                sums[:, j].sum(), nodes, retain_graph=True, materialize_grads=True,
+                allow_unused=True,
+            )  # fmt: skip
+            parts = zip(self._reads, active, slopes, strict=True)
+            effects.append(torch.cat([_weigh(*part) for part in parts], -1))  # [b, u]
+        return {
+            "values": torch.stack(effects).permute(2, 0, 1).float().cpu(),
+            "upstream": torch.stack([f.any() for f, _ in active]).any(),
+            "downstream": sums.any(),
+        }
+
+    def _run(self, batch: Batch) -> Log:
+        """One forward pass in which every place's value is kept as a node of the graph."""
+        program, visits = lower(Chain(()), self._model), Visits()
+        for place, (number, order) in self._numbers.items():
+            if place.plus is not None:
+                visits.stash(place.plus, self._route.starts[place.plus])
+            # what lies before the first written place needs no gradient, and frozen models work
+            gradient, first = order >= self._first_order, number == self._first
+            keep = Keep(number=number, plus=place.plus, gradient=gradient, first=first)
+            visits.add(place, order, keep)
+        program = program.replace(visits=visits.ordered())
+        with torch.enable_grad():
+            log, _ = forward(self._model, batch, program, columns=1)
+        return log
+
+    def _node(self, place: Place, log: Log) -> Tensor:
+        """The site's value [b, t, d], in the graph where it can be."""
+        number = self._numbers[place][0]
+        if number not in log.nodes:
+            return log.kept[number]
+        x = log.nodes[number]
+        if place.plus is None:
+            return x
+        return x + self._node(Place(place.plus, "input"), log)
+
+    def _sum(self, part: SiteLatents, log: Log) -> Tensor:
+        """[b, k]: each downstream latent's activation, summed over its tokens."""
+        x = lift(self._node(part.place, log), part.norm)
+        f = encode(cast(part.columns, x.dtype, x.device), x)[0]  # [b, t, k]
+        mask = select(part.rule, log.view).to(x.device)
+        f = torch.where(mask[..., None], f, 0.0)
+        return f.sum(1)
+
+    @torch.no_grad()
+    def _active(self, read: SiteLatents, log: Log) -> tuple[Tensor, Tensor | None]:
+        """[b, t, k]: what upstream latents are at their tokens, and the scale of directions."""
+        x = lift(log.kept[self._numbers[read.place][0]], read.norm)
+        f, scale = encode(cast(read.columns, x.dtype, x.device), x)
+        return torch.where(select(read.rule, log.view).to(x.device)[..., None], f, 0.0), scale
+
+
+@torch.no_grad()
+def _weigh(read: SiteLatents, active: tuple[Tensor, Tensor | None], slope: Tensor) -> Tensor:
+    """[b, k]: −Σ_t f · (slope · direction)."""
+    f, scale = active
+    slope = slope.to(f.device, f.dtype)
+    directions = cast(read.columns, f.dtype, f.device)["directions"]
+    along = (slope if scale is None else slope * scale) @ directions.T
+    return -(f * along).sum(1)

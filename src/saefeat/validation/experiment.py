@@ -1,8 +1,4 @@
-"""Experiment: one model, its prompts and a metric, measured under many edits.
-
-All of validation asks it for the metric's values. Any metric of ``Attribute`` will do: the same
-evaluator reads it, off passes with the continuations, columns of logits and sites that it asks for.
-"""
+"""Experiment: one model, its prompts and a metric, measured under many edits."""
 
 from __future__ import annotations
 
@@ -17,29 +13,40 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
-from ..attribution.batch import baseline_logits
-from ..attribution.prepare import prepare
+from ..attribution.columns import require
+from ..attribution.job import prepare
+from ..attribution.path import baseline_logits
 from ..attribution.scores import Attribution
 from ..checks import whole
 from ..dictionaries.latents import Latents
 from ..errors import PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
+from ..kernel.encode import encode
 from ..metrics.base import Metric
-from ..metrics.batches import Batch, Data, metric_data
-from ..metrics.evaluator import NOTHING, Evaluator, References, require_finite
-from ..results.identity import model_identity
+from ..metrics.evaluator import (
+    NOTHING,
+    Batch,
+    Data,
+    Evaluator,
+    References,
+    metric_data,
+    require_finite,
+)
+from ..results.provenance import model_identity
 from ..results.readings import Readings
 from ..results.receipt import Fired, Receipt, join_receipts
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
+from ..values.patch import Patch
 from ..values.per_prompt import per_prompt
 from ..verbs.base import Intervention, require_fired, require_rows
 from ..verbs.edits import Clamp
-from .memory import rows_that_fit
+from .ranking import selection
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
+
 
 Folder = str | os.PathLike[str] | None
 
@@ -82,15 +89,17 @@ class Experiment:
 
         ``baseline`` is the run that ``BASELINE_TOP`` and ``kl("baseline")`` refer to; ``asked`` is
         what else a result depends on, for the checkpoint.
-
-        Raises:
-            PromptError: for a metric made for another number of prompts.
-            SaefeatError: for a metric that refers to a baseline, without one.
         """
         whole(function, "batch_size", batch_size)
         edit = baseline or NOTHING
         data = metric_data(function, model, prompts, metric)
-        _require_baseline(function, metric, baseline)
+        if baseline is None and metric.needs_baseline:
+            name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
+            raise SaefeatError(
+                f"{function}: `metric` is {metric!r}, wanted the baseline run it refers to, or a"
+                f" metric that needs none. Likely cause: {name} is what a baseline run says, and"
+                f" there is none here. Try: {function}(..., baseline=Ablate(latents))"
+            )
         require_rows(edit, data.prompts)
         evaluator = Evaluator(model, metric)
         asked |= {"baseline": baseline}
@@ -129,9 +138,6 @@ class Experiment:
         """[n] float32: the metric of these prompts (default: each once) under an intervention.
 
         Values of the intervention that differ by prompt are one a row, n of them.
-
-        Raises:
-            FiringError: if an edit selects no token in any of them.
         """
         rows = torch.arange(len(self)) if prompts is None else prompts
         edit = intervention or NOTHING
@@ -175,28 +181,27 @@ class Experiment:
         self, sets: Sequence[Latents], where: Tokens | None, *, progress: bool = False
     ) -> Tensor:
         """[sets, prompts]: the metric with each set ablated; every pair is a row of a batch."""
-        some = max(1, self.batch_size // len(self))
-        starts = range(0, len(sets), some)
-        bar = tqdm(starts, disable=not progress, desc=self.function, unit="batch")
-        return torch.cat([self._without(sets[start : start + some], where) for start in bar])
-
-    def _without(self, sets: Sequence[Latents], where: Tokens | None) -> Tensor:
-        union, member = per_prompt(sets)
-        prompts = torch.arange(len(self)).repeat(len(sets))
-        scale = (~member).float().repeat_interleave(len(self), 0)  # [sets · prompts, k]
-        edit = Clamp(union, scale=scale, where=where) if len(union) else None
-        return self.under(edit, prompts).reshape(len(sets), len(self))
+        together, values = max(1, self.batch_size // len(self)), []
+        starts = range(0, len(sets), together)
+        for start in tqdm(starts, disable=not progress, desc=self.function, unit="batch"):
+            some = sets[start : start + together]
+            union, member = per_prompt(some)
+            scale = (~member).float().repeat_interleave(len(self), 0)  # [some · prompts, k]
+            edit = Clamp(union, scale=scale, where=where) if len(union) else None
+            prompts = torch.arange(len(self)).repeat(len(some))
+            values.append(self.under(edit, prompts).reshape(len(some), len(self)))
+        return torch.cat(values)
 
     def require_same(self, clean: Tensor, scores: Attribution) -> None:
         """Refuse scores of other prompts, another metric or another model.
 
         ``clean`` [prompts] is the metric in the bare model.
-
-        Raises:
-            PromptError: naming what differs.
         """
-        remembered = scores.clean
-        same = clean.shape == remembered.shape and self._same_texts(scores)
+        remembered, inputs = scores.clean, self.data.inputs
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        ids = tuple(tuple(row[real].tolist()) for row, real in rows)
+        same = clean.shape == remembered.shape
+        same &= scores.texts is None or scores.texts.ids == ids
         # bfloat16 models move by a percent when rows are batched otherwise
         floats = (p for p in self.evaluator.module.parameters() if p.is_floating_point())
         first = next(floats, clean)
@@ -210,13 +215,6 @@ class Experiment:
             f" is {clean.mean():.3f}. Likely cause: other prompts, another order, another metric or"
             " another model. Try: scores = attribute(model, prompts), and the same three here"
         )
-
-    def _same_texts(self, scores: Attribution) -> bool:
-        """Whether scores are of these very tokens; true where they do not know theirs."""
-        inputs = self.data.inputs
-        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-        ids = tuple(tuple(row[real].tolist()) for row, real in rows)
-        return scores.texts is None or scores.texts.ids == ids
 
     def _batches(
         self, edit: Intervention, rows: Tensor, start: int
@@ -254,24 +252,113 @@ def _opened(
     """The job's checkpoint, refused now if it is another's."""
     who: dict[str, Any] = {}
     if folder is not None:
-        who = {
-            **model_identity(evaluator.model),
-            "job": function,
-            "metric": digest(evaluator.metric),
-        }
-        who |= {"prompts": digest(*data), "batch_size": batch_size}
+        who = model_identity(evaluator.model) | {"job": function, "batch_size": batch_size}
+        who |= {"metric": digest(evaluator.metric), "prompts": digest(*data)}
         who |= {name: digest(value) for name, value in asked.items()}
     with Checkpoint(folder, who, function) as done:  # it holds nothing open
         return done
 
 
-def _require_baseline(function: str, metric: Metric, baseline: Intervention | None) -> None:
-    """Refuse a metric that refers to a run nobody named."""
-    if baseline is not None or not metric.needs_baseline:
-        return
-    name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
-    raise SaefeatError(
-        f"{function}: `metric` is {metric!r}, wanted the baseline run it refers to, or a metric"
-        f" that needs none. Likely cause: {name} is what a baseline run says, and there is none"
-        f" here. Try: {function}(..., baseline=Ablate(latents))"
+CAPACITY = 1 << 28
+"""Numbers that a pass may hold beside the weights: 1 GiB of float32. On a GPU half of what is free,
+if that is more."""
+
+
+def rows_that_fit(evaluator: Evaluator, batch: Batch, intervention: Intervention, most: int) -> int:
+    """At most ``most`` rows as wide as this batch, and one at least.
+
+    Counted are the logits that the metric reads (three times: as they are, in float32, and their
+    logarithms), the latents that an intervention encodes, the block's own activations, and the
+    attention weights of one layer. It is an estimate: it keeps 32 rows of 2,000 tokens, or logits
+    of every token, from filling the memory.
+    """
+    tokens = batch.inputs["input_ids"].shape[1]
+    config: Any = getattr(evaluator.module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("vocab_size", "hidden_size", "num_attention_heads")
+    words, width, heads = (getattr(text, name, None) or 0 for name in names)
+    latents = sum(len(step.latents) for step in intervention.parts())
+    row = 3 * (evaluator.columns(batch) or tokens) * words
+    row += tokens * (4 * latents + 16 * width + 2 * heads * tokens)
+    capacity, device = CAPACITY, next((p.device for p in evaluator.module.parameters()), None)
+    if device is not None and device.type == "cuda":
+        capacity = max(capacity, torch.cuda.mem_get_info(device)[0] // 8)
+    return max(1, min(most, capacity // max(1, row)))
+
+
+def effects(
+    experiment: Experiment,
+    scores: Attribution,
+    keys: Tensor,
+    place: Tensor,
+    clean: Tensor,
+    *,
+    progress: bool,
+) -> Tensor:
+    """[k, prompts] float64: the metric's exact change when a latent moves alone.
+
+    It is the exact counterpart of a score. A score at (prompt, position, latent) is the estimated
+    effect of adding ``change`` to that latent there, so a prompt's sum over positions is the
+    estimate of one edit, which the attribution's record is enough to make. Latents that did not
+    move in a prompt have no row in the batch: their effect is exactly zero.
+
+    ``keys`` [k, 2] are (dictionary, latent), ``place`` [n] which key each of the attribution's rows
+    is of, or −1, and ``clean`` [prompts] the metric in the clean run.
+    """
+    moves = (place >= 0).nonzero().squeeze(1)
+    edits, edit = torch.unique(  # [edits, 2] (key, prompt), and the edit each move belongs to
+        torch.stack([place[moves], scores.prompt[moves]], 1), dim=0, return_inverse=True
     )
+    effect = torch.zeros(len(keys), len(experiment), dtype=torch.float64)
+    starts = range(0, len(edits), experiment.batch_size)
+    for start in tqdm(starts, disable=not progress, desc=experiment.function, unit="batch"):
+        rows = edits[start : start + experiment.batch_size]
+        here = (edit >= start) & (edit < start + len(rows))
+        shifted = _shifted(scores, keys, rows, moves[here], edit[here] - start)
+        values = experiment.under(shifted, rows[:, 1])
+        effect[rows[:, 0], rows[:, 1]] = values.double() - clean[rows[:, 1]].double()
+    return effect
+
+
+def _shifted(scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edit: Tensor) -> Clamp:
+    """The edit of one batch, whose row r moves latent rows[r, 0] in prompt rows[r, 1].
+
+    ``moves`` [n] are the attribution's rows, ``edit`` [n] the batch's row each belongs to. Values
+    are by position in the text, so that padding and batching do not matter.
+    """
+    latents = selection(scores.dictionaries, keys[rows[:, 0].unique()])
+    number = {id(dictionary): n for n, dictionary in enumerate(scores.dictionaries)}
+    pairs = [(number[id(basis)], i) for basis, indices in latents.parts for i in indices]
+    column = {pair: n for n, pair in enumerate(pairs)}
+    places = torch.tensor([column[tuple(key)] for key in keys[rows[edit, 0]].tolist()])
+    position = scores.position[moves]
+    shift = torch.zeros(len(rows), int(position.max()) + 1, len(latents))  # [b, t, k]
+    shift[edit, position, places] = scores.change[moves].cpu()
+    every = torch.ones_like(shift, dtype=torch.bool)
+    values = Readings(latents, shift, every, torch.zeros(len(rows), dtype=torch.long))
+    return Clamp(latents, add=Patch(values), where=Tokens.all())
+
+
+def require_movable(scores: Attribution, function: str) -> None:
+    """Refuse scores that do not say at which tokens, and how far, each latent is to be moved."""
+    require(scores, function, "positions")  # an exact score of a whole prompt is no estimate
+    if torch.equal(scores.change, -scores.activation):
+        return
+    for dictionary in scores.dictionaries:
+        columns = dictionary.columns(torch.zeros(1, dtype=torch.long))
+        if encode(columns, torch.ones(1, dictionary.d_in))[1] is not None:
+            raise SaefeatError(
+                f"{function}: `attribute` is with a baseline, on {dictionary!r}, whose directions"
+                " move with the input, wanted the zero baseline there. Likely cause:"
+                " an SAE that normalizes its input, or the error term. Try: Attribute(...,"
+                " baseline=None)"
+            )
+
+
+def require_upstream_of(
+    metric: Metric, model: TransformersModel, latents: Latents, function: str
+) -> None:
+    """Refuse latents that the metric's own site does not depend on."""
+    if metric.site is not None:
+        written = [basis.write_site for basis, _ in latents.parts]
+        Evaluator(model, metric, written).require_upstream(function, written)

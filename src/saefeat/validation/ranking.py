@@ -1,9 +1,4 @@
-"""A sparse attribution by latent: sums over scored tokens, which exact effects are compared with.
-
-``Attribution.totals`` gives means over a prompt's scored tokens, so that long prompts do not
-outweigh short ones. The effect of ablating a latent at all of those tokens is no mean: its
-first-order estimate is the *sum*. Everything in this room uses sums.
-"""
+"""A sparse attribution by latent, and the sets drawn as controls for its top."""
 
 from __future__ import annotations
 
@@ -27,20 +22,15 @@ class Ranking(NamedTuple):
     keys: Tensor
     number: Tensor
 
-    def among(self, chosen: Tensor) -> Tensor:
-        """[n]: for each row of the attribution its place in ``chosen`` [k] ranks, or −1."""
+    def places(self, chosen: Tensor) -> Tensor:
+        """[n]: the place of each row of the attribution in ``chosen`` [k] ranks, or −1."""
         place = torch.full((len(self.keys),), -1)
         place[chosen] = torch.arange(len(chosen))
         return place[self.number]
 
 
 def ranking(scores: Attribution, function: str) -> Ranking:
-    """Rank by the size of the estimate, either sign.
-
-    Raises:
-        SaefeatError: if nothing was scored, a score is not finite, or every prompt's metric is
-            degenerate.
-    """
+    """Rank by the size of the estimate, either sign."""
     if len(scores) == 0 or bool(scores.degenerate.all()):
         raise SaefeatError(
             f"{function}: `scores` is {len(scores)} scores, {int(scores.degenerate.sum())} of"
@@ -48,7 +38,15 @@ def ranking(scores: Attribution, function: str) -> Ranking:
             " Likely cause: a baseline that changes nothing, or `where` that selects no token. Try:"
             " print(scores), and compare the metric before and after"
         )
-    _require_finite(scores, function)
+    # a score that is NaN would rank above all others
+    bad = (~torch.isfinite(scores.score)).nonzero().flatten()
+    if len(bad):
+        raise SaefeatError(
+            f"{function}: `scores` is {len(bad)} that are not finite, the first of prompt"
+            f" {int(scores.prompt[bad[0]])}, wanted finite scores. Likely cause: a gradient that"
+            " overflows, or of a root or logarithm at zero in the metric. Try: attribute again"
+            " without these prompts, in float32"
+        )
     pairs = torch.stack([scores.dictionary, scores.latent], 1)
     keys, inverse = torch.unique(pairs, dim=0, return_inverse=True)
     sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, scores.score.double())
@@ -56,20 +54,6 @@ def ranking(scores: Attribution, function: str) -> Ranking:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     return Ranking(keys[order], place[inverse])
-
-
-def _require_finite(scores: Attribution, function: str) -> None:
-    """A score that is NaN would rank above all others."""
-    bad = (~torch.isfinite(scores.score)).nonzero().flatten()
-    if not len(bad):
-        return
-    row = int(bad[0])
-    raise SaefeatError(
-        f"{function}: `scores` is {len(bad)} that are not finite, the first of prompt"
-        f" {int(scores.prompt[row])}, wanted finite scores. Likely cause: a gradient that"
-        " overflows, or of a root or logarithm at zero in the metric. Try: attribute again without"
-        " these prompts, in float32"
-    )
 
 
 def by_prompt(scores: Attribution, number: Tensor, values: Tensor, count: int) -> Tensor:
@@ -96,3 +80,62 @@ def selection(dictionaries: tuple[Dictionary, ...], keys: Tensor) -> Latents:
 def singles(dictionaries: tuple[Dictionary, ...], keys: Tensor) -> tuple[Latents, ...]:
     """Each key as a selection of its own, in order."""
     return tuple(selection(dictionaries, key[None]) for key in keys)
+
+
+NEAR = 5
+"""A matched partner is drawn from so many of the nearest latents, so that draws differ."""
+
+
+def random_sets(ranked: Ranking, k: int, draws: int, seed: int) -> Tensor:
+    """[draws, k, 2]: keys drawn from the latents that moved and are not among the first k."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = ranked.keys[k:]
+    sets = [pool[torch.randperm(len(pool), generator=generator)[:k]] for _ in range(draws)]
+    return torch.stack(sets)
+
+
+def matched_sets(scores: Attribution, ranked: Ranking, k: int, draws: int, seed: int) -> Tensor:
+    """[draws, k, 2]: a partner for each of the first k, in their order, each used once.
+
+    Partners are of the same dictionary (of any, once that has none left) and write about as much:
+    they are drawn from the ``NEAR`` whose mass is nearest on a logarithmic scale.
+    """
+    size = mass(scores, ranked).log()
+    pool = torch.arange(k, len(size))
+    draw = torch.Generator().manual_seed(seed)
+    sets = []
+    for _ in range(draws):
+        free = torch.ones(len(pool), dtype=torch.bool)
+        picked = []
+        for member in range(k):
+            own = free & (ranked.keys[pool, 0] == ranked.keys[member, 0])
+            open_to = (own if bool(own.any()) else free).nonzero().squeeze(1)
+            nearest = (size[pool[open_to]] - size[member]).abs().argsort(stable=True)[:NEAR]
+            one = open_to[nearest[torch.randint(len(nearest), (1,), generator=draw)]]
+            free[one] = False
+            picked.append(ranked.keys[pool[one]])
+        sets.append(torch.cat(picked))
+    return torch.stack(sets)
+
+
+def mass(scores: Attribution, ranked: Ranking) -> Tensor:
+    """[m] > 0: how much each latent writes, Σ |activation| · ‖direction‖ where it moved."""
+    size = torch.zeros(len(ranked.keys), dtype=torch.float64)
+    size.index_add_(0, ranked.number, scores.activation.abs().double())
+    for n, dictionary in enumerate(scores.dictionaries):
+        own = ranked.keys[:, 0] == n
+        if bool(own.any()):
+            size[own] *= dictionary.directions(ranked.keys[own, 1]).norm(dim=1).double()
+    return size.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def members_mass(
+    scores: Attribution, ranked: Ranking, sets: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """For each of the sets [draws, k, 2] what each member writes, [draws, k]."""
+    written = mass(scores, ranked).tolist()
+    table = dict(zip(map(tuple, ranked.keys.tolist()), written, strict=True))
+    return {
+        name: torch.tensor([[table[tuple(key)] for key in drawn.tolist()] for drawn in keys])
+        for name, keys in sets.items()
+    }

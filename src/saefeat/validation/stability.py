@@ -12,7 +12,7 @@ from ..attribution.scores import Attribution
 from ..checks import wholes
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
-from ..results.table import frame
+from ..results.formats import frame
 from .ranking import by_prompt, ranking, selection, singles
 from .stats import quantiles, resample
 

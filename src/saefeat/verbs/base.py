@@ -16,9 +16,8 @@ from ..kernel.log import Log
 from ..kernel.pack import unpack
 from ..kernel.trace import whole_run
 from ..model.requests import in_requests
-from ..results.events import record_events
 from ..results.readings import Readings, join_time
-from ..results.receipt import Fired, Receipt
+from ..results.receipt import Fired, Receipt, record_events
 from ..shipping.program import as_shipped
 from ..values.base import Value
 from .lower import lower

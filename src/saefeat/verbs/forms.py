@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dictionaries.indices import index_tensor
-from ..dictionaries.latents import Dictionary
+from ..dictionaries.latents import Dictionary, index_tensor
 from ..dictionaries.sae import ErrorTerm
 from ..errors import LatentError
 from ..kernel.edit import AnyChange, Change, ChangeByRow, Reselect

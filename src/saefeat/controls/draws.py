@@ -1,10 +1,10 @@
-"""matched: latents drawn to resemble a selection in decoder norm and firing."""
+"""Controls drawn at random: latents like those selected, or the same with other directions."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -59,7 +59,11 @@ def matched(
         (4, 0)
     """
     chosen = as_latents(latents, "matched")
-    _require_factor(within)
+    if not within >= 1:
+        raise _unmatched(
+            f"asked for within a factor {within}", "a factor of at least 1",
+            "a difference in place of a ratio", "matched(..., within=2.0)",
+        )  # fmt: skip
     one = isinstance(statistics, Readings | Mapping)
     given: list[Any] = [statistics] if one else list(statistics)
     generator = random.Random(seed)
@@ -126,9 +130,9 @@ def _drawn(
     for index in sorted(indices, key=lambda i: (int(like[i].sum()), i)):
         candidates = (like[index] & free).nonzero()[:, 0].tolist()
         if not candidates:
+            numbers = ", ".join(f"{value:.3g}" for value in rows[:, index].tolist())
             raise _unmatched(
-                f"latent {index} of {basis.site}, with {_numbers(rows[:, index])}"
-                " and no other like it",
+                f"latent {index} of {basis.site}, with {numbers} and no other like it",
                 f"another latent within a factor {within:g} in each of these",
                 "a latent unlike the rest, a dead one, or too few tokens read",
                 f"matched(..., within={2 * within:g}), or statistics of more text",
@@ -146,21 +150,58 @@ def _like(rows: Tensor, index: int, within: float) -> Tensor:
     return ((size >= low) & (size <= high) & (rows.sign() == own.sign())).all(0)
 
 
-def _numbers(column: Tensor) -> str:
-    return ", ".join(f"{value:.3g}" for value in column.tolist())
-
-
-def _require_factor(within: float) -> None:
-    if not within >= 1:
-        raise _unmatched(
-            f"asked for within a factor {within}",
-            "a factor of at least 1",
-            "a difference in place of a ratio",
-            "matched(..., within=2.0)",
-        )
-
-
 def _unmatched(got: str, wanted: str, cause: str, call: str) -> LatentError:
     return LatentError(
         f"matched: `latents` is {got}, wanted {wanted}. Likely cause: {cause}. Try: {call}"
     )
+
+
+def random_directions(latents: Latents, *, seed: int) -> Latents:
+    """The same latents, read as they are, each writing a random direction of its own length.
+
+    An edit of them moves the site at the same tokens and by the same length as the edit of the
+    latents themselves (of one latent exactly, of several on average), elsewhere.
+
+    Args:
+        latents: the selection to be controlled for.
+        seed: of the directions; a latent's is the same in every selection.
+
+    Examples:
+        >>> sae = sf.SAE.from_tensors({"W_enc": torch.randn(8, 32), "b_enc": torch.zeros(32),
+        ...     "W_dec": torch.randn(32, 8), "b_dec": torch.zeros(8)}, site="resid_post.1")
+        >>> control = sf.controls.random_directions(sae.latents([3, 7]), seed=0)
+        >>> control
+        Latents(2: resid_post.1 [3, 7])
+        >>> round(float(control.parts[0][0].directions([3]).norm() / sae.directions([3]).norm()), 4)
+        1.0
+    """
+    chosen = as_latents(latents, "random_directions")
+    return Latents(tuple((_Redirected(basis, seed), ix) for basis, ix in chosen.parts))
+
+
+@final
+class _Redirected(Dictionary):
+    """A dictionary with random directions of the same lengths; made by ``random_directions``."""
+
+    def __init__(self, dictionary: Dictionary, seed: int) -> None:
+        self._inner, self._seed = dictionary, seed
+        self.site, self.write_site = dictionary.site, dictionary.write_site
+        self.d_in, self.d_out, self.d_sae = dictionary.d_in, dictionary.d_out, dictionary.d_sae
+        self.excluded, self.prefix = dictionary.excluded, dictionary.prefix
+        self.centered = getattr(dictionary, "centered", False)
+        self.name = f"random directions {seed} of {dictionary.name}"
+
+    def columns(self, indices: Tensor) -> dict[str, Any]:
+        columns = self._inner.columns(indices)
+        rows = columns["directions"]
+        drawn = torch.stack([self._drawn(int(index)) for index in indices]).to(rows)
+        drawn = drawn / drawn.norm(dim=1, keepdim=True) * rows.norm(dim=1, keepdim=True)
+        return columns | {"directions": drawn}
+
+    def _drawn(self, index: int) -> Tensor:
+        """[d_out]: of one latent, whatever else is selected."""
+        number = (self._seed * 1_000_003 + index) % 2**63
+        return torch.randn(self.d_out, generator=torch.Generator().manual_seed(number))
+
+    def content(self, indices: Tensor) -> object:
+        return self._inner.fingerprint(indices), indices.tolist(), self._seed

@@ -1,15 +1,11 @@
-"""hooked: the same intervention on a plain Hugging Face model, by forward hooks.
-
-Evaluation harnesses and other frameworks call the model themselves; inside the ``with`` they see
-the edit at every token. It is also the oracle that tests hold the nnsight paths against.
-"""
+"""edit and hooked: an intervention that stays on a model, whoever calls the model then."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +17,46 @@ from ..kernel.trace import generating
 from ..kernel.view import Memory, past_length, require_sequential, window
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
+from ..shipping.program import Carried
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+
+def edit(model: TransformersModel, intervention: Intervention) -> Any:
+    """A copy of the model that applies the intervention to every token of every run.
+
+    The copy shares the weights; the original is untouched. Several edits stack, in order. The copy
+    is used like any nnsight model: ``trace``, ``generate``, ``session``, remotely.
+
+    Args:
+        model: an nnsight ``TransformersModel``.
+        intervention: what to apply. Readings are not returned this way: use ``run`` or apply the
+            probe inside the block.
+
+    Returns:
+        The edited copy.
+
+    Raises:
+        SiteError: a layer the model lacks, or a dictionary of another width.
+        ModelError: an unknown family, or train mode with dropout.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = tiny.model("chat")
+        >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
+        >>> edited = sf.edit(model, sf.Ablate(saes.latents({1: [0, 1]})))
+        >>> with edited.trace("how do i bake bread"):
+        ...     logits = nnsight.save(edited.output.logits)
+        >>> logits.ndim
+        3
+    """
+    carried = Carried(lower(intervention, model), model)
+    with model.edit() as (_, edited):
+        carried(edited)
+    return edited
 
 
 @contextmanager
