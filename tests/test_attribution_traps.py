@@ -13,8 +13,7 @@ import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, unit, wrapped
 from saefeat.files.hashing import digest
 from saefeat.kernel.frozen import Placed
-from saefeat.kernel.log import Log, State
-from saefeat.kernel.view import Memory, window
+from saefeat.kernel.state import Log, Memory, State, window
 from saefeat.kernel.watch import Keep
 
 F64 = torch.float64

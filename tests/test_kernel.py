@@ -14,11 +14,10 @@ from helpers import ARCHITECTURES, D_SAE, D, build, make_sae, tensors_for, unit
 from saefeat.kernel.edit import Acted, Change, moved
 from saefeat.kernel.encode import encode
 from saefeat.kernel.frozen import Placed
-from saefeat.kernel.log import Log, State
 from saefeat.kernel.program import visit
 from saefeat.kernel.read import Norm, lift
+from saefeat.kernel.state import Log, Memory, State, window
 from saefeat.kernel.tokens import select
-from saefeat.kernel.view import Memory, window
 from saefeat.verbs.lower import lower
 
 F64 = torch.float64

@@ -310,7 +310,7 @@ def test_decoding_that_takes_tokens_back_is_refused(what, way):
 
 
 def test_a_cropped_cache_is_refused_in_a_trace_and_new_to_hooks():
-    from saefeat.kernel.view import Memory, window
+    from saefeat.kernel.state import Memory, window
 
     ids, memory = torch.tensor([[5, 6, 7, 8]]), Memory()
     window(ids, None, (1, 4), 0, memory, None)

@@ -26,7 +26,7 @@ from helpers import (
     unit,
     wrapped,
 )
-from saefeat.model.modules import family, find, layer_count
+from saefeat.model.modules import blocks, family, find
 from test_ways import every_way
 
 SEES = {
@@ -116,7 +116,7 @@ def test_every_site_is_the_language_models(name):
     norm = model.get_submodule(find(model, sf.Site("mlp_norm", 1)).path)
     eps = getattr(norm, "variance_epsilon", None) or norm.eps
     wanted["mlp_norm"] = (mid / (mid.pow(2).mean(-1, keepdim=True) + eps).sqrt()).float()
-    assert layer_count(model) == LAYERS and set(wanted) == set(family(model)[1])
+    assert len(blocks(model)) == LAYERS and set(wanted) == set(family(model)[1])
     for kind, value in wanted.items():
         probe = sf.Probe(sf.Neurons(f"{kind}.1", value.shape[-1]))
         with torch.no_grad(), sf.hooked(model, probe) as log:

@@ -23,9 +23,8 @@ from transformers import Gemma2Config
 import loopback
 import saefeat as sf
 from helpers import BOS, RAGGED, D, batch_of, build, make_sae, tokenizer, unit, wrapped
-from saefeat.kernel.log import Log
-from saefeat.kernel.trace import whole_run
-from saefeat.kernel.view import View
+from saefeat.kernel.program import whole_run
+from saefeat.kernel.state import Log, View
 from saefeat.remote import Server
 from saefeat.remote.batch import embedding
 from saefeat.remote.preflight import Capture, parks, tensors

@@ -21,7 +21,7 @@ from helpers import (
 )
 from saefeat.generation import Beams, Greedy, Sample
 from saefeat.generation.decoding import decoding, seeded
-from saefeat.kernel import trace as kernel_trace
+from saefeat.kernel import program as kernel_program
 from saefeat.remote import Server
 
 NEW = 5
@@ -46,11 +46,11 @@ def test_an_edit_on_some_passes_only_is_an_error(monkeypatch):
     """nnsight's classic: 1 of 6. Provoked by a loop that stops early."""
 
     class Early:
-        def __getitem__(self, _):
-            return iter(range(1))
+        def __getitem__(self, wanted):
+            return iter(range(1)[wanted])
 
     nn = wrapped(build("llama"))
-    monkeypatch.setattr(kernel_trace, "Iterations", Early)
+    monkeypatch.setattr(kernel_program, "Iterations", Early)
     with pytest.raises(sf.errors.FiringError, match=r"applied to 1 of the 5 forward passes"):
         sf.run(nn, RAGGED, PUSH, max_new_tokens=NEW)
     with pytest.raises(sf.errors.FiringError, match=r"sweep.*applied to 1 of the 5"):

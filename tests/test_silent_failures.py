@@ -350,9 +350,8 @@ def test_normalization_is_stateful(norm):
 def edited_by(step, x, layer=1):
     """The kernel's x' at a site, for one batch [b, t, d] without padding."""
     from saefeat.kernel.frozen import Placed
-    from saefeat.kernel.log import Log, State
     from saefeat.kernel.program import visit
-    from saefeat.kernel.view import Memory, window
+    from saefeat.kernel.state import Log, Memory, State, window
     from saefeat.verbs.lower import lower
 
     program = lower(step, build("llama"))

@@ -24,7 +24,7 @@ from helpers import (
     wrapped,
 )
 from saefeat.model.families import FAMILIES as TABLE
-from saefeat.model.modules import check_ready, find, layer_count
+from saefeat.model.modules import blocks, check_ready, find
 from saefeat.model.sites import HOOKS
 
 PARALLEL = ("gpt_neox",)  # attention and MLP read the same stream
@@ -302,7 +302,7 @@ def test_a_parallel_block_has_no_resid_mid():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_count(family):
-    assert layer_count(build(family)) == LAYERS
+    assert len(blocks(build(family))) == LAYERS
 
 
 def use_somehow(use, model, nn, intervention, batch):

@@ -20,7 +20,7 @@ from .dictionaries.direction import Neurons
 from .dictionaries.latents import Dictionaries, Dictionary
 from .errors import DictionaryError, ModelError, SiteError
 from .loading.declaration import notes
-from .model.modules import check_ready, family, layer_count, torch_module, width_at
+from .model.modules import blocks, check_ready, family, torch_module, width_at
 from .model.route import Route, route
 from .model.sites import HOOKS, Site
 from .running.run import run
@@ -197,7 +197,7 @@ def _candidates(module: nn.Module, sae: Any) -> list[Site]:
     site = sae.site
     if site.layer is None:
         return [site, *_neighbors(module, site)]
-    layers = layer_count(module)
+    layers = len(blocks(module))
     near = [Site(site.kind, n) for n in (site.layer - 1, site.layer + 1) if 0 <= n < layers]
     same = [Site(kind, site.layer) for kind in HOOKS if kind in family(module)[1]]
     return [site, *near, *(s for s in same if s != site and width_at(module, s) == sae.d_in)]

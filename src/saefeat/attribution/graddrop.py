@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, SaefeatError
 from ..model.families import FAMILIES, NESTED
-from ..model.modules import blocks, family, layer_count
+from ..model.modules import blocks, family
 from ..model.sites import Site
 from .methods import Backward, Slopes, plain_slopes
 
@@ -86,7 +86,7 @@ def _dropping(module: nn.Module, signed: bool) -> Iterator[Slopes]:
             for name in _BRANCHES.get(kind, ("self_attn", "mlp")):
                 hook = partial(_gated, closed, layer)
                 stack.callback(getattr(block, name).register_forward_hook(hook).remove)
-        yield partial(_dropped_in_turn, closed, family(module)[0], layer_count(module), signed)
+        yield partial(_dropped_in_turn, closed, family(module)[0], len(blocks(module)), signed)
 
 
 def _gated(closed: dict[str, int], layer: int, _: nn.Module, __: tuple, out: Any) -> Any:

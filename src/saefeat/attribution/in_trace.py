@@ -11,8 +11,8 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
 from ..errors import GradientError, SaefeatError
-from ..kernel.log import Log
-from ..kernel.trace import generating, whole_run
+from ..kernel.program import generating, whole_run
+from ..kernel.state import Log
 from ..metrics.evaluator import NOTHING, Pass, References, require_finite
 from ..model.modules import torch_module
 from ..results.receipt import Receipt

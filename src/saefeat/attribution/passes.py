@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import GradientError
-from ..kernel.log import Log
 from ..kernel.program import Program
 from ..kernel.read import Norm
+from ..kernel.state import Log
 from ..kernel.watch import Keep, Show
 from ..metrics.base import require_tokenwise
 from ..metrics.evaluator import NOTHING, Batch, Evaluator, Pass, pass_options
@@ -23,8 +23,7 @@ from ..model.sites import Place, Site
 from ..results.provenance import model_key
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..verbs.base import Intervention
-from ..verbs.lower import lower
-from ..verbs.visits import Visits
+from ..verbs.lower import Visits, lower
 from .job import Job
 from .methods import Slopes, plain_slopes
 from .pairs import Part

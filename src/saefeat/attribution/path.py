@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..errors import GradientError
 from ..kernel.read import lift
+from ..kernel.state import View
 from ..kernel.tokens import select
-from ..kernel.view import View
 from ..metrics.evaluator import Batch, Pass, References
 from ..text.prompts import Prompts
-from ..text.rules import plain
-from ..text.tokens import Tokens
+from ..text.tokens import Tokens, plain
 from ..verbs.base import Intervention
-from ..verbs.rules import acts_at
+from ..verbs.lower import acts_at
 from .baselines import Baseline, Fixed, Paired, aligned
 from .job import AtOnce, Job, prepare
 from .pairs import Part, Target, at_tokens, moved_by, score

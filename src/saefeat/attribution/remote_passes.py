@@ -17,10 +17,9 @@ from nnsight.intervention.backends.remote import RemoteError as Refused
 from torch import Tensor
 
 from ..errors import GradientError, RemoteError, SaefeatError
-from ..kernel.log import Log
-from ..kernel.program import Program
+from ..kernel.program import Program, whole_run
 from ..kernel.slopes import NO_GRADIENT, pack_pass, pulled_back, unpack_pass
-from ..kernel.trace import whole_run
+from ..kernel.state import Log
 from ..kernel.watch import Keep
 from ..shipping.narrow import narrowed
 from ..shipping.payload import parts_of, require_fits, weight

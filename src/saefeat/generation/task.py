@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FiringError
-from ..kernel.log import Log
-from ..kernel.program import Program
-from ..kernel.trace import whole_run
-from ..kernel.view import Ends
+from ..kernel.program import Program, whole_run
+from ..kernel.state import Ends, Log
 from ..model.modules import torch_module
 from ..model.route import Route
 from ..results.provenance import Provenance, now, versions

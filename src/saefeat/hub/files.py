@@ -19,7 +19,7 @@ from ..files.container import (
     unseal,
     write,
 )
-from ..model.modules import layer_count, torch_module
+from ..model.modules import blocks, torch_module
 from ..model.route import route
 from ..results.provenance import versions
 from ..verbs.base import Intervention
@@ -157,7 +157,7 @@ def facts(model: object) -> dict[str, Any]:
     return {
         "family": config.model_type,
         "d_model": int(shape.hidden_size),
-        "layers": layer_count(module),
+        "layers": len(blocks(module)),
         "vocab": int(shape.vocab_size),
         "name": public_name(getattr(config, "name_or_path", "") or ""),
         "revision": getattr(config, "_commit_hash", None),

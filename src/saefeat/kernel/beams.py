@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
-from .view import Memory, past_length
+from .state import Memory, past_length
 
 
 class Beams(Frozen):

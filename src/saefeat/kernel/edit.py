@@ -14,9 +14,8 @@ from torch import Tensor
 
 from .encode import top
 from .frozen import Frozen
-from .log import State
+from .state import State, View
 from .values import ByToken
-from .view import View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

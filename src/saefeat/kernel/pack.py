@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
-from .log import Log
-from .program import Program
-from .trace import whole_run
-from .view import Memory, View
+from .program import Program, whole_run
+from .state import Log, Memory, View
 
 
 def applied(

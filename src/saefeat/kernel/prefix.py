@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .encode import AnyEncoder
-from .view import View
+from .state import View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

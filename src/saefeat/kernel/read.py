@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .encode import AnyEncoder
 from .frozen import Frozen
-from .log import Log, State
 from .prefix import encode_prefix
+from .state import Log, State
 from .tokens import Everywhere, Where
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .log import Log
 from .pack import pack, unpack
-from .view import Memory, View
+from .state import Log, Memory, View
 
 NO_GRADIENT = "saefeat: no gradient crosses to this block"
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .frozen import Frozen
-from .log import Log, State
 from .program import Action
-from .view import Memory, View
+from .state import Log, Memory, State, View
 
 
 class Rows(Frozen):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
-from .view import View
+from .state import View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
+from .state import View
 from .tokens import whole_prompt
-from .view import View
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

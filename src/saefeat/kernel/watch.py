@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
-from .log import State
+from .state import State
 
 if TYPE_CHECKING:
     from jaxtyping import Float

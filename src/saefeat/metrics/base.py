@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, PromptError, SaefeatError
-from ..kernel.view import View
+from ..kernel.state import View
 from ..model.sites import Site
 
 
@@ -78,7 +78,7 @@ class Seen(NamedTuple):
         logits: [b, n, vocabulary], the last n columns; n = 1 unless the metric reads more.
         top: [b] long, the baseline run's most likely next token; None without such a run.
         numbers: [b] long, which prompt of the data set each row is.
-        view: the pass's positions, ids and mask (``kernel.view``).
+        view: the pass's positions, ids and mask (``kernel.state``).
         clean: [b, vocabulary], the last logits of the clean run, without graph.
         base: [b, vocabulary], those of the baseline run.
         value: [b, t, d] at the metric's own site.

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from ..checks import one_a_prompt, whole
 from ..errors import PromptError, SaefeatError, SiteError
-from ..kernel.log import Log
-from ..kernel.program import Program
+from ..kernel.program import Program, whole_run
 from ..kernel.read import Norm, lift
-from ..kernel.trace import whole_run
-from ..kernel.view import View
+from ..kernel.state import Log, View
 from ..kernel.watch import Show
 from ..model.modules import torch_module
 from ..model.route import Route, route
@@ -29,8 +27,7 @@ from ..model.sites import Site
 from ..results.receipt import Receipt, join_receipts
 from ..text.prompts import Prompts, encode_prompts
 from ..verbs.base import Chain, Intervention, require_fired, require_rows
-from ..verbs.lower import lower, sites_of
-from ..verbs.visits import Visits
+from ..verbs.lower import Visits, lower, sites_of
 from .base import Metric, Reader, Seen
 
 if TYPE_CHECKING:

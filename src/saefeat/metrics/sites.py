@@ -14,8 +14,7 @@ from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select
 from ..model.sites import Site
-from ..text.rules import plain
-from ..text.tokens import Tokens
+from ..text.tokens import Tokens, plain
 from .base import Metric, Reader, Seen, real, require_tokenwise
 
 

@@ -65,11 +65,6 @@ def blocks(module: nn.Module) -> nn.ModuleList:
     return cast("nn.ModuleList", module.get_submodule(family(module)[0]))
 
 
-def layer_count(module: nn.Module) -> int:
-    """How many blocks the model runs."""
-    return len(blocks(module))
-
-
 def find(module: nn.Module, site: Site) -> Place:
     """Where the site lies in this model.
 
@@ -80,7 +75,7 @@ def find(module: nn.Module, site: Site) -> Place:
     if site.layer is None:
         return _module_at(module, site)
     container, places = family(module)
-    layers = layer_count(module)
+    layers = len(blocks(module))
     if site.layer >= layers:
         raise SiteError(
             f"saefeat: `site` is {site}, wanted a layer in 0..{layers - 1}. Likely cause: the"

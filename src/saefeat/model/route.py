@@ -53,20 +53,18 @@ class Route:
     """Where sites lie in one model, how wide they are, and in which order a pass reaches them.
 
     Attributes:
-        model: the class of the model.
+        module: the model.
         places: where each site lies.
         widths: of the site's values.
         orders: sorts sites as a forward pass reaches them.
         starts: path of a block → order of its input, for the sites that add it.
-        centers: whether its norms take out the mean, so that nothing depends on it.
     """
 
-    model: str
+    module: nn.Module
     places: dict[Site, Place]
     widths: dict[Site, int]
     orders: dict[Site, Order]
     starts: dict[str, Order]
-    centers: bool
 
     def check(self, dictionary: Fits, what: str) -> None:
         """Refuse a dictionary that cannot belong to its sites of this model.
@@ -75,12 +73,19 @@ class Route:
             SiteError: naming both widths.
             ModelError: for an SAE of centered values where the model does not center.
         """
-        self._check_width(dictionary.site, dictionary.d_in, what)
-        self._check_width(dictionary.write_site, dictionary.d_out, what)
-        if getattr(dictionary, "centered", False) and not self.centers:
+        ends = ((dictionary.site, dictionary.d_in), (dictionary.write_site, dictionary.d_out))
+        for site, width in ends:
+            if width != self.widths[site]:
+                raise SiteError(
+                    f"saefeat: `{what}` is {width} wide at {site}, wanted {self.widths[site]}, as"
+                    f" {type(self.module).__name__} is there. Likely cause: a dictionary of another"
+                    " model or another size of it. Try: load the release trained on this model"
+                )
+        if getattr(dictionary, "centered", False) and not _centers(self.module):
             raise ModelError(
                 f"saefeat: `{what}` is an SAE of centered values (center_writing_weights) at"
-                f" {dictionary.site}, wanted a model with LayerNorm; {self.model} has RMSNorm."
+                f" {dictionary.site}, wanted a model with LayerNorm;"
+                f" {type(self.module).__name__} has RMSNorm."
                 " Likely cause: TransformerLens trained it on a stream whose mean was taken out,"
                 " which only a LayerNorm does not see. Try: an SAE trained on this model as it is"
             )
@@ -102,15 +107,6 @@ class Route:
             " Probe"
         )
 
-    def _check_width(self, site: Site, width: int, what: str) -> None:
-        there = self.widths[site]
-        if width != there:
-            raise SiteError(
-                f"saefeat: `{what}` is {width} wide at {site}, wanted {there}, as {self.model} is"
-                " there. Likely cause: a dictionary of another model or another size of it. Try:"
-                " load the release trained on this model"
-            )
-
 
 def route(model: TransformersModel, sites: Iterable[Site]) -> Route:
     """The route past these sites; runs the model once on a tiny input if one is a module's path.
@@ -130,7 +126,7 @@ def route(model: TransformersModel, sites: Iterable[Site]) -> Route:
     if any(site.layer is None for site in listed):
         return _tried(model, module, places)
     return Route(
-        type(module).__name__,
+        module,
         places,
         widths={site: width_at(module, site) for site in listed},
         orders={site: site.order for site in listed},
@@ -139,7 +135,6 @@ def route(model: TransformersModel, sites: Iterable[Site]) -> Route:
             for site, place in places.items()
             if place.plus is not None
         },
-        centers=_centers(module),
     )
 
 
@@ -158,18 +153,17 @@ def _tried(model: TransformersModel, module: nn.Module, places: dict[Site, Place
     found = {site: _once(site, seen[Place(at.path, at.end)]) for site, at in places.items()}
     starts = {block: seen[Place(block, "input")][0].moment for block in blocks}
     return Route(
-        type(module).__name__,
+        module,
         places,
         widths={site: width for site, (_, width) in found.items()},
         # several kinds of site may lie at one place: then as the table has them
         orders={site: (0, moment, site.order[2], "") for site, (moment, _) in found.items()},
         starts={block: (0, moment, 0, "") for block, moment in starts.items()},
-        centers=_centers(module),
     )
 
 
 def _centers(module: nn.Module) -> bool:
-    """Whether every norm is a LayerNorm; norms are told apart by the names of their classes."""
+    """Whether every norm takes out the mean; norms are told apart by the names of their classes."""
     names = {type(part).__name__ for part in module.modules()}
     return any("LayerNorm" in name for name in names) and not any("RMSNorm" in n for n in names)
 

@@ -21,10 +21,9 @@ from ..errors import RemoteError
 from ..generation.decoding import Decoding
 from ..generation.task import Piece, Task, honoring
 from ..kernel.draws import require_drawn, seeded
-from ..kernel.log import Log
 from ..kernel.pack import pack, unpack
-from ..kernel.program import Program
-from ..kernel.trace import whole_run
+from ..kernel.program import Program, whole_run
+from ..kernel.state import Log
 from ..model.modules import torch_module
 from ..results.provenance import model_key
 from ..results.run import Run

@@ -17,12 +17,10 @@ import torch
 from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
-from ..kernel.log import Log
-from ..kernel.program import Program
+from ..kernel.program import Program, locate, visits
 from ..kernel.read import Read
+from ..kernel.state import Log, Memory, View, window
 from ..kernel.tokens import matches, select, selected
-from ..kernel.trace import locate, visits
-from ..kernel.view import Memory, View, window
 from ..values.patch import Patch
 from ..verbs.base import Intervention
 from ..verbs.steps import StepBase, numbered

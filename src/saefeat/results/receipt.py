@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Latents
-from ..kernel.log import Log
+from ..kernel.state import Log
 from ..model.sites import Site
 from .formats import frame
 

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FiringError, ModelError
-from ..kernel.log import Log, State
-from ..kernel.program import Program, Visit, visit
-from ..kernel.trace import generating
-from ..kernel.view import Memory, past_length, require_sequential, window
+from ..kernel.program import Program, Visit, generating, visit
+from ..kernel.state import Log, Memory, State, past_length, require_sequential, window
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
 from ..shipping.program import Carried

@@ -16,8 +16,7 @@ import nnsight
 from nnsight.intervention.serialization import dumps
 
 from ..kernel.pack import applied
-from ..kernel.program import Program
-from ..kernel.trace import whole_run
+from ..kernel.program import Program, whole_run
 from ..model.modules import torch_module
 from ..model.requests import in_requests
 from .narrow import narrowed

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
+from ..kernel.state import Memory, window
 from ..kernel.tokens import select
-from ..kernel.view import Memory, window
 from .prompts import role_markers
-from .rules import special_ids
-from .tokens import Tokens
+from .tokens import Tokens, special_ids
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

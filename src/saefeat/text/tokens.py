@@ -9,10 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..errors import PromptError
+from ..model.modules import text_config, torch_module
+from .prompts import role_markers
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 
 @dataclass(frozen=True)
@@ -121,3 +127,28 @@ def _count(name: str, n: int, least: int = 1) -> int:
         " counted from the prompt's ends; negative counts have no meaning. Try:"
         f" Tokens.{name}({least})"
     )
+
+
+def plain(rule: tuple, model: TransformersModel) -> tuple:
+    """A rule without what only the tokenizer knows: special tokens and roles become ids."""
+    kind, *rest = rule
+    if kind in ("not", "and", "or"):
+        return (kind, *(plain(part, model) for part in rest))
+    if kind == "special":
+        return ("ids", special_ids(model))
+    if kind == "role":
+        return ("between", *role_markers(getattr(model, "tokenizer", None), rest[0]))
+    return rule
+
+
+def special_ids(model: TransformersModel) -> tuple[int, ...]:
+    """Special token ids: the tokenizer's, or those the configuration names."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        return tuple(tokenizer.all_special_ids)
+    config = text_config(torch_module(model))
+    found = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    flat = [
+        i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])
+    ]
+    return tuple(flat)

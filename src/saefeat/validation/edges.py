@@ -18,8 +18,8 @@ from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..kernel.encode import encode
-from ..kernel.log import Log
 from ..kernel.read import Norm, lift
+from ..kernel.state import Log
 from ..kernel.tokens import select
 from ..kernel.watch import Keep
 from ..metrics.evaluator import Batch, Data, forward
@@ -29,15 +29,12 @@ from ..results.formats import frame
 from ..results.provenance import model_identity
 from ..running.run import run
 from ..text.prompts import Prompts, encode_prompts
-from ..text.rules import plain
-from ..text.tokens import Tokens
+from ..text.tokens import Tokens, plain
 from ..values.per_prompt import per_prompt
 from ..verbs.base import Chain
 from ..verbs.edits import Clamp
-from ..verbs.lower import lower
+from ..verbs.lower import Visits, acts_at, lower
 from ..verbs.probe import Probe
-from ..verbs.rules import acts_at
-from ..verbs.visits import Visits
 from .experiment import Folder
 from .stats import spearman
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..dictionaries.latents import Latents
 from ..errors import FiringError, LatentError, RemoteError
-from ..kernel.log import Log
 from ..kernel.pack import unpack
-from ..kernel.trace import whole_run
+from ..kernel.program import whole_run
+from ..kernel.state import Log
 from ..model.requests import in_requests
 from ..results.readings import Readings, join_time
 from ..results.receipt import Fired, Receipt, record_events

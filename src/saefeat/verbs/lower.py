@@ -7,7 +7,7 @@ the wire.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,19 +20,17 @@ from ..kernel.beams import Beams
 from ..kernel.edit import Write
 from ..kernel.encode import encoder_of, scored
 from ..kernel.frozen import Placed
-from ..kernel.program import Program
+from ..kernel.program import Action, Program, Visit, visit_at
 from ..kernel.read import Collect, LookingBack, Norm, Read, Source, Test
+from ..kernel.state import Ends
 from ..kernel.tokens import Everywhere, Where, reads_turns
-from ..kernel.view import Ends
+from ..kernel.watch import Stash
 from ..model.modules import check_ready, torch_module
 from ..model.route import Route, route
-from ..model.sites import Place, Site
-from ..text.rules import plain
-from ..text.tokens import Tokens
+from ..model.sites import Order, Place, Site
+from ..text.tokens import Tokens, plain, special_ids
 from .forms import Form, frozen, orthogonal, reselect
-from .rules import acts_at
 from .steps import StepBase, numbered
-from .visits import Visits
 from .when import When
 
 if TYPE_CHECKING:
@@ -152,7 +150,7 @@ class _Builder:
         self._forms[number] = form
         wanted = plain(rule.rule, self.model)
         tokens = Everywhere() if wanted == ("all",) else Where(rule=wanted)
-        self.remembers |= reads_turns(wanted)
+        self.remembers |= isinstance(tokens, Where) and reads_turns(wanted)
         place, order = self.route.places[form.site], self.route.orders[form.site]
         source = self._source(form.site, form.columns)
         self.visits.add(place, order, Read(number=number, source=source, tokens=tokens))
@@ -264,3 +262,70 @@ class _Builder:
             return Source(encoder=encoder, norm=norm, plus=place.plus)
         self.remembers, self._reads = True, self._reads + 1
         return LookingBack(encoder=encoder, norm=norm, plus=place.plus, key=self._reads)
+
+
+class Visits:
+    """The places a program visits and the actions there, in any order until all are known."""
+
+    def __init__(self, visits: Iterable[Visit] = ()) -> None:
+        self._orders: dict[tuple[str, str], Order] = {}
+        self._actions: dict[tuple[str, str], list[Action]] = {}
+        for visit in visits:
+            self._orders[visit.path, visit.end] = visit.order
+            self._actions[visit.path, visit.end] = list(visit.actions)
+
+    def add(self, place: Place, order: Order, action: Action, *, first: bool = False) -> None:
+        """An action at a place, behind those that are there, or ``first`` of all.
+
+        A site with a transform shares its visit with the plain value.
+        """
+        key = (place.path, place.end)
+        self._orders.setdefault(key, order)
+        actions = self._actions.setdefault(key, [])
+        actions.insert(0 if first else len(actions), action)
+
+    def stash(self, block: str, order: Order) -> None:
+        """Keep a block's input until its attention's output is there, for resid_mid."""
+        there = self._actions.get((block, "input"), ())
+        if not any(map(_stashes, there)):
+            self.add(Place(block, "input"), order, Stash(name=block))
+
+    def ordered(self) -> tuple[Visit, ...]:
+        """As a forward pass reaches them; stashing comes last: what is kept is what edits left."""
+        visits = [
+            visit_at(*key, self._orders[key], tuple(sorted(actions, key=_stashes)))
+            for key, actions in self._actions.items()
+        ]
+        return tuple(sorted(visits, key=lambda visit: visit.order))
+
+
+def _stashes(action: Action) -> bool:
+    return isinstance(action, Stash)
+
+
+def acts_at(where: Tokens | None, dictionary: Dictionary, model: TransformersModel) -> Tokens:
+    """The tokens asked for, less those the dictionary was not trained on.
+
+    A rule that says all tokens, or names tokens by their ids, means them.
+    """
+    if where is None:
+        return default_rule(dictionary, model)
+    if not dictionary.excluded or where.rule == ("all",) or _names_tokens(where.rule):
+        return where
+    return where & default_rule(dictionary, model)
+
+
+def _names_tokens(rule: tuple) -> bool:
+    """Whether a rule asks for tokens by their ids, and not only for others than those."""
+    kind, *rest = rule
+    if kind in ("and", "or"):
+        return any(_names_tokens(part) for part in rest)
+    return kind in ("ids", "special")
+
+
+def default_rule(dictionary: Dictionary, model: TransformersModel) -> Tokens:
+    """Every real token, less those the dictionary was not trained on."""
+    excluded = dictionary.excluded
+    if excluded == "special":
+        excluded = special_ids(model)
+    return ~Tokens.ids(*excluded) if excluded else Tokens.all()  # type: ignore[misc]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..kernel.log import Log
 from ..kernel.program import Program, Visit
 from ..kernel.split import Rows, Split, view_of
+from ..kernel.state import Log
 
 
 def beside(programs: Sequence[Program], rows: int) -> Program:
