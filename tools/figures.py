@@ -212,6 +212,27 @@ def walks() -> Iterator[Figure]:
         yield Figure(f"{name}: files", files, most[1])
 
 
+def shipped() -> int:
+    """Bytes of code that one ablated latent adds to an empty block's request."""
+    import nnsight
+
+    import saefeat as sf
+    from saefeat.remote.preflight import Capture
+    from saefeat.shipping.payload import weight
+    from saefeat.studies.refusal import tiny
+    from saefeat.verbs.lower import lower
+
+    model = tiny.model("chat")
+    latent = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post").latents({2: [7]})
+    ablate, bare, edited = sf.Ablate(latent), Capture(), Capture()
+    with model.trace("hello", backend=bare):
+        nnsight.save(model.output.logits)
+    bound = ablate.bind(model)
+    with model.trace("hello", backend=edited):
+        nnsight.save(bound(model))
+    return len(edited.raw) - len(bare.raw) - weight(lower(ablate, model).actions)
+
+
 # ---------------------------------------------------------------- the report
 
 
@@ -226,6 +247,7 @@ def figures() -> Iterator[Figure]:
     yield Figure("names at the top", len(saefeat.__all__), 25)
     yield Figure(f"parameters of a public function, at most ({name})", most, 11)
     yield from walks()
+    yield Figure("code that one ablated latent ships, bytes", shipped(), 40_000)
     raised = sum(map(lines_in_raise, files.values()))
     yield Figure("lines inside raise, percent", 100 * raised / lines, 5)
     yield Figure("circles between files", len(circles(file_graph())), 0)
