@@ -25,7 +25,7 @@ help:
 	@echo "make test    lint, format, types, documentation, tests"
 	@echo "make check   the same without the tests"
 	@echo "make docs    the documentation, in site/"
-	@echo "make slow    the slow tests: mutants, processes beside processes, training anew"
+	@echo "make slow    the slow tests: mutants, servers, training anew"
 	@echo "make bench   the benchmarks"
 	@echo "make format  let ruff repair style and format"
 	@echo "make clean   remove everything made here, .venv too"

@@ -29,7 +29,8 @@ from saefeat.remote import Server
 NEW = 3
 
 
-pytestmark = pytest.mark.usefixtures("silent")
+# Slow: each test starts processes, and what is tested is no part of the library.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("silent")]
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ BETWEEN = ["resid_pre.1", "resid_pre.2", "resid_mid.1", "resid_mid.2"]
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_stream_between_blocks_is_edited_where_no_cache_is(name, family, model, apart, request):
     """In a generation a copied cache would make every later token wrong, and say nothing."""
     nn, server = (model, apart) if family == "llama" else request.getfixturevalue("gpt2")
@@ -395,7 +396,6 @@ def test_blocks_apart_need_forks(model, monkeypatch):
         pass
 
 
-@pytest.mark.slow
 def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
     with (
         loopback.serve(tmp_path) as server,
@@ -500,7 +500,6 @@ with loopback.serve(model, copies=True) as server:
 
 
 @linux
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_who_serves_takes_the_others_along(how):
     """Killed without a chance to clean up, or by Ctrl-C, with a block that never ends."""
@@ -537,7 +536,6 @@ def test_tensors_leave_without_what_is_behind_them():
 # ---------------------------------------------------------------- as deployed
 
 
-@pytest.mark.slow
 def test_a_half_precision_block_runs_under_autocast_and_the_kernel_does_not():
     """NDIF's trusted keys: float32 products of a block would be bfloat16's, and latents flip."""
     half = wrapped(build("llama").to(torch.bfloat16))

@@ -19,25 +19,31 @@ def recorded() -> dict:
 
 @cache
 def figures() -> dict:
-    """The shipped files measured afresh; the direction at its best layer alone, to be quick."""
+    """The shipped files measured afresh; the direction at its best layer alone, to be quick.
+
+    A minute all the same, for files that seldom change: what uses it is slow.
+    """
     best = recorded()["chat"]["direction"]["best_layer"]
     return {
         which: bars.measure(which, tiny.data_folder(), layers=[best]) for which in ("chat", "base")
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", bars.BARS)
 def test_a_bar_is_reached(bar):
     low, high = bars.BARS[bar]
     assert all(low <= value <= high for value in bars.values(figures(), bar))
 
 
+@pytest.mark.slow
 def test_the_record_tells_what_is_measured():
     for bar in bars.BARS:
         # Another build of torch may tip a prompt or two.
         assert bars.values(recorded(), bar) == pytest.approx(bars.values(figures(), bar), abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["chat", "base"])
 def test_saes_are_sparse_and_faithful(which):
     found = figures()[which]["saes"]
