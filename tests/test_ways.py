@@ -1083,6 +1083,27 @@ def test_hooked_with_a_cache_and_no_mask():
     assert step.receipt(log).rows[0].tokens == 2
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_hooked_reads_arguments_by_position(family):
+    """Second stands Llama's mask and GPT-2's cache: the mask was taken to be ones, the cache none.
+
+    (nnsight's trace hands no positional mask to the model at all, so there it is not read either.)
+    """
+    model, batch = build(family), batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    probe = sf.Probe(make_sae().latents([1]), where=sf.Tokens.first(1))
+    call = (ids, mask) if family == "llama" else (ids, None, mask)
+    with torch.no_grad(), sf.hooked(model, probe) as log:
+        cache = model(*call, use_cache=True).past_key_values
+    first = probe.readings(log)[0].mask[..., 0]
+    assert torch.equal(first, (mask.cumsum(1) == 1) & (mask == 1))
+    grown = torch.cat([mask, mask[:, -1:]], 1)
+    call = (ids[:, -1:], grown, None, cache) if family == "llama" else (ids[:, -1:], cache, grown)
+    with torch.no_grad(), sf.hooked(model, probe) as log:
+        model(*call)
+    assert not probe.readings(log)[0].mask.any()
+
+
 # ---------------------------------------------------------------- provenance
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -118,13 +119,13 @@ class _Hooks:
         self.left: set[tuple[str, str]] = set()
         self.called = False
 
-    def begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """At the start of a forward pass: where are we in the sequence?"""
         self.called = True  # also by a pass that is refused below
+        kwargs = _by_name(module, args, kwargs)
         require_sequential(kwargs)
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         shown = ids if ids is not None else kwargs["inputs_embeds"]
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         cache = kwargs.get("past_key_values")
         past, shape = past_length(cache), (shown.shape[0], shown.shape[1])
         if self.memory is None or not _continues(self.memory, past, shape, ids, kwargs):
@@ -154,6 +155,14 @@ class _Hooks:
         assert self.state is not None
         self.left.discard((stop.path, stop.end))
         return visit(stop.actions, x, self.state)
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name: what stands second is Llama's mask, and GPT-2's cache."""
+    # of the class: transformers' decorators make a bound method's signature begin with self
+    _, *listed = inspect.signature(type(module).forward).parameters.values()
+    names = [one.name for one in listed if one.kind is one.POSITIONAL_OR_KEYWORD]
+    return dict(zip(names or ["input_ids"], args, strict=False)) | kwargs
 
 
 def _continues(
