@@ -7,7 +7,7 @@ pair's score is its change times the gradient's dot product with the latent's di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 
 from ..dictionaries.latents import Dictionary, cast, index_tensor
 from ..kernel.encode import encode
-from ..kernel.read import Norm
+from ..kernel.read import Norm, lift
 
 CHUNK, ELSEWHERE = 1024, 8192
 """Latents encoded at a time, on a CPU and elsewhere: more costs memory, fewer costs launches."""
@@ -31,13 +31,19 @@ Span = tuple[int, int]
 
 
 class Part(NamedTuple):
-    """One dictionary's latents, and the numbers of the places it reads and writes."""
+    """One dictionary's latents, the places it reads and writes, and which tokens are scored."""
 
     dictionary: Dictionary
     indices: Sequence[int]
     read: int
     write: int
     norm: Norm
+    rule: tuple
+
+    def read_at(self, values: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+        """[n, d_in]: what is read of values [b, t, d] a place, where the mask [b, t] holds."""
+        x = values[self.read]  # where its block is; the mask is where the model's inputs are
+        return lift(x[mask.to(x.device)], self.norm)
 
 
 class Rows(NamedTuple):
@@ -158,14 +164,6 @@ class GrowingColumns:
     def columns(self) -> list[Tensor]:
         """The rows so far."""
         return [column[: self.size] for column in self._columns]
-
-
-def at_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """[n, d]: a site's values [b, t, d] where the mask [b, t] holds, wherever either lies.
-
-    A model may be split over devices: the mask is where its inputs are, a site where its block is.
-    """
-    return values[mask.to(values.device)]
 
 
 def blocks(part: Part, before: Tensor, target: Target) -> Iterator[Block]:

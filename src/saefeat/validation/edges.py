@@ -197,7 +197,7 @@ def edges(
     wholes("edges", check=(check, 0), batch_size=(batch_size, 1))
     gradients_on("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
-    bases: list[Any] = [basis for basis, _ in (*up.parts, *down.parts)]
+    bases = [basis for basis, _ in (*up.parts, *down.parts)]
     way = route(model, [site for basis in bases for site in (basis.site, basis.write_site)])
     ordered = _ordered(up, down, way)
     batch = encode_prompts(getattr(model, "tokenizer", None), prompts)

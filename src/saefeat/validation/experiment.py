@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
 from ..attribution.columns import require
-from ..attribution.job import prepare
+from ..attribution.passes import prepare
 from ..attribution.path import baseline_logits
 from ..attribution.scores import Attribution
 from ..checks import whole
@@ -97,8 +97,8 @@ class Experiment:
             name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
             raise SaefeatError(
                 f"{function}: `metric` is {metric!r}, wanted the baseline run it refers to, or a"
-                f" metric that needs none. Likely cause: {name} is what a baseline run says, and"
-                f" there is none here. Try: {function}(..., baseline=Ablate(latents))"
+                f" metric that needs none. Likely cause: {name} is what a baseline run says. Try:"
+                f" {function}(..., baseline=Ablate(latents))"
             )
         require_rows(edit, data.prompts)
         evaluator = Evaluator(model, metric)
@@ -211,9 +211,9 @@ class Experiment:
             return
         raise PromptError(
             f"{self.function}: `scores` is of {len(remembered)} prompts with a mean metric of"
-            f" {remembered.mean():.3f}, wanted scores of these {len(clean)} prompts, whose metric"
-            f" is {clean.mean():.3f}. Likely cause: other prompts, another order, another metric or"
-            " another model. Try: scores = attribute(model, prompts), and the same three here"
+            f" {remembered.mean():.3f}, wanted these {len(clean)} prompts, of {clean.mean():.3f}."
+            " Likely cause: other prompts, another order, metric or model. Try: scores ="
+            " attribute(model, prompts), and the same three here"
         )
 
     def _batches(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
-from ..attribution.job import Job
+from ..attribution.passes import Job
 from ..attribution.scores import Attribution
 from ..checks import one_of, wholes
 from ..dictionaries.latents import Dictionary, Latents
