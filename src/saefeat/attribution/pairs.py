@@ -238,18 +238,11 @@ def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[T
 def score(
     part: Part, before: Tensor, target: Target, gradient: Tensor | None, keep: int | None = None
 ) -> tuple[Rows, Tensor]:
-    """Rows of latents that moved, and each token's sums of what ``keep`` left out.
+    """Rows of latents that moved, and each token's sums [n, 2] of the scores that ``keep`` rows a
+    token leave out, and of their sizes.
 
-    Args:
-        part: the latents.
-        before: [n, d_in], what they read in the clean run.
-        target: what they are moved to.
-        gradient: [n, d_out], the metric's at the written site; of [n, ways, d_out] the scores'
-            sizes are averaged. None scores nothing.
-        keep: how many rows a token, those with the largest scores.
-
-    Returns:
-        The rows; and [n, 2], the sum of the scores left out and of their sizes.
+    ``before`` [n, d_in] is what is read in the clean run, ``gradient`` [n, d_out] the metric's at
+    the written site; of [n, ways, d_out] the scores' sizes are averaged. None scores nothing.
     """
     rows, left = GrowingColumns(), before.new_zeros(len(before), 2)
     for block in blocks(part, before, target):

@@ -116,10 +116,7 @@ def begin(
 def baseline_logits(
     job: Job, model: TransformersModel, prompts: Prompts, batch_size: int
 ) -> Iterator[Tensor]:
-    """[b, vocabulary] a batch: last logits of the baseline run of an attribution of these prompts.
-
-    What ``BASELINE_TOP`` and ``kl("baseline")`` refer to.
-    """
+    """[b, vocabulary] a batch: last logits of the baseline run, which a metric may refer to."""
     passes = SitePasses(job, model)
     with torch.no_grad():
         for batch, other in prepare(job, model, prompts).batches(batch_size):

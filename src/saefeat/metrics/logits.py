@@ -247,9 +247,9 @@ def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
     if ids and all(type(token) is int for token in ids):
         return tuple(ids)
     raise PromptError(
-        f"log_prob: `continuation` is {text!r:.80}, which is not a sequence of tokens, wanted text,"
-        " or token ids. Likely cause: an empty text, a single id, or text for a model without its"
-        ' tokenizer. Try: log_prob(" I cannot"), or PerPrompt([...]) for one a prompt'
+        f"log_prob: `continuation` is {text!r:.80}, wanted text, or token ids. Likely cause: an"
+        " empty text, a single id, or text for a model without its tokenizer. Try:"
+        ' log_prob(" I cannot"), or PerPrompt([...]) for one a prompt'
     )
 
 

@@ -213,8 +213,7 @@ def edges(
         strong = values.mean(-1).abs().flatten().argsort(descending=True, stable=True)[:check]
         chosen = [divmod(place, len(down)) for place in strong.tolist()]
         chosen = [(i, j) for i, j in chosen if values[i, j].any()]
-        rows = sorted({i for i, _ in chosen})
-        ablated = torch.full(ordered.shape, math.nan)
+        rows, ablated = sorted({i for i, _ in chosen}), torch.full(ordered.shape, math.nan)
         if rows:
             singles = [up.singles()[i] for i in rows]
             change = _ablated(model, batch, singles, down, where, batch_size, done, progress)

@@ -97,8 +97,8 @@ class Experiment:
             name = "BASELINE_TOP" if metric.baseline_top else 'kl("baseline")'
             raise SaefeatError(
                 f"{function}: `metric` is {metric!r}, wanted the baseline run it refers to, or a"
-                f" metric that needs none. Likely cause: {name} is what a baseline run says. Try:"
-                f" {function}(..., baseline=Ablate(latents))"
+                f" metric that needs none. Likely cause: {name} is what a baseline run says, and"
+                f" there is none here. Try: {function}(..., baseline=Ablate(latents))"
             )
         require_rows(edit, data.prompts)
         evaluator = Evaluator(model, metric)
@@ -212,8 +212,8 @@ class Experiment:
         raise PromptError(
             f"{self.function}: `scores` is of {len(remembered)} prompts with a mean metric of"
             f" {remembered.mean():.3f}, wanted these {len(clean)} prompts, of {clean.mean():.3f}."
-            " Likely cause: other prompts, another order, metric or model. Try: scores ="
-            " attribute(model, prompts), and the same three here"
+            " Likely cause: other prompts, another order, another metric or another model. Try:"
+            " scores = attribute(model, prompts), and the same three here"
         )
 
     def _batches(
@@ -349,9 +349,8 @@ def require_movable(scores: Attribution, function: str) -> None:
         if encode(columns, torch.ones(1, dictionary.d_in))[1] is not None:
             raise SaefeatError(
                 f"{function}: `attribute` is with a baseline, on {dictionary!r}, whose directions"
-                " move with the input, wanted the zero baseline there. Likely cause:"
-                " an SAE that normalizes its input, or the error term. Try: Attribute(...,"
-                " baseline=None)"
+                " move with the input, wanted the zero baseline there. Likely cause: an SAE that"
+                " normalizes its input, or the error term. Try: Attribute(..., baseline=None)"
             )
 
 

@@ -34,8 +34,8 @@ def ranking(scores: Attribution, function: str) -> Ranking:
     if len(scores) == 0 or bool(scores.degenerate.all()):
         raise SaefeatError(
             f"{function}: `scores` is {len(scores)} scores, {int(scores.degenerate.sum())} of"
-            f" {len(scores.tokens)} prompts degenerate, wanted scores of something. Likely cause:"
-            " a baseline that changes nothing, or `where` selects no token. Try: print(scores)"
+            f" {len(scores.tokens)} prompts degenerate, wanted scores with something in it. Likely"
+            " cause: a baseline that changes nothing, or a `where` of no token. Try: print(scores)"
         )
     # a score that is NaN would rank above all others
     bad = (~torch.isfinite(scores.score)).nonzero().flatten()

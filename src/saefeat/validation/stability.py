@@ -128,7 +128,7 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
     if not bool(best.any()):
         raise LatentError(
             "stability: `scores` is without a positive score, wanted one latent whose move raises"
-            " the metric. Likely cause: its sign. Try: logit_diff(negative, positive), turned round"
+            " the metric. Likely cause: the wrong sign. Try: logit_diff(negative, positive)"
         )
     order = whole.argsort(descending=True, stable=True)[: int(best.sum())]
     means, included, overlap = _bootstrap(table, best, order, k, resample(prompts, samples, seed))
