@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import GradientError, PromptError, SaefeatError
 
@@ -69,18 +70,32 @@ def wholes(
         whole(function, parameter, value, least, error=error)
 
 
-def gradients_on(function: str) -> None:
-    """Refuse a context in which nothing has a gradient, which would read as "no effect".
+def gradients_on(function: str, model: nn.Module | None = None) -> None:
+    """Refuse where nothing has a gradient, which would read as "no effect".
 
     Raises:
-        GradientError: under ``torch.no_grad`` or ``torch.inference_mode``.
+        GradientError: under ``torch.no_grad`` or ``torch.inference_mode``, and for a model without
+            weights or of inference tensors.
     """
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise GradientError(
+            f"{function}: `context` is gradients switched off, wanted torch.is_grad_enabled()."
+            " Likely cause: a surrounding torch.no_grad() or torch.inference_mode(), or a"
+            f" generation. Try: with torch.enable_grad(): {function}(...)"
+        )
+    weights = [] if model is None else list(model.parameters())
+    if weights and weights[0].is_meta:
+        got, cause = "a model without weights", "a model meant for remote runs, or not yet loaded"
+        call = "TransformersModel(..., dispatch=True), or method=FiniteDifference()"
+    elif any(weight.is_inference() for weight in weights):
+        got = "a model of inference tensors"
+        cause = "it was loaded or moved under torch.inference_mode()"
+        call = "load the model outside torch.inference_mode()"
+    else:
         return
     raise GradientError(
-        f"{function}: `context` is gradients switched off, wanted torch.is_grad_enabled(). Likely"
-        " cause: a surrounding torch.no_grad() or torch.inference_mode(), or a generation. Try:"
-        f" with torch.enable_grad(): {function}(...)"
+        f"{function}: `model` is {got}, wanted weights that gradients can pass. Likely cause:"
+        f" {cause}. Try: {call}"
     )
 
 

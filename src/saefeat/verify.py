@@ -235,11 +235,7 @@ class SiteValues(NamedTuple):
 
 
 def _values(model: TransformersModel, past: Route, prompts: Prompts) -> SiteValues:
-    """The value at each site, float32 or wider. All tokens count but BOS.
-
-    Raises:
-        ModelError: for values that are not finite.
-    """
+    """The value at each site, float32 or wider. All tokens count but BOS."""
     sites = list(past.places)
     run_of = run(model, prompts, Chain(tuple(Probe(Neurons(s, past.widths[s])) for s in sites)))
     values = {

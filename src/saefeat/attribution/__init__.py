@@ -1,9 +1,9 @@
 """Attribution: which latents carry a metric, at the price of the bare model's passes.
 
-* ``attribute``: ``Attribute``, its loop over batches, and batches kept and joined.
-* ``job``: what is asked, checked, and its prompts.
+* ``attribute``: ``Attribute``, what it refuses, its loop over batches, and batches kept and joined.
 * ``methods``, ``baselines``, ``semantics``, ``relp``, ``graddrop``: what can be chosen.
-* ``passes``: the sites watched in a model, and the passes made there; ``remote_passes`` afar.
+* ``passes``: what is asked, the sites watched in a model, and passes made there; ``remote_passes``
+  afar.
 * ``path``: one batch's path from clean to baseline, and gradients along it.
 * ``pairs``: the latents that move, and their scores.
 * ``exact``: scores by moving latents for real.

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import gradients_on, whole
 from ..dictionaries.latents import Dictionaries, Dictionary, Latents, as_latents
-from ..errors import GradientError
+from ..errors import GradientError, LatentError, PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..metrics.base import Metric
@@ -36,18 +37,8 @@ from ..verbs.base import Intervention, require_fired
 from .baselines import Baseline
 from .exact import effects
 from .in_trace import Watching, watch
-from .job import (
-    AtOnce,
-    Job,
-    Prepared,
-    prepare,
-    require_gradients,
-    require_scored,
-    require_sense,
-    require_sizes,
-)
 from .methods import AtP, Backward, Method
-from .passes import SitePasses
+from .passes import AtOnce, Job, Prepared, SitePasses, prepare, require_scored
 from .path import Path, begin, joined, mean_gradients, read_out, require_apart
 from .scores import Attribution
 
@@ -105,7 +96,7 @@ class Attribute:
     keep: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_sense(self.job)
+        _require_sense(self.job)
 
     @cached_property
     def job(self) -> Job:
@@ -157,8 +148,8 @@ class Attribute:
         """
         job, remote = self.job, on is not None and on.remote
         if job.method.nodes() and not remote:
-            require_gradients(torch_module(model))
-        require_sizes(job, batch_size, steps_at_once)
+            gradients_on("Attribute", torch_module(model))
+        _require_sizes(job, batch_size, steps_at_once)
         limit = PAYLOAD_LIMIT if on is None else on.payload_limit
         passes = SitePasses(job, model, remote, limit)
         prepared = prepare(job, model, prompts)
@@ -216,6 +207,64 @@ class Attribute:
             True
         """
         return watch(self.job, model, intervention)
+
+
+SEMANTICS = ("pass_through", "through_sae")
+
+
+def _require_sense(job: Job) -> None:
+    """Refuse combinations that would not mean what they say."""
+    gradients, keep, method = bool(job.method.nodes()), job.keep, f"{job.method!r}"
+    plain = job.semantics == "pass_through"
+    fits = keep is None or (gradients and type(keep) is int and keep > 0)
+    checks = (  # right, parameter, got, wanted
+        (job.semantics in SEMANTICS, "semantics", repr(job.semantics), " or ".join(SEMANTICS)),
+        (
+            gradients or (plain and job.backward is None and not job.one_site),
+            *("method", f"{method} with semantics, backward or one_site"),
+            "a method that takes gradients",
+        ),
+        (
+            plain or job.backward is None,
+            *("backward", f"{job.backward!r} with semantics={job.semantics!r}", "one of the two"),
+        ),
+        (
+            isinstance(job.baseline, Intervention) or not job.as_published,
+            *("method", f"{method} with baseline={job.baseline!r:.60}"),
+            "an intervention as the baseline",
+        ),
+        (fits, "keep", f"{keep!r} with {method}", "at least 1, and a method with gradients"),
+    )
+    for right, parameter, got, wanted in checks:
+        if not right:
+            raise SaefeatError(
+                f"Attribute: `{parameter}` is {got}, wanted {wanted}. Likely cause: two settings"
+                " that exclude each other. Try: leave one of them at its default"
+            )
+    if job.metric.flat and job.at_clean_alone:
+        raise GradientError(
+            f"Attribute: `metric` is {job.metric!r} with {method}, wanted a method that looks"
+            " beyond the clean run. Likely cause: a divergence from the clean run has no slope"
+            " there: every score would be 0. Try: method=IG(8, 'midpoint') or Exact()"
+        )
+
+
+def _require_sizes(job: Job, batch_size: int, at_once: AtOnce) -> None:
+    """Refuse sizes that are none, and a run for each latent of a whole dictionary."""
+    whole("Attribute", "batch_size", batch_size, error=PromptError)
+    count = len(job.target)
+    limit = getattr(job.method, "limit", count)
+    if count > limit:
+        raise LatentError(
+            f"Attribute: `target` is {count} latents for {job.method!r}, wanted at most {limit}."
+            " Likely cause: a whole dictionary, when each latent costs a run of its own. Try:"
+            f" attribute with IG first, then scores.top(100), or limit={count}"
+        )
+    if at_once != "auto" and not (type(at_once) is int and at_once > 0):
+        raise SaefeatError(
+            f'Attribute: `steps_at_once` is {at_once!r}, wanted "auto", or a number from 1. Try:'
+            " attribute(model, prompts, steps_at_once=4)"
+        )
 
 
 def _attribute(

@@ -77,9 +77,9 @@ class Fixed:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise LatentError(
                 f"Attribute: `baseline` is without a value for latent {missing[0]} at"
-                f" {dictionary.site}{more}, wanted a value for every watched latent. Likely cause:"
-                " values of another selection, or of a dictionary loaded again. Try:"
-                " Fixed(saes.latents(), readings.mean()), from the same saes"
+                f" {dictionary.site}{more}, wanted one for every watched latent. Likely cause:"
+                " another selection, or a dictionary loaded again. Try: Fixed(saes.latents(),"
+                " readings.mean()), from the same saes"
             )
         columns = torch.tensor([place[index] for index in indices])
         if not isinstance(self.values, Tensor):
@@ -167,9 +167,9 @@ def aligned(
             row = int(lacking.any(1).nonzero()[0])
             raise PromptError(
                 f"Attribute: `baseline` is without a counterpart for {int(lacking[row].sum())}"
-                f" scored tokens of prompt {int(batch.numbers[row])}, wanted a baseline token for"
-                " every scored token. Likely cause: the paired prompt is shorter. Try:"
-                " where=Tokens.last(n) for the tokens they share, or a map with None in align="
+                f" scored tokens of prompt {int(batch.numbers[row])}, wanted one for each. Likely"
+                " cause: the paired prompt is shorter. Try: where=Tokens.last(n) for the tokens"
+                " they share, or a map with None in align="
             )
     rows = torch.arange(len(columns))[:, None]
     values = {}
@@ -211,9 +211,8 @@ def _counterparts(align: Alignment, number: int, length: int, other: int) -> lis
         return row
     raise PromptError(
         f"Paired: `align` is not an alignment of pair {number}: {length} tokens, and {other} in its"
-        f" baseline, wanted {wanted}. Likely cause: two prompts that are tokenized into different"
-        ' numbers of tokens. Try: Paired(prompts, align="end"), or a map of positions for each'
-        " prompt"
+        f" baseline, wanted {wanted}. Likely cause: two prompts of different numbers of tokens."
+        ' Try: Paired(prompts, align="end"), or a map of positions for each prompt'
     )
 
 

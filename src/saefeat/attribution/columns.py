@@ -281,8 +281,8 @@ def members(dictionaries: Sequence[Dictionary], latents: Latents) -> list[tuple[
     for basis, _ in latents.parts:
         if id(basis) not in number:
             raise LatentError(
-                f"Attribution: `latents` is of {basis!r}, wanted latents of the dictionaries that"
-                " were attributed. Likely cause: the dictionaries were loaded again, and are other"
-                " objects. Try: select from the same saes that Attribute was given"
+                f"Attribution: `latents` is of {basis!r}, wanted those attributed. Likely cause:"
+                " they were loaded again, and are other objects. Try: select from the saes"
+                " that Attribute was given"
             )
     return [(number[id(basis)], index) for basis, indices in latents.parts for index in indices]

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from ..dictionaries.latents import cast, index_tensor
 from ..kernel.encode import encode
-from ..kernel.read import lift
-from .pairs import Part, Rows, Target, at_tokens, score
+from .pairs import Part, Rows, Target, score
 from .path import Path
 
 
 def effects(path: Path, part: Part, mask: Tensor, target: Target) -> tuple[Tensor, ...]:
     """One part's scores, in six columns: what the metric does when each latent is moved alone."""
-    before = lift(at_tokens(path.clean.values[part.read], mask), part.norm)
+    before = part.read_at(path.clean.values, mask)
     rows, _ = score(part, before, target, None)
     cell = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
     prompt, position = cell[:, 0], path.clean.view.position[mask].to(cell.device)

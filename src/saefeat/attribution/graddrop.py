@@ -70,9 +70,8 @@ class GradDrop(Backward):
             return _dropping(module, self.signed)
         raise ModelError(
             f"GradDrop: `model` is of family {kind!r}, wanted one of"
-            f" {', '.join([*FAMILIES, *NESTED])}. Likely cause: the rule names the branches of a"
-            " block, and has not been checked on this family's. Try: AtP() or IG() without"
-            " backward="
+            f" {', '.join([*FAMILIES, *NESTED])}. Likely cause: the rule names a block's branches,"
+            " and is not checked on this family's. Try: AtP() or IG() without backward="
         )
 
 

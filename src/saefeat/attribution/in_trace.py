@@ -10,6 +10,7 @@ import torch
 from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor
 
+from ..checks import gradients_on, one_a_prompt
 from ..errors import GradientError, SaefeatError
 from ..kernel.program import generating, whole_run
 from ..kernel.state import Log
@@ -20,10 +21,9 @@ from ..text.texts import texts_of
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
 from .baselines import Fixed
-from .job import Job, require_count, require_gradients, require_scored
 from .methods import plain_slopes
-from .passes import Moved, SitePasses
-from .path import joined, read_out, scored_tokens, target_of
+from .passes import Job, SitePasses, require_scored
+from .path import joined, read_out, target_of
 from .scores import Attribution
 
 if TYPE_CHECKING:
@@ -69,14 +69,16 @@ class Watching:
         """
         view, job = self.log.view, self.job
         rows = torch.arange(len(view.real))
-        require_count(job, len(rows))
+        one_a_prompt("Attribute", "metric", job.metric.prompts, len(rows))
+        if isinstance(job.baseline, Fixed):
+            one_a_prompt("Attribute", "baseline", job.baseline.prompts, len(rows))
         name = "values of the trace"
         if values.ndim == 3:
             run = Pass(values, None, view, Receipt((), 1))
             values, name = self.passes.evaluator.read(run, rows, References()), repr(job.metric)
         slopes = self._slopes(values)
         with torch.no_grad():
-            masks = scored_tokens(job.where, self.passes, view, False)
+            masks = self.passes.scored(view)
             parts, kept = self.passes.parts, self.log.kept
             targets = [
                 target_of(job.baseline, part, mask.nonzero()[:, 0])
@@ -114,9 +116,9 @@ class Watching:
             why = "which no watched site reaches"
         raise GradientError(
             f"Watching.scores: `values` is of shape {tuple(values.shape)}, {why}, wanted one"
-            f" differentiable number a prompt, [{rows}], from behind the sites. Likely cause: an"
-            " argmax or a mean over prompts, values of another invoke, or of a site read before the"
-            " watched ones. Try: watching.scores(model.output.logits[:, -1, token])"
+            f" differentiable number a prompt, [{rows}]. Likely cause: an argmax or mean over"
+            " prompts, values of another invoke, or a site read before the watched ones. Try:"
+            " watching.scores(model.output.logits[:, -1, token])"
         )
 
     def __repr__(self) -> str:
@@ -126,21 +128,20 @@ class Watching:
 def watch(job: Job, model: TransformersModel, intervention: Intervention | None) -> Watching:
     """Put the watched sites into the user's trace, behind an intervention's edits."""
     _require_one_pass(job)
-    require_gradients(torch_module(model))
+    gradients_on("Attribute", torch_module(model))
     # A generation runs without gradients and passes the sites many times.
     with suppress(OutOfOrderError):  # ``whole_run`` says what to do
         inputs = model.inputs  # from here on the model's own gradient mode holds
         if generating(inputs[1]):
             raise GradientError(
-                "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause:"
-                " generate runs without gradients. Try: with model.trace(prompt + completion), or"
-                " log_prob(completion) outside"
+                "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause: it"
+                " has no gradients. Try: model.trace(prompt + completion), or log_prob outside"
             )
     passes = SitePasses(job, model)
     way = passes.evaluator.route_with(intervention or NOTHING)
     program, log = lower(intervention or NOTHING, model, way=way), Log()
     # What came before the first site stays in the user's graph.
-    program = passes.watched(program, passes.written, Moved(), way, detach=False)
+    program = passes.watched(program, way, passes.written, detach=False)
     whole_run(model, program, log, None)
     return Watching(job, passes, log)
 

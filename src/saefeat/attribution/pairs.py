@@ -7,7 +7,7 @@ pair's score is its change times the gradient's dot product with the latent's di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 
 from ..dictionaries.latents import Dictionary, cast, index_tensor
 from ..kernel.encode import encode
-from ..kernel.read import Norm
+from ..kernel.read import Norm, lift
 
 CHUNK, ELSEWHERE = 1024, 8192
 """Latents encoded at a time, on a CPU and elsewhere: more costs memory, fewer costs launches."""
@@ -31,13 +31,19 @@ Span = tuple[int, int]
 
 
 class Part(NamedTuple):
-    """One dictionary's latents, and the numbers of the places it reads and writes."""
+    """One dictionary's latents, the places it reads and writes, and which tokens are scored."""
 
     dictionary: Dictionary
     indices: Sequence[int]
     read: int
     write: int
     norm: Norm
+    rule: tuple
+
+    def read_at(self, values: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+        """[n, d_in]: what is read of values [b, t, d] a place, where the mask [b, t] holds."""
+        x = values[self.read]  # where its block is; the mask is where the model's inputs are
+        return lift(x[mask.to(x.device)], self.norm)
 
 
 class Rows(NamedTuple):
@@ -160,14 +166,6 @@ class GrowingColumns:
         return [column[: self.size] for column in self._columns]
 
 
-def at_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """[n, d]: a site's values [b, t, d] where the mask [b, t] holds, wherever either lies.
-
-    A model may be split over devices: the mask is where its inputs are, a site where its block is.
-    """
-    return values[mask.to(values.device)]
-
-
 def blocks(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
     """What moves, block by block; ``before`` [n, d_in] is what is read in the clean run."""
     if target.pairs is None:
@@ -240,18 +238,11 @@ def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[T
 def score(
     part: Part, before: Tensor, target: Target, gradient: Tensor | None, keep: int | None = None
 ) -> tuple[Rows, Tensor]:
-    """Rows of latents that moved, and each token's sums of what ``keep`` left out.
+    """Rows of latents that moved, and each token's sums [n, 2] of the scores that ``keep`` rows a
+    token leave out, and of their sizes.
 
-    Args:
-        part: the latents.
-        before: [n, d_in], what they read in the clean run.
-        target: what they are moved to.
-        gradient: [n, d_out], the metric's at the written site; of [n, ways, d_out] the scores'
-            sizes are averaged. None scores nothing.
-        keep: how many rows a token, those with the largest scores.
-
-    Returns:
-        The rows; and [n, 2], the sum of the scores left out and of their sizes.
+    ``before`` [n, d_in] is what is read in the clean run, ``gradient`` [n, d_out] the metric's at
+    the written site; of [n, ways, d_out] the scores' sizes are averaged. None scores nothing.
     """
     rows, left = GrowingColumns(), before.new_zeros(len(before), 2)
     for block in blocks(part, before, target):

@@ -1,4 +1,4 @@
-"""SitePasses: the places that dictionaries read and write in one model, and passes made there."""
+"""What an attribution is asked, and SitePasses: the places watched in a model, and passes there."""
 
 from __future__ import annotations
 
@@ -11,27 +11,109 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import GradientError
+from ..checks import one_a_prompt
+from ..dictionaries.latents import Latents
+from ..errors import FiringError, GradientError
 from ..kernel.program import Program
 from ..kernel.read import Norm
-from ..kernel.state import Log
+from ..kernel.state import Log, View
+from ..kernel.tokens import select
 from ..kernel.watch import Keep, Show
-from ..metrics.base import require_tokenwise
-from ..metrics.evaluator import NOTHING, Batch, Evaluator, Pass, pass_options
+from ..metrics.base import Metric, require_tokenwise
+from ..metrics.evaluator import (
+    NOTHING,
+    Batch,
+    Data,
+    Evaluator,
+    Pass,
+    continued,
+    metric_data,
+    pass_options,
+)
 from ..model.route import Route
 from ..model.sites import Place, Site
 from ..results.provenance import model_key
 from ..shipping.payload import PAYLOAD_LIMIT
-from ..verbs.base import Intervention
-from ..verbs.lower import Visits, lower
-from .job import Job
-from .methods import Slopes, plain_slopes
+from ..text.prompts import Prompts, encode_prompts
+from ..text.tokens import Tokens, plain
+from ..verbs.base import Intervention, require_rows
+from ..verbs.lower import Visits, acts_at, lower
+from .baselines import Baseline, Fixed, Paired, require_pairs
+from .methods import Backward, Method, Slopes, plain_slopes
 from .pairs import Part
 from .remote_passes import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
 from .semantics import through
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
+
+
+AtOnce = str | int
+
+
+class Job(NamedTuple):
+    """The fields of an ``Attribute``, which documents them, with its target as latents."""
+
+    target: Latents
+    metric: Metric
+    baseline: Baseline
+    method: Method
+    where: Tokens | None
+    semantics: str
+    one_site: bool
+    backward: Backward | None
+    keep: int | None
+
+    @property
+    def at_clean_alone(self) -> bool:
+        """Whether the one gradient taken is that of the clean run."""
+        return [alpha for alpha, _ in self.method.nodes()] == [0.0]
+
+    @property
+    def as_published(self) -> bool:
+        """Whether the path ends before the baseline's own edits, as in the refusal paper's code."""
+        return getattr(self.method, "endpoint", "") == "as_published"
+
+
+class Prepared(NamedTuple):
+    """Encoded prompts, and those they are paired with."""
+
+    data: Data
+    others: Data | None = None
+
+    def batches(self, size: int) -> list[tuple[Batch, Batch | None]]:
+        """At most ``size`` prompts each, with their pairs."""
+        batches = self.data.batches(size)
+        others = [None] * len(batches) if self.others is None else self.others.batches(size)
+        return list(zip(batches, others, strict=True))
+
+
+def prepare(job: Job, model: TransformersModel, prompts: Prompts) -> Prepared:
+    """Prompts encoded, continued where the metric wants it, and as many as values are made for."""
+    data = metric_data("Attribute", model, prompts, job.metric)
+    if isinstance(job.baseline, Fixed):
+        one_a_prompt("Attribute", "baseline", job.baseline.prompts, data.prompts)
+    if isinstance(job.baseline, Intervention):
+        require_rows(job.baseline, data.prompts)
+    if not isinstance(job.baseline, Paired):
+        return Prepared(data)
+    tokenizer = getattr(model, "tokenizer", None)
+    others = encode_prompts(tokenizer, job.baseline.prompts)
+    require_pairs(job.baseline, data.prompts, len(others["input_ids"]))
+    return Prepared(data, continued(tokenizer, others, job.metric))
+
+
+def require_scored(tokens: Tensor, function: str) -> None:
+    """Refuse a result in which no token was scored: it would read as "no effect".
+
+    ``tokens`` [prompts] are the counts.
+    """
+    if not bool(tokens.any()):
+        raise FiringError(
+            f"{function}: `where` is a rule that selects no token in any of {len(tokens)} prompts,"
+            " wanted a token to score. Likely cause: ids or a role these prompts lack, or tokens"
+            " the dictionary was not trained on. Try: where=Tokens.all(), or Texts.select(rule)"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,13 +128,6 @@ class SitePass(Pass):
     before: dict[int, Tensor]
     nodes: dict[int, Tensor]
     slopes: Slopes
-
-
-class Moved(NamedTuple):
-    """Where places are moved to in a pass, and what share [b, 1, 1] of the way; None for all."""
-
-    targets: Mapping[int, Tensor] = {}
-    share: Tensor | None = None
 
 
 class SitePasses:
@@ -87,11 +162,18 @@ class SitePasses:
                 numbers[site] = self._places.setdefault(key, (len(self._places), site))[0]
             place = route.places[basis.site]
             norm = Norm(kind=place.transform, eps=place.eps)
+            rule = acts_at(job.where, basis, model)
+            if job.where is None and job.metric.continuation is not None:
+                rule &= Tokens.prompt()  # a continuation is not scored, unless asked for
             read, write = numbers[basis.site], numbers[basis.write_site]
-            self.parts.append(Part(basis, indices, read, write, norm))
+            self.parts.append(Part(basis, indices, read, write, norm, plain(rule.rule, model)))
         self.written = {part.write: part.dictionary.write_site for part in self.parts}
         self.through = through(self.parts) if job.semantics == "through_sae" else {}
         self.evaluator.require_upstream("Attribute", self.written.values())
+
+    def scored(self, view: View) -> tuple[Tensor, ...]:
+        """[b, t] a part: which tokens of a pass are scored."""
+        return tuple(select(part.rule, view) for part in self.parts)
 
     def run(
         self,
@@ -99,7 +181,7 @@ class SitePasses:
         intervention: Intervention = NOTHING,
         *,
         gradient: Collection[int] = (),
-        targets: Mapping[int, Tensor] | None = None,
+        targets: Mapping[int, Tensor] = {},
         share: Tensor | None = None,
         before: bool = False,
         copy: bool = True,
@@ -109,10 +191,10 @@ class SitePasses:
         The values are kept as the intervention left them. Each goes to its target first, or a
         ``share`` [b, 1, 1] of the way from where this pass has it.
         """
-        evaluator = self.evaluator
-        way, moved = evaluator.route_with(intervention), Moved(targets or {}, share)
+        evaluator, way = self.evaluator, self.evaluator.route_with(intervention)
         program = lower(intervention, evaluator.model, batch.rows(), way)
-        program = self.watched(program, gradient, moved, way, before=before, copy=copy)
+        moves = {"targets": targets, "share": share}
+        program = self.watched(program, way, gradient, **moves, before=before, copy=copy)
         if self.remote:
             log, logits, nodes, slopes = self._remote(batch, program, bool(gradient))
         else:
@@ -142,10 +224,11 @@ class SitePasses:
     def watched(
         self,
         program: Program,
-        gradient: Collection[int],
-        moved: Moved,
         way: Route,
+        gradient: Collection[int],
         *,
+        targets: Mapping[int, Tensor] = {},
+        share: Tensor | None = None,
         before: bool = False,
         copy: bool = True,
         detach: bool = True,
@@ -163,8 +246,7 @@ class SitePasses:
                 visits.add(place, order, keep, first=True)
             keep = Keep(
                 number=number, plus=place.plus, copy=copy, gradient=number in gradient,
-                first=detach and number == first, target=moved.targets.get(number),
-                share=moved.share,
+                first=detach and number == first, target=targets.get(number), share=share,
             )  # fmt: skip
             if keep.gradient and not keep.first and number in self.through:
                 source, passing = self.through[number]

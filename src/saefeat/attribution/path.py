@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import GradientError
-from ..kernel.read import lift
 from ..kernel.state import View
-from ..kernel.tokens import select
 from ..metrics.evaluator import Batch, Pass, References
 from ..text.prompts import Prompts
-from ..text.tokens import Tokens, plain
 from ..verbs.base import Intervention
-from ..verbs.lower import acts_at
 from .baselines import Baseline, Fixed, Paired, aligned
-from .job import AtOnce, Job, prepare
-from .pairs import Part, Target, at_tokens, moved_by, score
-from .passes import SitePass, SitePasses
+from .pairs import Part, Target, moved_by, score
+from .passes import AtOnce, Job, SitePass, SitePasses, prepare
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -100,7 +95,7 @@ def begin(
     """The batch's path, with its clean run made, and the baseline's where it has one of its own."""
     run = baseline_run(job, passes, batch, other)  # first: the clean run's graph takes memory
     clean = passes.run(batch, gradient=gradient)
-    scored = scored_tokens(job.where, passes, clean.view, batch.lengths is not None)
+    scored = passes.scored(clean.view)
     with torch.no_grad():
         if run is None:
             ends, targets = _moved(job, passes, batch, clean, scored)
@@ -110,7 +105,7 @@ def begin(
                 values, scored = aligned(job.baseline, batch, other, clean.values, values, scored)
             ends = {n: (run.before or values)[n] for n in passes.written}
             targets = [
-                Target(lift(at_tokens(values[part.read], mask), part.norm))
+                Target(part.read_at(values, mask))
                 for part, mask in zip(passes.parts, scored, strict=True)
             ]
     return Path(
@@ -121,28 +116,12 @@ def begin(
 def baseline_logits(
     job: Job, model: TransformersModel, prompts: Prompts, batch_size: int
 ) -> Iterator[Tensor]:
-    """[b, vocabulary] a batch: last logits of the baseline run of an attribution of these prompts.
-
-    What ``BASELINE_TOP`` and ``kl("baseline")`` refer to.
-    """
+    """[b, vocabulary] a batch: last logits of the baseline run, which a metric may refer to."""
     passes = SitePasses(job, model)
     with torch.no_grad():
         for batch, other in prepare(job, model, prompts).batches(batch_size):
             run = baseline_run(job, passes, batch, other)
             yield (run or begin(job, passes, batch, other).baseline).last.cpu()
-
-
-def scored_tokens(
-    where: Tokens | None, passes: SitePasses, view: View, continued: bool
-) -> tuple[Tensor, ...]:
-    """[b, t] a part: which tokens are scored; never a continuation's, unless ``where`` says so."""
-    model, masks = passes.evaluator.model, []
-    for part in passes.parts:
-        rule = acts_at(where, part.dictionary, model)
-        if continued and where is None:
-            rule &= Tokens.prompt()
-        masks.append(select(plain(rule.rule, model), view))
-    return tuple(masks)
 
 
 def target_of(baseline: Baseline, part: Part, prompt: Tensor) -> Target:
@@ -160,7 +139,7 @@ def _moved(
     ends: dict[int, Tensor] = {}
     for part, mask in zip(passes.parts, scored, strict=True):
         target = target_of(job.baseline, part, batch.numbers[mask.nonzero()[:, 0].cpu()])
-        before = lift(at_tokens(clean.values[part.read], mask), part.norm)
+        before = part.read_at(clean.values, mask)
         out = ends.get(part.write, clean.values[part.write]).clone()
         on_site = mask.to(out.device)
         out[on_site], target = moved_by(part, before, target, out[on_site])
@@ -175,8 +154,7 @@ def _moved(
 def require_apart(path: Path) -> None:
     """Refuse a metric whose number for one prompt depends on another of its batch.
 
-    Its shape is right, and a batch's gradient would still be no prompt's own. It is asked of the
-    first and the last prompt of the first batch, unless its logits are ``LARGE``.
+    Its shape is right, and a batch's gradient would still be no prompt's own.
     """
     clean, count = path.clean, len(path.batch.numbers)
     if count < 2 or int(path.batch.numbers[0]) or torch.is_inference_mode_enabled():
@@ -199,9 +177,8 @@ def require_apart(path: Path) -> None:
     if any(bool(x.nan_to_num(0.0, 0.0, 0.0).any()) for x in crossed):  # NaN is refused by name
         raise GradientError(
             f"Attribute: `metric` is {path.job.metric!r}, whose number for one prompt depends on"
-            " another prompt, wanted each prompt's own number, whatever its batch. Likely cause: a"
-            " mean, a sum or a normalization over the first dimension, the prompts. Try:"
-            " metric(lambda logits: logits.softmax(-1)[:, 5]), or batch_size=1"
+            " another prompt, wanted each prompt's own. Likely cause: a mean, sum or normalization"
+            " over the first dimension, the prompts. Try: logits.softmax(-1)[:, 5], or batch_size=1"
         )
 
 
@@ -244,10 +221,9 @@ def _add_gradients(
     values = path.metric(run, batch, rows)
     if values.shape != run.logits.shape[:1] or not values.requires_grad:
         raise GradientError(
-            f"Attribute: `metric` is of shape {tuple(values.shape)},"
-            f" requires_grad={values.requires_grad}, wanted one differentiable number a prompt,"
-            " [batch]. Likely cause: an argmax, a detach or a mean over prompts inside the metric."
-            " Try: metric(lambda logits: logits[:, 5])"
+            f"Attribute: `metric` is of shape {tuple(values.shape)}, with requires_grad"
+            f" {values.requires_grad}, wanted one differentiable number a prompt, [batch]. Likely"
+            " cause: an argmax, detach or mean over prompts in it. Try: metric(lambda x: x[:, 5])"
         )
     for number, slopes in run.slopes(values.sum(), run.nodes, path.passes.written).items():
         for weight, slope in zip(weights, slopes.chunk(len(weights)), strict=True):
@@ -271,8 +247,8 @@ def read_out(
     """Six columns of scores a part, and the sums [b, 2] of what ``keep`` left out."""
     rows, left_out = [], torch.zeros(len(view.real), 2)
     for part, mask, target in zip(parts, masks, targets, strict=True):
-        before = lift(at_tokens(values[part.read], mask), part.norm)  # [n, d_in]
-        kept, dropped = score(part, before, target, at_tokens(slopes[part.write], mask), keep)
+        before, slope = part.read_at(values, mask), slopes[part.write]
+        kept, dropped = score(part, before, target, slope[mask.to(slope.device)], keep)
         prompt = mask.nonzero()[:, 0].to(before.device)
         position = view.position[mask].to(before.device)[kept.token]
         numbers = (kept.score.float(), kept.activation.float(), kept.change.float())
@@ -293,8 +269,7 @@ def joined(rows: Sequence[tuple[Tensor, ...]], numbers: Tensor) -> tuple[Tensor,
         raise GradientError(
             f"Attribute: `metric` is without a finite gradient or effect for {int(bad.sum())} of"
             f" {len(bad)} scores, first in prompt {int(numbers[columns[0][bad][0]])}, wanted finite"
-            " gradients, and finite metrics of moved latents. Likely cause: a square root or"
-            " logarithm at zero in the metric, or a float16 model whose gradients overflow. Try: a"
-            " metric that is smooth at the clean run, or the model in bfloat16 or float32"
+            " ones. Likely cause: a root or logarithm at zero in the metric, or a float16 model"
+            " that overflows. Try: a metric that is smooth there, or the model in bfloat16"
         )
     return columns

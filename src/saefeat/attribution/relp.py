@@ -95,9 +95,9 @@ def _slopes(
         if end == "input" and any(module.get_submodule(path) is part for part in replaced):
             raise ModelError(
                 f"RelP: `target` is written at {site}, wanted a site before or behind the module,"
-                " not at its input. Likely cause: the rule takes the place of this module's own"
-                " graph, and no relevance would pass the site. Try: the site where the value is"
-                ' made, such as "resid_pre.3" or "model.layers.3.mlp.gate_proj.output"'
+                " not at its input. Likely cause: the rule replaces this module's graph, and no"
+                " relevance would pass the site. Try: the site where the value is made, such as"
+                ' "resid_pre.3" or "model.layers.3.mlp.gate_proj.output"'
             )
     return plain_slopes(total, nodes, sites)
 

@@ -125,7 +125,7 @@ def require_pass(errand: Errand, log: Any, logits: Any) -> None:
 
 
 def require_values(errand: Errand, what: str, found: Any, numbers: list[Any]) -> None:
-    """Refuse other places than those asked for, or other tokens there."""
+    """Refuse other places or tokens than those asked for."""
     if not isinstance(found, dict) or set(found) != set(numbers):
         got = list(found) if isinstance(found, dict) else _of(found)
         raise unfit(f"{what} of places {got}", f"of {numbers}")

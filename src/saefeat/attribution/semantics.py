@@ -34,10 +34,8 @@ def through(parts: Sequence[Part]) -> dict[int, tuple[int | None, Passing]]:
             second = ", a second one there" if part.write in passing else ""
             raise DictionaryError(
                 f"Attribute: `semantics` is 'through_sae' with {part.dictionary!r}{second}, wanted"
-                " one dictionary with a reconstruction at"
-                " each place. Likely cause: an error term or a function, or an SAE and a transcoder"
-                " that write to the same place. Try: semantics='pass_through', or other"
-                " dictionaries"
+                " one dictionary with a reconstruction at each place. Likely cause: an error term,"
+                " a function, or two dictionaries that write there. Try: semantics='pass_through'"
             )
         source = None if part.read == part.write else part.read
         step = max(1, _NUMBERS // part.dictionary.d_sae)

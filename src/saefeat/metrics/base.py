@@ -177,7 +177,6 @@ def require_tokenwise(
     if dictionary.prefix:
         raise error(
             f"{function}: `{parameter}` is of {dictionary!r}, which look back over the text, wanted"
-            " latents that depend on their own token's value alone. Likely cause: a temporal SAE,"
-            " or a function with prefix=True. Try: run(model, prompts, Probe(latents)), which reads"
-            " each row without padding"
+            " latents of their own token's value alone. Likely cause: a temporal SAE, or a function"
+            " with prefix=True. Try: run(model, prompts, Probe(latents)), which pads no row"
         )

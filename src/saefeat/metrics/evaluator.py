@@ -240,10 +240,9 @@ class Evaluator:
         late = [] if at is None else [site for site in written if orders[site] > orders[at]]
         if late:
             raise SiteError(
-                f"{function}: `metric` is at {at}, and latents written at {late[0]}, wanted"
-                " latents written no later than the metric's site. Likely cause: the model reaches"
-                " these latents after what they are to explain. Try: latents of the sites before"
-                " it: saes.latents({0: [3]})"
+                f"{function}: `metric` is at {at}, and latents written at {late[0]}, wanted latents"
+                " written no later than it. Likely cause: the model reaches these after what they"
+                " are to explain. Try: latents of sites before it: saes.latents({0: [3]})"
             )
 
 
@@ -266,9 +265,8 @@ def require_finite(
         return values.float().cpu()
     raise error(
         f"{function}: `metric` is {float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the"
-        f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in the"
-        " metric, or a model that overflows on this prompt. Try: measure(model, prompts, metric),"
-        " to find the prompts, and leave them out"
+        f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in it,"
+        " or a model that overflows. Try: measure(model, prompts, metric) to find such prompts"
     )
 
 
@@ -310,9 +308,8 @@ def measure(
     data = metric_data("measure", model, prompts, metric)
     if metric.reference == "baseline":
         raise SaefeatError(
-            f"measure: `metric` is {metric!r}, wanted a metric that needs no baseline run. Likely"
-            ' cause: a metric made for Attribute(..., baseline=...). Try: kl("clean"), or'
-            " kl(logits)"
+            f"measure: `metric` is {metric!r}, wanted one that needs no baseline run. Likely cause:"
+            ' it was made for Attribute(..., baseline=...). Try: kl("clean"), or kl(logits)'
         )
     require_rows(edit, data.prompts)
     evaluator, values, receipts = Evaluator(model, metric), [], []

@@ -225,8 +225,7 @@ def _joined(seen: Seen, group: Any) -> Tensor:
     if group is None and seen.top is None:
         raise SaefeatError(
             "metric: `token` is BASELINE_TOP, wanted a token, where no baseline is run. Likely"
-            " cause: a metric of the baseline's own token inside a trace. Try: attribute(model,"
-            " prompts), outside the trace"
+            " cause: a trace, which is one run. Try: attribute(model, prompts), outside the trace"
         )
     if group is None:
         return logits.gather(1, seen.top[:, None].to(logits.device)).squeeze(1)
@@ -234,8 +233,7 @@ def _joined(seen: Seen, group: Any) -> Tensor:
     if outside:
         raise PromptError(
             f"metric: `token` is {outside[0]}, wanted an id in 0..{logits.shape[1] - 1}. Likely"
-            " cause: an id of another model's vocabulary, or one counted from the end. Try:"
-            ' logit_diff("Here", "I") with strings'
+            ' cause: another model\'s id, or one counted from the end. Try: logit_diff("Here", "I")'
         )
     chosen = logits[:, group.to(logits.device)]
     return chosen.squeeze(1) if chosen.shape[1] == 1 else chosen.logsumexp(1)
@@ -249,9 +247,9 @@ def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
     if ids and all(type(token) is int for token in ids):
         return tuple(ids)
     raise PromptError(
-        f"log_prob: `continuation` is {text!r:.80}, which is not a sequence of tokens, wanted text,"
-        " or token ids. Likely cause: an empty text, a single id, or text for a model without its"
-        ' tokenizer. Try: log_prob(" I cannot"), or PerPrompt([...]) for one a prompt'
+        f"log_prob: `continuation` is {text!r:.80}, wanted text, or token ids. Likely cause: an"
+        " empty text, a single id, or text for a model without its tokenizer. Try:"
+        ' log_prob(" I cannot"), or PerPrompt([...]) for one a prompt'
     )
 
 

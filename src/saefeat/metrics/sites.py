@@ -69,9 +69,8 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
     chosen, rule = as_latents(latents, "activation"), where or Tokens.last(1)
     if len(chosen.parts) != 1:
         raise LatentError(
-            f"activation: `latents` is of {len(chosen.parts)} dictionaries, wanted latents of one"
-            " dictionary. Likely cause: a selection over several sites. Try: one attribution a"
-            " site: activation(latents.at(site))"
+            f"activation: `latents` is of {len(chosen.parts)} dictionaries, wanted latents of one."
+            " Likely cause: several sites. Try: one attribution a site, activation(latents.at(s))"
         )
     dictionary: Dictionary = chosen.parts[0][0]
     require_tokenwise("activation", "latents", dictionary)

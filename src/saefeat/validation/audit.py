@@ -367,10 +367,8 @@ def _dropped(scores: Attribution) -> float:
 
 
 def draw(population: int, k: int, budget: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which ranks to move: the first k, and a sample of the others, stratified by rank.
-
-    Returns:
-        ranks [n], the stratum of each [n], and the size of each stratum.
+    """Ranks [n] to move, the first k and a sample of the others stratified by rank; the stratum of
+    each [n], and the size of each stratum.
     """
     k = min(k, population)
     tail = population - k

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checks import gradients_on, whole, wholes
-from ..dictionaries.latents import Dictionary, Latents, as_latents, cast, index_tensor
+from ..dictionaries.latents import Latents, as_latents, cast, index_tensor
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..kernel.encode import encode
 from ..kernel.read import Norm, lift
-from ..kernel.state import Log
+from ..kernel.state import Log, View
 from ..kernel.tokens import select
 from ..kernel.watch import Keep
 from ..metrics.evaluator import Batch, Data, forward
@@ -31,7 +31,7 @@ from ..running.run import run
 from ..text.prompts import Prompts, encode_prompts
 from ..text.tokens import Tokens, plain
 from ..values.per_prompt import per_prompt
-from ..verbs.base import Chain
+from ..verbs.base import Chain, Intervention
 from ..verbs.edits import Clamp
 from ..verbs.lower import Visits, acts_at, lower
 from ..verbs.probe import Probe
@@ -105,17 +105,12 @@ class Edges:
     def to_pandas(self) -> pandas.DataFrame:
         """A DataFrame, one row an edge that is not zero, strongest first (needs pandas)."""
         ups, downs = list(self.upstream), list(self.downstream)
-        rows = [
-            {
-                "upstream_site": str(ups[i][0]),
-                "upstream": ups[i][1],
-                "downstream_site": str(downs[j][0]),
-                "downstream": downs[j][1],
-                "estimate": float(self.estimate[i, j]),
-                "exact": float(self.exact[i, j]),
-            }
-            for i, j in (self.estimate != 0).nonzero().tolist()
-        ]
+        rows = []
+        for i, j in (self.estimate != 0).nonzero().tolist():
+            row: dict[str, Any] = {"upstream_site": str(ups[i][0]), "upstream": ups[i][1]}
+            row |= {"downstream_site": str(downs[j][0]), "downstream": downs[j][1]}
+            row |= {"estimate": float(self.estimate[i, j]), "exact": float(self.exact[i, j])}
+            rows.append(row)
         return frame(sorted(rows, key=lambda row: -abs(row["estimate"])), "Edges.to_pandas")
 
     def __repr__(self) -> str:
@@ -125,13 +120,13 @@ class Edges:
             f"{self.by_prompt.shape[-1]} prompts; {checked} checked, rank correlation "
             f"{self.rank:.2f}; strongest"
         ]
-        for up, down, value in self.top(5):
+        rows, columns, least = list(self.upstream), list(self.downstream), 0.0
+        for up, down, least in self.top(5):
             (a, i), (b, j) = *up, *down
-            row, column = list(self.upstream).index((a, i)), list(self.downstream).index((b, j))
-            lines.append(f"  {a} {i} → {b} {j}: {value:+.3f}, exact {self.exact[row, column]:+.3f}")
-        least = min((abs(value) for *_, value in self.top(5)), default=0.0)
+            exact = self.exact[rows.index((a, i)), columns.index((b, j))]
+            lines.append(f"  {a} {i} → {b} {j}: {least:+.3f}, exact {exact:+.3f}")
         for up, down, value in self.unseen(1):
-            if abs(value) > least:
+            if abs(value) > abs(least):
                 (a, i), (b, j) = *up, *down
                 lines.append(f"  not seen by the gradient: {a} {i} → {b} {j}: exact {value:+.3f}")
         return "\n".join(lines)
@@ -198,30 +193,28 @@ def edges(
     wholes("edges", check=(check, 0), batch_size=(batch_size, 1))
     gradients_on("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
-    bases: list[Any] = [basis for basis, _ in (*up.parts, *down.parts)]
+    bases = [basis for basis, _ in (*up.parts, *down.parts)]
     way = route(model, [site for basis in bases for site in (basis.site, basis.write_site)])
     ordered = _ordered(up, down, way)
-    data = Data(encode_prompts(getattr(model, "tokenizer", None), prompts))
-    batch, pieces = data.inputs, data.batches(batch_size)
-    asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
-    asked |= {"check": check, "batch_size": batch_size}
+    batch = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    pieces = Data(batch).batches(batch_size)
     who: dict[str, Any] = {}
     if checkpoint is not None:
-        who = model_identity(model) | {"job": "edges"}
-        who |= {name: digest(value) for name, value in asked.items()}
+        asked = {"prompts": batch, "upstream": up, "downstream": down, "tokens": where}
+        asked |= {"check": check, "batch_size": batch_size}
+        who = model_identity(model) | {"job": "edges"} | {n: digest(v) for n, v in asked.items()}
     with Checkpoint(checkpoint, who, "edges") as done:
         values = _estimated(Jacobian(model, way, up, down, where), pieces, done, progress)
         values = torch.where(ordered[..., None], values, 0.0)
         strong = values.mean(-1).abs().flatten().argsort(descending=True, stable=True)[:check]
         chosen = [divmod(place, len(down)) for place in strong.tolist()]
         chosen = [(i, j) for i, j in chosen if values[i, j].any()]
-        rows = sorted({i for i, _ in chosen})
-        ablated = torch.full(ordered.shape, math.nan)
-        singles = [up.singles()[i] for i in rows]
+        rows, ablated = sorted({i for i, _ in chosen}), torch.full(ordered.shape, math.nan)
         if rows:
+            singles = [up.singles()[i] for i in rows]
             change = _ablated(model, batch, singles, down, where, batch_size, done, progress)
             ablated[rows] = torch.where(ordered[rows], change, math.nan)
-    exact = torch.full(ordered.shape, math.nan)
+    exact = torch.full_like(ablated, math.nan)
     for i, j in chosen:
         exact[i, j] = ablated[i, j]
     return Edges(up, down, ordered, values, exact, ablated)
@@ -236,14 +229,13 @@ def _estimated(jacobian: Jacobian, pieces: list[Batch], done: Checkpoint, progre
         values.append(found["values"])
         active = {name: active[name] or bool(found[name]) for name in active}
     # latents that never fire would give zeros that read as "no edge"
-    for name, latents in (("upstream", jacobian.up), ("downstream", jacobian.down)):
+    sides = ("upstream", jacobian.up, None), ("downstream", jacobian.down, jacobian.where)
+    for name, latents, where in sides:
         if not active[name]:
-            where = jacobian.where if name == "downstream" else None
             raise FiringError(
                 f"edges: `{name}` is {latents!r}, of which none is active at"
-                f" {where or 'any token'}, wanted at least one active latent. Likely cause: prompts"
-                " or tokens on which they do not fire. Try: scores.top(20), an attribution over"
-                " these prompts"
+                f" {where or 'any token'}, wanted one that is. Likely cause: prompts or tokens on"
+                " which they do not fire. Try: scores.top(20), of these prompts"
             )
     return torch.cat(values, -1)
 
@@ -271,28 +263,23 @@ def _ablated(
 ) -> Tensor:
     """[n, d]: the mean exact change of downstream sums when each of n latents is ablated."""
     prompts = len(batch["input_ids"])
-    first = -(-prompts // size)  # pieces before these were the estimates
-
-    def total(result: Any) -> Tensor:
-        reading = result.readings[0]
-        return torch.where(reading.mask, reading.values, 0.0).sum(1)  # [rows, d]
+    many, look = max(1, size // prompts), Probe(down, where=where)
 
     def under(some: list[Latents]) -> dict[str, Tensor]:
         """[n, prompts, d]: the sums with each latent ablated, or as they are."""
-        look = Probe(down, where=where)
-        if not some:
-            return {"sums": total(run(model, batch, look, batch_size=size))[None]}
-        union, member = per_prompt(some)
-        edit = Clamp(union, scale=(~member).float().repeat_interleave(prompts, 0)) | look
-        rows = {name: tensor.repeat(len(some), 1) for name, tensor in batch.items()}
-        return {"sums": total(run(model, rows, edit, batch_size=size)).unflatten(0, (-1, prompts))}
+        edit: Intervention = look
+        if some:
+            union, member = per_prompt(some)
+            edit = Clamp(union, scale=(~member).float().repeat_interleave(prompts, 0)) | look
+        rows = {name: tensor.repeat(max(1, len(some)), 1) for name, tensor in batch.items()}
+        reading = run(model, rows, edit, batch_size=size).readings[0]
+        sums = torch.where(reading.mask, reading.values, 0.0).sum(1)  # [rows, d]
+        return {"sums": sums.unflatten(0, (-1, prompts))}
 
-    many = max(1, size // prompts)
     groups = [[], *(ablated[n : n + many] for n in range(0, len(ablated), many))]
     bar = tqdm(groups, disable=not progress, desc="edges, checked", unit="batch")
-    before, *after = (
-        _once(done, first + n, lambda some=some: under(some))["sums"] for n, some in enumerate(bar)
-    )
+    pieces = enumerate(bar, -(-prompts // size))  # the estimates were pieces as well
+    before, *after = (_once(done, n, partial(under, some))["sums"] for n, some in pieces)
     return (torch.cat(after) - before).mean(1).float()
 
 
@@ -304,20 +291,25 @@ def _ordered(up: Latents, down: Latents, way: Route) -> Tensor:
     if bool(ordered.any()):
         return ordered
     raise SiteError(
-        f"edges: `downstream` is {down!r}, none of which is read after {up!r} is written, wanted"
-        " latents of a later site. Likely cause: upstream and downstream swapped, or of one site."
-        " Try: edges(model, prompts, saes.latents({1: [3]}), saes.latents({2: [5]}))"
+        f"edges: `downstream` is {down!r}, of which none is read after {up!r} is written, wanted"
+        " latents of a later site. Likely cause: the two swapped, or of one site. Try:"
+        " edges(model, prompts, saes.latents({1: [3]}), saes.latents({2: [5]}))"
     )
 
 
 class SiteLatents(NamedTuple):
-    """Latents of one dictionary, the place they are read or written, and its norm."""
+    """Latents of one dictionary, the place they are read at, its norm, and where they count."""
 
-    dictionary: Dictionary
     columns: dict[str, Any]
     place: Place
     norm: Norm
     rule: tuple
+
+    def at(self, value: Tensor, view: View) -> tuple[Tensor, Tensor | None]:
+        """[b, t, k]: the latents of a site's value, zero where they do not count; and the scale."""
+        x = lift(value, self.norm)
+        f, scale = encode(cast(self.columns, x.dtype, x.device), x)
+        return torch.where(select(self.rule, view).to(x.device)[..., None], f, 0.0), scale
 
 
 class Jacobian:
@@ -329,45 +321,47 @@ class Jacobian:
         self._model, self._route = model, way
         self.up, self.down, self.where = up, down, where
         self._numbers: dict[Place, tuple[int, Order]] = {}
-        self._reads = [self._part(*part, None, write=False) for part in up.parts]
-        self._writes = [self._part(*part, None, write=True) for part in up.parts]
-        self._sinks = [self._part(*part, where, write=False) for part in down.parts]
-        written = {self._numbers[part.place] for part in self._writes}
-        self._first, self._first_order = min(written, key=lambda entry: entry[1])
+        self._reads = [self._part(*part, None) for part in up.parts]
+        sites = [basis.write_site for basis, _ in up.parts]
+        self._written = [self._place(site, way.writable(site, "edges")) for site in sites]
+        self._sinks = [self._part(*part, where) for part in down.parts]
+        numbers = [self._numbers[place] for place in self._written]
+        self._first, self._first_order = min(numbers, key=lambda entry: entry[1])
 
-    def _part(self, basis: Any, indices: Any, where: Tokens | None, *, write: bool) -> SiteLatents:
-        site: Site = basis.write_site if write else basis.site
-        way = self._route.writable(site, "edges") if write else self._route.places[site]
-        place = Place(way.path, way.end, plus=way.plus)
+    def _part(self, basis: Any, indices: Any, where: Tokens | None) -> SiteLatents:
+        at = self._route.places[basis.site]
+        rule = plain(acts_at(where, basis, self._model).rule, self._model)
+        norm, columns = Norm(kind=at.transform, eps=at.eps), basis.columns(index_tensor(indices))
+        return SiteLatents(columns, self._place(basis.site, at), norm, rule)
+
+    def _place(self, site: Site, at: Any) -> Place:
+        """The site's place, to be kept under a number of its own."""
+        place = Place(at.path, at.end, plus=at.plus)
         self._numbers.setdefault(place, (len(self._numbers), self._route.orders[site]))
         if place.plus is not None:  # resid_mid: the block's input is the other half of its value
-            block = Place(place.plus, "input")
-            order = self._route.starts[place.plus]
-            self._numbers.setdefault(block, (len(self._numbers), order))
-        rule = plain(acts_at(where, basis, self._model).rule, self._model)
-        columns = basis.columns(index_tensor(indices))
-        norm = Norm(kind=way.transform, eps=way.eps)
-        return SiteLatents(basis, columns, place, norm, rule)
+            entry = (len(self._numbers), self._route.starts[place.plus])
+            self._numbers.setdefault(Place(place.plus, "input"), entry)
+        return place
 
     def values(self, batch: Batch) -> dict[str, Tensor]:
         """``values`` [u, d, b], the edges of one batch; whether either side was active at all."""
         log = self._run(batch)
         with torch.enable_grad():
-            sums = torch.cat([self._sum(part, log) for part in self._sinks], -1)  # [b, d]
-        nodes = [log.nodes[self._numbers[part.place][0]] for part in self._writes]
-        active, effects = [self._active(read, log) for read in self._reads], []
+            sinks = [part.at(self._node(part.place, log), log.view)[0] for part in self._sinks]
+            sums = torch.cat([f.sum(1) for f in sinks], -1)  # [b, d]
+        with torch.no_grad():
+            kept = [log.kept[self._numbers[read.place][0]] for read in self._reads]
+            active = [r.at(x, log.view) for r, x in zip(self._reads, kept, strict=True)]
+        nodes, effects = [log.nodes[self._numbers[place][0]] for place in self._written], []
         for j in range(sums.shape[1]):
             slopes = torch.autograd.grad(
-                sums[:, j].sum(), nodes, retain_graph=True, materialize_grads=True,
-                allow_unused=True,
-            )  # fmt: skip
+                sums[:, j].sum(), nodes, retain_graph=True, materialize_grads=True
+            )
             parts = zip(self._reads, active, slopes, strict=True)
             effects.append(torch.cat([_weigh(*part) for part in parts], -1))  # [b, u]
-        return {
-            "values": torch.stack(effects).permute(2, 0, 1).float().cpu(),
-            "upstream": torch.stack([f.any() for f, _ in active]).any(),
-            "downstream": sums.any(),
-        }
+        fires = torch.stack([f.any() for f, _ in active]).any()
+        values = torch.stack(effects).permute(2, 0, 1).float().cpu()
+        return {"values": values, "upstream": fires, "downstream": sums.any()}
 
     def _run(self, batch: Batch) -> Log:
         """One forward pass in which every place's value is kept as a node of the graph."""
@@ -387,34 +381,15 @@ class Jacobian:
     def _node(self, place: Place, log: Log) -> Tensor:
         """The site's value [b, t, d], in the graph where it can be."""
         number = self._numbers[place][0]
-        if number not in log.nodes:
-            return log.kept[number]
-        x = log.nodes[number]
-        if place.plus is None:
-            return x
-        return x + self._node(Place(place.plus, "input"), log)
-
-    def _sum(self, part: SiteLatents, log: Log) -> Tensor:
-        """[b, k]: each downstream latent's activation, summed over its tokens."""
-        x = lift(self._node(part.place, log), part.norm)
-        f = encode(cast(part.columns, x.dtype, x.device), x)[0]  # [b, t, k]
-        mask = select(part.rule, log.view).to(x.device)
-        f = torch.where(mask[..., None], f, 0.0)
-        return f.sum(1)
-
-    @torch.no_grad()
-    def _active(self, read: SiteLatents, log: Log) -> tuple[Tensor, Tensor | None]:
-        """[b, t, k]: what upstream latents are at their tokens, and the scale of directions."""
-        x = lift(log.kept[self._numbers[read.place][0]], read.norm)
-        f, scale = encode(cast(read.columns, x.dtype, x.device), x)
-        return torch.where(select(read.rule, log.view).to(x.device)[..., None], f, 0.0), scale
+        if number in log.nodes and place.plus is not None:
+            return log.nodes[number] + self._node(Place(place.plus, "input"), log)
+        return log.nodes.get(number, log.kept[number])
 
 
 @torch.no_grad()
 def _weigh(read: SiteLatents, active: tuple[Tensor, Tensor | None], slope: Tensor) -> Tensor:
     """[b, k]: −Σ_t f · (slope · direction)."""
     f, scale = active
-    slope = slope.to(f.device, f.dtype)
+    slope = slope.to(f) if scale is None else slope.to(f) * scale
     directions = cast(read.columns, f.dtype, f.device)["directions"]
-    along = (slope if scale is None else slope * scale) @ directions.T
-    return -(f * along).sum(1)
+    return -(f * (slope @ directions.T)).sum(1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
 from ..attribution.columns import require
-from ..attribution.job import prepare
+from ..attribution.passes import prepare
 from ..attribution.path import baseline_logits
 from ..attribution.scores import Attribution
 from ..checks import whole
@@ -211,9 +211,9 @@ class Experiment:
             return
         raise PromptError(
             f"{self.function}: `scores` is of {len(remembered)} prompts with a mean metric of"
-            f" {remembered.mean():.3f}, wanted scores of these {len(clean)} prompts, whose metric"
-            f" is {clean.mean():.3f}. Likely cause: other prompts, another order, another metric or"
-            " another model. Try: scores = attribute(model, prompts), and the same three here"
+            f" {remembered.mean():.3f}, wanted these {len(clean)} prompts, of {clean.mean():.3f}."
+            " Likely cause: other prompts, another order, another metric or another model. Try:"
+            " scores = attribute(model, prompts), and the same three here"
         )
 
     def _batches(
@@ -349,9 +349,8 @@ def require_movable(scores: Attribution, function: str) -> None:
         if encode(columns, torch.ones(1, dictionary.d_in))[1] is not None:
             raise SaefeatError(
                 f"{function}: `attribute` is with a baseline, on {dictionary!r}, whose directions"
-                " move with the input, wanted the zero baseline there. Likely cause:"
-                " an SAE that normalizes its input, or the error term. Try: Attribute(...,"
-                " baseline=None)"
+                " move with the input, wanted the zero baseline there. Likely cause: an SAE that"
+                " normalizes its input, or the error term. Try: Attribute(..., baseline=None)"
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
-from ..attribution.job import Job
+from ..attribution.passes import Job
 from ..attribution.scores import Attribution
 from ..checks import one_of, wholes
 from ..dictionaries.latents import Dictionary, Latents
@@ -23,14 +23,7 @@ from ..text.tokens import Tokens
 from ..verbs.edits import Ablate
 from ..verbs.probe import Probe
 from .experiment import Experiment, Folder
-from .ranking import (
-    Ranking,
-    matched_sets,
-    members_mass,
-    random_sets,
-    ranking,
-    selection,
-)
+from .ranking import Ranking, matched_sets, members_mass, random_sets, ranking, selection
 from .stats import Estimate, quantiles, resample
 
 if TYPE_CHECKING:
@@ -280,7 +273,13 @@ def faithfulness(
     one_of("faithfulness", "to", to, ("zero", "mean"))
     ranked = ranking(scores, "faithfulness")
     ladder = _sizes(sizes, ranked, controls)
-    _require_inside(attribute.job.target, selection(scores.dictionaries, ranked.keys))
+    scored = selection(scores.dictionaries, ranked.keys)
+    if len(attribute.job.target & scored) < len(scored):
+        raise LatentError(
+            "faithfulness: `scores` is of other latents than attribute.target, wanted the scores"
+            " this attribute made. Likely cause: the dictionaries were loaded again, and are other"
+            " objects. Try: scores = attribute(model, prompts)"
+        )
     experiment = Experiment.of_attribute(
         attribute, model, prompts, function="faithfulness", batch_size=batch_size,
         checkpoint=checkpoint, scores=scores, sizes=ladder, controls=controls, to=to, seed=seed,
@@ -373,35 +372,23 @@ def _sizes(sizes: Sequence[int] | None, ranked: Ranking, controls: int) -> tuple
     if not ladder or not fit or list(ladder) != sorted(set(ladder)):
         raise SaefeatError(
             f"faithfulness: `sizes` is {ladder!r}, wanted ascending integers in 1..{moved}, the"
-            " latents that moved. Likely cause: sizes beyond the latents found, or out of order."
-            " Try: faithfulness(..., sizes=(1, 2, 4, 8))"
+            " latents that moved. Likely cause: more than were found, or out of order. Try:"
+            " faithfulness(..., sizes=(1, 2, 4, 8))"
         )
     if controls and moved < 2 * ladder[-1]:
         raise SaefeatError(
-            f"faithfulness: `sizes` is up to {ladder[-1]}, wanted at most {most}: half of the"
-            f" {moved} latents that moved, so that as many are left for a control. Likely cause:"
-            " few latents are active on these prompts. Try: faithfulness(...,"
-            f" sizes=(1, {max(1, most)})), or controls=0"
+            f"faithfulness: `sizes` is up to {ladder[-1]}, wanted at most {most}, half of the"
+            f" {moved} latents that moved: as many are left for a control. Likely cause: few are"
+            f" active on these prompts. Try: sizes=(1, {max(1, most)}), or controls=0"
         )
     return ladder
 
 
 def _require_effect(clean: Tensor, empty: Tensor) -> None:
     change = float((clean - empty).mean())
-    if abs(change) > 1e-6 * (1 + float(clean.abs().max())):
-        return
-    raise SaefeatError(
-        f"faithfulness: `attribute` is a metric that moves by {change:.1e} when every latent is"
-        " ablated, wanted a metric that the latents carry. Likely cause: a metric that these sites"
-        " do not reach, or that the error term carries. Try: another site, or another metric"
-    )
-
-
-def _require_inside(target: Latents, scored: Latents) -> None:
-    if len(target & scored) == len(scored):
-        return
-    raise LatentError(
-        "faithfulness: `scores` is of other latents than attribute.target, wanted the scores that"
-        " this attribute made. Likely cause: the dictionaries were loaded again, and are other"
-        " objects. Try: scores = attribute(model, prompts)"
-    )
+    if abs(change) <= 1e-6 * (1 + float(clean.abs().max())):
+        raise SaefeatError(
+            f"faithfulness: `attribute` is a metric that moves by {change:.1e} when every latent is"
+            " ablated, wanted one that the latents carry. Likely cause: these sites do not reach"
+            " it, or the error term carries it. Try: another site, or another metric"
+        )

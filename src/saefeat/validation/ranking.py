@@ -34,18 +34,16 @@ def ranking(scores: Attribution, function: str) -> Ranking:
     if len(scores) == 0 or bool(scores.degenerate.all()):
         raise SaefeatError(
             f"{function}: `scores` is {len(scores)} scores, {int(scores.degenerate.sum())} of"
-            f" {len(scores.tokens)} prompts degenerate, wanted an attribution with something in it."
-            " Likely cause: a baseline that changes nothing, or `where` that selects no token. Try:"
-            " print(scores), and compare the metric before and after"
+            f" {len(scores.tokens)} prompts degenerate, wanted scores with something in it. Likely"
+            " cause: a baseline that changes nothing, or a `where` of no token. Try: print(scores)"
         )
     # a score that is NaN would rank above all others
     bad = (~torch.isfinite(scores.score)).nonzero().flatten()
     if len(bad):
         raise SaefeatError(
             f"{function}: `scores` is {len(bad)} that are not finite, the first of prompt"
-            f" {int(scores.prompt[bad[0]])}, wanted finite scores. Likely cause: a gradient that"
-            " overflows, or of a root or logarithm at zero in the metric. Try: attribute again"
-            " without these prompts, in float32"
+            f" {int(scores.prompt[bad[0]])}, wanted finite scores. Likely cause: gradients that"
+            " overflow, or a root or log at zero. Try: attribute without these prompts, in float32"
         )
     pairs = torch.stack([scores.dictionary, scores.latent], 1)
     keys, inverse = torch.unique(pairs, dim=0, return_inverse=True)

@@ -117,9 +117,8 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
     prompts = len(scores.tokens)
     if prompts < 2:
         raise SaefeatError(
-            "stability: `scores` is of one prompt, wanted at least two prompts. Likely cause: the"
-            " bootstrap draws prompts again, and one prompt can only be itself. Try:"
-            " attribute(model, prompts) over a data set"
+            "stability: `scores` is of one prompt, wanted at least two prompts. Likely cause: one"
+            " drawn again is the same. Try: attribute(model, prompts) over a data set"
         )
     ranked = ranking(scores, "stability")
     share = scores.score.double() / scores.tokens.clamp(min=1)[scores.prompt]
@@ -128,9 +127,8 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
     best = _top(whole[None], k)[0]  # [m] bool
     if not bool(best.any()):
         raise LatentError(
-            "stability: `scores` is without a positive score, wanted at least one latent whose move"
-            " to the baseline raises the metric. Likely cause: a metric of the wrong sign. Try:"
-            " logit_diff(negative, positive), the other way round"
+            "stability: `scores` is without a positive score, wanted one latent whose move raises"
+            " the metric. Likely cause: the wrong sign. Try: logit_diff(negative, positive)"
         )
     order = whole.argsort(descending=True, stable=True)[: int(best.sum())]
     means, included, overlap = _bootstrap(table, best, order, k, resample(prompts, samples, seed))
