@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..dictionaries.latents import Dictionaries, Dictionary, Latents, as_latents
+from ..dictionaries.by_site import Dictionaries
+from ..dictionaries.latents import Dictionary, Latents, as_latents
 from ..errors import GradientError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..dictionaries.latents import Dictionaries
+from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError
 from ..model.sites import Site
