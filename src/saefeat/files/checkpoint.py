@@ -130,8 +130,9 @@ def _require_same(
         shown = "; ".join(f"{n} was {found.get(n)!r:.80}, is {wanted.get(n)!r:.80}" for n in other)
         raise CheckpointError(
             f"{function}: `checkpoint` is of another job: {folder} differs in {', '.join(other)}"
-            f" ({shown}), wanted the call that began it. Likely cause: an argument, the model or a"
-            " library changed since. Try: the same arguments again, or a folder of its own"
+            f" ({shown}), wanted the same call as the one that began it. Likely cause: an argument,"
+            " the model or a library changed since. Try: the same arguments again, or a folder of"
+            " its own for this job"
         )
 
 
