@@ -14,7 +14,7 @@ import torch
 
 import saefeat as sf
 from helpers import RAGGED, D, build, make_sae, unit, wrapped
-from saefeat.hub.card import FILE
+from saefeat.hub.repository import FILE
 from saefeat.hub.vectors import steering_vector
 
 TOKEN = "hf_" + "a" * 20

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .dictionaries.by_site import Dictionaries
 from .dictionaries.direction import Neurons
-from .dictionaries.latents import Dictionaries, Dictionary
+from .dictionaries.latents import Dictionary
 from .errors import DictionaryError, ModelError, SiteError
 from .loading.declaration import notes
 from .model.modules import blocks, check_ready, family, torch_module, width_at

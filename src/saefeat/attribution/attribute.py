@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checks import gradients_on, whole
-from ..dictionaries.latents import Dictionaries, Dictionary, Latents, as_latents
+from ..dictionaries.by_site import Dictionaries
+from ..dictionaries.latents import Dictionary, Latents, as_latents
 from ..errors import GradientError, LatentError, PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.excerpt import Excerpt
-from ..dictionaries.latents import Dictionaries, Dictionary
+from ..dictionaries.latents import Dictionary
 from ..errors import SaefeatError
 from ..files.container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
 from ..results.provenance import versions

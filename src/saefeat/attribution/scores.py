@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..dictionaries.latents import Dictionaries, Dictionary, Latents
+from ..dictionaries.by_site import Dictionaries
+from ..dictionaries.latents import Dictionary, Latents
 from ..files.container import MAX_BYTES
 from ..text.tokens import Tokens
 from . import file, plots, show

@@ -1,14 +1,16 @@
 """Dictionaries of latents: SAEs, transcoders, directions, neurons, functions.
 
-* ``latents``: what a dictionary must offer, ``Latents``, a selection, ``Dictionaries``, one a site.
+* ``latents``: what a dictionary must offer, and ``Latents``, a selection.
+* ``by_site``: ``Dictionaries``, one dictionary a site.
 * ``sae``, ``direction`` (with neurons and functions), ``excerpt``: the kinds.
 * ``weights``: tensors in memory or on disk, read a slice at a time.
 * ``contract``: ``check_dictionary``, which holds your own dictionary against what is promised.
 """
 
+from .by_site import Dictionaries
 from .contract import check_dictionary
 from .direction import Direction, Function, Neurons
-from .latents import Dictionaries, Dictionary, Latents
+from .latents import Dictionary, Latents
 from .sae import SAE, ErrorTerm
 
 __all__ = [

@@ -47,58 +47,59 @@ def check_dictionary(dictionary: Dictionary, *, seed: int = 0) -> None:
             dictionary.latents(bad)
         except LatentError:
             continue
-        raise _broken(dictionary, f"latents({bad}) is refused")
+        _require(False, dictionary, f"latents({bad}) is refused")
 
 
 def _shapes(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:
     f, directions = dictionary.encode(x, index), dictionary.directions(index)
-    if f.shape != (*x.shape[:-1], len(index)):
-        raise _broken(dictionary, f"encode gives [..., k], not {tuple(f.shape)}")
-    if directions.shape != (len(index), dictionary.d_out):
-        raise _broken(dictionary, f"directions gives [k, d_out], not {tuple(directions.shape)}")
+    fits = f.shape == (*x.shape[:-1], len(index))
+    _require(fits, dictionary, f"encode gives [..., k], not {tuple(f.shape)}")
+    fits = directions.shape == (len(index), dictionary.d_out)
+    _require(fits, dictionary, f"directions gives [k, d_out], not {tuple(directions.shape)}")
 
 
 def _selection(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:
-    whole = dictionary.encode(x)[..., index]
-    if not torch.allclose(dictionary.encode(x, index), whole, atol=1e-5):
-        raise _broken(dictionary, "encoding a selection equals encoding all and selecting")
-    if not torch.allclose(dictionary.directions()[index], dictionary.directions(index), atol=1e-6):
-        raise _broken(dictionary, "directions of a selection are rows of all directions")
+    same = torch.allclose(dictionary.encode(x, index), dictionary.encode(x)[..., index], atol=1e-5)
+    _require(same, dictionary, "encoding a selection equals encoding all and selecting")
+    rows = dictionary.directions(index)
+    same = torch.allclose(dictionary.directions()[index], rows, atol=1e-6)
+    _require(same, dictionary, "directions of a selection are rows of all directions")
 
 
 def _stateless(dictionary: Dictionary, x: Tensor) -> None:
     before, first = x.clone(), dictionary.encode(x)
     dictionary.encode(torch.roll(x, 1, 0) * 3)
-    if not torch.equal(first, dictionary.encode(x)):
-        raise _broken(dictionary, "encode keeps no state between calls")
+    same = torch.equal(first, dictionary.encode(x))
+    _require(same, dictionary, "encode keeps no state between calls")
     if dictionary.prefix:
-        if not torch.allclose(first[:, :3], dictionary.encode(x[:, :3]), atol=1e-5):
-            raise _broken(dictionary, "encode does not look ahead")
-    elif not torch.allclose(first[:, 1:3], dictionary.encode(x[:, 1:3]), atol=1e-5):
-        raise _broken(dictionary, "encode does not mix positions")
-    if not torch.equal(x, before):
-        raise _broken(dictionary, "encode leaves its input untouched")
+        same = torch.allclose(first[:, :3], dictionary.encode(x[:, :3]), atol=1e-5)
+        _require(same, dictionary, "encode does not look ahead")
+    else:
+        same = torch.allclose(first[:, 1:3], dictionary.encode(x[:, 1:3]), atol=1e-5)
+        _require(same, dictionary, "encode does not mix positions")
+    _require(torch.equal(x, before), dictionary, "encode leaves its input untouched")
 
 
 def _storage(dictionary: Dictionary, index: Tensor) -> None:
     """A view would carry its whole matrix to a server."""
     for name, value in dictionary.columns(index).items():
         if isinstance(value, Tensor):
-            held = value.untyped_storage().nbytes()
-            if held > value.numel() * value.element_size():
-                raise _broken(dictionary, f"columns()[{name!r}] has a storage of its own")
+            small = value.untyped_storage().nbytes() <= value.numel() * value.element_size()
+            _require(small, dictionary, f"columns()[{name!r}] has a storage of its own")
 
 
 def _zero_step(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:
     columns = cast(dictionary.columns(index), x.dtype, x.device)
     y = torch.randn(2, 5, dictionary.d_out, generator=torch.Generator().manual_seed(1))
     step = torch.zeros(2, 5, len(index))
-    if not torch.equal(moved(y, step, columns["directions"], None, None), y):
-        raise _broken(dictionary, "a zero step leaves the site as it was")
+    same = torch.equal(moved(y, step, columns["directions"], None, None), y)
+    _require(same, dictionary, "a zero step leaves the site as it was")
 
 
-def _broken(dictionary: Dictionary, promise: str) -> DictionaryError:
-    return DictionaryError(
+def _require(holds: bool, dictionary: Dictionary, promise: str) -> None:
+    if holds:
+        return
+    raise DictionaryError(
         f"check_dictionary: `dictionary` is {dictionary!r}, for which this does not hold:"
         f" {promise}, wanted a dictionary that keeps the contract. Likely cause: columns() or"
         " encode() of the subclass. Try: compare with saefeat.Direction, the smallest that does"

@@ -18,7 +18,8 @@ from ..errors import CheckpointError, DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import picked
 from ..model.sites import Site
-from .latents import Dictionaries, Dictionary
+from .by_site import Dictionaries
+from .latents import Dictionary
 
 
 @final

@@ -34,11 +34,7 @@ WHOLE = ("topk", "abstopk", "error")
 
 
 def shapes(columns: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The tensors that columns of this kind have: name → shape in symbols.
-
-    Raises:
-        DictionaryError: for an activation there is no table for, or a normalization.
-    """
+    """The tensors that columns of this kind have: name → shape in symbols."""
     kind, inner = columns.get("activation"), columns.get("inner")
     known = [name for name in (kind, inner) if isinstance(name, str) and name in SHAPES]
     if not known or kind != known[0] or (kind == "error" and known[1:] in ([], ["error"])):
@@ -194,9 +190,11 @@ class Excerpt(Dictionary):
         missing = sorted(set(indices) - set(self.held))
         if missing or not self._selections:
             got = f"latent {missing[0]}, which is not held" if missing else "all of them"
+            head = ", ".join(map(str, self.held[:5])) or "none"
+            listed = head + (", ..." if len(self.held) > 5 else "")
             raise LatentError(
                 f"{self!r}: `latents` is {got}, wanted some of the {len(self.held)} that are:"
-                f" {_listed(self.held)}. Likely cause: an excerpt carries only the latents it was"
+                f" {listed}. Likely cause: an excerpt carries only the latents it was"
                 " made for. Try: load the dictionary itself with load_sae or load_saes"
             )
 
@@ -222,11 +220,6 @@ class Excerpt(Dictionary):
         extra = sorted(set(columns) - set(wanted) - plain)
         if extra or set(columns) < set(wanted) | plain:
             raise _unknown("columns", extra or sorted(columns), ", ".join([*wanted, *plain]))
-
-
-def _listed(indices: tuple[int, ...]) -> str:
-    head = ", ".join(map(str, indices[:5]))
-    return head + (", ..." if len(indices) > 5 else "") if indices else "none"
 
 
 def _unknown(parameter: str, got: object, wanted: str) -> DictionaryError:

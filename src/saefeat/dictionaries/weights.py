@@ -232,9 +232,6 @@ class Mapped(Weights):
         views: sae-lens name → where it lies; what is not listed is not there.
         constants: tensors the file does not hold as such, [d_sae] each (one threshold for all
             latents, a bias of zeros), kept in memory.
-
-    Raises:
-        DictionaryError: for a tensor the file lacks.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class Checkpoint:
         name = folder / "identity.json"
         if name.exists():
             _require_same(self.function, folder, _identity(self.function, name), wanted)
-        elif any(not _partial(entry) for entry in folder.iterdir()):
+        elif any(entry.suffix != PARTIAL for entry in folder.iterdir()):  # left by a broken write
             raise _no_folder(self.function, folder)
         else:
             write(name, json.dumps(wanted, indent=1).encode(), self.function)
@@ -87,7 +87,11 @@ class Checkpoint:
             contents = read(self._file(number), self.function, LARGEST)
             meta = unseal(contents, FORMAT, VERSION, self.function)["meta"]
         except (FileError, KeyError) as error:
-            return _damaged(self._file(number), str(error))
+            text = (
+                f"saefeat: {self._file(number)} is damaged ({error}) and its batch is done again."
+            )
+            warnings.warn(text, stacklevel=3)
+            return None
         return contents.tensors, json.loads(meta)
 
     def save(self, number: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -100,11 +104,6 @@ class Checkpoint:
 
     def _file(self, number: int) -> Path:
         return Path(self.folder or "") / f"batch-{number:06d}.safetensors"
-
-
-def _partial(entry: Path) -> bool:
-    """What an interrupted write may have left."""
-    return entry.suffix == PARTIAL
 
 
 def _identity(function: str, name: Path) -> dict[str, Any]:
@@ -124,11 +123,7 @@ def _identity(function: str, name: Path) -> dict[str, Any]:
 def _require_same(
     function: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
-    """Refuse to go on with another job's batches.
-
-    Raises:
-        CheckpointError: naming everything that differs.
-    """
+    """Refuse to go on with another job's batches."""
     names = sorted({*found, *wanted})
     other = [name for name in names if found.get(name) != wanted.get(name)]
     if other:
@@ -147,8 +142,3 @@ def _no_folder(function: str, folder: Path) -> CheckpointError:
         " folder, or one that an earlier call began. Likely cause: a path to something else. Try:"
         ' checkpoint="runs/job-1"'
     )
-
-
-def _damaged(name: Path, why: str) -> None:
-    """Say that a batch is done again."""
-    warnings.warn(f"saefeat: {name} is damaged ({why}) and its batch is done again.", stacklevel=4)

@@ -79,11 +79,7 @@ def seal(
 
 
 def unseal(contents: Contents, form: str, version: int, function: str) -> dict[str, Any]:
-    """A document's ``spec``, once format, version and hash are what they should be.
-
-    Raises:
-        FileError: saying what is not.
-    """
+    """A document's ``spec``, once format, version and hash are what they should be."""
     document, tensors = contents
     if document.get("format") != form:
         got = f"a file of format {brief(document.get('format'))}"
@@ -106,29 +102,19 @@ def unseal(contents: Contents, form: str, version: int, function: str) -> dict[s
 
 
 def only(entry: Mapping[str, Any], known: Iterable[str], function: str, what: str) -> None:
-    """Refuse names this version does not know: what they mean would be left out without a word.
-
-    Raises:
-        FileError: naming one.
-    """
+    """Refuse names this version does not know: what they mean would be left out without a word."""
     unknown = sorted(set(entry) - set(known))
     if unknown:
-        got, wanted = f"{what} with {brief(unknown[0])}", "names this version knows"
-        cause = "a file from a later saefeat, or one that was edited"
-        raise refuse(function, got, wanted, cause, "pip install --upgrade saefeat")
+        got = f"{what} with {brief(unknown[0])}"
+        raise later(function, got, "names this version knows")
 
 
 def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], function: str) -> bytes:
-    """The bytes of a file; the same bytes for the same contents.
-
-    Raises:
-        FileError: for a dtype the format has no name for, or a header beyond ``MAX_HEADER``.
-    """
+    """The bytes of a file; the same bytes for the same contents."""
     if depth(document) > MAX_DEPTH:
         got, wanted = "for a rule nested too deeply", f"at most {MAX_DEPTH} levels"
-        raise refuse(
-            function, got, wanted, "a rule built in a loop", "Tokens.ids(*ids), not a | b | c"
-        )
+        call = "Tokens.ids(*ids), not a | b | c"
+        raise refuse(function, got, wanted, "a rule built in a loop", call)
     header: dict[str, Any] = {"__metadata__": {KEY: canonical(document)}}
     # Wide elements first, so that each tensor starts at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -136,19 +122,13 @@ def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], function: str)
     for name in order:
         tensor = tensors[name]
         if tensor.dtype not in _NAMES:
-            wanted = "one of " + ", ".join(_NAMES[d] for d in _NAMES)
+            got, wanted = f"for a tensor of {tensor.dtype}", "one of " + ", ".join(DTYPES)
             call = "tensor.float() before the intervention is made"
-            raise refuse(
-                function, f"for a tensor of {tensor.dtype}", wanted, "unusual values", call
-            )
+            raise refuse(function, got, wanted, "unusual values", call)
         parts.append(raw(tensor))
         stop = start + len(parts[-1])
-        shape = list(tensor.shape)
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": shape,
-            "data_offsets": [start, stop],
-        }
+        dtype, shape = _NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -160,11 +140,7 @@ def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], function: str)
 
 
 def write(path: str | Path, data: bytes, function: str) -> Path:
-    """Write a file whole or not at all: to a name beside it, then renamed over it.
-
-    Raises:
-        FileError: if the folder does not exist or cannot be written to.
-    """
+    """Write a file whole or not at all: to a name beside it, then renamed over it."""
     try:
         target = Path(path)
         beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
@@ -184,11 +160,7 @@ def write(path: str | Path, data: bytes, function: str) -> Path:
 
 
 def read(path: str | Path, function: str, max_bytes: int = MAX_BYTES) -> Contents:
-    """Read a file strictly; nothing larger than the file itself is ever allocated.
-
-    Raises:
-        FileError: saying what is wrong with it.
-    """
+    """Read a file strictly; nothing larger than the file itself is ever allocated."""
     try:
         with Path(path).open("rb") as file:
             about = os.fstat(file.fileno())
@@ -210,11 +182,7 @@ def read(path: str | Path, function: str, max_bytes: int = MAX_BYTES) -> Content
 
 
 def unpack(data: bytes, function: str) -> Contents:
-    """The contents of a file's bytes.
-
-    Raises:
-        FileError: as in ``read``.
-    """
+    """The contents of a file's bytes."""
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER, len(data) - 8):
         got = f"{len(data):,} bytes that announce a header of {length:,}"
@@ -240,18 +208,16 @@ def _tensors(header: dict[str, Any], data: bytes, offset: int, function: str) ->
     for name in sorted(spans, key=lambda name: spans[name][2:]):
         _, _, start, stop = spans[name]
         if start != at:
-            raise broken(
-                function, f"{brief(name)} at byte {start}", f"at byte {at}, without gap or overlap"
-            )
+            wanted = f"at byte {at}, without gap or overlap"
+            raise broken(function, f"{brief(name)} at byte {start}", wanted)
         at = stop
     if at != len(data) - offset:
         got = f"{len(data) - offset:,} bytes of tensors"
         raise broken(function, got, f"{at:,}, as its header says")
     found = {}
     for name, (dtype, shape, start, stop) in spans.items():
-        part = torch.frombuffer(
-            bytearray(data[offset + start : offset + stop] or b"\0"), dtype=torch.uint8
-        )
+        part = bytearray(data[offset + start : offset + stop] or b"\0")  # never an empty buffer
+        part = torch.frombuffer(part, dtype=torch.uint8)
         if dtype == torch.bool and bool((part > 1).any()):
             raise broken(function, f"{brief(name)} with a byte above 1", "booleans")
         empty = start == stop
@@ -262,19 +228,15 @@ def _tensors(header: dict[str, Any], data: bytes, offset: int, function: str) ->
 def _span(name: str, entry: object, function: str) -> tuple[torch.dtype, list[int], int, int]:
     """One tensor's dtype, shape and bytes from its header entry."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise broken(
-            function, f"an entry {brief(name)} of another form", "dtype, shape, data_offsets"
-        )
+        got = f"an entry {brief(name)} of another form"
+        raise broken(function, got, "dtype, shape, data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise broken(
-            function,
-            f"{brief(name)} of dtype {brief(entry['dtype'])}",
-            "one of " + ", ".join(DTYPES),
-        )
+        got = f"{brief(name)} of dtype {brief(entry['dtype'])}"
+        raise broken(function, got, "one of " + ", ".join(DTYPES))
     shape, span = entry["shape"], entry["data_offsets"]
-    whole = isinstance(shape, list) and len(shape) <= 3 and all(map(_natural, shape))
-    if not whole or not isinstance(span, list) or len(span) != 2 or not all(map(_natural, span)):
+    whole = isinstance(shape, list) and len(shape) <= 3 and all(map(natural, shape))
+    if not whole or not isinstance(span, list) or len(span) != 2 or not all(map(natural, span)):
         got = f"{brief(name)} of shape {brief(shape)} at {brief(span)}"
         raise broken(function, got, "at most three whole numbers, and two")
     if math.prod(max(n, 1) for n in shape) > 2**53:  # a tensor of nothing has strides all the same
@@ -285,22 +247,17 @@ def _span(name: str, entry: object, function: str) -> tuple[torch.dtype, list[in
     return dtype, shape, span[0], span[1]
 
 
-def _natural(number: object) -> TypeGuard[int]:
+def natural(number: object) -> TypeGuard[int]:
+    """A whole number from 0 that JSON keeps exactly, and no bool."""
     return type(number) is int and 0 <= number < 2**53
 
 
 def parse(text: bytes, function: str) -> Any:
-    """JSON without its traps: no repeated key, no NaN, no infinity, no endless nesting.
-
-    Raises:
-        FileError: saying which.
-    """
+    """JSON without its traps: no repeated key, no NaN, no infinity, no endless nesting."""
     try:
+        plain = text.decode("utf-8")
         found = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=_once,
-            parse_constant=_finite,
-            parse_float=_finite,
+            plain, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite
         )
     except RecursionError:
         raise broken(function, "JSON nested too deeply", f"{MAX_DEPTH} levels") from None
@@ -349,3 +306,9 @@ def broken(function: str, got: str, wanted: str) -> FileError:
     """The error for a file whose bytes contradict themselves."""
     cause = "an interrupted download or copy, or a file that was edited"
     return refuse(function, got, wanted, cause, "fetch the file again and compare its size")
+
+
+def later(function: str, got: str, wanted: str) -> FileError:
+    """The error for what this version does not know."""
+    cause = "a file from a later saefeat, or one that was edited"
+    return refuse(function, got, wanted, cause, "pip install --upgrade saefeat")

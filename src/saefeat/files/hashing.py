@@ -37,9 +37,6 @@ def digest(*values: object) -> str:
 
     A function is hashed by its code, defaults and enclosed values; what it reads from its module
     is not seen. What has a ``fingerprint`` is hashed by it.
-
-    Raises:
-        CheckpointError: for a value that says nothing of its content.
     """
     tensors: dict[str, Tensor] = {}
     return content_hash([_plain(value, tensors) for value in values], tensors)[:16]
@@ -130,9 +127,6 @@ def weights(module: nn.Module) -> str:
 
     Hashed are the bit patterns of each row, summed with fixed random factors: integers, so that
     every device and order of summation gives the same, and no two entries can change places.
-
-    Raises:
-        ModelError: for a module whose weights are not loaded.
     """
     sums = []
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

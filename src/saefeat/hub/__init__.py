@@ -3,7 +3,7 @@
 * ``fields``: what stands in a file for each verb, value and condition.
 * ``write``, ``read``: the two directions, without trusting what is read.
 * ``files``: ``save`` and ``load``.
-* ``repository``: ``push`` and ``pull``; ``card``: the page beside the file.
+* ``repository``: ``push`` and ``pull``, and the card beside the file.
 * ``vectors``: an intervention as a steering vector, where that is exact.
 """
 

@@ -34,6 +34,9 @@ What an older reader only does not know (a new verb, a new field) needs no new n
 name, refuses, and says that the file is newer.
 """
 
+FACTS = ("family", "d_model", "layers", "vocab")
+"""What a file says of the model it was made on, beside its name and revision."""
+
 MAX_STEPS = 65_536
 MAX_DICTIONARIES = 65_536
 MAX_LATENTS = 2**20

@@ -11,7 +11,6 @@ from ..files.container import (
     MAX_HEADER,
     Contents,
     brief,
-    broken,
     pack,
     read,
     refuse,
@@ -24,11 +23,9 @@ from ..model.route import route
 from ..results.provenance import versions
 from ..verbs.base import Intervention
 from ..verbs.lower import sites_of
-from .fields import FORMAT, MAX_TEXT, VERSION
-from .read import Reader, record
+from .fields import FACTS, FORMAT, VERSION
+from .read import Reader
 from .write import Writer
-
-FACTS = ("family", "d_model", "layers", "vocab")
 
 
 def save(
@@ -66,11 +63,7 @@ def save(
 
 
 def packed(intervention: Intervention, model: object, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes ``save`` writes.
-
-    Raises:
-        FileError: as ``save``, but for the path.
-    """
+    """The bytes ``save`` writes."""
     if not isinstance(intervention, Intervention):
         got, call = type(intervention).__name__, "save(sf.Ablate(latents), path)"
         raise refuse("save", got, "one", "a selection or a result", call, "intervention")
@@ -121,53 +114,29 @@ def load(path: str | Path, *, model: object = None, max_bytes: int = MAX_BYTES) 
 def built(contents: Contents, function: str, model: object) -> Intervention:
     """The intervention in a file's contents, checked against a model if there is one."""
     spec = unseal(contents, FORMAT, VERSION, function)
-    intervention = Reader(spec, contents.tensors, function).intervention()
-    made_on = model_facts(spec, function)
+    reader = Reader(spec, contents.tensors, function)
+    intervention, made_on = reader.intervention(), reader.made_on()
     if model is not None:
         require_model(intervention, made_on, model, function)
     return intervention
 
 
-def model_facts(spec: dict[str, Any], function: str) -> dict[str, Any] | None:
-    """What a file says of the model it was made on.
-
-    Raises:
-        FileError: for facts of another form.
-    """
-    if spec.get("model") is None:
-        return None
-    found = record(spec["model"], function, "model")
-    texts = (found.get("family"), found.get("name"), found.get("revision") or "")
-    short = all(isinstance(value, str) and len(value) <= MAX_TEXT for value in texts)
-    whole = all(type(found.get(name)) is int for name in FACTS[1:])
-    if set(found) != {*FACTS, "name", "revision"} or not whole or not short:
-        raise broken(function, f"a model {brief(found)}", "family, shape, name and revision")
-    return found
-
-
 def facts(model: object) -> dict[str, Any]:
-    """What tells one model from another without reading its weights.
-
-    Raises:
-        ModelError: for something that is no model, or of an unknown family.
-    """
+    """What tells one model from another without reading its weights."""
     module = torch_module(model)
     config: Any = module.config
     shape = config.get_text_config()
+    name = getattr(config, "name_or_path", "") or ""
+    if Path(name).is_absolute() or name.count("/") > 1 or name.startswith("."):
+        name = Path(name).name  # a local folder, whose path is nobody's business
     return {
         "family": config.model_type,
         "d_model": int(shape.hidden_size),
         "layers": len(blocks(module)),
         "vocab": int(shape.vocab_size),
-        "name": public_name(getattr(config, "name_or_path", "") or ""),
+        "name": name,
         "revision": getattr(config, "_commit_hash", None),
     }
-
-
-def public_name(name: str) -> str:
-    """A repository's name as it is; of a local folder only its last part."""
-    local = Path(name).is_absolute() or name.count("/") > 1 or name.startswith(".")
-    return Path(name).name if local else name
 
 
 def require_model(

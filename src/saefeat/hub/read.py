@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..dictionaries.direction import Direction, Neurons
 from ..dictionaries.excerpt import PLAIN, WHOLE, Excerpt, shapes
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import FileError, SaefeatError
-from ..files.container import brief, broken, only, refuse
+from ..files.container import brief, broken, later, natural, only
 from ..model.sites import Site
 from ..results.readings import Readings
 from ..text.tokens import Tokens
@@ -42,46 +42,46 @@ class Reader:
         self._tensors, self._used = tensors, set[str]()
         self._named = 0
         only(spec, ("chain", "steps", "dictionaries", "model"), function, "a spec")
-        entries = listed(spec.get("dictionaries"), function, "dictionaries", forms.MAX_DICTIONARIES)
+        entries = self._listed(spec.get("dictionaries"), "dictionaries", forms.MAX_DICTIONARIES)
         self._selections: list[list[tuple[int, ...]]] = []
         self._dictionaries = [self._dictionary(n, e) for n, e in enumerate(entries)]
 
     def intervention(self) -> Intervention:
-        """The intervention itself.
-
-        Raises:
-            FileError: for anything the format does not allow, and what a constructor refuses.
-        """
-        entries = listed(self.spec.get("steps"), self.function, "steps", forms.MAX_STEPS)
+        """The intervention itself; anything the format does not allow is refused."""
+        entries = self._listed(self.spec.get("steps"), "steps", forms.MAX_STEPS)
         steps: list[Any] = [self.form(entry, STEPS) for entry in entries]
         unused = sorted(set(self._tensors) - self._used)
         if unused:
-            raise broken(
-                self.function, f"a tensor {brief(unused[0])} nothing names", "only those used"
-            )
+            raise self._broken(f"a tensor {brief(unused[0])} nothing names", "only those used")
         if not isinstance(self.spec.get("chain"), bool) or not (
             self.spec["chain"] or len(steps) == 1
         ):
-            raise broken(
-                self.function, f"{len(steps)} steps without a chain", "one step, or a chain"
-            )
+            raise self._broken(f"{len(steps)} steps without a chain", "one step, or a chain")
         return Chain(tuple(steps)) if self.spec["chain"] else steps[0]
+
+    def made_on(self) -> dict[str, Any] | None:
+        """What the file says of the model it was made on."""
+        if self.spec.get("model") is None:
+            return None
+        found = self._record(self.spec["model"], "model")
+        texts = (found.get("family"), found.get("name"), found.get("revision") or "")
+        short = all(isinstance(value, str) and len(value) <= forms.MAX_TEXT for value in texts)
+        whole = all(type(found.get(name)) is int for name in forms.FACTS[1:])
+        if set(found) != {*forms.FACTS, "name", "revision"} or not whole or not short:
+            raise self._broken(f"a model {brief(found)}", "family, shape, name and revision")
+        return found
 
     def form(self, entry: object, allowed: tuple[str, ...]) -> Any:
         """One listed class, built by its constructor."""
-        entry = record(entry, self.function, "a form")
+        entry = self._record(entry, "a form")
         only(entry, ("form", "fields"), self.function, "a form")
-        name, given = entry.get("form"), record(entry.get("fields"), self.function, "fields")
+        name, given = entry.get("form"), self._record(entry.get("fields"), "fields")
         form = FORMS.get(name) if isinstance(name, str) and name in allowed else None
         unknown = [] if form is None else sorted(set(given) - set(form.kinds))
         if form is None or unknown:
-            raise refuse(
-                self.function,
-                f"{brief(name)} with {brief(unknown[0])}" if unknown else f"a {brief(name)}",
-                "one of " + ", ".join(n for n in allowed if n in FORMS) + " and their arguments",
-                "a file from a later saefeat, or one that was edited",
-                "pip install --upgrade saefeat",
-            )
+            got = f"{brief(name)} with {brief(unknown[0])}" if unknown else f"a {brief(name)}"
+            known = ", ".join(n for n in allowed if n in FORMS)
+            raise later(self.function, got, f"one of {known} and their arguments")
         values = {
             field: self.value(value, form.kinds[field], f"{name}({field}=...)")
             for field, value in given.items()
@@ -108,15 +108,13 @@ class Reader:
                 "values and mask [prompts, tokens, latents], starts [prompts] within them,"
                 " counts as values"
             )
-            raise broken(self.function, f"readings of shapes {sizes}", wanted)
+            raise self._broken(f"readings of shapes {sizes}", wanted)
 
     def value(self, value: object, kinds: tuple[str, ...], what: str) -> Any:
         """A field's value, of a kind the field may have."""
         kind, found = self._value(value, kinds)
         if kind not in kinds and not (kind == "int" and "number" in kinds):
-            raise broken(
-                self.function, f"{kind} {brief(value)} for {what}", "one of " + ", ".join(kinds)
-            )
+            raise self._broken(f"{kind} {brief(value)} for {what}", "one of " + ", ".join(kinds))
         return found
 
     def _value(self, value: object, kinds: tuple[str, ...]) -> tuple[str, Any]:
@@ -143,7 +141,7 @@ class Reader:
         wanted = RULES.get(kind) if isinstance(kind, str) else None
         if wanted is None or len(rule) != 1 + len(wanted):
             known = ", ".join(RULES)
-            raise broken(self.function, f"a token rule {brief(given)}", f"one of {known}")
+            raise self._broken(f"a token rule {brief(given)}", f"one of {known}")
         checks = {
             "count": lambda n: natural(n) and n >= 1,
             "start": natural,
@@ -154,7 +152,7 @@ class Reader:
         }
         for need, part in zip(wanted, rule[1:], strict=True):
             if not checks[need](part):
-                raise broken(self.function, f"{brief(part)} in Tokens.{kind}", need)
+                raise self._broken(f"{brief(part)} in Tokens.{kind}", need)
         inner = {"rule": self._rule, "ids": tuple}
         parts = zip(wanted, rule[1:], strict=True)
         return (kind, *(inner[need](part) if need in inner else part for need, part in parts))
@@ -162,54 +160,52 @@ class Reader:
     def _latents(self, found: object, written: str) -> Latents:
         """The selections that [dictionary, selection] pairs name."""
         parts, seen = [], set()
-        for pair in listed(found, self.function, "latents", forms.MAX_DICTIONARIES):
+        for pair in self._listed(found, "latents", forms.MAX_DICTIONARIES):
             known = isinstance(pair, list) and len(pair) == 2 and all(map(natural, pair))
             if not known or pair[0] >= len(self._dictionaries):
-                raise broken(self.function, f"latents of {brief(pair)}", "[dictionary, selection]")
+                raise self._broken(f"latents of {brief(pair)}", "[dictionary, selection]")
             dictionary, selections = self._dictionaries[pair[0]], self._selections[pair[0]]
             if pair[1] >= len(selections):
-                raise broken(self.function, f"selection {pair[1]}", f"fewer than {len(selections)}")
+                raise self._broken(f"selection {pair[1]}", f"fewer than {len(selections)}")
             indices = selections[pair[1]]
             self._named += len(indices)
             if self._named > forms.MAX_NAMED:
                 most = f"at most {forms.MAX_NAMED:,} in all steps together"
-                raise broken(self.function, f"{self._named:,} latents", most)
+                raise self._broken(f"{self._named:,} latents", most)
             if not seen.isdisjoint((pair[0], i) for i in indices):
-                raise broken(self.function, f"a latent of {dictionary.site} twice", "each once")
+                raise self._broken(f"a latent of {dictionary.site} twice", "each once")
             seen.update((pair[0], i) for i in indices)
             parts.append((dictionary, indices))
         return Latents(tuple(parts), written)
 
     def _dictionary(self, number: int, entry: object) -> Dictionary:
         """One entry of ``dictionaries``, and the selections made from it."""
-        entry = record(entry, self.function, f"dictionary {number}")
+        entry = self._record(entry, f"dictionary {number}")
         selections = [
             self._indices(item)
-            for item in listed(entry.get("selections"), self.function, "selections", 2**16)
+            for item in self._listed(entry.get("selections"), "selections", 2**16)
         ]
         if len(set(selections)) != len(selections):
-            raise broken(self.function, f"a selection of dictionary {number} twice", "each once")
+            raise self._broken(f"a selection of dictionary {number} twice", "each once")
         self._selections.append(selections)
-        kind, name = entry.get("kind"), text(entry.get("name"), self.function, "name")
+        kind, name = entry.get("kind"), self._text(entry.get("name"), "name")
         known = ENTRIES.get(kind, entry) if isinstance(kind, str) else entry
         only(entry, (*EVERY, *known), self.function, f"dictionary {number}")
         site = self._site(entry.get("site"))
         if kind == "neurons":
-            width = size(entry.get("width"), self.function, "width")
+            width = self._size(entry.get("width"), "width")
             found: Dictionary = self._build(Neurons, {"site": site, "width": width}, "neurons")
         elif kind == "direction":
             rows = self._tensor(f"dictionaries.{number}.rows", finite=True)
             if not rows.is_floating_point() or rows.ndim != 2:
-                raise broken(
-                    self.function, f"rows of {rows.dtype} {list(rows.shape)}", "[k, d] floats"
-                )
+                raise self._broken(f"rows of {rows.dtype} {list(rows.shape)}", "[k, d] floats")
             given = {"rows": rows, "site": site, "name": name}
             found = self._build(Direction.orthonormal, given, "direction")
         elif kind == "excerpt":
             return self._excerpt(number, entry, selections, site, name)
         else:
             wanted = "excerpt, direction or neurons"
-            raise broken(self.function, f"a dictionary of kind {brief(kind)}", wanted)
+            raise self._broken(f"a dictionary of kind {brief(kind)}", wanted)
         for indices in selections:
             self._build(found.latents, {"indices": indices}, f"dictionary {number}")
         return found
@@ -231,50 +227,48 @@ class Reader:
                 path = f"dictionaries.{number}" + (f".{key}" if shared else f".{n}.{key}")
                 tensor = self._tensor(path, finite=key != "threshold")
                 if tensor.dtype not in (torch.float32, torch.float64):
-                    raise broken(self.function, f"{path} of {tensor.dtype}", "float32 or float64")
+                    raise self._broken(f"{path} of {tensor.dtype}", "float32 or float64")
                 columns[indices][key] = tensor
         origin, excluded = entry.get("origin"), entry.get("excluded")
         if isinstance(excluded, list) and all(map(natural, excluded)):
             excluded = tuple(excluded)
         elif excluded != "special":
-            raise broken(self.function, f"excluded {brief(excluded)}", '"special" or token ids')
+            raise self._broken(f"excluded {brief(excluded)}", '"special" or token ids')
         given = {
             "selections": columns,
             "site": site,
             "write_site": self._site(entry.get("write_site")),
             "name": name,
             "excluded": excluded,
-            "origin": None if origin is None else text(origin, self.function, "origin"),
-            "fingerprint": text(entry.get("fingerprint"), self.function, "fingerprint"),
+            "origin": None if origin is None else self._text(origin, "origin"),
+            "fingerprint": self._text(entry.get("fingerprint"), "fingerprint"),
         }
         if type(centered) is not bool:
-            raise broken(self.function, f"centered {brief(centered)}", "true or false")
+            raise self._broken(f"centered {brief(centered)}", "true or false")
         given["centered"] = centered
-        sizes = {k: size(entry.get(k), self.function, k) for k in ("d_in", "d_out", "d_sae")}
+        sizes = {k: self._size(entry.get(k), k) for k in ("d_in", "d_out", "d_sae")}
         return self._build(Excerpt, given | sizes, f"dictionary {number}")
 
     def _site(self, name: object) -> Site:
-        return self._build(
-            Site.parse, {"name": text(name, self.function, "site", forms.MAX_SITE)}, "site"
-        )
+        return self._build(Site.parse, {"name": self._text(name, "site", forms.MAX_SITE)}, "site")
 
     def _indices(self, found: object) -> tuple[int, ...]:
-        found = record(found, self.function, "a selection")
+        found = self._record(found, "a selection")
         only(found, ("latents",), self.function, "a selection")
-        indices = listed(found.get("latents"), self.function, "a selection", forms.MAX_LATENTS)
+        indices = self._listed(found.get("latents"), "a selection", forms.MAX_LATENTS)
         if not indices or not all(natural(i) and i < forms.MAX_WIDTH for i in indices):
-            raise broken(self.function, f"latents {brief(indices)}", "whole numbers, at least one")
+            raise self._broken(f"latents {brief(indices)}", "whole numbers, at least one")
         return tuple(indices)
 
     def _tensor(self, name: object, finite: bool = False) -> Tensor:
         """A tensor of the file by name, without NaN."""
         if not isinstance(name, str) or name not in self._tensors:
-            raise broken(self.function, f"no tensor {brief(name)}", "every tensor that is named")
+            raise self._broken(f"no tensor {brief(name)}", "every tensor that is named")
         self._used.add(name)
         tensor = self._tensors[name]
         bad = ~tensor.isfinite() if finite else tensor.isnan()
         if bool(bad.any()):
-            raise broken(self.function, f"NaN or infinity in {brief(name)}", "finite values")
+            raise self._broken(f"NaN or infinity in {brief(name)}", "finite values")
         return tensor
 
     def _build(self, make: Callable[..., Any], given: dict[str, Any], what: str) -> Any:
@@ -284,40 +278,34 @@ class Reader:
         except (SaefeatError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             if isinstance(error, FileError):
                 raise
-            raise broken(
-                self.function, f"{what} that cannot be ({str(error)[:400]})", "what code could make"
+            raise self._broken(
+                f"{what} that cannot be ({str(error)[:400]})", "what code could make"
             ) from error
 
+    def _record(self, value: object, what: str) -> dict[str, Any]:
+        """A JSON object."""
+        if isinstance(value, dict):
+            return value
+        raise self._broken(f"{what} that is {brief(value)}", "a JSON object")
 
-def record(value: object, function: str, what: str) -> dict[str, Any]:
-    """A JSON object."""
-    if isinstance(value, dict):
-        return value
-    raise broken(function, f"{what} that is {brief(value)}", "a JSON object")
+    def _listed(self, value: object, what: str, most: int) -> list[Any]:
+        """A JSON list of bounded length."""
+        if isinstance(value, list) and len(value) <= most:
+            return value
+        got = f"{len(value):,} of them" if isinstance(value, list) else brief(value)
+        raise self._broken(f"{what}: {got}", f"a list of at most {most:,}")
 
+    def _text(self, value: object, what: str, most: int = forms.MAX_TEXT) -> str:
+        """A JSON string of bounded length."""
+        if isinstance(value, str) and len(value) <= most:
+            return value
+        raise self._broken(f"{what} {brief(value)}", f"at most {most} characters")
 
-def listed(value: object, function: str, what: str, most: int) -> list[Any]:
-    """A JSON list of bounded length."""
-    if isinstance(value, list) and len(value) <= most:
-        return value
-    got = f"{len(value):,} of them" if isinstance(value, list) else brief(value)
-    raise broken(function, f"{what}: {got}", f"a list of at most {most:,}")
+    def _size(self, value: object, what: str) -> int:
+        """A width."""
+        if natural(value) and 1 <= value <= forms.MAX_WIDTH:
+            return value
+        raise self._broken(f"{what} {brief(value)}", f"a whole number in 1..{forms.MAX_WIDTH}")
 
-
-def text(value: object, function: str, what: str, most: int = forms.MAX_TEXT) -> str:
-    """A JSON string of bounded length."""
-    if isinstance(value, str) and len(value) <= most:
-        return value
-    raise broken(function, f"{what} {brief(value)}", f"at most {most} characters")
-
-
-def size(value: object, function: str, what: str) -> int:
-    """A width."""
-    if natural(value) and 1 <= value <= forms.MAX_WIDTH:
-        return value
-    raise broken(function, f"{what} {brief(value)}", f"a whole number in 1..{forms.MAX_WIDTH}")
-
-
-def natural(value: object) -> TypeGuard[int]:
-    """A whole number from 0, and no bool."""
-    return type(value) is int and 0 <= value < 2**53
+    def _broken(self, got: str, wanted: str) -> FileError:
+        return broken(self.function, got, wanted)

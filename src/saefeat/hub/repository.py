@@ -1,14 +1,16 @@
-"""push and pull: saved interventions on the Hugging Face Hub."""
+"""push and pull: saved interventions on the Hugging Face Hub, and the card beside them."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
 from ..errors import FileError
-from ..files.container import MAX_BYTES, read, refuse, unpack
+from ..files.container import MAX_BYTES, Contents, read, refuse, unpack
 from ..verbs.base import Intervention
-from .card import FILE, card
 from .files import built, packed
+
+FILE = "intervention.safetensors"
+"""The file of a repository that ``pull`` takes unless told otherwise."""
 
 _CAUSES = {
     "RepositoryNotFoundError": "no such repository, or a private one and no token for it",
@@ -69,7 +71,7 @@ def push(
 
     _require_name(file, "push")
     data = packed(intervention, model, max_bytes)
-    readme = card(unpack(data, "push"), repo, file).encode()
+    readme = _card(unpack(data, "push"), repo, file).encode()
     files = [CommitOperationAdd(file, data), CommitOperationAdd("README.md", readme)]
     try:
         validate_repo_id(repo)
@@ -134,13 +136,7 @@ def pull(
 def _require_small(
     repo: str, file: str, revision: str | None, token: str | None, endpoint: str | None, most: int
 ) -> None:
-    """Refuse a file that says it is too large, before it is on this machine's disk.
-
-    A hub out of reach says nothing; the file may be in the cache, and is measured there.
-
-    Raises:
-        FileError: naming its size.
-    """
+    """Refuse a file that says it is too large, before it is on this machine's disk."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
@@ -149,8 +145,8 @@ def _require_small(
         size = get_hf_file_metadata(url, token=token, endpoint=endpoint).size or 0
     except HFValidationError:
         raise
-    except Exception:  # the download will say it better
-        return
+    except Exception:
+        return  # the download says it better; a file in the cache is measured when it is read
     if size > most:
         cause = "a file with whole dictionaries, or not one of this library's"
         call, got = f"pull(..., max_bytes={size}) if it is meant", f"{file!r}, of {size:,} bytes"
@@ -166,11 +162,7 @@ def _require_name(file: str, function: str) -> None:
 
 
 def _explain(error: Exception, function: str, repo: str, call: str) -> NoReturn:
-    """What the hub's client raised, as our own error; what is no fault of the hub passes through.
-
-    Raises:
-        FileError: with the likely cause.
-    """
+    """What the hub's client raised, as our own error; what is no fault of the hub passes."""
     from huggingface_hub.errors import EntryNotFoundError
 
     if isinstance(error, FileError):
@@ -186,3 +178,95 @@ def _explain(error: Exception, function: str, repo: str, call: str) -> NoReturn:
         cause = "no token, or one that may not write there"
     wanted = "a repository and a file within reach"
     raise refuse(function, repr(repo), wanted, cause, call, "repo") from error
+
+
+_README = """---
+library_name: saefeat
+tags:
+- saefeat
+- steering
+- sparse-autoencoder
+{base}---
+
+# {title}
+
+An intervention on a language model, saved by [saefeat](https://pypi.org/project/saefeat/).
+
+    {shown}
+
+## Use it
+
+```python
+import saefeat as sf
+
+intervention = {call}
+with sf.hooked(model, intervention):
+    model.generate(...)
+```
+
+It needs neither the sparse autoencoder nor sae-lens. The file holds no code.
+
+## Made on
+
+{model}
+
+## What it reads and writes
+
+| dictionary | reads | writes | latents | origin | fingerprint |
+|---|---|---|---|---|---|
+{rows}
+
+Format version {version}; written with {written}; SHA-256 of the contents `{sha}`.
+"""
+
+
+def _card(contents: Contents, repo: str, file: str) -> str:
+    """The README, made from the file's own document, so that it cannot say anything else."""
+    document = contents.document
+    spec, made_on = document["spec"], document["spec"].get("model")
+    name = made_on["name"] if made_on else ""
+    made = "The file does not say; it fits any model with these sites and widths."
+    if made_on:
+        shape = "family {family}, {layers} layers, d_model {d_model}, vocabulary {vocab}"
+        made = f"{_code(name or 'a model without a name')}: {shape.format(**made_on)}"
+        made += f"; revision {_code(made_on['revision'])}" if made_on["revision"] else ""
+    shown = repr(built(contents, "card", None)).replace(" | ", "\n    | ")
+    return _README.format(
+        base=f"base_model: {name}\n" if _is_repository(name) else "",
+        title=repo.split("/")[-1],
+        shown="\n    ".join(line.strip() for line in shown.splitlines()),
+        call=f"sf.hub.pull({repo!r})" if file == FILE else f"sf.hub.pull({repo!r}, file={file!r})",
+        model=made,
+        rows="\n".join(map(_row, spec["dictionaries"])),
+        version=document["version"],
+        written=", ".join(f"{k} {v}" for k, v in sorted(document["written"].items())),
+        sha=document["sha256"],
+    )
+
+
+def _is_repository(name: str) -> bool:
+    """Whether a model's name is one that the hub could link to."""
+    owner, _, model = name.partition("/")
+    return all(
+        part and part.replace("-", "").replace(".", "").replace("_", "").isalnum()
+        for part in (owner, model)
+    )
+
+
+def _code(text: object) -> str:
+    """Text from a file as code on one line; it cannot end the span, the cell or the line."""
+    plain = "".join(c if c.isprintable() else " " for c in str(text))
+    return "`" + plain.replace("`", "'").replace("|", "¦") + "`"
+
+
+def _row(entry: dict[str, Any]) -> str:
+    count = len({i for selection in entry["selections"] for i in selection["latents"]})
+    cells = (
+        _code(entry["name"]),
+        entry["site"],
+        entry.get("write_site", entry["site"]),
+        f"{count} of {entry['d_sae']:,}" if "d_sae" in entry else str(count),
+        _code(entry["origin"]) if entry.get("origin") else "",
+        _code(entry["fingerprint"]) if entry.get("fingerprint") else "",
+    )
+    return "| " + " | ".join(cells) + " |"

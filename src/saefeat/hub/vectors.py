@@ -68,11 +68,7 @@ def steering_vector(
 
 
 def _constant(step: Step) -> Tensor:
-    """What a step adds to each of its latents, [k], if it does nothing else.
-
-    Raises:
-        LatentError: naming what else it does.
-    """
+    """What a step adds to each of its latents, [k], if it does nothing else."""
     _require(isinstance(step, Clamp), step, "another verb than Clamp")
     assert isinstance(step, Clamp)
     add = step.add

@@ -205,11 +205,7 @@ def rule(found: tuple, what: str) -> list[Any]:
 
 
 def cut(dictionary: Dictionary, selections: list[tuple[int, ...]]) -> Excerpt:
-    """The excerpt of a dictionary that these selections need.
-
-    Raises:
-        FileError: for a dictionary that is a Python function.
-    """
+    """The excerpt of a dictionary that these selections need."""
     activation = dictionary.columns(torch.tensor(selections[0][:1]))["activation"]
     if isinstance(activation, str):
         return Excerpt.of(dictionary, selections)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..dictionaries.latents import Dictionaries
+from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError
 from ..model.sites import Site
@@ -138,8 +138,9 @@ def _read(
     if layout is None:
         raise _no_sae(folder)
     source = Source(folder)
-    origin = Origin(whole(layout.facts, source).layout, str(folder), id)
-    return read(layout, source, origin, name=name, site=site, write_site=write_site)
+    facts = whole(layout.facts, source)
+    origin = Origin(facts.layout, str(folder), id)
+    return read(layout, source, facts, origin, name=name, site=site, write_site=write_site)
 
 
 def _no_sae(folder: Path) -> DictionaryError:

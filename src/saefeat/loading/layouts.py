@@ -70,14 +70,14 @@ def whole(read: Callable[[Source], T], source: Source) -> T:
 def read(
     layout: Layout,
     source: Source,
+    facts: Facts,
     origin: Origin,
     *,
     name: str,
     site: Site | str | None = None,
     write_site: Site | str | None = None,
 ) -> SAE | Whole:
-    """The SAE in a folder of a known layout."""
-    facts = whole(layout.facts, source)
+    """The SAE in a folder of a known layout, which declares these facts."""
     if facts.architecture in ARCHITECTURES:
         return load(source.folder, facts, origin, name=name, site=site)
     tensors = whole(layout.weights, source)

@@ -145,8 +145,9 @@ def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
         return _converted(release, entry, origin, name)
     path = f"{release.repo}/{entry.path}"
     source = Source(paths[0].parent, path, release.overrides, entry.scale)
-    site = entry.hook if entry.given else whole(layout.facts, source).hook or entry.hook
-    return read(layout, source, origin, name=name, site=site, write_site=entry.hook_out)
+    facts = whole(layout.facts, source)
+    site = entry.hook if entry.given else facts.hook or entry.hook
+    return read(layout, source, facts, origin, name=name, site=site, write_site=entry.hook_out)
 
 
 def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE | Whole:

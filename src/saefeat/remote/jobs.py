@@ -79,10 +79,8 @@ def submit(
     require_unedited(model)
     about = {"model": model_key(model), "call": call.to_dict()}
     about["host"] = backend_of(model, on.remote).host
-    parts, fingerprint = (
-        [Part() for _ in requests.batches],
-        call.fingerprint(model, encoded, chosen),
-    )
+    parts = [Part() for _ in requests.batches]
+    fingerprint = call.fingerprint(model, encoded, chosen)
     job = JobFile(Path(file), fingerprint, about, parts)
     if job.path.exists():
         old = JobFile.read(job.path)

@@ -263,9 +263,9 @@ def result_size(
     for (step, numbers), expects in zip(numbered(intervention.parts()), acts, strict=True):
         sizes = [len(indices) for _, indices in step.latents.parts]
         if step.change is None:
-            kept, mask = (
-                (rows, 8 * rows) if step.reduction else (expects.most, rows * (columns + new))
-            )
+            kept, mask = expects.most, rows * (columns + new)
+            if step.reduction:
+                kept, mask = rows, 8 * rows
             total += 4 * kept * sum(sizes) + mask * len(numbers)
         else:
             total += EVENT * expects.most * sum(size for size in sizes if size <= MOST_LATENTS)

@@ -2,10 +2,9 @@
 
 * ``run``: ``Run``, all of the following in one.
 * ``readings``: the activations a probe read.
-* ``receipt``, ``events``: what each edit did, counted and token by token.
-* ``identity``: what of a model a result depends on, so that two jobs are told apart.
-* ``provenance``: versions, model, dictionaries and settings a result depends on.
-* ``html``, ``table``: results as pages and as pandas tables.
+* ``receipt``: what each edit did, counted and token by token.
+* ``provenance``: what a result depends on, and what tells two jobs apart.
+* ``formats``: results as pages, tables and figures.
 """
 
 from .formats import render
