@@ -22,9 +22,10 @@ import inspect
 import io
 import re
 import textwrap
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -32,8 +33,8 @@ from outputs import Checker, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"docs/guide/remote-sizes.md"}
-"""Pages that take minutes: they run with ``make slow``."""
+SLOW = {"docs/guide/remote-sizes.md", "docs/guide/remote.md", "saefeat.remote.jobs"}
+"""Pages and modules whose examples start servers or take minutes: they run with ``make slow``."""
 MODULES = sorted(
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "src" / "saefeat").rglob("*.py")
@@ -172,17 +173,14 @@ def execute(markdown: str, script: Path) -> None:
             )
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(
-            page,
-            id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.slow] if str(page.relative_to(ROOT)) in SLOW else [],
-        )
-        for page in PAGES
-    ],
-)
+def cases(values: Iterable[Any]) -> list[Any]:
+    """Each value as a case of a test, by its path or its name; slow if that is in ``SLOW``."""
+    named = {str(v.relative_to(ROOT)) if isinstance(v, Path) else v: v for v in values}
+    marks = {name: [pytest.mark.slow] if name in SLOW else [] for name in named}
+    return [pytest.param(value, id=name, marks=marks[name]) for name, value in named.items()]
+
+
+@pytest.mark.parametrize("page", cases(PAGES))
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     execute(page.read_text(encoding="utf-8"), tmp_path / f"{page.stem}.py")
@@ -209,7 +207,7 @@ def documented(name: str) -> list[doctest.DocTest]:
     return [test for test in found if test.docstring]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", cases(MODULES))
 def test_docstrings(name, tmp_path, monkeypatch):
     import nnsight
     import torch

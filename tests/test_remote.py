@@ -32,7 +32,9 @@ from saefeat.shipping.narrow import narrowed
 from saefeat.verbs.lower import lower
 
 NEW = 3
-LOCAL = pytest.param("local", marks=pytest.mark.slow)  # the weaker check of the two
+# What holds where a block runs apart from the model holds beside it: the weaker checks are slow.
+LOCAL = pytest.param("local", marks=pytest.mark.slow)
+BESIDE = pytest.param("server", marks=pytest.mark.slow)
 
 
 pytestmark = pytest.mark.usefixtures("silent")
@@ -121,7 +123,7 @@ def same_log(intervention, here, there) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("where", [LOCAL, "server", "boundary"])
+@pytest.mark.parametrize("where", [LOCAL, BESIDE, "boundary"])
 def test_every_verb_runs_remotely(verb, where, model, server, boundary):
     """run: tokens, logits, readings and receipts as here, over ragged prompts."""
     intervention = VERBS[verb]()
@@ -463,9 +465,9 @@ def test_values_by_prompt_follow_their_batch(model, server):
     "fault, said",
     [
         ("fail", "CUDA out of memory"),
-        ("die", r"died \(exit code 9\)"),
+        pytest.param("die", r"died \(exit code 9\)", marks=pytest.mark.slow),
         ("truncate", "without a readable result"),
-        ("expire", "without a readable result"),
+        pytest.param("expire", "without a readable result", marks=pytest.mark.slow),
     ],
 )
 def test_a_failed_job_is_named_and_sent_again(fault, said, model, server, faulty, tmp_path):

@@ -130,6 +130,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # the study once more
 def test_a_model_from_files_runs_the_same_study(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "Settings", lambda: replace(SMALL, scales=(-3.0,)))
     arguments = ["--model", str(saved / "model"), "--data", str(saved / "data")]

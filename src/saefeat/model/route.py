@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -60,7 +60,7 @@ class Route:
         starts: path of a block → order of its input, for the sites that add it.
     """
 
-    module: nn.Module
+    module: nn.Module = field(compare=False, repr=False)
     places: dict[Site, Place]
     widths: dict[Site, int]
     orders: dict[Site, Order]
