@@ -221,9 +221,10 @@ def _add_gradients(
     values = path.metric(run, batch, rows)
     if values.shape != run.logits.shape[:1] or not values.requires_grad:
         raise GradientError(
-            f"Attribute: `metric` is of shape {tuple(values.shape)}, with requires_grad"
-            f" {values.requires_grad}, wanted one differentiable number a prompt, [batch]. Likely"
-            " cause: an argmax, detach or mean over prompts in it. Try: metric(lambda x: x[:, 5])"
+            f"Attribute: `metric` is of shape {tuple(values.shape)} with"
+            f" requires_grad={values.requires_grad}, wanted one differentiable number a prompt,"
+            " [batch]. Likely cause: an argmax, detach or mean over prompts in it. Try:"
+            " metric(lambda logits: logits[:, 5])"
         )
     for number, slopes in run.slopes(values.sum(), run.nodes, path.passes.written).items():
         for weight, slope in zip(weights, slopes.chunk(len(weights)), strict=True):
