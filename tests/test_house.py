@@ -300,6 +300,37 @@ def test_contributing_names_every_room():
     assert {name for name in rooms if f"| `{name}" not in text} == set()
 
 
+def test_a_room_lists_its_files():
+    """Each room's docstring names every file in it, and no bullet a file that is gone."""
+    problems = []
+    for init in sorted((SRC / "saefeat").glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+        inside = {path.stem for path in init.parent.iterdir() if path.suffix in ("", ".py")}
+        inside -= {"__init__", "__pycache__"}
+        named = set(re.findall(r"``([a-z_]+)``", text))
+        public = set(vars(import_module(f"saefeat.{init.parent.name}")))
+        bullets = re.findall(r"^\* (.*?):", text, re.MULTILINE | re.DOTALL)
+        gone = {name for head in bullets for name in re.findall(r"``([a-z_]+)``", head)}
+        problems += [f"{init.parent.name} lacks {name}" for name in sorted(inside - named)]
+        problems += [f"{init.parent.name} names {n}" for n in sorted(gone - inside - public)]
+    fail_with(problems, "A room's docstring and its files differ:")
+
+
+def test_files_that_are_named_are_there():
+    """Comments, docstrings and pages name files and modules; those move."""
+    rooms = "|".join(path.parent.name for path in (SRC / "saefeat").glob("*/__init__.py"))
+    pattern = re.compile(rf"\bsaefeat\.({rooms})\.([a-z_]+)|`({rooms})/([a-z_]+)\.py`")
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    problems = []
+    for path in [*pages, *(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        for match in pattern.finditer(path.read_text(encoding="utf-8")):
+            folder, name = match[1] or match[3], match[2] or match[4]
+            place, known = SRC / "saefeat" / folder, vars(import_module(f"saefeat.{folder}"))
+            if not ((place / f"{name}.py").is_file() or (place / name).is_dir() or name in known):
+                problems.append(f"{path.relative_to(ROOT)}: {match[0]}")
+    fail_with(problems, "Named, and not there:")
+
+
 def test_pages_name_tests_that_are_there():
     pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     named = {

@@ -2,8 +2,8 @@
 
 * ``attribute``: ``Attribute``, what it refuses, its loop over batches, and batches kept and joined.
 * ``methods``, ``baselines``, ``semantics``, ``relp``, ``graddrop``: what can be chosen.
-* ``passes``: what is asked, the sites watched in a model, and passes made there; ``remote_passes``
-  afar.
+* ``passes``: what is asked, the sites watched in a model, and passes past them; ``remote_passes``
+  are those on a server.
 * ``path``: one batch's path from clean to baseline, and gradients along it.
 * ``pairs``: the latents that move, and their scores.
 * ``exact``: scores by moving latents for real.

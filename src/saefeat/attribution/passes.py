@@ -41,7 +41,7 @@ from ..verbs.lower import Visits, acts_at, lower
 from .baselines import Baseline, Fixed, Paired, require_pairs
 from .methods import Backward, Method, Slopes, plain_slopes
 from .pairs import Part
-from .remote_passes import Errand, leaves_of, nodes_of, pull, require_plain, run_afar
+from .remote_passes import RemotePass, leaves_of, nodes_of, pull, require_plain, run_remote
 from .semantics import through
 
 if TYPE_CHECKING:
@@ -214,12 +214,12 @@ class SitePasses:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         model, columns = self.evaluator.model, self.evaluator.columns(batch)
         place = (model, self.remote, program, batch.inputs, batch.lengths, columns)
-        errand = Errand(*place, pass_options(model, columns), self.limit)
-        log, logits = run_afar(errand)
+        remote_pass = RemotePass(*place, pass_options(model, columns), self.limit)
+        log, logits = run_remote(remote_pass)
         if not gradient:
             return log, logits, log.nodes, plain_slopes
         nodes = dict.fromkeys(nodes_of(program))  # they are there, by number
-        return log, logits, nodes, partial(pull, errand, leaves_of(log, logits))
+        return log, logits, nodes, partial(pull, remote_pass, leaves_of(log, logits))
 
     def watched(
         self,

@@ -38,7 +38,7 @@ _NO_GRADIENT = (
 )
 
 
-class Errand(NamedTuple):
+class RemotePass(NamedTuple):
     """A pass to be made on a server; ``columns`` is how many last columns of logits, 0 for all."""
 
     model: TransformersModel
@@ -61,10 +61,10 @@ class Errand(NamedTuple):
         return own, batch
 
 
-def run_afar(errand: Errand) -> tuple[Log, Tensor]:
+def run_remote(remote_pass: RemotePass) -> tuple[Log, Tensor]:
     """One pass without gradients: its log, and the logits."""
-    model, remote, program, _, lengths, columns, options, _ = errand
-    own, batch = errand.packed(still(program))
+    model, remote, program, _, lengths, columns, options, _ = remote_pass
+    own, batch = remote_pass.packed(still(program))
     log = logits = None
     with model.trace(remote=remote, **options) as tracer:
         with tracer.invoke(batch):
@@ -73,14 +73,14 @@ def run_afar(errand: Errand) -> tuple[Log, Tensor]:
         with tracer.invoke():
             logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
             log = nnsight.save(pack_pass(seen))
-    require_pass(errand, log, logits)
+    require_pass(remote_pass, log, logits)
     return unpack_pass(log), logits
 
 
-def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
+def remote_slopes(remote_pass: RemotePass, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
     """The gradient at each of the program's nodes, from the metric's slope at what it reads."""
-    model, remote, program, _, lengths, columns, options, _ = errand
-    own, batch = errand.packed(program)
+    model, remote, program, _, lengths, columns, options, _ = remote_pass
+    own, batch = remote_pass.packed(program)
     found = None
     try:
         with model.trace(remote=remote, **options) as tracer:
@@ -94,14 +94,16 @@ def slopes_afar(errand: Errand, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
         if NO_GRADIENT in str(error):
             raise GradientError(_NO_GRADIENT) from error
         raise
-    require_values(errand, "gradients", found, nodes_of(program))
+    require_values(remote_pass, "gradients", found, nodes_of(program))
     return found
 
 
-def pull(errand: Errand, leaves: dict[str, Tensor], total: Tensor, *_: Any) -> dict[int, Tensor]:
+def pull(
+    remote_pass: RemotePass, leaves: dict[str, Tensor], total: Tensor, *_: Any
+) -> dict[int, Tensor]:
     """What computes gradients of a metric's ``total`` on a server; ``leaves`` is what it read."""
     grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    return slopes_afar(errand, dict(zip(leaves, grads, strict=True)))
+    return remote_slopes(remote_pass, dict(zip(leaves, grads, strict=True)))
 
 
 def leaves_of(log: Log, logits: Tensor) -> dict[str, Tensor]:
@@ -110,26 +112,26 @@ def leaves_of(log: Log, logits: Tensor) -> dict[str, Tensor]:
     return {name: value.requires_grad_() for name, value in ({"logits": logits} | metric).items()}
 
 
-def require_pass(errand: Errand, log: Any, logits: Any) -> None:
+def require_pass(remote_pass: RemotePass, log: Any, logits: Any) -> None:
     """Refuse a pass that is not the one asked for."""
-    rows, tokens = errand.inputs["input_ids"].shape
-    wanted = (rows, errand.columns or tokens)
+    rows, tokens = remote_pass.inputs["input_ids"].shape
+    wanted = (rows, remote_pass.columns or tokens)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != wanted:
         raise unfit(f"logits {_of(logits)}", f"{[*wanted, 'vocabulary']}")
     if not isinstance(log, dict) or not isinstance(log.get("kept"), dict):
         raise unfit(f"a log {_of(log)}", "the values at the watched sites")
-    keeps = [a for a in errand.program.actions if isinstance(a, Keep) and a.copy]
+    keeps = [a for a in remote_pass.program.actions if isinstance(a, Keep) and a.copy]
     for group in ("kept", "before"):
         numbers = [keep.number for keep in keeps if keep.before == (group == "before")]
-        require_values(errand, "values", log.get(group), numbers)
+        require_values(remote_pass, "values", log.get(group), numbers)
 
 
-def require_values(errand: Errand, what: str, found: Any, numbers: list[Any]) -> None:
+def require_values(remote_pass: RemotePass, what: str, found: Any, numbers: list[Any]) -> None:
     """Refuse other places or tokens than those asked for."""
     if not isinstance(found, dict) or set(found) != set(numbers):
         got = list(found) if isinstance(found, dict) else _of(found)
         raise unfit(f"{what} of places {got}", f"of {numbers}")
-    shape = errand.inputs["input_ids"].shape
+    shape = remote_pass.inputs["input_ids"].shape
     for value in found.values():
         right = isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point()
         if not right or value.shape[:-1].numel() != shape.numel():

@@ -1,7 +1,9 @@
 """Controls: what a finding about latents or directions has to beat.
 
+``draws`` has both:
+
 * ``matched``: latents like those selected, in decoder norm and firing.
-* ``directions``: the same latents writing along random directions.
+* ``random_directions``: the same latents writing along random directions.
 """
 
 from .draws import matched, random_directions

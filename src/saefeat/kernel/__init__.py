@@ -5,18 +5,16 @@ everything in it is sent as its source: a request names no class that has to exi
 Annotations are strings and are never evaluated when the code runs.
 
 * ``frozen``: typed values that travel, and their tensors where they are used.
-* ``view``: what one forward pass shows of a sequence, and the memory from pass to pass.
+* ``state``: what one forward pass shows and has read, and what a run remembers and records.
 * ``tokens``: which positions a rule selects, counted through the attention mask.
 * ``encode``: latents of a site's value from the selected encoder columns.
 * ``prefix``: the same for latents that depend on every earlier token.
 * ``values``: what a value is at each token, where it is no plain number.
 * ``edit``: f → f', the site's new value, and the record of what was done.
-* ``log``: what a run leaves behind, and the state of one pass.
 * ``read``, ``edit``, ``watch``: the actions, each with one method, ``apply``.
 * ``beams``: what an action remembers of a row, where beam search moves rows.
-* ``program``: visits and their actions.
+* ``program``: visits and their actions, applied in an nnsight block to every forward pass.
 * ``split``: several programs in one pass, each for its rows.
-* ``trace``: a program inside an nnsight block, for one forward pass or for all of them.
 * ``pack``, ``slopes``: what leaves a server.
 * ``draws``: samples from a seed.
 """

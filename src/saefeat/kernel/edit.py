@@ -229,7 +229,7 @@ class Acted:
     def changes(self) -> dict[str, Tensor]:
         """A tensor [m] a column, one row a changed (token, latent) pair."""
         # ``row`` is the row of the batch, ``latent`` the latent's place in the selection; the
-        # others are as saefeat.results.events documents them.
+        # others are as saefeat.results.receipt documents them.
         change = torch.where(self.mask, self.step, 0.0)
         row, column, latent = (change != 0).nonzero(as_tuple=True)
         token = (change != 0).any(-1)

@@ -1,7 +1,14 @@
 """Loading dictionaries: folders in the field's layouts, sae-lens's releases, sae-lens objects.
 
-One module a layout, each saying what its files declare and where the tensors lie in them; the
-rest plans (``directory``, ``entries``), fetches (``hub``) and reads on first use (``released``).
+* ``api``: ``load_sae`` and ``load_saes``.
+* ``layouts``: which layout a folder is in. ``native``, ``dictionary_learning``, ``gemma_scope``,
+  ``llama_scope``, ``sparsify`` and ``transcoders`` are one each, and say what its files declare and
+  where the tensors lie in them.
+* ``declaration``: what a folder declares, and the SAE made from it.
+* ``whole``: SAEs of which no latent can be computed alone.
+* ``directory``, ``released``: the SAEs of a release, chosen before any is read, and read on first
+  use.
+
 sae-lens takes seconds and hundreds of megabytes to import, so it is imported only to convert a
 release of pickles, and nowhere else.
 """

@@ -1,1 +1,6 @@
-"""Ways of running an intervention: ``run``, ``sweep``, ``edit`` and ``hooked``."""
+"""Ways of running an intervention.
+
+* ``run``: prompts in; text, tokens, readings and a receipt out.
+* ``sweep``: many interventions on the same prompts.
+* ``attached``: ``edit`` and ``hooked``, an intervention that stays on a model.
+"""

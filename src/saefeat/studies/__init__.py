@@ -1,1 +1,4 @@
-"""Studies: whole investigations written against saefeat's public surface alone."""
+"""Studies: whole investigations written against saefeat's public surface alone.
+
+* ``refusal``: refusal in chat models.
+"""

@@ -3,8 +3,11 @@
 * ``audit``: exact ablations over the top and a random tail.
 * ``stability``: does the top set survive other prompts?
 * ``faithfulness``: curves over set size, with controls.
-* ``minimal_set`` and ``interactions``: what is left when nothing more can go, and how it combines.
+* ``sets``: ``minimal_set`` and ``interactions``: what is left when nothing more can go, and how it
+  combines.
 * ``edges``: which latents drive which, through the bare model.
+* ``experiment``, ``ranking``, ``stats``: a metric under many edits, latents in order with sets
+  drawn as controls, and the statistics of samples.
 """
 
 from .audit import Audit, audit

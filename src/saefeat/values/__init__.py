@@ -5,6 +5,8 @@
 * ``patch``: as in another run of the same prompts.
 * ``resample``: drawn from data.
 * ``per_prompt``: one selection a prompt.
+* ``columns``: which of a reading's columns hold the latents of an edit.
+* ``declared``: what verbs, conditions and values have in common: they are their fields.
 """
 
 from .patch import Patch

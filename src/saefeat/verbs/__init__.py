@@ -6,7 +6,6 @@
 * ``edits``: ``Ablate`` and ``Clamp``.
 * ``probe``: ``Probe``, the reader.
 * ``forms``: what an edit reads and writes.
-* ``lower``: verbs made into the kernel's program for one model; ``rules`` has its token rules and
-  ``visits`` its actions by site.
+* ``lower``: verbs made into the kernel's program for one model.
 * ``placement``: several programs side by side in one batch.
 """
