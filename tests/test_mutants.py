@@ -53,8 +53,8 @@ MUTANTS = {
         failure("reconstruction_written_without_the_error"),
     ),
     "an edited copy fires once": Mutant(
-        "for number in Iterations()[:]:",
-        "for number in Iterations()[:1]:",
+        "for _ in Iterations()[1:] if loops else ():",
+        "for _ in ():",
         failure("steering_fires_once[edit]"),
     ),
     "inline fires once": Mutant(
@@ -68,8 +68,8 @@ MUTANTS = {
         "test_attribution.py::test_finite_differences[resid_post.1]",
     ),
     "a transcoder's gradient at its read site": Mutant(
-        "at_tokens(slopes[part.write], mask)",
-        "at_tokens(slopes[sorted(slopes)[0]], mask)",
+        "slope = part.read_at(values, mask), slopes[part.write]",
+        "slope = part.read_at(values, mask), slopes[sorted(slopes)[0]]",
         "test_attribution.py::test_every_architecture_against_the_naive_form[transcoder-AtP()-zero]",
     ),
     "no path between clean and baseline": Mutant(
@@ -79,7 +79,7 @@ MUTANTS = {
         "[llama-IG(steps=3, rule='midpoint')-zero]",
     ),
     "threshold ignored": Mutant(
-        'return torch.relu(h) * (h > columns["threshold"])',
+        "return torch.relu(h) * (h > self.threshold)",
         "return torch.relu(h)",
         "test_kernel.py::test_encode_computes_in_float32_whatever_came",
     ),
@@ -117,8 +117,8 @@ MUTANTS = {
         failure("normalization_half_folded"),
     ),
     "pads have positions": Mutant(
-        "position = (attention_mask != 0).long()",
-        "position = (attention_mask >= 0).long()",
+        "position = (mask != 0).long()",
+        "position = (mask >= 0).long()",
         failure("column_index_hits_a_left_pad"),
     ),
     "hooks left behind": Mutant(
@@ -142,7 +142,7 @@ MUTANTS = {
         failure("wrong_tensor_on_sandwich_norm_models"),
     ),
     "a chunk taken for the prompt": Mutant(
-        "memory.blocks = memory.blocks or columns > 1",
+        "memory.blocks = memory.blocks or (bool(past) and not begins and columns > 1)",
         "pass",
         "test_machine.py::test_a_prompt_fed_in_chunks_has_no_known_length",
     ),
