@@ -58,7 +58,7 @@ MUTANTS = {
         failure("steering_fires_once[edit]"),
     ),
     "inline fires once": Mutant(
-        "step is None and generating(inputs[1])",
+        "step is None and generating(model._module, inputs[1])",
         "False",
         failure("steering_fires_once[inline]"),
     ),
@@ -112,8 +112,9 @@ MUTANTS = {
     ),
     "norm scale kept from the first call": Mutant(
         "    return centered / (scale + 1e-5), scale",
-        '    kept = normalize.__dict__.setdefault("kept", scale)\n'
-        "    return centered / (scale + 1e-5), kept[..., :1, :] if kept.ndim > 1 else kept",
+        '    kept = vars(type(self)).get("kept", scale)\n'
+        "        type(self).kept = kept\n"
+        "        return centered / (scale + 1e-5), kept[..., :1, :] if kept.ndim > 1 else kept",
         failure("normalization_half_folded"),
     ),
     "pads have positions": Mutant(

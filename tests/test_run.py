@@ -381,13 +381,13 @@ def test_beam_receipts_count_every_beam_and_list_none():
 def test_probes_under_beams_are_refused():
     nn = wrapped(build("llama"))
     for probe in (sf.Probe(direction()), PUSH | sf.Probe(direction(), reduce="max")):
-        with pytest.raises(sf.SaefeatError, match=r"num_beams.*completion"):
+        with pytest.raises(sf.SaefeatError, match=r"beams.*completion"):
             sf.run(nn, RAGGED, probe, **BEAMS)
 
 
 def test_draws_by_prompt_under_beams_are_refused():
     step = sf.Ablate(direction(), to=sf.values.Resample(torch.randn(5, 1), seed=0))
-    with pytest.raises(sf.SaefeatError, match=r"num_beams.*Resample"):
+    with pytest.raises(sf.SaefeatError, match=r"beams.*Resample"):
         sf.run(wrapped(build("llama")), RAGGED, step, **BEAMS)
 
 
@@ -409,7 +409,7 @@ def test_values_pinned_to_a_clean_run_reach_every_beam():
 
 def test_what_a_server_cannot_do_is_refused():
     """Samples, stop tokens and checkpoints it can do: see test_remote_jobs.py."""
-    with pytest.raises(sf.errors.RemoteError, match="`num_beams`"):
+    with pytest.raises(sf.errors.RemoteError, match="2 beams"):
         sf.run(
             wrapped(build("llama")),
             RAGGED,

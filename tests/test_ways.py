@@ -1083,6 +1083,44 @@ def test_hooked_with_a_cache_and_no_mask():
     assert step.receipt(log).rows[0].tokens == 2
 
 
+@pytest.mark.parametrize("reduce", [None, "mean", "max", "last"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_finished_row_keeps_its_readings(cached, reduce):
+    """Without a cache each pass shows all tokens: a row that had stopped lost its readings.
+
+    A setting that stops before the others has the columns of a run of its own.
+    """
+    model = build("llama")
+    plain = model.generate(**batch_of(), max_new_tokens=NEW, do_sample=False)
+    model.generation_config.use_cache = cached
+    model.generation_config.eos_token_id = int(plain[0, -NEW + 1])  # the first row ends early
+    nn, probe = wrapped(model), sf.Probe(make_sae().latents([1, 2]), reduce=reduce)
+    batch = batch_of()
+    found = sf.run(nn, batch, probe, max_new_tokens=NEW)
+    assert 1 < len(found.completions[0]) < NEW
+    for n in range(3):
+        ids = {key: value[n : n + 1, -(3, 6, 4)[n] :] for key, value in batch.items()}
+        alone = sf.run(nn, ids, probe, max_new_tokens=NEW)
+        assert alone.completions[0] == found.completions[n]
+        row, own = found.readings[0], alone.readings[0]
+        assert torch.allclose(row.kept()[n].nanmean(0), own.kept()[0].nanmean(0), atol=1e-5)
+        push = sf.Clamp(sf.Direction(unit(), site="resid_post.2"), add=50.0)
+        sweep = sf.sweep(nn, ids, {"probe": probe, "push": push | probe}, max_new_tokens=NEW)
+        swept = sweep["probe"].readings[0]
+        assert torch.equal(swept.mask, own.mask)
+        assert swept.starts is None or torch.equal(swept.starts, own.starts)
+        torch.testing.assert_close(swept.values, own.values)
+
+
+def test_a_trace_may_say_what_generate_says():
+    """Taken for a generation, it waited for a second pass, and the rest of the block was lost."""
+    nn, batch, probe = wrapped(build("llama")), batch_of(), sf.Probe(make_sae().latents([1]))
+    with torch.no_grad(), nn.trace(batch, return_dict=True, use_cache=False):
+        log = nnsight.save(probe(nn))
+        logits = nnsight.save(nn.output.logits)
+    assert logits.shape[1] == probe.readings(log)[0].values.shape[1] == 6
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hooked_reads_arguments_by_position(family):
     """Second stands Llama's mask and GPT-2's cache: the mask was taken to be ones, the cache none.

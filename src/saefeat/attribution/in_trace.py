@@ -132,7 +132,7 @@ def watch(job: Job, model: TransformersModel, intervention: Intervention | None)
     # A generation runs without gradients and passes the sites many times.
     with suppress(OutOfOrderError):  # ``whole_run`` says what to do
         inputs = model.inputs  # from here on the model's own gradient mode holds
-        if generating(inputs[1]):
+        if generating(model._module, inputs[1]):
             raise GradientError(
                 "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause: it"
                 " has no gradients. Try: model.trace(prompt + completion), or log_prob outside"

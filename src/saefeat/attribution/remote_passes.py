@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _NO_GRADIENT = (
-    "Attribute: `remote` is a server that lets no gradient cross between the model and the block,"
+    "Attribute: `on` is a server that lets no gradient cross between the model and the block,"
     " wanted a block that runs beside the model. Likely cause: NDIF runs the blocks of ordinary"
     " keys in a process of their own, and copies values. Try: method=Exact() or FiniteDifference(),"
     " which need forward passes alone, on the few latents that matter; or a key for which blocks"
@@ -146,9 +146,9 @@ def _of(value: Any) -> str:
 def unfit(got: str, wanted: str) -> RemoteError:
     """The error for a pass that does not fit its request."""
     return RemoteError(
-        f"Attribute: `remote` is a server whose result has {got}, wanted {wanted}. Likely cause: a"
+        f"Attribute: `on` is a server whose result has {got}, wanted {wanted}. Likely cause: a"
         " server of another version, or one that is none. Try: preflight(model, prompts,"
-        " remote=...), which shows the server's nnsight"
+        " on=...), which shows the server's nnsight"
     )
 
 
@@ -180,7 +180,7 @@ def require_plain(semantics: str, backward: object) -> None:
     else:
         return
     raise SaefeatError(
-        f"Attribute: `remote` is given with {got}, wanted pass_through semantics and the plain"
+        f"Attribute: `on` is given with {got}, wanted pass_through semantics and the plain"
         f" gradient. Likely cause: {cause}. Try: {call}, Exact() on the latents that matter, or a"
         " model here"
     )

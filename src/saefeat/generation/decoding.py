@@ -236,13 +236,13 @@ def require_beamable(intervention: Intervention, settings: Decoding) -> None:
             cause = "beams are dropped and copied between passes, so that readings would be of"
             cause += " tokens that are not in the completion"
         elif any(isinstance(value, Resample) for value in step.change):
-            wanted, call = "Resample", "no num_beams, or activations of your own, [prompts, k]"
+            wanted, call = "Resample", "decode=None, or activations of your own, [prompts, k]"
             cause = "it draws for each prompt, and beams change places between passes"
         else:
             continue
         raise SaefeatError(
-            f"run: `num_beams` is {settings.beams}, with {step!r}, wanted no {wanted} where beams"
-            f" are searched. Likely cause: {cause}. Try: {call}"
+            f"run: `decode` searches {settings.beams} beams, with {step!r}, wanted no"
+            f" {wanted} where beams are searched. Likely cause: {cause}. Try: {call}"
         )
 
 
@@ -256,7 +256,7 @@ def seeded(seed: int | None, module: nn.Module) -> Iterator[None]:
     other = sorted(str(device) for device in devices if device.type not in ("cpu", "cuda"))
     if other:
         raise ModelError(
-            f"run: `seed` is given, for a model on {other[0]}, wanted a model on cpu or cuda."
+            f"run: `decode` is a sample, for a model on {other[0]}, wanted a model on cpu or cuda."
             " Likely cause: this device's random numbers cannot be seeded without leaving a trace."
             " Try: greedy decoding, or the model on another device"
         )

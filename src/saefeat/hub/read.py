@@ -1,4 +1,4 @@
-"""A document with tensors as an intervention; nothing is built that ``forms`` does not list."""
+"""A document with tensors as an intervention; nothing is built that ``fields`` does not list."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..model.sites import Site
 from ..results.readings import Readings
 from ..text.tokens import Tokens
 from ..verbs.base import Chain, Intervention
-from . import fields as forms
+from . import fields
 from .fields import FORMS, RULES, STEPS
 from .write import kind_of
 
@@ -42,13 +42,13 @@ class Reader:
         self._tensors, self._used = tensors, set[str]()
         self._named = 0
         only(spec, ("chain", "steps", "dictionaries", "model"), function, "a spec")
-        entries = self._listed(spec.get("dictionaries"), "dictionaries", forms.MAX_DICTIONARIES)
+        entries = self._listed(spec.get("dictionaries"), "dictionaries", fields.MAX_DICTIONARIES)
         self._selections: list[list[tuple[int, ...]]] = []
         self._dictionaries = [self._dictionary(n, e) for n, e in enumerate(entries)]
 
     def intervention(self) -> Intervention:
         """The intervention itself; anything the format does not allow is refused."""
-        entries = self._listed(self.spec.get("steps"), "steps", forms.MAX_STEPS)
+        entries = self._listed(self.spec.get("steps"), "steps", fields.MAX_STEPS)
         steps: list[Any] = [self.form(entry, STEPS) for entry in entries]
         unused = sorted(set(self._tensors) - self._used)
         if unused:
@@ -65,9 +65,9 @@ class Reader:
             return None
         found = self._record(self.spec["model"], "model")
         texts = (found.get("family"), found.get("name"), found.get("revision") or "")
-        short = all(isinstance(value, str) and len(value) <= forms.MAX_TEXT for value in texts)
-        whole = all(type(found.get(name)) is int for name in forms.FACTS[1:])
-        if set(found) != {*forms.FACTS, "name", "revision"} or not whole or not short:
+        short = all(isinstance(value, str) and len(value) <= fields.MAX_TEXT for value in texts)
+        whole = all(type(found.get(name)) is int for name in fields.FACTS[1:])
+        if set(found) != {*fields.FACTS, "name", "revision"} or not whole or not short:
             raise self._broken(f"a model {brief(found)}", "family, shape, name and revision")
         return found
 
@@ -147,7 +147,7 @@ class Reader:
             "start": natural,
             "stop": lambda n: n is None or natural(n),
             "ids": lambda ids: isinstance(ids, list) and all(map(natural, ids)),
-            "text": lambda text: isinstance(text, str) and len(text) <= forms.MAX_TEXT,
+            "text": lambda text: isinstance(text, str) and len(text) <= fields.MAX_TEXT,
             "rule": lambda rule: isinstance(rule, list),
         }
         for need, part in zip(wanted, rule[1:], strict=True):
@@ -160,7 +160,7 @@ class Reader:
     def _latents(self, found: object, written: str) -> Latents:
         """The selections that [dictionary, selection] pairs name."""
         parts, seen = [], set()
-        for pair in self._listed(found, "latents", forms.MAX_DICTIONARIES):
+        for pair in self._listed(found, "latents", fields.MAX_DICTIONARIES):
             known = isinstance(pair, list) and len(pair) == 2 and all(map(natural, pair))
             if not known or pair[0] >= len(self._dictionaries):
                 raise self._broken(f"latents of {brief(pair)}", "[dictionary, selection]")
@@ -169,8 +169,8 @@ class Reader:
                 raise self._broken(f"selection {pair[1]}", f"fewer than {len(selections)}")
             indices = selections[pair[1]]
             self._named += len(indices)
-            if self._named > forms.MAX_NAMED:
-                most = f"at most {forms.MAX_NAMED:,} in all steps together"
+            if self._named > fields.MAX_NAMED:
+                most = f"at most {fields.MAX_NAMED:,} in all steps together"
                 raise self._broken(f"{self._named:,} latents", most)
             if not seen.isdisjoint((pair[0], i) for i in indices):
                 raise self._broken(f"a latent of {dictionary.site} twice", "each once")
@@ -250,13 +250,13 @@ class Reader:
         return self._build(Excerpt, given | sizes, f"dictionary {number}")
 
     def _site(self, name: object) -> Site:
-        return self._build(Site.parse, {"name": self._text(name, "site", forms.MAX_SITE)}, "site")
+        return self._build(Site.parse, {"name": self._text(name, "site", fields.MAX_SITE)}, "site")
 
     def _indices(self, found: object) -> tuple[int, ...]:
         found = self._record(found, "a selection")
         only(found, ("latents",), self.function, "a selection")
-        indices = self._listed(found.get("latents"), "a selection", forms.MAX_LATENTS)
-        if not indices or not all(natural(i) and i < forms.MAX_WIDTH for i in indices):
+        indices = self._listed(found.get("latents"), "a selection", fields.MAX_LATENTS)
+        if not indices or not all(natural(i) and i < fields.MAX_WIDTH for i in indices):
             raise self._broken(f"latents {brief(indices)}", "whole numbers, at least one")
         return tuple(indices)
 
@@ -295,7 +295,7 @@ class Reader:
         got = f"{len(value):,} of them" if isinstance(value, list) else brief(value)
         raise self._broken(f"{what}: {got}", f"a list of at most {most:,}")
 
-    def _text(self, value: object, what: str, most: int = forms.MAX_TEXT) -> str:
+    def _text(self, value: object, what: str, most: int = fields.MAX_TEXT) -> str:
         """A JSON string of bounded length."""
         if isinstance(value, str) and len(value) <= most:
             return value
@@ -303,9 +303,9 @@ class Reader:
 
     def _size(self, value: object, what: str) -> int:
         """A width."""
-        if natural(value) and 1 <= value <= forms.MAX_WIDTH:
+        if natural(value) and 1 <= value <= fields.MAX_WIDTH:
             return value
-        raise self._broken(f"{what} {brief(value)}", f"a whole number in 1..{forms.MAX_WIDTH}")
+        raise self._broken(f"{what} {brief(value)}", f"a whole number in 1..{fields.MAX_WIDTH}")
 
     def _broken(self, got: str, wanted: str) -> FileError:
         return broken(self.function, got, wanted)

@@ -161,7 +161,7 @@ class Writer:
 
 
 def kind_of(value: object) -> str:
-    """The kind of a value, as ``forms`` names kinds."""
+    """The kind of a value, as ``fields`` names kinds."""
     plain = {bool: "bool", int: "int", float: "number", str: "text", type(None): "none"}
     if type(value) in plain:
         return plain[type(value)]

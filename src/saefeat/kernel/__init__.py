@@ -10,11 +10,10 @@ Annotations are strings and are never evaluated when the code runs.
 * ``encode``: latents of a site's value from the selected encoder columns.
 * ``prefix``: the same for latents that depend on every earlier token.
 * ``values``: what a value is at each token, where it is no plain number.
-* ``edit``: f → f', the site's new value, and the record of what was done.
-* ``read``, ``edit``, ``watch``: the actions, each with one method, ``apply``.
+* ``read``, ``edit``, ``watch``, ``split``: the actions, each with one method, ``apply``: latents
+  read, latents edited, values watched, and several programs in one pass, each for its rows.
 * ``beams``: what an action remembers of a row, where beam search moves rows.
 * ``program``: visits and their actions, applied in an nnsight block to every forward pass.
-* ``split``: several programs in one pass, each for its rows.
 * ``pack``, ``slopes``: what leaves a server.
 * ``draws``: samples from a seed.
 """

@@ -18,6 +18,7 @@ nnsight facts these few lines rest on (0.8.1, each tried before it was used):
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -48,7 +49,7 @@ class Action(Protocol):
 
 
 class Visit(Frozen):
-    """What is done with the output of a module."""
+    """What is done at a place: the output of a module, or its input (``InputVisit``)."""
 
     path: str  # the module
     order: tuple[int, int, int, str]  # sorts visits as a forward pass reaches them
@@ -140,14 +141,15 @@ def whole_run(
         if step:  # a user's open loop has outrun the generation: how such loops end
             raise
         raise RuntimeError(
-            "saefeat: an intervention was applied after the block had already read a layer, so the"
-            " attention mask is gone. Call it before anything else in the block."
+            "saefeat: an intervention was applied after the block had already read a layer, or"
+            " applied another, so the attention mask is gone. Call it before anything else in the"
+            " block, and compose several with |."
         ) from error
     memory = Memory(lengths, step or 0)
     one_pass(model, program, log, inputs, memory, not step)
     # In a trace there is one pass, and the block goes on while the model is still running, so that
     # it can read later layers.
-    loops = step is None and generating(inputs[1])
+    loops = step is None and generating(model._module, inputs[1])
     for _ in Iterations()[1:] if loops else ():
         try:
             inputs = later_inputs(model, program, memory)
@@ -176,9 +178,14 @@ def later_inputs(model: Any, program: Program, memory: Memory) -> Inputs:
     return (), {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
 
 
-def generating(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward pass was made by transformers' generate, which passes both of these."""
-    return "return_dict" in kwargs and "use_cache" in kwargs
+def generating(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass was made by transformers' generate."""
+    # It passes the first two always, and the third to a model that takes it (5.23). The first two
+    # alone may be a trace by somebody who wants no cache: waiting there for a second pass would
+    # end their block.
+    both = "return_dict" in kwargs and "use_cache" in kwargs
+    takes = inspect.signature(type(module).forward).parameters
+    return both and ("logits_to_keep" in kwargs or "logits_to_keep" not in takes)
 
 
 def one_pass(

@@ -53,12 +53,13 @@ class Ends(Frozen):
     honored: bool
 
     def finished(
-        self, ids: Int[Tensor, "b t"], generated: Bool[Tensor, "b t"], memory: Memory
+        self, ids: Int[Tensor, "b t"], generated: Bool[Tensor, "b t"], memory: Memory, whole: bool
     ) -> Bool[Tensor, "b t"]:
-        """The columns that are filling."""
+        """The columns that are filling; ``whole``: the pass shows the sequence from its start."""
         stops = torch.tensor(self.stops, dtype=ids.dtype, device=ids.device)
         stop = torch.isin(ids, stops) & generated
-        carry = torch.zeros_like(stop[:, :1]) if memory.stopped is None else memory.stopped
+        before = None if whole else memory.stopped  # a row's own stop is among what is shown again
+        carry = torch.zeros_like(stop[:, :1]) if before is None else before
         carry = carry.to(ids.device)
         over = stop.int().cummax(1).values.bool() | carry
         memory.stopped = over[:, -1:]
@@ -199,7 +200,7 @@ def window(
         text, new = memory.ids, ids.shape[1] == mask.shape[1]
         memory.ids = ids if new or text is None else torch.cat([text.to(ids.device), ids], 1)
         if ends is not None:
-            real = real & ~ends.finished(ids, position >= lengths, memory)
+            real = real & ~ends.finished(ids, position >= lengths, memory, not past)
     return View(
         ids=ids, position=position, shown=shown, real=real, lengths=lengths, whole=past == 0,
         begins=begins, memory=memory, selected={},

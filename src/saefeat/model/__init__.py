@@ -5,5 +5,5 @@
 * ``modules``: a model's own modules: its family, and where a site lies in it.
 * ``route``: the order in which a forward pass reaches sites.
 * ``sharded``: tensor-parallel models.
-* ``requests``: whether an object is being pickled for a remote request.
+* ``requests``: how an object is pickled for a remote request.
 """

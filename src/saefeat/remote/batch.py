@@ -101,10 +101,10 @@ def require_plain(model: TransformersModel, settings: Decoding, remote: bool | s
         model_key(model)
     if settings.beams > 1:
         raise RemoteError(
-            f"run: `num_beams` is {settings.beams}, with remote, wanted greedy decoding, or"
+            f"run: `decode` searches {settings.beams} beams, with on=, wanted greedy decoding, or"
             " sampling with a seed. Likely cause: beams change places between passes, and only the"
             " key-value cache, which a block on a server does not have, tells of it. Try:"
-            " run(model, prompts, ..., remote=...) without num_beams"
+            " decode=None, or Sample(0.8, seed=0)"
         )
 
 
@@ -267,7 +267,7 @@ def _of(value: Any) -> str:
 def wrong(where: str, got: str, wanted: str) -> NoReturn:
     """The error for a result that does not fit its request."""
     raise RemoteError(
-        f"{where}: `remote` is a server whose result has {got}, wanted {wanted}. Likely cause: a"
+        f"{where}: `on` is a server whose result has {got}, wanted {wanted}. Likely cause: a"
         " server of another version, or one that is none. Try: preflight(model, prompts,"
-        " remote=...), which shows the server's nnsight"
+        " on=...), which shows the server's nnsight"
     )

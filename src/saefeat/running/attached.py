@@ -128,7 +128,7 @@ class _Hooks:
         shown = ids if ids is not None else kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
         past, shape = past_length(cache), (shown.shape[0], shown.shape[1])
-        if self.memory is None or not _continues(self.memory, past, shape, ids, kwargs):
+        if self.memory is None or not _continues(module, self.memory, past, shape, ids, kwargs):
             self.memory = Memory()
         view = window(ids, mask, shape, past, self.memory, self.program.ends)
         if self.program.beams is not None:
@@ -166,7 +166,12 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
 
 
 def _continues(
-    memory: Memory, past: int, shape: tuple[int, int], ids: Tensor | None, kwargs: Any
+    module: nn.Module,
+    memory: Memory,
+    past: int,
+    shape: tuple[int, int],
+    ids: Tensor | None,
+    kwargs: Any,
 ) -> bool:
     """Whether a pass goes on with the sequence of the pass before.
 
@@ -180,7 +185,7 @@ def _continues(
     if past:
         return memory.seen == past
     last = memory.ids
-    if not generating(kwargs) or last is None or ids is None or memory.seen + 1 != shape[1]:
+    if not generating(module, kwargs) or last is None or ids is None or memory.seen + 1 != shape[1]:
         return False
     return torch.equal(ids[:, : memory.prompt], last[:, : memory.prompt])
 

@@ -60,10 +60,10 @@ def _held(value: Tensor, dtype: torch.dtype) -> Tensor:
     if bool((found.float().isfinite() | ~value.isfinite()).all()):
         return found
     raise RemoteError(
-        f"run: `dtype` is {dtype}, for a matrix with numbers up to {float(value.abs().max()):.3g},"
-        f" wanted a dtype that reaches further than {torch.finfo(dtype).max:.3g}. Likely cause:"
-        " float16 and narrower have a small range. Try: dtype=torch.bfloat16, or none, which rounds"
-        " nothing"
+        f"Server: `dtype` is {dtype}, for a matrix with numbers up to"
+        f" {float(value.abs().max()):.3g}, wanted a dtype that reaches further than"
+        f" {torch.finfo(dtype).max:.3g}. Likely cause: float16 and narrower have a small range."
+        " Try: dtype=torch.bfloat16, or none, which rounds nothing"
     )
 
 
@@ -76,8 +76,8 @@ def require_floating(dtype: Any) -> None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return
     raise RemoteError(
-        f"run: `dtype` is {dtype!r}, wanted a floating dtype, or None. Likely cause: a dtype by its"
-        " name, or one of integers. Try: dtype=torch.bfloat16"
+        f"Server: `dtype` is {dtype!r}, wanted a floating dtype, or None. Likely cause: a dtype by"
+        " its name, or one of integers. Try: dtype=torch.bfloat16"
     )
 
 
@@ -89,7 +89,7 @@ def require_sendable(encoder: AnyEncoder) -> None:
     """
     if isinstance(encoder, Called) and encoder.local:
         raise RemoteError(
-            f"run: `remote` is given, and {encoder.local}, wanted dictionaries made of tensors,"
+            f"run: `on` is given, and {encoder.local}, wanted dictionaries made of tensors,"
             " or of plain torch functions. Likely cause: a matching pursuit or temporal SAE, which"
-            " needs its own code. Try: run(...) without remote, or an SAE of another architecture"
+            " needs its own code. Try: run(...) without on=, or an SAE of another architecture"
         )

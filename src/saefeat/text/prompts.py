@@ -65,7 +65,7 @@ def role_markers(tokenizer: Any, role: str) -> tuple[tuple[int, ...], tuple[int,
         raise PromptError(
             f"Tokens.role: `role` is {role!r} on a model without its tokenizer, wanted a model that"
             " knows its chat template. Likely cause: a plain Hugging Face module, which has none."
-            " Try: an nnsight model: wrap(model, tokenizer)"
+            " Try: nnsight.TransformersModel(model, tokenizer=tokenizer)"
         )
     mark, asked = "MARK", {"role": "user", "content": "ASKED"}
     turns = {"user": [], "assistant": [asked], "system": []}.get(role, [asked])

@@ -235,8 +235,8 @@ def require_memoryless(intervention: Intervention) -> None:
             raise LatentError(
                 f"intervention: `step` is given, for {step!r}, wanted an edit that each pass can"
                 " decide on its own. Likely cause: a held condition, a chat role or a temporal SAE"
-                " looks back over the whole sequence. Try: verbs(model) without step, which edits"
-                " every pass itself"
+                " looks back over the whole sequence. Try: intervention(model) without step,"
+                " which edits every pass itself"
             )
 
 

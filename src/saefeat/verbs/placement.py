@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from ..kernel.program import Program, Visit
 from ..kernel.split import Rows, Split, view_of
 from ..kernel.state import Log
@@ -31,12 +33,17 @@ def taken_apart(log: Log, programs: int, rows: int, passes: Sequence[int]) -> li
     logs = []
     for number, own in enumerate(passes):
         span = (number * rows, (number + 1) * rows)
-        part, cut = log.parts.get(span, Log()), 0 if log.view.whole else log.passes - own
+        part, cut = log.parts.get(span, Log()), log.passes - own
         view = view_of(log.view, *span)
         part.passes = own  # one entry a pass, or fewer where they were reduced
         part.view = view.replace(position=view.position - cut)  # of the last column that is kept
         for entries in (part.readings, part.masks, part.acted):
             for key, found in entries.items():
                 entries[key] = found[:own]  # type: ignore[assignment]
+        if log.view.whole and cut:  # without a cache the last pass shows every token
+            for key, (mask,) in part.masks.items():
+                if mask.dtype == torch.bool:  # and no count, of a running value
+                    part.masks[key] = [mask[:, :-cut]]
+                    part.readings[key] = [part.readings[key][0][:, :-cut]]
         logs.append(part)
     return logs
