@@ -14,7 +14,6 @@ from helpers import ARCHITECTURES, D_SAE, D, build, make_sae, tensors_for, unit
 from saefeat.kernel.edit import Acted, Change, moved
 from saefeat.kernel.encode import encode
 from saefeat.kernel.frozen import Placed
-from saefeat.kernel.program import visit
 from saefeat.kernel.read import Norm, lift
 from saefeat.kernel.state import Log, Memory, State, window
 from saefeat.kernel.tokens import select
@@ -231,7 +230,7 @@ def test_a_visit_without_a_write_returns_the_same_object():
     x = torch.randn(2, 4, D)
     view = look(None, torch.ones(2, 4, dtype=torch.long), (2, 4), None)
     log = Log()
-    assert visit(stop.actions, x, State(view, log, Placed())) is x
+    assert stop.act(x, State(view, log, Placed())) is x
     kept = log.readings[0][0].clone()
     x.zero_()  # what was read is a copy: a later in-place edit must not reach it
     assert torch.equal(log.readings[0][0], kept) and kept.abs().max() > 0

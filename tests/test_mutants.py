@@ -123,8 +123,8 @@ MUTANTS = {
         failure("column_index_hits_a_left_pad"),
     ),
     "hooks left behind": Mutant(
-        "stack.callback(_install(module, stop, hooks).remove)",
-        "_install(module, stop, hooks)",
+        "stack.callback(_install(module, visit, hooks).remove)",
+        "_install(module, visit, hooks)",
         failure("edits_survive_an_exception"),
     ),
     "condition ignored": Mutant(

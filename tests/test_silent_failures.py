@@ -350,7 +350,6 @@ def test_normalization_is_stateful(norm):
 def edited_by(step, x, layer=1):
     """The kernel's x' at a site, for one batch [b, t, d] without padding."""
     from saefeat.kernel.frozen import Placed
-    from saefeat.kernel.program import visit
     from saefeat.kernel.state import Log, Memory, State, window
     from saefeat.verbs.lower import lower
 
@@ -358,7 +357,7 @@ def edited_by(step, x, layer=1):
     ids = torch.full(x.shape[:2], 7)
     view = window(ids, None, tuple(ids.shape), 0, Memory(), None)
     (stop,) = program.visits
-    return visit(stop.actions, x, State(view, Log(), Placed()))
+    return stop.act(x, State(view, Log(), Placed()))
 
 
 def test_error_term_recomputed_from_edited_latents():

@@ -60,6 +60,19 @@ class Visit(Frozen):
         """What the module gives: a tensor, or a tuple that begins with it."""
         return envoy.output
 
+    def act(self, x: Float[Tensor, "*batch d"], state: State) -> Float[Tensor, "*batch d"]:
+        """Apply the actions to the place's value x; return the value to leave behind."""
+        # Under autocast, as some servers run blocks, a product of float32 would be one of bfloat16:
+        # other latents would fire. Not every device knows of it; the meta device does not.
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.act(x, state)
+        new = before = by_token(x, *state.view.real.shape)
+        for action in self.actions:
+            new = action.apply(new, state)
+        return x if new is before else new.reshape(x.shape)  # x itself need not be written back
+
     def leave(self, envoy: Any, value: Any) -> None:
         """Put another value in its place."""
         envoy.output = value
@@ -201,24 +214,24 @@ def one_pass(
     view = window(ids, mask, tuple(shown.shape[:2]), past_length(cache), memory, program.ends)
     if program.beams is not None:
         program.beams.follow(cache, memory)
-    visits(model, program, log, view, cache, first)
+    visit_all(model, program, log, view, cache, first)
     if log is not None:
         log.passes += 1
         log.view = view
 
 
-def visits(
+def visit_all(
     model: Any, program: Program, log: Log | None, view: View, cache: Any, first: bool
 ) -> None:
     """Every site of one forward pass, in order; ``cache`` is what the model was given."""
     state = State(view, log, program.placed)
-    for stop in program.visits:
-        envoy = locate(model, stop.path)
-        value = stop.arrive(envoy, cache, view.memory, first)
+    for visit in program.visits:
+        envoy = locate(model, visit.path)
+        value = visit.arrive(envoy, cache, view.memory, first)
         x = value[0] if isinstance(value, tuple) else value
-        new = visit(stop.actions, x, state)
+        new = visit.act(x, state)
         if new is not x:
-            stop.leave(envoy, (new, *value[1:]) if isinstance(value, tuple) else new)
+            visit.leave(envoy, (new, *value[1:]) if isinstance(value, tuple) else new)
 
 
 def locate(root: Any, path: str) -> Any:
@@ -226,22 +239,6 @@ def locate(root: Any, path: str) -> Any:
     for name in path.split("."):
         root = root[int(name)] if name.isdigit() else getattr(root, name)
     return root
-
-
-def visit(
-    actions: tuple[Action, ...], x: Float[Tensor, "*batch d"], state: State
-) -> Float[Tensor, "*batch d"]:
-    """Apply a visit's actions to the value x of its place; return the value to leave behind."""
-    # Under autocast, as some servers run blocks, a product of float32 would be one of bfloat16:
-    # other latents would fire. Not every device knows of it; the meta device does not.
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return visit(actions, x, state)
-    new = before = by_token(x, *state.view.real.shape)
-    for action in actions:
-        new = action.apply(new, state)
-    return x if new is before else new.reshape(x.shape)  # x itself need not be written back
 
 
 def by_token(x: Float[Tensor, "*batch d"], rows: int, tokens: int) -> Float[Tensor, "b t d"]:

@@ -17,7 +17,7 @@ import torch
 from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
-from ..kernel.program import Program, locate, visits
+from ..kernel.program import Program, locate, visit_all
 from ..kernel.read import Read
 from ..kernel.state import Log, Memory, View, window
 from ..kernel.tokens import matches, select, selected
@@ -85,7 +85,7 @@ def _passes(
         for number in Iterations()[: 1 + more]:
             if number and program.embedding:
                 locate(model, program.embedding).input  # noqa: B018  (as the server's block does)
-            visits(model, program, log, views[number], None, number == 0)
+            visit_all(model, program, log, views[number], None, number == 0)
 
 
 def _called(model: TransformersModel, more: bool, **inputs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FiringError, ModelError
-from ..kernel.program import Program, Visit, generating, visit
+from ..kernel.program import Program, Visit, generating
 from ..kernel.state import Log, Memory, State, past_length, require_sequential, window
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
@@ -91,14 +91,14 @@ def hooked(model: nn.Module, intervention: Intervention) -> Iterator[Log]:
     """
     module = torch_module(model)
     program = lower(intervention, model)
-    for stop in program.visits:
-        require_whole(module, stop.path, stop.end)
+    for visit in program.visits:
+        require_whole(module, visit.path, visit.end)
     hooks = _Hooks(program)
     with ExitStack() as stack:
         start = module.register_forward_pre_hook(hooks.begin, with_kwargs=True)
         stack.callback(start.remove)
-        for stop in program.visits:
-            stack.callback(_install(module, stop, hooks).remove)
+        for visit in program.visits:
+            stack.callback(_install(module, visit, hooks).remove)
         stack.callback(module.register_forward_hook(hooks.end).remove)
         yield hooks.log
     if not hooks.called:
@@ -134,7 +134,7 @@ class _Hooks:
         if self.program.beams is not None:
             self.program.beams.follow(cache, self.memory)
         self.state = State(view, self.log, self.program.placed)
-        self.left = {(stop.path, stop.end) for stop in self.program.visits}
+        self.left = {(visit.path, visit.end) for visit in self.program.visits}
         self.log.view = view
         self.log.passes += 1
 
@@ -150,11 +150,11 @@ class _Hooks:
             " model as it was loaded"
         )
 
-    def visit(self, stop: Visit, x: Tensor) -> Tensor:
+    def act(self, visit: Visit, x: Tensor) -> Tensor:
         """At one place."""
         assert self.state is not None
-        self.left.discard((stop.path, stop.end))
-        return visit(stop.actions, x, self.state)
+        self.left.discard((visit.path, visit.end))
+        return visit.act(x, self.state)
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -190,22 +190,22 @@ def _continues(
     return torch.equal(ids[:, : memory.prompt], last[:, : memory.prompt])
 
 
-def _install(module: nn.Module, stop: Visit, hooks: _Hooks) -> Any:
+def _install(module: nn.Module, visit: Visit, hooks: _Hooks) -> Any:
     """One hook on the module of a visit, at its input or its output."""
-    target = module.get_submodule(stop.path)
-    if stop.end == "input":
-        return target.register_forward_pre_hook(partial(_on_input, stop, hooks), with_kwargs=True)
-    return target.register_forward_hook(partial(_on_output, stop, hooks))
+    target = module.get_submodule(visit.path)
+    if visit.end == "input":
+        return target.register_forward_pre_hook(partial(_on_input, visit, hooks), with_kwargs=True)
+    return target.register_forward_hook(partial(_on_output, visit, hooks))
 
 
-def _on_input(stop: Visit, hooks: _Hooks, _: nn.Module, args: tuple, kwargs: Any) -> Any:
+def _on_input(visit: Visit, hooks: _Hooks, _: nn.Module, args: tuple, kwargs: Any) -> Any:
     if args:
-        return (hooks.visit(stop, args[0]), *args[1:]), kwargs
+        return (hooks.act(visit, args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
-    return args, {**kwargs, name: hooks.visit(stop, kwargs[name])}
+    return args, {**kwargs, name: hooks.act(visit, kwargs[name])}
 
 
-def _on_output(stop: Visit, hooks: _Hooks, _: nn.Module, args: tuple, output: Any) -> Any:
+def _on_output(visit: Visit, hooks: _Hooks, _: nn.Module, args: tuple, output: Any) -> Any:
     if isinstance(output, Tensor):
-        return hooks.visit(stop, output)
-    return (hooks.visit(stop, output[0]), *output[1:])
+        return hooks.act(visit, output)
+    return (hooks.act(visit, output[0]), *output[1:])

@@ -20,7 +20,7 @@ from .declared import Declared
 
 
 class Value(Declared, ABC):
-    """What ``Change`` needs of a value that is no number."""
+    """What a verb's ``Formula`` needs of a value that is no number."""
 
     numbered: ClassVar[bool] = False
     """Whether it depends on the prompt's number, so that each batch needs its own program."""

@@ -12,7 +12,7 @@ from ..text.tokens import Tokens
 from ..values.base import Value
 from ..values.declared import same
 from .base import Step, per_latent
-from .steps import Change
+from .steps import Formula
 from .when import When
 
 
@@ -77,9 +77,9 @@ class Ablate(Step):
             )
 
     @property
-    def change(self) -> Change:
+    def change(self) -> Formula:
         assert not isinstance(self.to, str)  # "zero" has become 0.0
-        return Change(scale=0.0, shift=self.to, how=_how(self))
+        return Formula(scale=0.0, shift=self.to, how=_how(self))
 
     @property
     def rule(self) -> Tokens | None:
@@ -142,7 +142,7 @@ class Clamp(Step):
                 self._set(**{name: per_latent("Clamp", name, given, self.latents)})
 
     @property
-    def change(self) -> Change:
+    def change(self) -> Formula:
         scale, shift = 1.0, 0.0
         if self.value is not None:
             scale, shift = 0.0, self.value
@@ -150,7 +150,7 @@ class Clamp(Step):
             scale = self.scale
         if self.add is not None:
             shift = self.add
-        return Change(scale, shift, self.low, self.high, self.active_only, _how(self))
+        return Formula(scale, shift, self.low, self.high, self.active_only, _how(self))
 
     @property
     def rule(self) -> Tokens | None:

@@ -1,6 +1,6 @@
 """What an edit reads and writes: its latents, all latents of a topk kind, or a span.
 
-The kernel has one edit, f → f' and x + (f' − f) · directions. The three ways a ``Change`` is
+The kernel has one edit, f → f' and x + (f' − f) · directions. The three ways a ``Formula`` is
 written differ in what stands for f and for the directions:
 
 * ``frozen``: the selected latents and their directions.

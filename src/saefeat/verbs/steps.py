@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Latents, selection
 from ..errors import LatentError
-from ..kernel import edit
+from ..kernel.edit import Change, ChangeByRow
 from ..text.tokens import Tokens
 from ..values.base import Value
 from ..values.declared import Declared, argument
@@ -25,7 +25,7 @@ Number = float | Tensor | Value
 Bound = float | Tensor | None
 
 
-class Change(NamedTuple):
+class Formula(NamedTuple):
     """f' = clip(scale · f + shift, low, high).
 
     Each is a number, a tensor [k] in latent order, or a tensor [prompts, k]; scale and shift may
@@ -41,9 +41,7 @@ class Change(NamedTuple):
     active_only: bool = False
     how: str = "frozen"
 
-    def take(
-        self, latents: Latents, span: slice, rows: slice | Tensor
-    ) -> edit.Change | edit.ChangeByRow:
+    def take(self, latents: Latents, span: slice, rows: slice | Tensor) -> Change | ChangeByRow:
         """The kernel's form for some latents and some prompts, in storage of its own."""
         numbers: dict[str, Any] = {"active_only": self.active_only}
         for name, value in zip(("scale", "shift", "low", "high"), self[:4], strict=True):
@@ -52,7 +50,7 @@ class Change(NamedTuple):
             else:
                 numbers[name] = _cut(value, span, rows) if isinstance(value, Tensor) else value
         varying = any(isinstance(value, Value) or _by_prompt(value) for value in self[:4])
-        return (edit.ChangeByRow if varying else edit.Change)(**numbers)
+        return (ChangeByRow if varying else Change)(**numbers)
 
     def prompts(self) -> int | None:
         """How many prompts the values are for, or None if they fit any."""
@@ -96,7 +94,7 @@ class StepBase(Declared, ABC):
 
     @property
     @abstractmethod
-    def change(self) -> Change | None:
+    def change(self) -> Formula | None:
         """How f becomes f', or None for a reading."""
 
     @property
