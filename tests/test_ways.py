@@ -804,24 +804,27 @@ def test_values_for_other_prompts_never_broadcast(way, rows):
 
 
 def test_a_cache_begun_elsewhere_is_another_sequence():
-    """`hooked` must not go on with the prompt it saw last."""
+    """`hooked` must not go on with the prompt it saw last; where the prompt ended, nobody says."""
     model = build("llama")
-    v = sf.Direction(unit(5), site="resid_post.1")
-    push = sf.Clamp(v, add=1.0, where=sf.Tokens.prompt())
     prefix, rest = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])
+    v = sf.Direction(unit(5), site="resid_post.1")
 
     def go_on():
         with torch.no_grad():
             cache = model(prefix, use_cache=True).past_key_values
         return lambda: model(rest, past_key_values=cache).logits
 
-    alone, after = go_on(), go_on()
+    push, refused = (sf.Clamp(v, add=1.0, where=w) for w in (~sf.Tokens.ids(8), sf.Tokens.last(1)))
+    alone, after, late = go_on(), go_on(), go_on()
     with torch.no_grad(), sf.hooked(model, push):
         wanted = alone()
     with torch.no_grad(), sf.hooked(model, push):
         model(torch.tensor([[20, 21, 22, 23, 24, 25, 26]]))
         found = after()
     torch.testing.assert_close(found, wanted)
+    with pytest.raises(ValueError, match="prompt's length, which is not known"):
+        with torch.no_grad(), sf.hooked(model, refused):
+            late()
 
 
 def test_padding_without_a_mask_is_refused():

@@ -225,9 +225,9 @@ def decoding(
     return plain._replace(temperature=heat, top_p=top_p, top_k=top_k, seed=chosen.seed)
 
 
-def require_beamable(intervention: Intervention, settings: Decoding) -> None:
+def require_beamable(function: str, intervention: Intervention, beams: int) -> None:
     """Refuse what has no meaning while beams are searched: probes, and draws by prompt."""
-    if settings.beams == 1:
+    if beams == 1:
         return
     for step in intervention.parts():
         if step.change is None:
@@ -241,8 +241,8 @@ def require_beamable(intervention: Intervention, settings: Decoding) -> None:
         else:
             continue
         raise SaefeatError(
-            f"run: `decode` searches {settings.beams} beams, with {step!r}, wanted no"
-            f" {wanted} where beams are searched. Likely cause: {cause}. Try: {call}"
+            f"{function}: `decode` searches {beams} beams, with {step!r}, wanted no {wanted} where"
+            f" beams are searched. Likely cause: {cause}. Try: {call}"
         )
 
 

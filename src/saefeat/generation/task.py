@@ -49,7 +49,7 @@ class Task:
         self, function: str, model: TransformersModel, intervention: Intervention,
         decoding: Decoding, batch_size: int, allow_unfired: bool, way: Route | None = None,
     ) -> None:  # fmt: skip
-        require_beamable(intervention, decoding)
+        require_beamable(function, intervention, decoding.beams)
         self.function, self.model, self.intervention = function, model, intervention
         self.decoding, self.batch_size, self.allow_unfired = decoding, batch_size, allow_unfired
         self._way = way
@@ -184,7 +184,7 @@ def run_batch(
 def honoring(program: Program, settings: Decoding) -> Program:
     """The program for a generation that is known to stop at the settings' stop tokens."""
     pad = -1 if program.ends is None else program.ends.pad
-    return program.replace(ends=Ends(stops=settings.stops, pad=pad, honored=True))
+    return program.replace(ends=Ends(stops=settings.stops, pad=pad, honored=True, otherwise=False))
 
 
 # ---------------------------------------------------------------- to files and back

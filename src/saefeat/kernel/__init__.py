@@ -6,6 +6,7 @@ Annotations are strings and are never evaluated when the code runs.
 
 * ``frozen``: typed values that travel, and their tensors where they are used.
 * ``state``: what one forward pass shows and has read, and what a run remembers and records.
+* ``sequences``: which sequence a forward pass belongs to, by its key-value cache.
 * ``tokens``: which positions a rule selects, counted through the attention mask.
 * ``encode``: latents of a site's value from the selected encoder columns.
 * ``prefix``: the same for latents that depend on every earlier token.

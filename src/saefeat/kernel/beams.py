@@ -1,6 +1,9 @@
 """What an action remembers by row, where beam search moves rows between passes.
 
-Beam search drops and copies rows, and tells nobody but the key-value cache.
+Beam search drops and copies rows, and tells nobody but the key-value cache. The cache shows it: the
+key of its last token stays as it was in every row, unless another row has been put there. So the
+new order is read off the keys, of the last layer, which depend on every token before. Nothing is
+left on the cache, which outlives a block and may be copied; and a copy shows the same.
 """
 
 from __future__ import annotations
@@ -11,53 +14,79 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
-from .state import Memory, past_length
+from .sequences import past_length
+from .state import Memory
 
 
 class Beams(Frozen):
     """What is remembered by row moves along with the rows of the key-value cache."""
 
     def follow(self, cache: Any, memory: Memory) -> None:
-        """Have the cache's own reordering reorder the memory too; it lives for one generation."""
-        if cache is None or not hasattr(cache, "reorder_cache"):
+        """Before a pass: reorder the memory as the cache's rows have been reordered."""
+        past, before = past_length(cache, memory), memory.keys
+        if not past or isinstance(cache, int):  # a number comes with requests without beams alone
             return
-        followers = cache.__dict__.setdefault("followers", [])
-        if not followers:
-            reorder = cache.reorder_cache
-
-            def reorder_all(rows: Any) -> None:
-                reorder(rows)
-                for follower in followers:
-                    reorder_memory(follower, rows)
-
-            cache.reorder_cache = reorder_all
-        if not any(follower is memory for follower in followers):
-            followers.append(memory)
-            require_unmoved(cache, memory)
+        layer = last_full(cache)
+        if layer is None:
+            require_single(memory)
+            return
+        new = (past, layer, column(cache, layer, past, past - 1))
+        if before is not None:
+            old, now = before[2], column(cache, before[1], past, before[0] - 1)
+            if not torch.equal(old, now):
+                reorder_memory(memory, moves(old, now))
+        memory.keys = new
 
 
-def require_unmoved(cache: Any, memory: Memory) -> None:
-    """Refuse a generation whose rows have changed places unseen.
-
-    A block that runs apart from the model is given another copy of the cache at each pass, and no
-    copy tells of a reordering. But it shows one: what the cache holds of earlier tokens stays as it
-    was in every row, unless beam search has put another row there.
-    """
-    layers = getattr(cache, "layers", ())
-    keys = next((k for k in (getattr(x, "keys", None) for x in layers) if k is not None), None)
-    if not isinstance(keys, Tensor) or keys.ndim != 4:
-        return
-    before, memory.keys = memory.keys, (past_length(cache), keys[:, 0, :, 0].clone())
-    if before is None:
-        return
-    total, now = memory.keys
-    old, kept = before[1], now[:, : now.shape[1] - (total - before[0])]
-    columns = min(old.shape[1], kept.shape[1])  # a sliding window drops the oldest
-    if not torch.equal(old[:, old.shape[1] - columns :], kept[:, kept.shape[1] - columns :]):
+def moves(old: Tensor, now: Tensor) -> Tensor:
+    """[b]: which of the old rows [b, d] each row is now."""
+    same = (now[:, None] == old[None]).all(-1)
+    if not bool(same.any(1).all()):
         raise RuntimeError(
-            "saefeat: rows have changed places between two passes, and this block, which runs apart"
-            " from the model, cannot follow them. Likely cause: num_beams, with a held condition, a"
-            " chat role or a temporal SAE. Try: greedy decoding or sampling; or a trusted key."
+            "saefeat: rows have changed between two passes, and none of the key-value cache's rows"
+            " is what it was. Likely cause: a cache that keeps its keys in another form, with a"
+            " held condition, a chat role or a temporal SAE. Try: the default dynamic cache; greedy"
+            " decoding or sampling."
+        )
+    stay = torch.arange(len(old), device=same.device)
+    return torch.where(same.diagonal(), stay, same.int().argmax(1))
+
+
+def last_full(cache: Any) -> int | None:
+    """The last layer that keeps keys for every token, or for most of them."""
+    kept = [kept_columns(layer) for layer in getattr(cache, "layers", ())]
+    most = max(kept, default=0)
+    return None if not most else max(n for n, columns in enumerate(kept) if columns == most)
+
+
+def kept_columns(layer: Any) -> int:
+    """For how many tokens a layer of a cache keeps keys [b, heads, s, d]."""
+    keys = getattr(layer, "keys", None)
+    return keys.shape[2] if isinstance(keys, Tensor) and keys.ndim == 4 and keys.numel() else 0
+
+
+def column(cache: Any, layer: int, past: int, place: int) -> Tensor:
+    """[b, heads · d]: the key at an absolute column, of a cache that has seen ``past`` of them."""
+    keys = cache.layers[layer].keys
+    kept = keys.shape[2]
+    # a static cache has room for more, at the right; a sliding window has dropped the oldest
+    place = place if kept >= past else place - (past - kept)
+    if place < 0:
+        raise RuntimeError(
+            "saefeat: the key-value cache has dropped the token by which its rows are told apart."
+            " Likely cause: a sliding window of one token. Try: generate without beams, or with a"
+            " larger window."
+        )
+    return torch.nan_to_num(keys[:, :, place].flatten(1))
+
+
+def require_single(memory: Memory) -> None:
+    """Refuse several rows in a cache without keys: if they changed places, nobody could tell."""
+    if memory.lengths is not None and len(memory.lengths) > 1:
+        raise RuntimeError(
+            "saefeat: a held condition, a chat role or a temporal SAE looks back over its row, and"
+            " this cache does not show whether rows have changed places, as beam search does."
+            " Likely cause: a state-space model. Try: one prompt at a time."
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .frozen import Frozen
 from .program import Program, whole_run
-from .state import Log, Memory, View
+from .state import Log, Memory, View, last_position
 
 
 def applied(
@@ -55,7 +55,7 @@ def pack(log: Log) -> dict[str, Any]:
             for entry in entries
             if not isinstance(entry, Tensor)
         ]
-    view = {"position": log.view.position[:, -1:].clone()}
+    view = {"position": last_position(log.view).clone()}
     found = {"passes": log.passes, "readings": readings, "masks": masks, "fired": fired}
     return found | {"events": events, "view": view}
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from .beams import Beams
 from .frozen import Frozen, Placed
-from .state import Ends, Log, Memory, State, View, past_length, require_sequential, window
+from .sequences import Sequences, cache_of
+from .state import Ends, Log, Memory, State, View, require_sequential, window
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -158,17 +159,41 @@ def whole_run(
             " applied another, so the attention mask is gone. Call it before anything else in the"
             " block, and compose several with |."
         ) from error
-    memory = Memory(lengths, step or 0)
-    one_pass(model, program, log, inputs, memory, not step)
+    decodes = generating(model._module, inputs[1])
+    if decodes and program.ends is not None:
+        program = program.replace(ends=told(model, program.ends))
+    sequences = Sequences(Memory(lengths, step or 0))
+    memory = one_pass(model, program, log, inputs, sequences, not step)
     # In a trace there is one pass, and the block goes on while the model is still running, so that
     # it can read later layers.
-    loops = step is None and generating(model._module, inputs[1])
-    for _ in Iterations()[1:] if loops else ():
+    for _ in Iterations()[1:] if decodes and step is None else ():
         try:
             inputs = later_inputs(model, program, memory)
         except OutOfOrderError:
             return
-        one_pass(model, program, log, inputs, memory, False)
+        memory = one_pass(model, program, log, inputs, sequences, False)
+
+
+def told(model: Any, ends: Ends) -> Ends:
+    """How rows end, by the arguments of ``generate`` as well, where the block can see them."""
+    # nnsight keeps a trace's arguments with what batches its invokes (0.8.1); a block that runs
+    # apart from the model has none, and then the model's own configuration is all that is known
+    batcher = getattr(getattr(model, "interleaver", None), "batcher", None)
+    given = getattr(batcher, "kwargs", None)
+    if given is None or ends.honored:
+        return ends
+    config, said = given.get("generation_config"), {}
+    for name in ("eos_token_id", "pad_token_id", "stop_strings", "stopping_criteria"):
+        said[name] = given.get(name, getattr(config, name, None))
+    stops, pad, otherwise = ends.stops, ends.pad, said["stop_strings"] or said["stopping_criteria"]
+    if "eos_token_id" in given or said["eos_token_id"] is not None:
+        eos = said["eos_token_id"]
+        stops = () if eos is None else tuple(torch.as_tensor(eos).flatten().tolist())
+    if said["pad_token_id"] is not None:
+        pad = int(said["pad_token_id"])
+    elif pad < 0 and stops:
+        pad = stops[0]
+    return Ends(stops=stops, pad=pad, honored=True, otherwise=bool(otherwise))
 
 
 def later_inputs(model: Any, program: Program, memory: Memory) -> Inputs:
@@ -202,22 +227,25 @@ def generating(module: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def one_pass(
-    model: Any, program: Program, log: Log | None, inputs: Inputs, memory: Memory, first: bool
-) -> None:
-    """Visit every site of one forward pass in order."""
+    model: Any, program: Program, log: Log | None, inputs: Inputs, sequences: Sequences, first: bool
+) -> Memory:
+    """Visit every site of one forward pass in order; the memory of the sequence it belongs to."""
     args, kwargs = inputs
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     require_sequential(kwargs)
     # the cache is looked at here, before the pass fills it
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    view = window(ids, mask, tuple(shown.shape[:2]), past_length(cache), memory, program.ends)
+    mask, cache, shape = kwargs.get("attention_mask"), cache_of(kwargs), tuple(shown.shape[:2])
+    decodes = not first or generating(model._module, kwargs)
+    memory, past = sequences.at(cache, shape, ids, decodes)
+    view = window(ids, mask, shape, past, memory, program.ends)
     if program.beams is not None:
         program.beams.follow(cache, memory)
     visit_all(model, program, log, view, cache, first)
     if log is not None:
         log.passes += 1
         log.view = view
+    return memory
 
 
 def visit_all(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .encode import AnyEncoder
 from .frozen import Frozen
 from .prefix import encode_prefix
-from .state import Log, State
+from .state import Log, State, View
 from .tokens import Everywhere, Where
 
 if TYPE_CHECKING:
@@ -123,12 +123,26 @@ class Collect(Frozen):
     reduce: str | None  # max, mean or last over the selected tokens; None keeps every token
 
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        if state.log is not None:
-            if state.view.whole:  # a run begins, or shows its whole sequence once more
-                state.log.readings[self.number], state.log.masks[self.number] = [], []
+        log, view = state.log, state.view
+        if log is not None:
+            one_sequence(log, view)
+            if view.whole or view.begins:  # a run begins, or shows its whole sequence once more
+                log.readings[self.number], log.masks[self.number] = [], []
             f, _, mask, _ = state.held[self.number]
-            record(state.log, self.number, self.reduce, f.detach(), mask)
+            record(log, self.number, self.reduce, f.detach(), mask)
         return x
+
+
+def one_sequence(log: Log, view: View) -> None:
+    """Refuse readings of two sequences that are run in turns: a log holds those of one."""
+    if view.begins:
+        log.read = view.memory
+    elif log.read is not view.memory:
+        raise ValueError(
+            "saefeat: two sequences are run in turns, and a probe's readings are of one. Likely"
+            " cause: guidance_scale, or loops over two caches. Try: generate without it, a"
+            " block for each sequence, or both as rows of one batch."
+        )
 
 
 def record(

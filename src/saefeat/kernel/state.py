@@ -27,14 +27,15 @@ class Memory:
     generated: int = 0  # tokens of the first pass that are no longer the prompt's
     seen: int | None = None  # columns shown so far; None before the first pass
     prompt: int = 0  # columns of the first pass
-    # Whether a pass has added several columns to a sequence already begun. Then the first pass was
-    # not all of the prompt, and nobody can tell where the prompt ended.
+    # Whether nobody can tell where the prompt ended: a pass has added several columns to a sequence
+    # already begun, or the first one went on with a cache that was filled elsewhere.
     blocks: bool = False
     ids: Tensor | None = None  # [b, s], the tokens shown so far
     mask: Tensor | None = None  # [b, s], the attention mask so far, where ids are known
     stopped: Tensor | None = None  # [b, 1], rows that have come to their end
     copied: bool = False  # whether a module goes on with a copy of the key-value cache
-    keys: tuple[int, Tensor] | None = None  # columns in the cache, and a number [b, s] for each
+    # Columns in the cache, a layer of it, and that layer's key [b, d] of the last column.
+    keys: tuple[int, int, Tensor] | None = None
     kept: dict[Any, Any]  # what actions remember, by their keys: tensors by row, or tuples of them
     parts: dict[tuple[int, int], Memory]  # the memories of some rows alone
 
@@ -51,6 +52,9 @@ class Ends(Frozen):
     # other rows go on, is filling too. Where it is not known, filling is padding behind a stop, so
     # that a caller who ignores stop tokens has every token edited.
     honored: bool
+    # Whether rows may end for other reasons than these stops: a stop string, or stop tokens that
+    # only the caller of generate knows. Then padding that was generated is filling by itself.
+    otherwise: bool = False
 
     def finished(
         self, ids: Int[Tensor, "b t"], generated: Bool[Tensor, "b t"], memory: Memory, whole: bool
@@ -63,10 +67,14 @@ class Ends(Frozen):
         carry = carry.to(ids.device)
         over = stop.int().cummax(1).values.bool() | carry
         memory.stopped = over[:, -1:]
-        if self.honored:
-            return over
-        behind = torch.cat([carry, over[:, :-1]], 1)
-        return behind & (ids == self.pad)
+        padding = ids == self.pad
+        # a block that loops over passes sees one alone, and not whether its row has stopped before
+        alone = bool(memory.generated) and not whole
+        behind = torch.cat([carry, over[:, :-1]], 1) & padding
+        filling = over if self.honored or alone else behind
+        if (self.otherwise or alone) and self.pad not in self.stops:
+            filling = filling | (padding & generated)
+        return filling
 
 
 class View(Frozen):
@@ -110,6 +118,7 @@ class Log:
     # Annotated here and not in the method: names in a method's annotations would travel with it.
     passes: int = 0  # forward passes seen
     view: View  # of the last of them; not there before the first
+    read: Memory | None = None  # the sequence that the readings are of
     # By the number of a read dictionary: f [b, t, k] pass by pass, or one running value [b, 1, k].
     readings: dict[int, list[Tensor]]
     masks: dict[int, list[Tensor]]  # which tokens count [b, t], or how many [b, 1]
@@ -207,11 +216,13 @@ def window(
     )  # fmt: skip
 
 
-def past_length(cache: Any) -> int:
-    """How many columns a key-value cache holds, or how many this number says."""
-    if isinstance(cache, int):
-        return cache
-    return 0 if cache is None else int(cache.get_seq_length())
+def last_position(view: View) -> Int[Tensor, "b 1"]:
+    """The position of the last column, or the one it would have if the row's text went on to it.
+
+    Padding on the right repeats the last token's.
+    """
+    first = view.shown.int().argmax(1, keepdim=True)  # the first column that is no padding
+    return view.position.gather(1, first) + view.shown.shape[1] - 1 - first
 
 
 def require_sequential(kwargs: dict[str, Any]) -> None:

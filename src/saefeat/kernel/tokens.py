@@ -59,12 +59,17 @@ def matches(rule: tuple, view: View) -> Bool[Tensor, "b t"]:
         return matches(rest[0], view) & matches(rest[1], view)
     if kind == "or":
         return matches(rest[0], view) | matches(rest[1], view)
-    if kind in ("prompt", "first", "last", "generated"):
+    if kind in ("prompt", "last", "generated"):
         whole_prompt(view)
     if kind == "prompt":
         return position < lengths
     if kind == "first":
-        return (position < rest[0]) & (position < lengths)
+        early = (position < rest[0]) & view.shown
+        if view.memory.blocks and bool(
+            early.any()
+        ):  # later positions are none of the first, however long the prompt
+            whole_prompt(view)
+        return early & (position < lengths)
     if kind == "last":
         return (position >= lengths - rest[0]) & (position < lengths)
     if kind == "generated":
@@ -107,11 +112,12 @@ def whole_prompt(view: View) -> None:
     """Refuse a rule that counts from the prompt's end where that end is not known."""
     if view.memory.blocks:
         raise ValueError(
-            "saefeat: this token rule needs the prompt's length, but several tokens came after the"
-            " first forward pass at once, so the first was not all of the prompt. Likely cause:"
-            " prefill_chunk_size, or a second turn on the same cache. Try: the whole prompt in one"
-            " pass, a `hooked` block for each turn, or a rule that needs no length (Tokens.all,"
-            " Tokens.ids)."
+            "saefeat: this token rule needs the prompt's length, which is not known: several tokens"
+            " came behind the first forward pass at once, or the first went on with a cache that"
+            " was filled outside of the intervention. Likely cause: prefill_chunk_size, a second"
+            " turn on the same cache, or a copy of a prefix's cache in a loop of your own. Try: the"
+            " whole prompt in one pass; generate, which is given the whole prompt; or a rule that"
+            " needs no length (Tokens.all, Tokens.ids)."
         )
 
 

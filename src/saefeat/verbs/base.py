@@ -14,7 +14,7 @@ from ..dictionaries.latents import Latents
 from ..errors import FiringError, LatentError, RemoteError
 from ..kernel.pack import unpack
 from ..kernel.program import whole_run
-from ..kernel.state import Log
+from ..kernel.state import Log, last_position
 from ..model.requests import in_requests
 from ..results.readings import Readings, join_time
 from ..results.receipt import Fired, Receipt, record_events
@@ -176,7 +176,7 @@ class Chain(Intervention):
 
 def _starts(log: Log, columns: int) -> Tensor:
     """[b]: the column of position 0, from where the last column stands in its row's text."""
-    return columns - 1 - log.view.position[:, -1].cpu()
+    return columns - 1 - last_position(log.view)[:, 0].cpu()
 
 
 def _counts(entries: list[Any]) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, ModelError, SiteError
@@ -75,7 +75,7 @@ def lower(
             start = stop
     return Program(
         visits=builder.visits.ordered(),
-        ends=_ends(builder.module),
+        ends=ends_of(getattr(builder.module, "generation_config", None)),
         beams=Beams() if builder.remembers else None,
         placed=Placed(),
     )
@@ -107,14 +107,13 @@ def sites_of(intervention: HasParts) -> Iterator[Site]:
             yield when.site
 
 
-def _ends(module: nn.Module) -> Ends:
-    """How the model's own settings end a row."""
-    config = getattr(module, "generation_config", None)
+def ends_of(config: Any) -> Ends:
+    """How a generation configuration, or none, ends a row."""
     stops, pad = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
-    listed = stops if isinstance(stops, (list, tuple)) else [] if stops is None else [stops]
+    listed = [] if stops is None else torch.as_tensor(stops).flatten().tolist()
     if pad is None:  # generate takes the first stop token then
         pad = listed[0] if listed else -1
-    return Ends(stops=tuple(listed), pad=pad, honored=False)
+    return Ends(stops=tuple(listed), pad=int(pad), honored=False)
 
 
 class _Builder:
