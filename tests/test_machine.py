@@ -171,9 +171,10 @@ def test_a_turn_on_a_cache_made_before(way):
 
 
 def test_two_turns_in_one_hooked_block():
-    """Rules that need no length go on; the others would count a turn as generated."""
+    """generate is given the whole text, and what it is given is its prompt, whoever wrote it."""
     model, batch = build("llama"), batch_of()
-    for rule, works in ((None, True), (sf.Tokens.ids(10, 12), True), (sf.Tokens.prompt(), False)):
+    wanted = {None: 13 + 6 + 9 + 3, sf.Tokens.prompt(): 13 + 9, sf.Tokens.generated(): 6 + 3}
+    for rule, tokens in wanted.items():
         step = sf.Clamp(V, add=1.0, where=rule)
 
         def go(step=step):
@@ -182,12 +183,7 @@ def test_two_turns_in_one_hooked_block():
                 model.generate(**turn, max_new_tokens=2, do_sample=False)
             return step.receipt(log).rows[0].tokens
 
-        if works:
-            found = go()
-            assert found == 13 + 6 + 9 + 3 if rule is None else 0 < found < 31
-        else:
-            with pytest.raises(ValueError, match="needs the prompt's length"):
-                go()
+        assert go() == tokens
     assert batch["input_ids"].shape == (3, 6)
 
 
@@ -309,7 +305,7 @@ def test_decoding_that_takes_tokens_back_is_refused(what, way):
     assert hook_count(model) == hook_count(build("llama"))
 
 
-def test_a_cropped_cache_is_refused_in_a_trace_and_new_to_hooks():
+def test_a_cropped_cache_is_refused():
     from saefeat.kernel.state import Memory, window
 
     ids, memory = torch.tensor([[5, 6, 7, 8]]), Memory()
@@ -318,11 +314,11 @@ def test_a_cropped_cache_is_refused_in_a_trace_and_new_to_hooks():
         window(ids[:, -1:], None, (1, 1), 3, memory, None)
     step = sf.Clamp(V, add=1.0, where=sf.Tokens.prompt())
     model = build("llama")
-    with torch.no_grad(), sf.hooked(model, step) as log:
+    with torch.no_grad(), sf.hooked(model, step):
         cache = model(ids, use_cache=True).past_key_values
         cache.crop(-2)
-        model(ids[:, 2:], past_key_values=cache)
-    assert step.receipt(log).rows[0].tokens == 4 + 2
+        with pytest.raises(ValueError, match="taken back"):
+            model(ids[:, 2:], past_key_values=cache)
 
 
 # ---------------------------------------------------------------- train mode and checkpointing

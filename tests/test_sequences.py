@@ -322,7 +322,7 @@ def traced_log(way, nn, batch, step, args):
     with nn.generate(**args) as tracer:  # noqa: SIM117
         with tracer.invoke(batch):
             logs = nnsight.save([])
-            for number in tracer.iter[:]:
+            for number in tracer.iter[: args["max_new_tokens"]]:
                 logs.append(step(nn, step=number))
     return sum(step.receipt(log).rows[0].tokens for log in logs)
 

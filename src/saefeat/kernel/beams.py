@@ -1,7 +1,7 @@
 """What an action remembers by row, where beam search moves rows between passes.
 
 Beam search drops and copies rows, and tells nobody but the key-value cache. The cache shows it: the
-key of its last token stays as it was in every row, unless another row has been put there. So the
+key of the newest token stays as it was in every row, unless another row has been put there. So the
 new order is read off the keys, of the last layer, which depend on every token before. Nothing is
 left on the cache, which outlives a block and may be copied; and a copy shows the same.
 """
@@ -21,21 +21,25 @@ from .state import Memory
 class Beams(Frozen):
     """What is remembered by row moves along with the rows of the key-value cache."""
 
-    def follow(self, cache: Any, memory: Memory) -> None:
-        """Before a pass: reorder the memory as the cache's rows have been reordered."""
-        past, before = past_length(cache, memory), memory.keys
+    def note(self, cache: Any, memory: Memory) -> None:
+        """After a pass, which has filled the cache: how its rows can be told apart."""
+        past = past_length(cache, memory)
         if not past or isinstance(cache, int):  # a number comes with requests without beams alone
             return
         layer = last_full(cache)
         if layer is None:
             require_single(memory)
             return
-        new = (past, layer, column(cache, layer, past, past - 1))
-        if before is not None:
-            old, now = before[2], column(cache, before[1], past, before[0] - 1)
-            if not torch.equal(old, now):
-                reorder_memory(memory, moves(old, now))
-        memory.keys = new
+        memory.keys = (past, layer, column(cache, layer, past, past - 1))
+
+    def follow(self, cache: Any, memory: Memory) -> None:
+        """Before the next one: reorder the memory as the cache's rows have been reordered."""
+        if memory.keys is None or cache is None or isinstance(cache, int):
+            return
+        past, layer, old = memory.keys
+        now = column(cache, layer, past_length(cache, memory), past - 1)
+        if not torch.equal(old, now):
+            reorder_memory(memory, moves(old, now))
 
 
 def moves(old: Tensor, now: Tensor) -> Tensor:

@@ -166,12 +166,21 @@ def whole_run(
     memory = one_pass(model, program, log, inputs, sequences, not step)
     # In a trace there is one pass, and the block goes on while the model is still running, so that
     # it can read later layers.
+    if decodes and step is None:
+        ended(model, program, memory)
     for _ in Iterations()[1:] if decodes and step is None else ():
         try:
             inputs = later_inputs(model, program, memory)
         except OutOfOrderError:
             return
         memory = one_pass(model, program, log, inputs, sequences, False)
+        ended(model, program, memory)
+
+
+def ended(model: Any, program: Program, memory: Memory) -> None:
+    """Wait for the end of a pass of a generation, if rows must be told apart there."""
+    if program.beams is not None and program.embedding is None:
+        program.beams.note(cache_of(model.output), memory)
 
 
 def told(model: Any, ends: Ends) -> Ends:
@@ -238,9 +247,9 @@ def one_pass(
     mask, cache, shape = kwargs.get("attention_mask"), cache_of(kwargs), tuple(shown.shape[:2])
     decodes = not first or generating(model._module, kwargs)
     memory, past = sequences.at(cache, shape, ids, decodes)
-    view = window(ids, mask, shape, past, memory, program.ends)
     if program.beams is not None:
         program.beams.follow(cache, memory)
+    view = window(ids, mask, shape, past, memory, program.ends)
     visit_all(model, program, log, view, cache, first)
     if log is not None:
         log.passes += 1

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 
-def cache_of(kwargs: dict[str, Any]) -> Any:
-    """What a model is given of earlier tokens: a cache, the columns that one holds, or None."""
-    cache = kwargs.get("past_key_values")
-    return kwargs.get("cache_params") if cache is None else cache  # Mamba's name for it
+def cache_of(given: Any) -> Any:
+    """What a pass is given of earlier tokens, or gives: a cache, its columns, or None."""
+    names = ("past_key_values", "cache_params")  # the second is Mamba's
+    if isinstance(given, dict):  # arguments, and the outputs of transformers
+        return next((given[name] for name in names if given.get(name) is not None), None)
+    parts = given if isinstance(given, tuple) else ()
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
 class Sequences:

@@ -86,9 +86,9 @@ class Hooks:
             self._decodes or generating(module, named),
         )
         memory, past = self._sequences.at(cache, shape, ids, decodes, one=self._decodes)
-        view = window(ids, mask, shape, past, memory, self._ends)
         if self._program.beams is not None:
             self._program.beams.follow(cache, memory)
+        view = window(ids, mask, shape, past, memory, self._ends)
         self._state = State(view, self.log, self._program.placed)
         self._thread = threading.get_ident()
         self._left = {(visit.path, visit.end) for visit in self._program.visits}
@@ -102,9 +102,10 @@ class Hooks:
         state, self._state = self._state, None
         if state is None or output is None:  # the pass has failed
             return
-        for part in output.values() if isinstance(output, dict) else output:
-            if hasattr(part, "get_seq_length"):
-                self._sequences.keep(part, state.view.memory)
+        cache, memory = cache_of(output), state.view.memory
+        self._sequences.keep(cache, memory)
+        if self._program.beams is not None:
+            self._program.beams.note(cache, memory)
         if self._left:
             path, end = min(self._left)
             raise ModelError(
