@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..files.container import brief, broken, later, natural, only
 from ..model.sites import Site
 from ..results.readings import Readings
 from ..text.tokens import Tokens
-from ..verbs.base import Chain, Intervention
+from ..verbs.base import Chain, Intervention, Joint
 from . import fields
 from .fields import FORMS, RULES, STEPS
 from .write import kind_of
@@ -41,7 +42,7 @@ class Reader:
         self.spec, self.function = spec, function
         self._tensors, self._used = tensors, set[str]()
         self._named = 0
-        only(spec, ("chain", "steps", "dictionaries", "model"), function, "a spec")
+        only(spec, ("chain", "steps", "dictionaries", "model", "joint"), function, "a spec")
         entries = self._listed(spec.get("dictionaries"), "dictionaries", fields.MAX_DICTIONARIES)
         self._selections: list[list[tuple[int, ...]]] = []
         self._dictionaries = [self._dictionary(n, e) for n, e in enumerate(entries)]
@@ -53,11 +54,23 @@ class Reader:
         unused = sorted(set(self._tensors) - self._used)
         if unused:
             raise self._broken(f"a tensor {brief(unused[0])} nothing names", "only those used")
+        links = self._joined(steps)
         if not isinstance(self.spec.get("chain"), bool) or not (
-            self.spec["chain"] or len(steps) == 1
+            self.spec["chain"] or len(links) == 1
         ):
             raise self._broken(f"{len(steps)} steps without a chain", "one step, or a chain")
-        return Chain(tuple(steps)) if self.spec["chain"] else steps[0]
+        return Chain(tuple(links)) if self.spec["chain"] else links[0]
+
+    def _joined(self, steps: list[Any]) -> list[Any]:
+        """The steps, those that act at once as one."""
+        sizes = self.spec.get("joint", [1] * len(steps))
+        whole = isinstance(sizes, list) and all(type(n) is int and n >= 1 for n in sizes)
+        if not whole or sum(sizes) != len(steps):
+            wanted = f"how many of the {len(steps)} steps act at once, in order"
+            raise self._broken(f"joint {brief(sizes)}", wanted)
+        rest = iter(steps)
+        groups = [tuple(islice(rest, size)) for size in sizes]
+        return [g[0] if len(g) == 1 else self._build(Joint, {"steps": g}, "Joint") for g in groups]
 
     def made_on(self) -> dict[str, Any] | None:
         """What the file says of the model it was made on."""

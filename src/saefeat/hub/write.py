@@ -41,7 +41,10 @@ class Writer:
             for number, dictionary in self._dictionaries.values()
         ]
         chain = isinstance(intervention, Chain)
-        return {"chain": chain, "steps": steps, "dictionaries": dictionaries}
+        spec = {"chain": chain, "steps": steps, "dictionaries": dictionaries}
+        sizes = [len(group) for group in intervention.groups()]
+        # an older reader refuses a name that it does not know, and says that the file is newer
+        return spec | ({"joint": sizes} if any(size > 1 for size in sizes) else {})
 
     def form(self, value: object, allowed: tuple[str, ...], what: str) -> dict[str, Any]:
         """An instance of a listed class: its name, and its fields that differ from the default."""

@@ -40,11 +40,24 @@ class Intervention(ABC):
     """
 
     @abstractmethod
+    def groups(self) -> tuple[tuple[Step, ...], ...]:
+        """The single steps in order; those of one group read before any of them writes."""
+
     def parts(self) -> tuple[Step, ...]:
         """The single steps, in order."""
+        return tuple(step for group in self.groups() for step in group)
 
     def __or__(self, other: Intervention) -> Chain:
-        return Chain((*self.parts(), *other.parts()))
+        """One after the other: at one site ``other`` reads what this leaves."""
+        return Chain((*_links(self), *_links(other)))
+
+    def __and__(self, other: Intervention) -> Joint:
+        """Both at once: every part reads before any of them writes.
+
+        Raises:
+            LatentError: for what has no joint meaning; see ``Joint``.
+        """
+        return Joint((*_members(self), *_members(other)))
 
     def __call__(self, model: TransformersModel, *, step: int | None = None) -> Log:
         """Apply inside an nnsight block, to the forward pass of a trace or to all of a generation.
@@ -151,8 +164,8 @@ def _shipped(intervention: Intervention) -> Any:
 class Step(StepBase, Intervention):
     """One verb on one selection. Subclasses are ``Ablate``, ``Clamp`` and ``Probe``."""
 
-    def parts(self) -> tuple[Step, ...]:
-        return (self,)
+    def groups(self) -> tuple[tuple[Step, ...], ...]:
+        return ((self,),)
 
 
 @final
@@ -165,13 +178,91 @@ class Chain(Intervention):
         0
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step | Joint, ...]
 
-    def parts(self) -> tuple[Step, ...]:
-        return self.steps
+    def groups(self) -> tuple[tuple[Step, ...], ...]:
+        return tuple(group for step in self.steps for group in step.groups())
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.steps)) or "Chain(())"
+
+
+@final
+@dataclass(frozen=True)
+class Joint(Intervention):
+    """Several steps at once, as ``a & b`` makes them: all read before any writes.
+
+    So two sets of latents at one site can be changed in different ways, each from the value that
+    the model itself had there: clamp A while B keeps its clean values. In a chain the second edit
+    would read what the first left, and undo or repeat a part of it. At a later site every part
+    reads what earlier sites have become, as always. A ``Probe`` reads what the edits read.
+
+    Args:
+        steps: edits and probes, at least one.
+
+    Raises:
+        LatentError: for a chain as a part, a latent that two parts edit, ``latents.span()``, whose
+            part of the value nothing else may write to, and for ``latents.reselect()`` beside
+            another edit of its dictionary.
+
+    Examples:
+        >>> v = sf.Neurons("resid_post.1", 8)
+        >>> sf.Clamp(v.latents([0]), 2.0) & sf.Ablate(v.latents([1]))
+        Clamp(Latents(1: resid_post.1 [0]), 2.0) & Ablate(Latents(1: resid_post.1 [1]))
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        _require_apart(self.steps)
+
+    def groups(self) -> tuple[tuple[Step, ...], ...]:
+        return (self.steps,)
+
+    def __repr__(self) -> str:
+        return " & ".join(map(repr, self.steps))
+
+
+def _links(intervention: Intervention) -> tuple[Any, ...]:
+    return intervention.steps if isinstance(intervention, Chain) else (intervention,)
+
+
+def _members(intervention: Intervention) -> tuple[Step, ...]:
+    if len(intervention.groups()) == 1:
+        return intervention.parts()
+    raise LatentError(
+        f"intervention: a part of a & b is {intervention!r:.200}, wanted single edits and probes."
+        " Likely cause: | and & mixed: a chain reads what its own first step has written, and a"
+        " joint edit reads before anything is. Try: a & b | c, which is (a & b) | c"
+    )
+
+
+def _require_apart(steps: tuple[Step, ...]) -> None:
+    """Refuse edits whose changes, added up, would not mean what each says alone."""
+    edits = [step for step in steps if step.change is not None]
+    edited: set[tuple[int, int]] = set()
+    reselected = {
+        id(basis) for step in edits for basis, _ in step.latents.parts
+        if step.latents.written == "reselect"
+    }  # fmt: skip
+    for number, step in enumerate(edits):
+        own = {(id(basis), index) for basis, indices in step.latents.parts for index in indices}
+        others = {basis for basis, _ in edited}
+        if len(edits) > 1 and step.latents.written == "span":
+            got, call = "removes a span, of which another edit may write a part", "a | b"
+        elif edited & own:
+            got, call = "has a latent that an earlier part edits", "one edit for each latent"
+        elif number and others & {basis for basis, _ in own} & reselected:
+            got = "has a dictionary whose largest latents are selected anew"
+            call = "one Clamp with values for all of the latents"
+        else:
+            edited |= own
+            continue
+        raise LatentError(
+            f"Joint: `steps` is one of which {step!r} {got}, wanted edits of latents of their own."
+            " Likely cause: edits that overlap: added up, neither would have its value. Try:"
+            f" {call}"
+        )
 
 
 def _starts(log: Log, columns: int) -> Tensor:

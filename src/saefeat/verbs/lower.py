@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -42,6 +43,8 @@ class HasParts(Protocol):
 
     def parts(self) -> tuple[StepBase, ...]: ...
 
+    def groups(self) -> tuple[tuple[StepBase, ...], ...]: ...
+
 
 def lower(
     intervention: HasParts,
@@ -62,17 +65,16 @@ def lower(
     """
     refuse_flat(model)
     builder = _Builder(model, rows, way or route(model, sites_of(intervention)))
-    for step, numbers in numbered(intervention.parts()):
-        parts = list(zip(numbers, step.latents.parts, strict=True))
-        for number, (basis, indices) in parts:  # all reads first: no dictionary of a step sees
-            builder.read(step, number, basis, indices)
-        builder.condition(step, numbers[0])
-        start = 0
-        for number, (basis, indices) in parts:  # what another of the same step has written
-            stop = start + len(indices)
-            if step.change is not None:
-                builder.write(step, number, basis, indices, slice(start, stop))
-            start = stop
+    steps = numbered(intervention.parts())
+    for group in intervention.groups():
+        # all reads first: no dictionary of a group sees what another of it has written
+        together = [(step, numbers) for step, numbers in islice(steps, len(group))]
+        for step, numbers in together:
+            for number, (basis, indices) in zip(numbers, step.latents.parts, strict=True):
+                builder.read(step, number, basis, indices)
+            builder.condition(step, numbers[0])
+        for step, numbers in together:
+            builder.writes(step, numbers)
     return Program(
         visits=builder.visits.ordered(),
         ends=ends_of(getattr(builder.module, "generation_config", None)),
@@ -127,7 +129,7 @@ class _Builder:
         self._forms: dict[int, Form] = {}
         self._edited: dict[int, set[int]] = {}
         self._spans: dict[Site, tuple[Tokens, Tensor]] = {}  # of the step at hand
-        self._when: str | None = None  # likewise
+        self._when: dict[int, str] = {}  # a step's first number → its condition's name
         self._reads = 0
         check_ready(self.module, "saefeat")
 
@@ -156,25 +158,22 @@ class _Builder:
         if step.change is None:
             self.visits.add(place, order, Collect(number=number, reduce=step.reduction))
 
-    def write(
-        self,
-        step: StepBase,
-        number: int,
-        dictionary: Dictionary,
-        indices: Sequence[int],
-        span: slice,
-    ) -> None:
-        """Where one dictionary of an edit is written."""
-        assert step.change is not None
-        form = self._forms[number]
-        change = form.changed(step.change.take(step.latents, span, self.rows))
-        write = Write(number=number, change=change, directions=form.directions, when=self._when)
-        if step.condition is not None:
-            self._early(step, step.condition, dictionary)
-        place = self._writable(step, dictionary)
-        self.visits.add(place, self.route.orders[dictionary.write_site], write)
-        if dictionary.site != dictionary.write_site:
-            self._edited.setdefault(id(dictionary), set()).update(indices)
+    def writes(self, step: StepBase, numbers: Sequence[int]) -> None:
+        """Where the dictionaries of an edit are written."""
+        when, start = self._when.get(numbers[0]), 0
+        for number, (dictionary, indices) in zip(numbers, step.latents.parts, strict=True):
+            span = slice(start, start := start + len(indices))
+            if step.change is None:
+                continue
+            form = self._forms[number]
+            change = form.changed(step.change.take(step.latents, span, self.rows))
+            write = Write(number=number, change=change, directions=form.directions, when=when)
+            if step.condition is not None:
+                self._early(step, step.condition, dictionary)
+            place = self._writable(step, dictionary)
+            self.visits.add(place, self.route.orders[dictionary.write_site], write)
+            if dictionary.site != dictionary.write_site:
+                self._edited.setdefault(id(dictionary), set()).update(indices)
 
     def _before(self, step: StepBase, rule: Tokens, dictionary: Dictionary) -> Tensor:
         """[n, d]: what dictionaries before this one of the step span at its write site.
@@ -217,12 +216,11 @@ class _Builder:
         return self.route.writable(dictionary.write_site, step)
 
     def condition(self, step: StepBase, number: int) -> None:
-        """Test actions for a step's condition, after its reads and before it writes anything."""
+        """Test actions for a step's condition, after its reads and before anything is written."""
         when, self._spans = step.condition, {}
-        self._when = None
         if when is None:
             return
-        name = self._when = f"when-{number}"
+        name = self._when[number] = f"when-{number}"
         tests: list[tuple[Site, dict[str, Any]]] = []
         if when.site is not None:
             own = {"activation": partial(scored, when.scorer), "norm": "none"}
