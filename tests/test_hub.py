@@ -429,8 +429,8 @@ def only_threes(ids, position):
 
 
 class Custom(sf.Intervention):
-    def parts(self):
-        return (self,)
+    def groups(self):
+        return ((self,),)
 
 
 @pytest.mark.parametrize(

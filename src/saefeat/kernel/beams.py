@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
-from .sequences import past_length
-from .state import Memory
+from .state import Memory, past_length
 
 
 class Beams(Frozen):
@@ -23,13 +22,13 @@ class Beams(Frozen):
 
     def note(self, cache: Any, memory: Memory) -> None:
         """After a pass, which has filled the cache: how its rows can be told apart."""
-        past = past_length(cache, memory)
-        if not past or isinstance(cache, int):  # a number comes with requests without beams alone
+        if cache is None or isinstance(cache, int):  # a number comes with requests without beams
             return
         layer = last_full(cache)
         if layer is None:
             require_single(memory)
             return
+        past = past_length(cache)
         memory.keys = (past, layer, column(cache, layer, past, past - 1))
 
     def follow(self, cache: Any, memory: Memory) -> None:
@@ -37,7 +36,7 @@ class Beams(Frozen):
         if memory.keys is None or cache is None or isinstance(cache, int):
             return
         past, layer, old = memory.keys
-        now = column(cache, layer, past_length(cache, memory), past - 1)
+        now = column(cache, layer, past_length(cache), past - 1)
         if not torch.equal(old, now):
             reorder_memory(memory, moves(old, now))
 

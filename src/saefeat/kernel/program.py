@@ -28,8 +28,7 @@ from torch import Tensor
 
 from .beams import Beams
 from .frozen import Frozen, Placed
-from .sequences import Sequences, cache_of
-from .state import Ends, Log, Memory, State, View, require_sequential, window
+from .state import Ends, Log, Memory, State, View, cache_of, past_length, require_sequential, window
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -115,6 +114,24 @@ def visit_at(
     return kind(path=path, order=order, actions=actions)
 
 
+@runtime_checkable
+class AnySequences(Protocol):
+    """Which sequence a pass belongs to; see ``sequences``."""
+
+    def at(
+        self, cache: Any, shape: tuple[int, int], ids: Tensor | None, decodes: bool
+    ) -> tuple[Memory, int]: ...
+
+
+@runtime_checkable
+class AnyBeside(Protocol):
+    """What only a block in the model's own process can tell; see ``sequences``."""
+
+    def sequences(self, first: Memory) -> AnySequences: ...
+
+    def ends(self, model: Any, ends: Ends) -> Ends: ...
+
+
 class Program(Frozen):
     """An intervention, lowered for one model."""
 
@@ -122,6 +139,7 @@ class Program(Frozen):
     ends: Ends | None  # how the model ends a row
     beams: Beams | None  # given if an action looks back over its row
     placed: Placed  # the actions' tensors where runs have needed them
+    beside: AnyBeside | None = None  # what is known beside the model, and not on a server
     embedding: str | None = None  # the module that embeds tokens, if later passes are read there
 
     @property
@@ -159,11 +177,13 @@ def whole_run(
             " applied another, so the attention mask is gone. Call it before anything else in the"
             " block, and compose several with |."
         ) from error
+    memory, sequences = Memory(lengths, step or 0), None
     decodes = generating(model._module, inputs[1])
-    if decodes and program.ends is not None:
-        program = program.replace(ends=told(model, program.ends))
-    sequences = Sequences(Memory(lengths, step or 0))
-    memory = one_pass(model, program, log, inputs, sequences, not step)
+    if program.beside is not None:
+        sequences = program.beside.sequences(memory)
+        if decodes and program.ends is not None:
+            program = program.replace(ends=program.beside.ends(model, program.ends))
+    memory = one_pass(model, program, log, inputs, memory, sequences, not step)
     # In a trace there is one pass, and the block goes on while the model is still running, so that
     # it can read later layers.
     if decodes and step is None:
@@ -173,7 +193,7 @@ def whole_run(
             inputs = later_inputs(model, program, memory)
         except OutOfOrderError:
             return
-        memory = one_pass(model, program, log, inputs, sequences, False)
+        memory = one_pass(model, program, log, inputs, memory, sequences, False)
         ended(model, program, memory)
 
 
@@ -181,28 +201,6 @@ def ended(model: Any, program: Program, memory: Memory) -> None:
     """Wait for the end of a pass of a generation, if rows must be told apart there."""
     if program.beams is not None and program.embedding is None:
         program.beams.note(cache_of(model.output), memory)
-
-
-def told(model: Any, ends: Ends) -> Ends:
-    """How rows end, by the arguments of ``generate`` as well, where the block can see them."""
-    # nnsight keeps a trace's arguments with what batches its invokes (0.8.1); a block that runs
-    # apart from the model has none, and then the model's own configuration is all that is known
-    batcher = getattr(getattr(model, "interleaver", None), "batcher", None)
-    given = getattr(batcher, "kwargs", None)
-    if given is None or ends.honored:
-        return ends
-    config, said = given.get("generation_config"), {}
-    for name in ("eos_token_id", "pad_token_id", "stop_strings", "stopping_criteria"):
-        said[name] = given.get(name, getattr(config, name, None))
-    stops, pad, otherwise = ends.stops, ends.pad, said["stop_strings"] or said["stopping_criteria"]
-    if "eos_token_id" in given or said["eos_token_id"] is not None:
-        eos = said["eos_token_id"]
-        stops = () if eos is None else tuple(torch.as_tensor(eos).flatten().tolist())
-    if said["pad_token_id"] is not None:
-        pad = int(said["pad_token_id"])
-    elif pad < 0 and stops:
-        pad = stops[0]
-    return Ends(stops=stops, pad=pad, honored=True, otherwise=bool(otherwise))
 
 
 def later_inputs(model: Any, program: Program, memory: Memory) -> Inputs:
@@ -236,17 +234,29 @@ def generating(module: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def one_pass(
-    model: Any, program: Program, log: Log | None, inputs: Inputs, sequences: Sequences, first: bool
+    model: Any,
+    program: Program,
+    log: Log | None,
+    inputs: Inputs,
+    memory: Memory,
+    sequences: AnySequences | None,
+    first: bool,
 ) -> Memory:
-    """Visit every site of one forward pass in order; the memory of the sequence it belongs to."""
+    """Visit every site of one forward pass in order; the memory of the sequence it belongs to.
+
+    That is ``memory``, unless ``sequences`` can tell several apart.
+    """
     args, kwargs = inputs
     ids = kwargs.get("input_ids", args[0] if args else None)
     shown = ids if ids is not None else kwargs["inputs_embeds"]
     require_sequential(kwargs)
     # the cache is looked at here, before the pass fills it
     mask, cache, shape = kwargs.get("attention_mask"), cache_of(kwargs), tuple(shown.shape[:2])
-    decodes = not first or generating(model._module, kwargs)
-    memory, past = sequences.at(cache, shape, ids, decodes)
+    if sequences is None:
+        past = past_length(cache)
+    else:
+        decodes = not first or generating(model._module, kwargs)
+        memory, past = sequences.at(cache, shape, ids, decodes)
     if program.beams is not None:
         program.beams.follow(cache, memory)
     view = window(ids, mask, shape, past, memory, program.ends)

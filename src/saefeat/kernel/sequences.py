@@ -1,4 +1,4 @@
-"""Which sequence a forward pass belongs to.
+"""Which sequence a forward pass belongs to, where the model's own cache can be seen.
 
 A sequence is its key-value cache. Passes that are given one cache go on with one text, and passes
 that are given another do not, however alike their shapes: a second prompt one token longer than
@@ -14,19 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .state import Memory
+from .frozen import Frozen
+from .state import Ends, Memory, past_length
 
 if TYPE_CHECKING:
     from jaxtyping import Int
-
-
-def cache_of(given: Any) -> Any:
-    """What a pass is given of earlier tokens, or gives: a cache, its columns, or None."""
-    names = ("past_key_values", "cache_params")  # the second is Mamba's
-    if isinstance(given, dict):  # arguments, and the outputs of transformers
-        return next((given[name] for name in names if given.get(name) is not None), None)
-    parts = given if isinstance(given, tuple) else ()
-    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
 class Sequences:
@@ -57,7 +49,7 @@ class Sequences:
                 whose prompt is a token longer looks just like the next pass.
         """
         memory = self._by_cache(cache)
-        past = past_length(cache, memory)
+        past = filled(cache, memory)
         if memory is not None and not past:
             memory = None  # a cache that was emptied begins another text
         elif memory is None and decodes and (past or cache is None or isinstance(cache, int)):
@@ -117,20 +109,45 @@ def _grown(memory: Memory, ids: Int[Tensor, "b t"] | None) -> bool:
     )
 
 
-def past_length(cache: Any, memory: Memory | None = None) -> int:
-    """How many columns a cache holds, or how many this number says."""
-    if cache is None or isinstance(cache, int):
-        return cache or 0
+def filled(cache: Any, memory: Memory | None) -> int:
+    """How many columns a cache holds; a state-space model's has none, and shows whether it is new."""
     try:
-        return int(cache.get_seq_length())
-    except (ValueError, AttributeError):  # of a state-space model, whose cache has no columns
+        return past_length(cache)
+    except (ValueError, AttributeError):
         if memory is not None and memory.seen is not None:
             return memory.seen
-        begun = getattr(cache, "has_previous_state", None)
-        if begun is None or begun():
-            raise ValueError(
-                "saefeat: the cache of this forward pass does not say how many tokens it holds, so"
-                " positions are not known. Likely cause: a state-space model whose prompt was run"
-                " before the intervention was there. Try: the whole prompt in the block."
-            ) from None
-        return 0
+        if not getattr(cache, "has_previous_state", lambda: True)():
+            return 0
+    raise ValueError(
+        "saefeat: the cache of this forward pass does not say how many tokens it holds, so"
+        " positions are not known. Likely cause: a state-space model whose prompt was run before"
+        " the intervention was there. Try: the whole prompt in the block."
+    )
+
+
+class Beside(Frozen):
+    """What only a block in the model's own process can tell; a program that is sent has none."""
+
+    def sequences(self, first: Memory) -> Sequences:
+        """The sequences of one run, of which the first has this memory."""
+        return Sequences(first)
+
+    def ends(self, model: Any, ends: Ends) -> Ends:
+        """How rows end, by the arguments of ``generate`` as well."""
+        # nnsight keeps a trace's arguments with what batches its invokes (0.8.1)
+        batcher = getattr(getattr(model, "interleaver", None), "batcher", None)
+        given = getattr(batcher, "kwargs", None)
+        if given is None or ends.honored:
+            return ends
+        config, said = given.get("generation_config"), {}
+        for name in ("eos_token_id", "pad_token_id", "stop_strings", "stopping_criteria"):
+            said[name] = given.get(name, getattr(config, name, None))
+        eos, stops, pad = said["eos_token_id"], ends.stops, ends.pad
+        if eos is not None or "eos_token_id" in given:
+            stops = () if eos is None else tuple(torch.as_tensor(eos).flatten().tolist())
+        if said["pad_token_id"] is not None:
+            pad = int(said["pad_token_id"])
+        elif pad < 0 and stops:
+            pad = stops[0]
+        otherwise = bool(said["stop_strings"] or said["stopping_criteria"])
+        return Ends(stops=stops, pad=pad, honored=True, otherwise=otherwise)

@@ -216,6 +216,22 @@ def window(
     )  # fmt: skip
 
 
+def cache_of(given: Any) -> Any:
+    """What a pass is given of earlier tokens, or gives: a cache, its columns, or None."""
+    names = ("past_key_values", "cache_params")  # the second is Mamba's
+    if isinstance(given, dict):  # arguments, and the outputs of transformers
+        return next((given[name] for name in names if given.get(name) is not None), None)
+    parts = given if isinstance(given, tuple) else ()
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
+
+
+def past_length(cache: Any) -> int:
+    """How many columns a key-value cache holds, or how many this number says."""
+    if isinstance(cache, int):
+        return cache
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def last_position(view: View) -> Int[Tensor, "b 1"]:
     """The position of the last column, or the one it would have if the row's text went on to it.
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..generation.decoding import require_beamable
 from ..kernel.program import Program, Visit, generating
-from ..kernel.sequences import Sequences, cache_of
-from ..kernel.state import Log, State, require_sequential, window
+from ..kernel.sequences import Sequences
+from ..kernel.state import Log, State, cache_of, require_sequential, window
 from ..verbs.base import Intervention
 from ..verbs.lower import ends_of
 

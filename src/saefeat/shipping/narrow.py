@@ -36,7 +36,7 @@ def narrowed(program: Program, dtype: torch.dtype | None = None) -> Program:
         visit.replace(actions=tuple(mapped(action, lean) for action in visit.actions))
         for visit in upstream(program.visits)
     ]
-    return program.replace(visits=tuple(visits), placed=Placed())
+    return program.replace(visits=tuple(visits), placed=Placed(), beside=None)
 
 
 MATRICES = ("encoder", "directions", "decoder")

@@ -23,6 +23,7 @@ from ..kernel.encode import encoder_of, scored
 from ..kernel.frozen import Placed
 from ..kernel.program import Action, Program, Visit, visit_at
 from ..kernel.read import Collect, LookingBack, Norm, Read, Source, Test
+from ..kernel.sequences import Beside
 from ..kernel.state import Ends
 from ..kernel.tokens import Everywhere, Where, reads_turns
 from ..kernel.watch import Stash
@@ -80,6 +81,7 @@ def lower(
         ends=ends_of(getattr(builder.module, "generation_config", None)),
         beams=Beams() if builder.remembers else None,
         placed=Placed(),
+        beside=Beside(),
     )
 
 
