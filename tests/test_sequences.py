@@ -389,6 +389,27 @@ def test_a_part_of_the_model_called_alone_is_refused():
         model(IDS)
 
 
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: m.model, "peft"])
+def test_wrappers_and_parts_are_refused_by_name(wrap):
+    model = build("llama")
+    if wrap == "peft":
+
+        class PeftModel(torch.nn.Module):
+            def __init__(self, inside):
+                super().__init__()
+                self.base_model, self.config = inside, inside.config
+
+        wrap = PeftModel
+    outer = wrap(model)
+    outer.config = model.config
+    step = sf.Clamp(V(), add=1.0)
+    with (
+        pytest.raises(sf.errors.ModelError, match=r"without model\.layers"),
+        sf.hooked(outer, step),
+    ):
+        pass
+
+
 def test_a_pass_that_failed_leaves_no_open_pass():
     model = build("llama")
     step = sf.Clamp(V(), add=1.0)

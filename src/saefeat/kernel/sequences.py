@@ -110,7 +110,7 @@ def _grown(memory: Memory, ids: Int[Tensor, "b t"] | None) -> bool:
 
 
 def filled(cache: Any, memory: Memory | None) -> int:
-    """How many columns a cache holds; a state-space model's has none, and shows whether it is new."""
+    """How many columns a cache holds; a state-space model's says only whether it is new."""
     try:
         return past_length(cache)
     except (ValueError, AttributeError):

@@ -38,17 +38,35 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
         ModelError: for a family that is not in the table.
     """
     kind: Any = getattr(getattr(module, "config", None), "model_type", None)
-    if kind in FAMILIES:
-        return FAMILIES[kind]
     text = str(text_config(module).model_type) if kind in NESTED else ""
+    found = FAMILIES.get(kind)
     if kind in NESTED and TEXT.get(text, text) in FAMILIES:
-        return NESTED[kind], FAMILIES[TEXT.get(text, text)][1]
+        found = NESTED[kind], FAMILIES[TEXT.get(text, text)][1]
+    if found is not None:
+        _require_whole(module, found[0])
+        return found
     got = f"of family {kind!r}" + (f" around {text!r}" if text else "")
     raise ModelError(
         f"saefeat: `model` is {got}, wanted one of {', '.join([*FAMILIES, *NESTED])}. Likely cause:"
         " sites have not been checked on this family's tensors yet. Try: a site by its module's"
         f' path, such as "{_example(module)}"'
     )
+
+
+def _require_whole(module: nn.Module, blocks: str) -> None:
+    """Refuse a wrapper, or a part of a model: places are paths from the whole model."""
+    try:
+        module.get_submodule(blocks)
+    except AttributeError as error:
+        inside = getattr(module, "module", None) or getattr(module, "base_model", None)
+        cause, call = "the body of a model, without its head", "AutoModelForCausalLM, not AutoModel"
+        if isinstance(inside, nn.Module) and inside is not module:
+            cause = "a wrapper around it, such as a PeftModel or DataParallel"
+            call = "peft_model.merge_and_unload(), or data_parallel.module"
+        raise ModelError(
+            f"saefeat: `model` is a {type(module).__name__} without {blocks}, wanted the whole"
+            f" language model, where its blocks lie. Likely cause: {cause}. Try: {call}"
+        ) from error
 
 
 def _example(module: nn.Module) -> str:
