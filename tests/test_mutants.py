@@ -58,8 +58,8 @@ MUTANTS = {
         failure("steering_fires_once[edit]"),
     ),
     "inline fires once": Mutant(
-        "step is None and generating(model._module, inputs[1])",
-        "False",
+        "loops = decodes and step is None",
+        "loops = False",
         failure("steering_fires_once[inline]"),
     ),
     "gradient doubled": Mutant(
@@ -123,9 +123,29 @@ MUTANTS = {
         failure("column_index_hits_a_left_pad"),
     ),
     "hooks left behind": Mutant(
-        "stack.callback(_install(module, visit, hooks).remove)",
-        "_install(module, visit, hooks)",
+        "stack.callback(self._at(visit).remove)",
+        "self._at(visit)",
         failure("edits_survive_an_exception"),
+    ),
+    "a second generate goes on with the first prompt": Mutant(
+        "self._sequences, self._decodes = Sequences(), True",
+        "self._decodes = True",
+        "test_sequences.py::test_generate_on_the_last_output_is_another_prompt[prompt-False]",
+    ),
+    "a copy made in a block is hooked": Mutant(
+        "return self._call(module, *rest) if module is self._module else None",
+        "return self._call(module, *rest)",
+        "test_sequences.py::test_a_shallow_copy_is_not_hooked",
+    ),
+    "positions counted from padding on the right": Mutant(
+        "first = view.shown.int().argmax(1, keepdim=True)",
+        "first = torch.full_like(view.position[:, :1], view.shown.shape[1] - 1)",
+        "test_sequences.py::test_a_model_patched_to_its_own_values_stays_as_it_is",
+    ),
+    "a joint edit read in turn": Mutant(
+        "for step, numbers in together:\n            builder.writes(step, numbers)",
+        "for step, numbers in together[:1]:\n            builder.writes(step, numbers)",
+        "test_joint.py::test_in_generation_at_every_token",
     ),
     "condition ignored": Mutant(
         "if self.when is not None:",

@@ -480,6 +480,17 @@ def test_a_copy_made_in_a_block_is_the_bare_model(held):
         assert hook_count(made) == 0 and "generate" not in vars(made)
 
 
+def test_a_shallow_copy_is_not_hooked():
+    """It shares the parts and the hooks' table, so its own passes are refused and never edited."""
+    model = build("llama")
+    step = sf.Clamp(V(), add=1.0)
+    with torch.no_grad(), sf.hooked(model, step) as log:
+        model(IDS)
+        with pytest.raises(sf.errors.ModelError, match="called in part"):
+            copy.copy(model)(IDS)
+    assert log.passes == 1
+
+
 @pytest.mark.parametrize("way", ["hooked", "inline"])
 def test_a_cache_has_nothing_of_ours(way, held):
     """A closure on it made every copy reorder the original."""

@@ -186,9 +186,10 @@ def whole_run(
     memory = one_pass(model, program, log, inputs, memory, sequences, not step)
     # In a trace there is one pass, and the block goes on while the model is still running, so that
     # it can read later layers.
-    if decodes and step is None:
+    loops = decodes and step is None
+    if loops:
         ended(model, program, memory)
-    for _ in Iterations()[1:] if decodes and step is None else ():
+    for _ in Iterations()[1:] if loops else ():
         try:
             inputs = later_inputs(model, program, memory)
         except OutOfOrderError:
