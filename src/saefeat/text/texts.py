@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import PromptError
 from ..kernel.state import Memory, window
 from ..kernel.tokens import select
-from .prompts import role_markers
+from .roles import role_markers
 from .tokens import Tokens, special_ids
 
 if TYPE_CHECKING:

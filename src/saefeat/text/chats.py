@@ -1,0 +1,186 @@
+"""Chats: messages checked, rendered by the tokenizer's template, and made into ids.
+
+A template is a program of the model's publisher. It may drop what it does not know, trim what it
+does, or fail in its own words. So a chat is held against what was rendered of it: everything it
+says must make a difference, and a turn to be continued must stand at the end as it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..errors import PromptError
+
+ANSWERS = ("assistant", "model")
+"""What templates call the turns that the model itself wrote."""
+
+_ROLES = ("system", "developer", "user", "tool", "function", *ANSWERS)
+
+Turn = dict[str, Any]
+
+
+def is_chat(prompt: object) -> bool:
+    """A sequence of mappings, whatever they hold."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(turn, Mapping) for turn in prompt)
+    )
+
+
+def chat_ids(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> list[int]:
+    """A chat's ids, up to where the assistant's answer begins, or goes on.
+
+    A last turn of the assistant is continued: it is neither closed nor followed by a second one.
+
+    Raises:
+        PromptError: for a chat the template cannot render, or would render without part of it.
+    """
+    turns = _as_read(tokenizer, [_turn(tokenizer, n, turn) for n, turn in enumerate(chat)])
+    if turns[-1]["role"] in ANSWERS:
+        return _continued(tokenizer, turns)
+    return apply(tokenizer, turns, tokenize=True, opened=True)
+
+
+def apply(tokenizer: Any, turns: Sequence[Turn], *, tokenize: bool = False, opened: bool) -> Any:
+    """The template's text, or its ids; ``opened``: with the start of the assistant's turn.
+
+    Raises:
+        PromptError: with the template's own words, whatever kind of error it has.
+    """
+    options = {"add_generation_prompt": opened, "tokenize": tokenize}
+    try:
+        if tokenize:
+            options["return_dict"] = False
+        return tokenizer.apply_chat_template([dict(turn) for turn in turns], **options)
+    # A template is code: it indexes, adds and compares whatever a message holds.
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+        cause = "a role, an order of turns or a content that this template does not know"
+        call = "turns of user and assistant in turn, with contents of text"
+        if not getattr(tokenizer, "chat_template", None):
+            cause = "a base model, which has no chat template"
+            call = "the text itself as a string, or tokenizer.chat_template = ..."
+        raise PromptError(
+            f"prompts: `prompts` is a chat that cannot be rendered ({error!s:.200}), wanted turns"
+            f" that the tokenizer's chat template renders. Likely cause: {cause}. Try: {call}"
+        ) from error
+
+
+def _turn(tokenizer: Any, number: int, turn: Mapping[str, Any]) -> Turn:
+    """One message, its content as one text; keys without a value are left out."""
+    found = {str(key): value for key, value in turn.items() if value is not None}
+    role, content = found.get("role"), found.get("content")
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    if not isinstance(role, str) or not (role in _ROLES or (role and role in template)):
+        raise _unfit(number, f"of role {role!r}", "a role such as 'user' or 'assistant'")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        kinds = {part.get("type", "text") for part in content if isinstance(part, Mapping)}
+        if not parts or kinds != {"text"} or not all(isinstance(text, str) for text in parts):
+            raise _unfit(number, f"of content {content!r:.60}", "text, or parts that are all text")
+        content = found["content"] = "".join(map(str, parts))
+    if content is None and "tool_calls" in found:
+        found["content"] = ""  # as templates read a turn that only calls
+    elif not isinstance(content, str):
+        raise _unfit(number, f"of content {content!r:.60}", "a text under 'content'")
+    return found
+
+
+def _as_read(tokenizer: Any, turns: list[Turn]) -> list[Turn]:
+    """The turns as this template reads them, contents as texts or as lists of one part.
+
+    Templates of multimodal models may read parts alone; given a text they take its letters.
+
+    Raises:
+        PromptError: for a turn, or a key of one, that makes no difference to what is rendered.
+    """
+    texts = [turn["content"].strip() for turn in turns]
+    parted = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    whole = (form for form in (turns, parted) if _holds(tokenizer, form, texts))
+    form = next(whole, turns)
+    shown = apply(tokenizer, form, opened=False)
+    for number, turn in enumerate(form):
+        others = [key for key in turn if key not in ("role", "content")]
+        if texts[number] not in shown:  # a thinking template cuts thoughts; that is its right
+            others.append("content")
+        for key in others:
+            _require_read(tokenizer, form, number, key, shown)
+    return form
+
+
+def _holds(tokenizer: Any, turns: list[Turn], texts: list[str]) -> bool:
+    """Whether the template renders these turns, with every text in it."""
+    try:
+        shown = apply(tokenizer, turns, opened=False)
+    except PromptError:
+        return False
+    return all(text in shown for text in texts)
+
+
+def _require_read(tokenizer: Any, turns: list[Turn], number: int, key: str, shown: str) -> None:
+    """Refuse a key of a turn that is rendered the same without it: the model is not told of it."""
+    turn = {name: value for name, value in turns[number].items() if name != key}
+    if key == "content":
+        turn["content"] = "other"
+    others = [*turns[:number], turn, *turns[number + 1 :]]
+    try:
+        without = apply(tokenizer, others, opened=False)
+    except PromptError:
+        return  # the template cannot do without it
+    if without == shown:
+        wanted = "what the tokenizer's chat template reads"
+        raise _unfit(number, f"with {key!r}, which the template leaves out", wanted)
+
+
+def _continued(tokenizer: Any, turns: list[Turn]) -> list[int]:
+    """Ids up to the end of the last turn's content, which is not closed.
+
+    The template renders it with a mark behind, and is cut there. It must open the turn as it opens
+    any other and keep the content as it is; both are compared.
+    """
+    *before, last = turns
+    if last.get("tool_calls"):
+        wanted = "the tool's answer behind it"
+        raise _unfit(len(before), "that calls a tool, and none behind it", wanted)
+    content = _text(last)
+    mark = "turnmark"
+    while any(mark in _text(turn) for turn in turns):
+        mark += "s"
+    opening = _cut(tokenizer, [*before, _with(last, mark)], mark)
+    text = _cut(tokenizer, [*before, _with(last, content + mark)], mark)
+    start = apply(tokenizer, before, opened=True) if before else opening
+    added = opening.removeprefix(start).split() if opening.startswith(start) else []
+    if text != opening + content or (added and added[0] in content):
+        raise _unfit(
+            len(before),
+            f"of content {content!r:.60}, which the template renders as {text[-80:]!r}",
+            "an assistant's turn that it renders as it is, so that it can be continued",
+        )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _text(turn: Turn) -> str:
+    content = turn["content"]
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+def _with(turn: Turn, text: str) -> Turn:
+    plain = isinstance(turn["content"], str)
+    return turn | {"content": text if plain else [{"type": "text", "text": text}]}
+
+
+def _cut(tokenizer: Any, turns: list[Turn], mark: str) -> str:
+    """What is rendered before the mark; everything where the template drops it."""
+    return apply(tokenizer, turns, opened=False).rpartition(mark)[0]
+
+
+def _unfit(number: int, got: str, wanted: str) -> PromptError:
+    return PromptError(
+        f"prompts: `prompts` is a chat with message {number} {got}, wanted {wanted}. Likely cause:"
+        " a message of another model's form, or a key meant for other software. Try:"
+        ' {"role": "user", "content": "text"} for each message, or the rendered text as a string'
+    )
