@@ -16,6 +16,7 @@ from ..dictionaries.latents import Dictionary
 from ..errors import SaefeatError
 from ..files.container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
 from ..results.provenance import versions
+from ..text.roles import Marks
 from ..text.texts import Texts, flat
 from .columns import Columns
 
@@ -179,7 +180,7 @@ def _texts(spec: Any, tensors: dict[str, Tensor], function: str) -> Texts | None
         marks = roles if roles is None else {r: _marks(m) for r, m in roles.items()}
         good = all(isinstance(word, str) for word in named.values())
         good = good and isinstance(special, list) and all(type(i) is int for i in special)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         good, named, marks = False, {}, None
     if not good:
         raise broken(function, "words, special tokens or roles of another form", "ids and texts")
@@ -200,9 +201,9 @@ def _lengths(
     raise broken(function, f"prompts of lengths {brief(given)}", "no more than each row's tokens")
 
 
-def _marks(pair: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that open and close a role's turns."""
-    before, after = pair
-    if not all(type(i) is int for i in (*before, *after)):
+def _marks(pair: Any) -> Marks:
+    """The runs of ids that open and close a role's turns; older files have one of each."""
+    before, after = ([side] if type(side[0]) is int else side for side in pair)
+    if not all(type(i) is int for run in (*before, *after) for i in run):
         raise TypeError("ids")
-    return tuple(before), tuple(after)
+    return tuple(map(tuple, before)), tuple(map(tuple, after))

@@ -46,6 +46,12 @@ def chat_ids(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> list[int]:
     return apply(tokenizer, turns, tokenize=True, opened=True)
 
 
+def knows(tokenizer: Any, role: object) -> bool:
+    """Whether a role is a usual one, or named in the template. Many templates write any word."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return isinstance(role, str) and (role in _ROLES or (bool(role) and role in template))
+
+
 def apply(tokenizer: Any, turns: Sequence[Turn], *, tokenize: bool = False, opened: bool) -> Any:
     """The template's text, or its ids; ``opened``: with the start of the assistant's turn.
 
@@ -74,8 +80,7 @@ def _turn(tokenizer: Any, number: int, turn: Mapping[str, Any]) -> Turn:
     """One message, its content as one text; keys without a value are left out."""
     found = {str(key): value for key, value in turn.items() if value is not None}
     role, content = found.get("role"), found.get("content")
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    if not isinstance(role, str) or not (role in _ROLES or (role and role in template)):
+    if not knows(tokenizer, role):
         raise _unfit(number, f"of role {role!r}", "a role such as 'user' or 'assistant'")
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import PromptError
 from ..kernel.state import Memory, window
 from ..kernel.tokens import select
-from .roles import role_markers
+from .roles import Marks, role_markers
 from .tokens import Tokens, special_ids
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Texts:
         ids: token ids of each prompt.
         words: token id → its text, for the ids that occur.
         special: the tokenizer's special tokens: BOS, turn markers and the like.
-        roles: chat role → the ids that open and close its turns; empty without a chat template.
+        roles: chat role → the runs of ids that open its turns, and those that close them; empty
+            without a chat template.
         lengths: how many of each row's tokens are the prompt's, where a continuation follows it
             (``log_prob``); None for all of them.
 
@@ -45,7 +46,7 @@ class Texts:
     ids: tuple[tuple[int, ...], ...]
     words: Mapping[int, str]
     special: tuple[int, ...] = ()
-    roles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    roles: Mapping[str, Marks] | None = None
     lengths: tuple[int, ...] | None = None
 
     @classmethod
@@ -125,7 +126,7 @@ def texts_of(
     return Texts.of(tokenizer, batch, lengths=lengths, special=special)
 
 
-def _roles(tokenizer: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _roles(tokenizer: Any) -> dict[str, Marks]:
     """The roles that the tokenizer's template can render."""
     markers = {}
     for role in ROLES if getattr(tokenizer, "chat_template", None) else ():
