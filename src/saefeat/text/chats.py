@@ -41,9 +41,11 @@ def chat_ids(tokenizer: Any, chat: Sequence[Mapping[str, Any]]) -> list[int]:
         PromptError: for a chat the template cannot render, or would render without part of it.
     """
     turns = _as_read(tokenizer, [_turn(tokenizer, n, turn) for n, turn in enumerate(chat)])
-    if turns[-1]["role"] in ANSWERS:
-        return _continued(tokenizer, turns)
-    return apply(tokenizer, turns, tokenize=True, opened=True)
+    if turns[-1]["role"] not in ANSWERS:
+        return _opened(tokenizer, turns)
+    if len(turns) > 1 and not _text(turns[-1]) and set(turns[-1]) == {"role", "content"}:
+        return _opened(tokenizer, turns[:-1])  # nothing is said yet
+    return _continued(tokenizer, turns)
 
 
 def knows(tokenizer: Any, role: object) -> bool:
@@ -141,6 +143,26 @@ def _require_read(tokenizer: Any, turns: list[Turn], number: int, key: str, show
         raise _unfit(number, f"with {key!r}, which the template leaves out", wanted)
 
 
+def _opened(tokenizer: Any, turns: list[Turn]) -> list[int]:
+    """Ids up to where the assistant's answer begins.
+
+    Some templates know no ``add_generation_prompt``; some write nothing before an answer. Which of
+    the two it is shows in an answer that is there.
+    """
+    shown = apply(tokenizer, turns, opened=True)
+    if shown == apply(tokenizer, turns, opened=False):
+        mark = _mark(turns)
+        try:
+            answer = {"role": "assistant", "content": _with(turns[-1], mark)["content"]}
+            opening = _behind(shown, _cut(tokenizer, [*turns, answer], mark))
+        except PromptError:  # an answer cannot stand here; so there is nothing to compare with
+            opening = ""
+        if opening:
+            wanted = f"a template that opens the answer with {opening[:40]!r} when asked to"
+            raise _unfit(len(turns) - 1, "behind which the template opens no answer", wanted)
+    return apply(tokenizer, turns, tokenize=True, opened=True)
+
+
 def _continued(tokenizer: Any, turns: list[Turn]) -> list[int]:
     """Ids up to the end of the last turn's content, which is not closed.
 
@@ -151,14 +173,10 @@ def _continued(tokenizer: Any, turns: list[Turn]) -> list[int]:
     if last.get("tool_calls"):
         wanted = "the tool's answer behind it"
         raise _unfit(len(before), "that calls a tool, and none behind it", wanted)
-    content = _text(last)
-    mark = "turnmark"
-    while any(mark in _text(turn) for turn in turns):
-        mark += "s"
+    content, mark = _text(last), _mark(turns)
     opening = _cut(tokenizer, [*before, _with(last, mark)], mark)
     text = _cut(tokenizer, [*before, _with(last, content + mark)], mark)
-    start = apply(tokenizer, before, opened=True) if before else opening
-    added = opening.removeprefix(start).split() if opening.startswith(start) else []
+    added = _behind(_start(tokenizer, before), opening).split()
     if text != opening + content or (added and added[0] in content):
         raise _unfit(
             len(before),
@@ -166,6 +184,27 @@ def _continued(tokenizer: Any, turns: list[Turn]) -> list[int]:
             "an assistant's turn that it renders as it is, so that it can be continued",
         )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _start(tokenizer: Any, before: list[Turn]) -> str:
+    """What a template writes before an answer is there, where it can."""
+    try:
+        return apply(tokenizer, before, opened=True)
+    except PromptError:  # a chat that begins with the assistant has nothing before it
+        return ""
+
+
+def _behind(start: str, text: str) -> str:
+    """What a text adds to its start, blanks aside; nothing where it has another start."""
+    return text[len(start) :].strip() if start and text.startswith(start) else ""
+
+
+def _mark(turns: list[Turn]) -> str:
+    """A word that no turn holds."""
+    mark = "turnmark"
+    while any(mark in _text(turn) for turn in turns):
+        mark += "s"
+    return mark
 
 
 def _text(turn: Turn) -> str:
