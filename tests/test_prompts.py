@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -404,6 +405,13 @@ def test_text_needs_a_tokenizer(prompts):
         {"input_ids": [[W1, W2]], "attention_mask": [[1, 1]]},
         {"role": "user", "content": "w1"},
         5,
+        b"w1",
+        {"w1", "w2"},
+        np.array([[W1, W2]]),
+        [np.array([W1, W2])],
+        [[True, False]],
+        [torch.tensor([0.5])],
+        [[[W1]]],
     ],
     ids=repr,
 )
@@ -458,3 +466,12 @@ def test_run_gives_back_the_prompts_it_was_given(words):
     assert out.prompts == ((BOS, W1, W2, W3), (BOS, W2))
     assert len(out.completions) == len(out.texts) == 2
     assert out.texts[0].split() == words.convert_ids_to_tokens(out.completions[0])
+
+
+@pytest.mark.parametrize("one", [[W1, W2], chat("w1", "w2")], ids=["ids", "messages"])
+def test_a_stream_of_one_prompts_parts_is_refused(words, one):
+    """Every ``batch_size`` of them would be a prompt."""
+    model = transformers_model(build("llama"), words)
+    with pytest.raises(sf.errors.PromptError, match="numbers or messages"):
+        list(sf.run(model, iter(one), stream=True))
+    assert len(list(sf.run(model, iter([one, one]), stream=True, batch_size=1))) == 2

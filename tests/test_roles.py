@@ -10,8 +10,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import helpers
 import saefeat as sf
-from helpers import transformers_model
 from saefeat.kernel.tokens import between
 from saefeat.text.roles import role_markers
 
@@ -251,7 +251,7 @@ def test_a_run_edits_what_the_role_says():
     ids, owners = shown(text, CHAT, opened=True)
     for role in ("system", "user", "assistant"):
         probe = sf.Probe(sf.Neurons("resid_post.0", 32).latents([0]), where=sf.Tokens.role(role))
-        out = sf.run(transformers_model(model, text), turns, probe, max_new_tokens=2)
+        out = sf.run(helpers.transformers_model(model, text), turns, probe, max_new_tokens=2)
         assert out.prompts == (tuple(ids[0].tolist()),)
         mask = out.readings[0].mask[0, :, 0].tolist()
         assert mask[: len(owners)] == [owner == role for owner in owners]
@@ -293,3 +293,28 @@ def test_between_takes_the_longest_of_several_runs():
 def test_rules_do_not_depend_on_the_order_of_sets():
     text = tokenizer("Llama 2")
     assert all(list(runs) == sorted(runs) for runs in role_markers(text, "user"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "joined", "metaspace", "words"])
+def test_a_page_shows_the_text_as_it_was(kind):
+    """A space behind every token made "Sm ol LM" of "SmolLM"."""
+    import re
+    from html import unescape
+
+    written = "well, do you bake SmolLM?"
+    text = helpers.tokenizer() if kind == "words" else tokenizer("ChatML", kind)
+    model = helpers.transformers_model(helpers.build("llama"), text)
+    if kind != "words":
+        config = transformers.LlamaConfig(
+            vocab_size=len(text), hidden_size=32, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=4,
+        )  # fmt: skip
+        model = helpers.transformers_model(transformers.LlamaForCausalLM(config).eval(), text)
+    else:
+        written = "w1 w2 w3"
+    latents = helpers.make_sae().latents(range(4))
+    scores = sf.Attribute(latents, sf.logit_diff(5, 7))(model, [written])
+    paragraph = re.search(r"<br>(.*?)</p>", scores.to_html(), re.S)
+    assert paragraph is not None
+    shown = unescape(re.sub(r"<[^>]*>", "", paragraph[1]))
+    assert shown.strip() == written

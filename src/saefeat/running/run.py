@@ -142,17 +142,17 @@ def _encoded_batches(encode: Callable[[Any], Batch], prompts: Any, size: int) ->
     if single or listed:  # one prompt, or tensors: nothing to be lazy about
         yield from split(encode(prompts), size)
         return
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | set | frozenset):
         encode(prompts)  # says what it is
     rest, count = iter(prompts), 0
     while chunk := list(islice(rest, size)):
         try:
-            # a list of numbers would be taken for the tokens of one prompt
-            if any(isinstance(prompt, int) for prompt in chunk):
+            # a chunk of numbers, or of messages, would be taken for one prompt
+            if any(isinstance(prompt, int | Mapping) for prompt in chunk):
                 raise PromptError(
-                    "run: `prompts` is an iterable of numbers, wanted strings, chats or lists of"
-                    " token ids. Likely cause: one prompt's ids without a list around them. Try:"
-                    " run(model, [ids], ..., stream=True)"
+                    "run: `prompts` is an iterable of numbers or messages, wanted strings, chats or"
+                    " lists of token ids. Likely cause: one prompt's ids, or one chat, without a"
+                    " list around it. Try: run(model, [ids], ..., stream=True)"
                 )
             yield encode(chunk)
         except PromptError as error:

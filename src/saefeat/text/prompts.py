@@ -166,7 +166,10 @@ def _singles(prompts: object) -> list[Any]:
     """A list of single prompts, whatever came."""
     if isinstance(prompts, str) or is_chat(prompts):
         return [prompts]
-    if not isinstance(prompts, Iterable):
+    # Bytes are numbers to a loop, and a set has no order that results could be in.
+    if not isinstance(prompts, Iterable) or isinstance(
+        prompts, bytes | bytearray | set | frozenset
+    ):
         raise _unknown(prompts)
     listed = list(prompts)
     if listed and all(isinstance(token, int) for token in listed):

@@ -34,6 +34,8 @@ class Texts:
             without a chat template.
         lengths: how many of each row's tokens are the prompt's, where a continuation follows it
             (``log_prob``); None for all of them.
+        between: what stands between two tokens in a text: a space for tokenizers of whole words,
+            nothing where tokens hold their spaces themselves.
 
     Examples:
         >>> texts = sf.attribution.Texts(((2, 7, 8), (2, 9)), {2: "<bos>", 7: "hi"}, special=(2,))
@@ -48,6 +50,7 @@ class Texts:
     special: tuple[int, ...] = ()
     roles: Mapping[str, Marks] | None = None
     lengths: tuple[int, ...] | None = None
+    between: str = ""
 
     @classmethod
     def of(
@@ -72,8 +75,9 @@ class Texts:
         if tokenizer is None:
             return cls(ids, {}, special, lengths=many)
         seen = sorted({i for row in ids for i in row})
-        words = {i: tokenizer.decode([i]) for i in seen}
-        return cls(ids, words, tuple(tokenizer.all_special_ids), _roles(tokenizer), many)
+        words = {i: _word(tokenizer, i) for i in seen}
+        known, between = tuple(tokenizer.all_special_ids), _between(tokenizer, words)
+        return cls(ids, words, known, _roles(tokenizer), many, between)
 
     def tokens(self, prompt: int) -> tuple[str, ...]:
         """A prompt's tokens as text; ``#id`` for one without."""
@@ -124,6 +128,23 @@ def texts_of(
     tokenizer = getattr(model, "tokenizer", None)
     special = special_ids(model) if tokenizer is None else ()
     return Texts.of(tokenizer, batch, lengths=lengths, special=special)
+
+
+def _word(tokenizer: Any, token: int) -> str:
+    """A token's text. SentencePiece's decoding drops the space that a first token begins with."""
+    word = tokenizer.decode([token])
+    marked = str(tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
+    return f" {word}" if marked and not word.startswith(" ") else word
+
+
+def _between(tokenizer: Any, words: Mapping[int, str]) -> str:
+    """What decoding puts between two tokens, seen on one that occurs, twice."""
+    ordinary = (i for i, w in words.items() if w.strip() and i not in tokenizer.all_special_ids)
+    token = next(ordinary, None)
+    if token is None:
+        return ""
+    twice = f"{words[token]} {words[token]}"
+    return " " if tokenizer.decode([token, token]) == twice else ""
 
 
 def _roles(tokenizer: Any) -> dict[str, Marks]:
