@@ -286,6 +286,17 @@ def test_ids_are_of_the_vocabulary(form, bad):
         sf.run(wrapped(build("llama")), form([[W1, W2], [W1, bad]]))
 
 
+def test_places_of_images_are_refused():
+    """A processor's ids without its pixel_values."""
+    from saefeat.text.limits import Limits
+
+    limits = Limits(media=(W2,))
+    with pytest.raises(sf.errors.PromptError, match="stands for an image"):
+        sf.text.prompts.encode_prompts(None, [[W1], [W1, W2]], limits)
+    masked = {"input_ids": torch.tensor([[W2, W1]]), "attention_mask": torch.tensor([[0, 1]])}
+    assert rows(sf.text.prompts.encode_prompts(None, masked, limits)) == [[W1]]
+
+
 def test_pads_outside_the_vocabulary_are_never_written():
     """A pad added to a tokenizer without resizing the model's embedding."""
     its = copy.deepcopy(tokenizer())
@@ -412,6 +423,7 @@ def test_text_needs_a_tokenizer(prompts):
         [[True, False]],
         [torch.tensor([0.5])],
         [[[W1]]],
+        [[2**70]],
     ],
     ids=repr,
 )

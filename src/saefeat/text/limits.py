@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import PromptError
@@ -25,6 +26,7 @@ class Limits:
         positions: how many positions its table of learned positions holds.
         pad: the id its configuration pads with.
         marks: ids its configuration gives a meaning: BOS, and those that end a text.
+        media: ids that stand for an image, a video or a sound, which no prompt here brings along.
         new: how many tokens are to be generated behind each prompt.
     """
 
@@ -32,6 +34,7 @@ class Limits:
     positions: int | None = None
     pad: int | None = None
     marks: tuple[int, ...] = ()
+    media: tuple[int, ...] = ()
     new: int = 0
 
 
@@ -44,12 +47,13 @@ def limits_of(model: object, new: int = 0) -> Limits:
         positions=_positions(module),
         pad=next(iter(_ids(configs, ("pad",))), None),
         marks=tuple(_ids(configs, ("bos", "eos"))),
+        media=tuple(_ids([getattr(module, "config", None)], ("image", "video", "audio"))),
         new=new,
     )
 
 
 def require_fits(ids: Tensor, mask: Tensor, limits: Limits) -> None:
-    """Refuse ids outside the vocabulary, and more tokens than the model has positions.
+    """Refuse ids outside the vocabulary, places of images, and more tokens than positions.
 
     Padding has to be in the vocabulary as well: the model embeds it, and masks it only then.
 
@@ -67,6 +71,7 @@ def require_fits(ids: Tensor, mask: Tensor, limits: Limits) -> None:
             " model.resize_token_embeddings, or labels in place of ids. Try: the tokenizer the"
             " model was trained with"
         )
+    _require_words(ids, mask, limits.media)
     longest = mask.sum(1).max() + max(limits.new, 1) - 1  # the last new token is not fed back
     if limits.positions is not None and longest > limits.positions:
         raise PromptError(
@@ -74,6 +79,19 @@ def require_fits(ids: Tensor, mask: Tensor, limits: Limits) -> None:
             f" {limits.new} to generate, wanted at most {limits.positions} together, the positions"
             " this model has learned. Likely cause: a text meant for a model with a longer context."
             " Try: shorter prompts, or fewer max_new_tokens"
+        )
+
+
+def _require_words(ids: Tensor, mask: Tensor, media: tuple[int, ...]) -> None:
+    """Refuse places of images and the like: without them the model reads the bare place."""
+    places = torch.tensor(media, dtype=ids.dtype, device=ids.device)
+    held = torch.isin(ids, places) & (mask > 0)
+    if bool(held.any()):
+        row, column = held.nonzero()[0].tolist()
+        raise PromptError(
+            f"prompts: `prompts` is id {int(ids[row, column])} in prompt {row}, which stands for an"
+            " image, a video or a sound, wanted text alone. Likely cause: a processor's input_ids"
+            " without its pixel_values. Try: the text without the image"
         )
 
 
@@ -99,5 +117,7 @@ def _ids(configs: Iterable[Any], names: Iterable[str]) -> Iterable[int]:
     for config in configs:
         for name in names:
             found = getattr(config, f"{name}_token_id", None)
+            if found is None:  # older multimodal configurations say "index"
+                found = getattr(config, f"{name}_token_index", None)
             listed = [found] if isinstance(found, int) else found
             yield from listed.tolist() if isinstance(listed, Tensor) else listed or ()

@@ -104,7 +104,7 @@ def _mapping(tokenizer: Any, prompts: Mapping[str, Any], limits: Limits) -> Batc
     if not isinstance(ids, Tensor) or not (mask is None or isinstance(mask, Tensor)):
         raise _unknown(prompts)
     others = set(prompts) - {"input_ids", "attention_mask"} - _HARMLESS
-    unread = sorted(str(k) for k in others if not _says_nothing(k, prompts[k]))
+    unread = sorted(str(k) for k in others if not _says_nothing(str(k), prompts[k]))
     if unread:
         raise PromptError(
             f"prompts: `prompts` is a mapping with {', '.join(unread)}, wanted input_ids and"
@@ -118,7 +118,7 @@ def _mapping(tokenizer: Any, prompts: Mapping[str, Any], limits: Limits) -> Batc
 def _says_nothing(key: str, value: Any) -> bool:
     """None, and segment ids of a single segment, which some tokenizers return for every text."""
     zeros = isinstance(value, Tensor) and not bool(value.any())
-    return value is None or (key == "token_type_ids" and zeros)
+    return value is None or (zeros and key.endswith("token_type_ids"))
 
 
 def _tensors(tokenizer: Any, ids: Tensor, mask: Tensor | None, limits: Limits) -> Batch:
@@ -182,6 +182,11 @@ def _singles(prompts: object) -> list[Any]:
     return listed
 
 
+def _is_id(token: object) -> bool:
+    """An integer that a tensor can hold; True is none."""
+    return type(token) is int and -(2**63) <= token < 2**63
+
+
 def _is_text(prompt: object) -> bool:
     return isinstance(prompt, str) or is_chat(prompt)
 
@@ -190,7 +195,7 @@ def _row(tokenizer: Any, prompt: Any) -> list[int]:
     """One prompt's ids, with exactly the special tokens it should have."""
     if not _is_text(prompt):
         listed = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-        if not isinstance(listed, Sequence) or not all(type(token) is int for token in listed):
+        if not isinstance(listed, Sequence) or not all(map(_is_id, listed)):
             raise _unknown(prompt)
         ids = list(listed)
     elif tokenizer is None:

@@ -113,7 +113,9 @@ class Texts:
             return rule
         if rest[0] in (self.roles or {}):
             return ("between", *(self.roles or {})[rest[0]])
-        wanted = "one of " + (", ".join(self.roles or {}) or "none: there is no template")
+        wanted = "one of " + (
+            ", ".join(self.roles or {}) or "none: there is no template, or it sets none apart"
+        )
         raise PromptError(
             f"Texts.select: `where` is role {rest[0]!r}, wanted {wanted}. Likely cause: prompts"
             " that are no chats, or a role the template has not. Try: Tokens.special(),"
