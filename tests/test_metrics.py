@@ -350,3 +350,27 @@ def test_pads_do_not_matter():
         together = sf.metrics.measure(nn, RAGGED, metric)
         alone = torch.cat([sf.metrics.measure(nn, [prompt], metric) for prompt in RAGGED])
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("token", ["do.", " do.", "bake bread", "doyou", "qqqq", "", "."])
+def test_a_suggested_token_is_one_token(token):
+    """It suggested " I'm", which is as many tokens as "I'm"."""
+    import re
+
+    from test_roles import tokenizer as bpe
+
+    text = bpe("ChatML")
+    if len(text(token)["input_ids"]) == 1:
+        return
+    with pytest.raises(sf.errors.PromptError, match="wanted one known token") as caught:
+        sf.logit_diff(token, 5).reader(text)
+    call = str(caught.value).partition("Try: ")[2]
+    named = re.search(r"logit_diff\((['\"])(.*)\1, \.\.\.\)", call)
+    assert named or "an id" in call
+    if named:
+        assert len(text(named[2], add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_words_need_a_tokenizer():
+    with pytest.raises(sf.errors.PromptError, match="without a tokenizer"):
+        sf.logit_diff("Here", 5).reader(None)

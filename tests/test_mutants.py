@@ -167,6 +167,21 @@ MUTANTS = {
         "pass",
         "test_machine.py::test_a_prompt_fed_in_chunks_has_no_known_length",
     ),
+    "pads that are EOS as well are text": Mutant(
+        "if most > 1 or differ:",
+        "if most > 1:",
+        "test_prompts.py::test_a_pad_that_is_eos_is_padding_where_rows_differ[lists]",
+    ),
+    "the assistant's last turn is closed": Mutant(
+        """if turns[-1]["role"] not in ANSWERS:""",
+        "if turns:",
+        "test_chats.py::test_a_last_turn_of_the_assistant_is_continued[Gemma]",
+    ),
+    "roles are not held against chats": Mutant(
+        "if chosen != wanted and place not in chat.edges and place >= from_place:",
+        "if False:",
+        "test_roles.py::test_a_role_is_its_contents_or_refused[Zephyr-joined]",
+    ),
     "train mode allowed": Mutant(
         "    if active:\n        raise ModelError(",
         "    if False:\n        raise ModelError(",

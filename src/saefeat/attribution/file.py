@@ -16,6 +16,7 @@ from ..dictionaries.latents import Dictionary
 from ..errors import SaefeatError
 from ..files.container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
 from ..results.provenance import versions
+from ..text.roles import Marks
 from ..text.texts import Texts, flat
 from .columns import Columns
 
@@ -41,6 +42,7 @@ def save(columns: Columns, path: str | Path) -> Path:
         roles = None if texts.roles is None else {r: list(m) for r, m in texts.roles.items()}
         words = {str(i): word for i, word in texts.words.items()}
         spec["texts"] = {"words": words, "special": list(texts.special), "roles": roles}
+        spec["texts"]["between"] = texts.between
         if texts.lengths is not None:
             spec["texts"]["prompts"] = list(texts.lengths)
     sealed = seal(FORMAT, VERSION, spec, tensors, versions())
@@ -164,7 +166,8 @@ def _texts(spec: Any, tensors: dict[str, Tensor], function: str) -> Texts | None
     ids, sizes = tensors.pop("texts.ids", None), tensors.pop("texts.lengths", None)
     if spec is None and ids is None and sizes is None:
         return None
-    right = isinstance(spec, dict) and set(spec) - {"prompts"} == {"words", "special", "roles"}
+    needed, others = {"words", "special", "roles"}, {"prompts", "between"}
+    right = isinstance(spec, dict) and set(spec) - others == needed
     listed = ids is not None and (ids.dtype, ids.ndim) == (torch.int64, 1)
     if spec is None or ids is None or sizes is None or not (right and listed):
         raise broken(function, "tokens of another form", "texts with ids and lengths")
@@ -179,11 +182,15 @@ def _texts(spec: Any, tensors: dict[str, Tensor], function: str) -> Texts | None
         marks = roles if roles is None else {r: _marks(m) for r, m in roles.items()}
         good = all(isinstance(word, str) for word in named.values())
         good = good and isinstance(special, list) and all(type(i) is int for i in special)
-    except (AttributeError, TypeError, ValueError):
-        good, named, marks = False, {}, None
+        # Older files do not say; whole words are what holds no space of its own.
+        spaced = any(word.startswith(" ") for word in named.values())
+        between = spec.get("between", "" if spaced else " ")
+        good = good and between in ("", " ")
+    except (AttributeError, LookupError, TypeError, ValueError):
+        good, named, marks, between = False, {}, None, ""
     if not good:
         raise broken(function, "words, special tokens or roles of another form", "ids and texts")
-    return Texts(rows, named, tuple(special), marks, lengths)
+    return Texts(rows, named, tuple(special), marks, lengths, between)
 
 
 def _lengths(
@@ -200,9 +207,9 @@ def _lengths(
     raise broken(function, f"prompts of lengths {brief(given)}", "no more than each row's tokens")
 
 
-def _marks(pair: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that open and close a role's turns."""
-    before, after = pair
-    if not all(type(i) is int for i in (*before, *after)):
+def _marks(pair: Any) -> Marks:
+    """The runs of ids that open and close a role's turns; older files have one of each."""
+    before, after = ([side] if type(side[0]) is int else side for side in pair)
+    if not all(type(i) is int for run in (*before, *after) for i in run):
         raise TypeError("ids")
-    return tuple(before), tuple(after)
+    return tuple(map(tuple, before)), tuple(map(tuple, after))

@@ -34,7 +34,7 @@ from ..model.route import Route
 from ..model.sites import Place, Site
 from ..results.provenance import model_key
 from ..shipping.payload import PAYLOAD_LIMIT
-from ..text.prompts import Prompts, encode_prompts
+from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
 from ..verbs.base import Intervention, require_rows
 from ..verbs.lower import Visits, acts_at, lower
@@ -97,10 +97,9 @@ def prepare(job: Job, model: TransformersModel, prompts: Prompts) -> Prepared:
         require_rows(job.baseline, data.prompts)
     if not isinstance(job.baseline, Paired):
         return Prepared(data)
-    tokenizer = getattr(model, "tokenizer", None)
-    others = encode_prompts(tokenizer, job.baseline.prompts)
+    others = encode_for(model, job.baseline.prompts)
     require_pairs(job.baseline, data.prompts, len(others["input_ids"]))
-    return Prepared(data, continued(tokenizer, others, job.metric))
+    return Prepared(data, continued(model, others, job.metric))
 
 
 def require_scored(tokens: Tensor, function: str) -> None:

@@ -126,6 +126,7 @@ def page(columns: Columns, most: int) -> str:
         best=_best(columns, 10),
         of_prompts=of_prompts,
         prompts=_prompts(columns, most) if known else [],
+        between="" if columns.texts is None else columns.texts.between,
         more=max(0, len(columns.tokens) - most),
         signed=columns.signed,
         up=_UP,

@@ -133,13 +133,19 @@ def whole_text(view: View) -> Int[Tensor, "b s"]:
     return ids
 
 
-def between(
-    ids: Int[Tensor, "b s"], start: tuple[int, ...], stop: tuple[int, ...]
-) -> Bool[Tensor, "b s"]:
-    """Tokens after a run of ids ``start`` and before the next run ``stop``, in every row."""
+def between(ids: Int[Tensor, "b s"], start: tuple, stop: tuple) -> Bool[Tensor, "b s"]:
+    """Tokens after a run of ids ``start`` and before the next run ``stop``, in every row.
+
+    Either may be a tuple of runs, any of which opens or closes; of those that open at one token
+    the longest counts.
+    """
     place = torch.arange(ids.shape[1], device=ids.device)
-    opened = torch.where(runs(ids, start), place + len(start), -1).cummax(1).values
-    closed = torch.where(runs(ids, stop), place, -1).cummax(1).values
+    opened = closed = torch.full_like(ids, -1, dtype=torch.long)
+    for run in start if isinstance(start[0], tuple) else (start,):
+        opened = torch.where(runs(ids, run), place + len(run), opened).maximum(opened)
+    for run in stop if isinstance(stop[0], tuple) else (stop,):
+        closed = torch.where(runs(ids, run), place, closed)
+    opened, closed = opened.cummax(1).values, closed.cummax(1).values
     return (opened >= 0) & (opened <= place) & (closed < opened)
 
 

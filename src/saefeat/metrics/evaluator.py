@@ -25,7 +25,9 @@ from ..model.modules import torch_module
 from ..model.route import Route, route
 from ..model.sites import Site
 from ..results.receipt import Receipt, join_receipts
-from ..text.prompts import Prompts, encode_prompts
+from ..text.limits import limits_of, require_fits
+from ..text.padding import left_padded, pad_of
+from ..text.prompts import Prompts, encode_for
 from ..verbs.base import Chain, Intervention, require_fired, require_rows
 from ..verbs.lower import Visits, lower, sites_of
 from .base import Metric, Reader, Seen
@@ -90,21 +92,24 @@ class Data(NamedTuple):
 
 def metric_data(function: str, model: TransformersModel, prompts: Prompts, metric: Metric) -> Data:
     """Prompts encoded, and continued where the metric wants it."""
-    tokenizer = getattr(model, "tokenizer", None)
-    inputs = encode_prompts(tokenizer, prompts)
+    inputs = encode_for(model, prompts)
     one_a_prompt(function, "metric", metric.prompts, len(inputs["input_ids"]))
-    return continued(tokenizer, inputs, metric)
+    return continued(model, inputs, metric)
 
 
-def continued(tokenizer: Any, inputs: dict[str, Tensor], metric: Metric) -> Data:
+def continued(model: TransformersModel, inputs: dict[str, Tensor], metric: Metric) -> Data:
     """Prompts with what follows them, less its last token, which predicts nothing wanted."""
     if metric.continuation is None:
         return Data(inputs)
+    tokenizer, limits = getattr(model, "tokenizer", None), limits_of(model)
     ids, mask = metric.continuation(tokenizer), inputs["attention_mask"].bool()
     rows = [row[real].tolist() for row, real in zip(inputs["input_ids"], mask, strict=True)]
     behind = ids if len(ids) > 1 else ids * len(rows)
     joined = [[*row, *more[:-1]] for row, more in zip(rows, behind, strict=True)]
-    return Data(encode_prompts(tokenizer, joined), mask.sum(1, keepdim=True))
+    # What follows a prompt may end with EOS, which is no pad there: so past the gate of prompts.
+    whole_rows = left_padded(joined, pad_of(tokenizer, limits))
+    require_fits(whole_rows["input_ids"], whole_rows["attention_mask"], limits)
+    return Data(whole_rows, mask.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True)

@@ -204,14 +204,33 @@ def _group(tokenizer: Any, spec: Any) -> Any:
 def _token(tokenizer: Any, token: str | int) -> int:
     if isinstance(token, int):
         return token
-    ids = [] if tokenizer is None else tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None):
+    if tokenizer is None:
+        raise PromptError(
+            f"metric: `token` is {token!r}, on a model without a tokenizer, wanted a token id, or a"
+            " model with its tokenizer. Likely cause: a module in memory, wrapped without"
+            " tokenizer=. Try: ids, as in logit_diff(5, 7)"
+        )
+    ids = _one(tokenizer, token)
+    if _known(tokenizer, ids):
         return ids[0]
+    others = (f" {token.strip()}", token.strip(), tokenizer.decode(ids[:1]))
+    fits = (other for other in others if _known(tokenizer, _one(tokenizer, other)))
+    found = next(fits, None)  # only what is one token itself helps
+    call = "an id, as in logit_diff(5, 7)" if found is None else f"logit_diff({found!r}, ...)"
     raise PromptError(
         f"metric: `token` is {token!r}, which is {len(ids)} tokens, wanted one known token. Likely"
         " cause: a leading space is part of many tokens, and long words are several. Try:"
-        f" logit_diff({' ' + token!r}, ...), or pass ids"
+        f" {call}"
     )
+
+
+def _one(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _known(tokenizer: Any, ids: list[int]) -> bool:
+    """Whether ids are one token that the tokenizer knows."""
+    return len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None)
 
 
 def _joined(seen: Seen, group: Any) -> Tensor:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, final
 from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
-from ..errors import RemoteError
+from ..checks import whole
+from ..errors import PromptError, RemoteError
 from ..generation.decoding import Decode, Greedy
 from ..results.provenance import model_key, require_unedited
 from ..results.run import Run
 from ..shipping.server import NDIF, Server
-from ..text.prompts import Prompts, encode_prompts
+from ..text.prompts import Prompts, encode_for
 from ..verbs.base import Chain, Intervention
 from .batch import Requests, backend_of
 from .jobfile import Call, JobFile, Part, load_saved, not_ours, save_saved
@@ -70,7 +71,8 @@ def submit(
     """
     call = Call(max_new_tokens, decode or Greedy(), batch_size, allow_unfired, on)
     chosen = intervention if intervention is not None else Chain(())
-    encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    whole("submit", "max_new_tokens", max_new_tokens, 0, error=PromptError)
+    encoded = encode_for(model, prompts, max_new_tokens)
     encoded = {name: tensor.long() for name, tensor in encoded.items()}  # as a file has them
     requests = call.requests(model, encoded, chosen)
     require_sendable(requests)

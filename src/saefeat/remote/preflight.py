@@ -30,7 +30,7 @@ from ..shipping.payload import (
 )
 from ..shipping.program import embedding
 from ..shipping.server import Server
-from ..text.prompts import Prompts, encode_prompts, split
+from ..text.prompts import Prompts, encode_for, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from ..verbs.steps import numbered
@@ -140,10 +140,10 @@ def preflight(
         2
     """
     chosen = intervention if intervention is not None else Chain(())
-    encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
-    require_rows(chosen, len(encoded["input_ids"]))
     with_stops(model)
     settings = decoding(model, max_new_tokens, decode)
+    encoded = encode_for(model, prompts, settings.new)
+    require_rows(chosen, len(encoded["input_ids"]))
     dtype = None if on is None else on.dtype
     report = inspected(model, split(encoded, batch_size), chosen, settings, dtype)
     return replace(report, nnsight=(NNSIGHT, server_version(model, on)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,7 +24,7 @@ from ..results.provenance import model_identity, remote_identity
 from ..results.receipt import Receipt, without_events
 from ..results.run import Run
 from ..shipping.server import Server
-from ..text.prompts import Prompts, encode_prompts, split
+from ..text.prompts import Prompts, encode_for, split
 from ..verbs.base import Chain, Intervention, require_fired, require_rows
 
 if TYPE_CHECKING:
@@ -119,19 +120,19 @@ def run(
     task = Task("run", model, chosen, settings, batch_size, allow_unfired)
     if on is not None:
         require_plain(model, settings, on.remote)
-    tokenizer = getattr(model, "tokenizer", None)
+    encode = partial(encode_for, model, new=max_new_tokens)
     if stream:
-        groups = ([batch] for batch in _encoded_batches(tokenizer, prompts, batch_size))
+        groups = ([batch] for batch in _encoded_batches(encode, prompts, batch_size))
         return _streamed(
             task, _pieces(task, on, _checkpoint(task, on, checkpoint), groups, progress)
         )
-    encoded = encode_prompts(tokenizer, prompts)
+    encoded = encode(prompts)
     require_rows(chosen, len(encoded["input_ids"]))
     finished = _checkpoint(task, on, checkpoint)
     return task.join(list(_pieces(task, on, finished, [split(encoded, batch_size)], progress)))
 
 
-def _encoded_batches(tokenizer: Any, prompts: Any, size: int) -> Iterator[Batch]:
+def _encoded_batches(encode: Callable[[Any], Batch], prompts: Any, size: int) -> Iterator[Batch]:
     """``input_ids`` and ``attention_mask`` [at most size, tokens], each batch when its turn comes.
 
     A bad prompt is refused then, with the numbers of its batch.
@@ -139,26 +140,26 @@ def _encoded_batches(tokenizer: Any, prompts: Any, size: int) -> Iterator[Batch]
     single = isinstance(prompts, str | Mapping | Tensor)
     listed = isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int | Mapping)
     if single or listed:  # one prompt, or tensors: nothing to be lazy about
-        yield from split(encode_prompts(tokenizer, prompts), size)
+        yield from split(encode(prompts), size)
         return
-    if not isinstance(prompts, Iterable):
-        encode_prompts(tokenizer, prompts)  # says what it is
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | set | frozenset):
+        encode(prompts)  # says what it is
     rest, count = iter(prompts), 0
     while chunk := list(islice(rest, size)):
         try:
-            # a list of numbers would be taken for the tokens of one prompt
-            if any(isinstance(prompt, int) for prompt in chunk):
+            # a chunk of numbers, or of messages, would be taken for one prompt
+            if any(isinstance(prompt, int | Mapping) for prompt in chunk):
                 raise PromptError(
-                    "run: `prompts` is an iterable of numbers, wanted strings, chats or lists of"
-                    " token ids. Likely cause: one prompt's ids without a list around them. Try:"
-                    " run(model, [ids], ..., stream=True)"
+                    "run: `prompts` is an iterable of numbers or messages, wanted strings, chats or"
+                    " lists of token ids. Likely cause: one prompt's ids, or one chat, without a"
+                    " list around it. Try: run(model, [ids], ..., stream=True)"
                 )
-            yield encode_prompts(tokenizer, chunk)
+            yield encode(chunk)
         except PromptError as error:
             raise PromptError(f"prompts {count}..{count + len(chunk) - 1}: {error}") from error
         count += len(chunk)
     if not count:
-        encode_prompts(tokenizer, [])
+        encode([])
 
 
 def _checkpoint(task: Task, on: Server | None, folder: Folder | None) -> Checkpoint:

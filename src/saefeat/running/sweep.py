@@ -23,7 +23,7 @@ from ..remote.jobs import Job, submit
 from ..remote.scheduler import Scheduler
 from ..results.run import Run
 from ..shipping.server import Server
-from ..text.prompts import Prompts, encode_prompts, split
+from ..text.prompts import Prompts, encode_for, split
 from ..verbs.base import Chain, Intervention, require_rows
 from ..verbs.lower import sites_of
 from ..verbs.placement import beside, taken_apart
@@ -83,13 +83,13 @@ def sweep(
             allow_unfired=allow_unfired,
         )  # fmt: skip
         return _on_server(submitted, chosen, on, folder, progress)
-    encoded = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    greedy = decoding(model, max_new_tokens=max_new_tokens)
+    encoded = encode_for(model, prompts, greedy.new)
     total = len(encoded["input_ids"])
     for one in chosen.values():
         require_rows(one, total)
     batches = split(encoded, min(batch_size, total))
     way = route(model, [site for one in chosen.values() for site in sites_of(one)])
-    greedy = decoding(model, max_new_tokens=max_new_tokens)
     tasks = [
         Task(f"sweep, setting {key!r}", model, one, greedy, batch_size, allow_unfired, way)
         for key, one in chosen.items()

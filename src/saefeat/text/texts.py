@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import PromptError
 from ..kernel.state import Memory, window
 from ..kernel.tokens import select
-from .prompts import role_markers
+from .roles import Marks, role_markers
 from .tokens import Tokens, special_ids
 
 if TYPE_CHECKING:
@@ -30,9 +30,12 @@ class Texts:
         ids: token ids of each prompt.
         words: token id → its text, for the ids that occur.
         special: the tokenizer's special tokens: BOS, turn markers and the like.
-        roles: chat role → the ids that open and close its turns; empty without a chat template.
+        roles: chat role → the runs of ids that open its turns, and those that close them; empty
+            without a chat template.
         lengths: how many of each row's tokens are the prompt's, where a continuation follows it
             (``log_prob``); None for all of them.
+        between: what stands between two tokens in a text: a space for tokenizers of whole words,
+            nothing where tokens hold their spaces themselves.
 
     Examples:
         >>> texts = sf.attribution.Texts(((2, 7, 8), (2, 9)), {2: "<bos>", 7: "hi"}, special=(2,))
@@ -45,8 +48,9 @@ class Texts:
     ids: tuple[tuple[int, ...], ...]
     words: Mapping[int, str]
     special: tuple[int, ...] = ()
-    roles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    roles: Mapping[str, Marks] | None = None
     lengths: tuple[int, ...] | None = None
+    between: str = ""
 
     @classmethod
     def of(
@@ -71,8 +75,9 @@ class Texts:
         if tokenizer is None:
             return cls(ids, {}, special, lengths=many)
         seen = sorted({i for row in ids for i in row})
-        words = {i: tokenizer.decode([i]) for i in seen}
-        return cls(ids, words, tuple(tokenizer.all_special_ids), _roles(tokenizer), many)
+        words = {i: _word(tokenizer, i) for i in seen}
+        known, between = tuple(tokenizer.all_special_ids), _between(tokenizer, words)
+        return cls(ids, words, known, _roles(tokenizer), many, between)
 
     def tokens(self, prompt: int) -> tuple[str, ...]:
         """A prompt's tokens as text; ``#id`` for one without."""
@@ -108,7 +113,9 @@ class Texts:
             return rule
         if rest[0] in (self.roles or {}):
             return ("between", *(self.roles or {})[rest[0]])
-        wanted = "one of " + (", ".join(self.roles or {}) or "none: there is no template")
+        wanted = "one of " + (
+            ", ".join(self.roles or {}) or "none: there is no template, or it sets none apart"
+        )
         raise PromptError(
             f"Texts.select: `where` is role {rest[0]!r}, wanted {wanted}. Likely cause: prompts"
             " that are no chats, or a role the template has not. Try: Tokens.special(),"
@@ -125,7 +132,24 @@ def texts_of(
     return Texts.of(tokenizer, batch, lengths=lengths, special=special)
 
 
-def _roles(tokenizer: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def _word(tokenizer: Any, token: int) -> str:
+    """A token's text. SentencePiece's decoding drops the space that a first token begins with."""
+    word = tokenizer.decode([token])
+    marked = str(tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
+    return f" {word}" if marked and not word.startswith(" ") else word
+
+
+def _between(tokenizer: Any, words: Mapping[int, str]) -> str:
+    """What decoding puts between two tokens, seen on one that occurs, twice."""
+    ordinary = (i for i, w in words.items() if w.strip() and i not in tokenizer.all_special_ids)
+    token = next(ordinary, None)
+    if token is None:
+        return ""
+    twice = f"{words[token]} {words[token]}"
+    return " " if tokenizer.decode([token, token]) == twice else ""
+
+
+def _roles(tokenizer: Any) -> dict[str, Marks]:
     """The roles that the tokenizer's template can render."""
     markers = {}
     for role in ROLES if getattr(tokenizer, "chat_template", None) else ():

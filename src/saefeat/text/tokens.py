@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import PromptError
 from ..model.modules import text_config, torch_module
-from .prompts import role_markers
+from .roles import role_markers
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

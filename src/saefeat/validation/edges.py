@@ -28,7 +28,7 @@ from ..model.sites import Order, Place, Site
 from ..results.formats import frame
 from ..results.provenance import model_identity
 from ..running.run import run
-from ..text.prompts import Prompts, encode_prompts
+from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
 from ..values.per_prompt import per_prompt
 from ..verbs.base import Chain, Intervention
@@ -196,7 +196,7 @@ def edges(
     bases = [basis for basis, _ in (*up.parts, *down.parts)]
     way = route(model, [site for basis in bases for site in (basis.site, basis.write_site)])
     ordered = _ordered(up, down, way)
-    batch = encode_prompts(getattr(model, "tokenizer", None), prompts)
+    batch = encode_for(model, prompts)
     pieces = Data(batch).batches(batch_size)
     who: dict[str, Any] = {}
     if checkpoint is not None:
