@@ -104,6 +104,7 @@ RULES = [
     sf.Tokens.prompt() & ~sf.Tokens.first(1),
     sf.Tokens.last(2) | sf.Tokens.generated(),
     sf.Tokens.generated(1, 3),
+    sf.Tokens.positions(2) | ~sf.Tokens.positions(1, 4),
     sf.Tokens.ids(4, 8, 13) | sf.Tokens.special(),
 ]
 

@@ -23,6 +23,7 @@ from ..files.hashing import digest
 from ..kernel.encode import decoder_of, encode
 from ..model.sites import Site
 from .latents import Dictionary, cast
+from .untrained import Excluded, untrained
 from .weights import InMemory, Weights, require_shape
 
 ACTIVATIONS = {
@@ -63,7 +64,7 @@ class SAE(Dictionary):
             ``reconstruct`` gives.
         k: active latents, for topk kinds.
         rescale: sae-lens's ``rescale_acts_by_decoder_norm``.
-        excluded: token ids it was not trained on, or ``"special"``.
+        excluded: tokens it was not trained on: ids, ``"special"``, or a token rule.
         name: a label for reports.
 
     Raises:
@@ -88,7 +89,7 @@ class SAE(Dictionary):
         centered: bool = False,
         k: int | None = None,
         rescale: bool = False,
-        excluded: tuple[int, ...] | str = (),
+        excluded: Excluded = (),
         name: str = "sae",
     ) -> None:
         self.site = Site.parse(site)
@@ -98,6 +99,7 @@ class SAE(Dictionary):
         self.excluded, self.name = excluded, name
         self._weights = weights
         self._hashed: tuple[object, str] | None = None
+        untrained(excluded)
         _one_of("architecture", architecture, ACTIVATIONS)
         _one_of("norm", norm, NORMS)
         self.activation = ACTIVATIONS[architecture]  # the kernel's name for it

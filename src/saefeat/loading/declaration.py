@@ -17,9 +17,11 @@ from typing import Any
 from torch import nn
 
 from ..dictionaries.sae import SAE
+from ..dictionaries.untrained import Excluded
 from ..dictionaries.weights import Weights
 from ..errors import DictionaryError
 from ..model.sites import Site
+from ..text.tokens import Tokens
 
 _UNCENTERED = ("z", "mlp_norm", "mlp_in", "mlp_post")
 """Sites that TransformerLens's center_writing_weights leaves alone: nothing there is written to
@@ -91,7 +93,7 @@ class Facts:
     centered: bool = False
     k: int | None = None
     rescale: bool = False
-    excluded: tuple[int, ...] | str = ()
+    excluded: Excluded = ()
     width: int | None = None
     l0: float | None = None
     model: str | None = None
@@ -117,7 +119,7 @@ _TYPES = (
     (("k", "width"), (int, type(None))),
     (("l0",), (float, int, type(None))),
     (("prepend_bos",), (bool, type(None))),
-    (("excluded",), (tuple, str)),
+    (("excluded",), (tuple, str, Tokens)),
 )
 """Facts → the types they may have."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.sae import SAE
+from ..dictionaries.untrained import Excluded, either, not_on, untrained
 from ..dictionaries.weights import InMemory, Mapped, OnDisk, View, Weights
 from ..errors import DictionaryError
 from ..model.sites import Site
@@ -96,11 +97,6 @@ def _declared(config: dict[str, Any], label: object, path: str = "") -> Facts:
     pretrained = flat.get("model_from_pretrained_kwargs") or {}
     norm = _norm(flat)
     l0 = flat.get("l0") if k is None else k
-    excluded = flat.get("exclude_special_tokens")
-    if isinstance(excluded, (list, tuple)):
-        excluded = tuple(int(token) for token in excluded)
-    else:
-        excluded = "special" if excluded else ()
     return Facts(
         layout="sae_lens",
         hook=flat.get("hook_name"),
@@ -111,12 +107,30 @@ def _declared(config: dict[str, Any], label: object, path: str = "") -> Facts:
         centered=bool(pretrained.get("center_writing_weights", False)),
         k=k,
         rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
-        excluded=excluded,
+        excluded=_excluded(flat, label),
         width=flat.get("d_sae"),
         l0=float(l0) if isinstance(l0, int | float) else l0_in(path),
         model=flat.get("model_name"),
         prepend_bos=flat.get("prepend_bos"),
     )
+
+
+def _excluded(flat: dict[str, Any], label: object) -> Excluded:
+    """The tokens left out of training: special ones, and positions outside ``seqpos_slice``."""
+    special = flat.get("exclude_special_tokens")
+    listed = isinstance(special, list | tuple)
+    excluded = tuple(map(int, special)) if listed else "special" if special else ()
+    taken = slice(*(flat.get("seqpos_slice") or (None,)))  # [n] alone is a stop, as for slice
+    parts = (taken.start, taken.stop)
+    plain = all(part is None or (type(part) is int and part >= 0) for part in parts)
+    if not plain or taken.step not in (None, 1) or taken.stop == 0:
+        got = f"whose seqpos_slice is {flat['seqpos_slice']!r}"
+        wanted = "positions counted from a text's beginning, without a step"
+        cause = "training on texts of one fixed length, whose end is known"
+        call = f'"seqpos_slice": [start, stop] in {CONFIG}, both from the beginning'
+        raise refuse(label, got, wanted, cause, call)
+    positions = not_on(*parts)
+    return excluded if positions is None else either(untrained(excluded), positions) or ()
 
 
 def _architecture(flat: dict[str, Any], label: object) -> tuple[str, int | None]:

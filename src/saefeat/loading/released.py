@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import SAE
+from ..dictionaries.untrained import Excluded
 from ..errors import DictionaryError
 from ..model.sites import Site
 from . import gemma_scope, llama_scope, native, transcoders
@@ -81,8 +82,12 @@ class Released(Dictionary):
         )
 
     @property
-    def excluded(self) -> tuple[int, ...] | str:  # type: ignore[override]
+    def excluded(self) -> Excluded:  # type: ignore[override]
         return self.sae.excluded
+
+    @excluded.setter
+    def excluded(self, excluded: Excluded) -> None:  # type: ignore[override]
+        self.sae.excluded = excluded
 
     @property
     def declared(self) -> Declared:  # type: ignore[override]
