@@ -203,6 +203,7 @@ def test_every_rule_there_is_is_listed(tmp_path):
         "special": sf.Tokens.special(),
         "first": sf.Tokens.first(2),
         "last": sf.Tokens.last(3),
+        "positions": sf.Tokens.positions(2),
         "generated": sf.Tokens.generated(2),
         "ids": sf.Tokens.ids(1, 2),
         "role": sf.Tokens.role("user"),

@@ -23,7 +23,7 @@ from ..files.hashing import digest
 from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
-from .untrained import Excluded, untrained
+from .exclusion import Excluded, untrained
 
 
 class Dictionary(ABC):

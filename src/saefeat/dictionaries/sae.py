@@ -22,8 +22,8 @@ from ..errors import DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import decoder_of, encode
 from ..model.sites import Site
+from .exclusion import Excluded, untrained
 from .latents import Dictionary, cast
-from .untrained import Excluded, untrained
 from .weights import InMemory, Weights, require_shape
 
 ACTIVATIONS = {

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from ..dictionaries.exclusion import Excluded
 from ..dictionaries.sae import SAE
-from ..dictionaries.untrained import Excluded
 from ..dictionaries.weights import Weights
 from ..errors import DictionaryError
 from ..model.sites import Site

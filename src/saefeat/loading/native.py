@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dictionaries.exclusion import Excluded, either, not_on, untrained
 from ..dictionaries.sae import SAE
-from ..dictionaries.untrained import Excluded, either, not_on, untrained
 from ..dictionaries.weights import InMemory, Mapped, OnDisk, View, Weights
 from ..errors import DictionaryError
 from ..model.sites import Site

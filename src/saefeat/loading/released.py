@@ -14,9 +14,9 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ..dictionaries.exclusion import Excluded
 from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import SAE
-from ..dictionaries.untrained import Excluded
 from ..errors import DictionaryError
 from ..model.sites import Site
 from . import gemma_scope, llama_scope, native, transcoders

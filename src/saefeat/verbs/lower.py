@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..dictionaries.exclusion import either, untrained
 from ..dictionaries.latents import Dictionary
-from ..dictionaries.untrained import either, untrained
 from ..errors import LatentError, ModelError, SiteError
 from ..kernel.beams import Beams
 from ..kernel.edit import Write

@@ -16,7 +16,7 @@ def untrained(excluded: Excluded) -> Tokens | None:
         DictionaryError: for anything but token ids, ``"special"`` or a token rule.
 
     Examples:
-        >>> from saefeat.dictionaries.untrained import untrained
+        >>> from saefeat.dictionaries.exclusion import untrained
         >>> untrained((2, 5)), untrained("special"), untrained(())
         (Tokens.ids(2, 5), Tokens.special(), None)
     """
