@@ -40,8 +40,6 @@ ACTIVATIONS = {
 """sae-lens architecture → activation function of the kernel."""
 
 _EXTRA = {"relu": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
-_PARTS = {"threshold", "b_gate", "b_mag", "r_mag"}
-"""Tensors that change the latents of the architectures that have them."""
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 
@@ -236,15 +234,17 @@ class SAE(Dictionary):
     def _wanted(self) -> set[str]:
         """The tensors that an SAE of this architecture has."""
         bias = () if self.activation == "gated" else ("b_enc",)
-        skip = ("W_skip",) if "skip" in self.architecture else ()
+        # Layouts beside sae-lens's have it without saying so in the name of an architecture.
+        may = "transcoder" in self.architecture or self.joint
+        skips = "skip" in self.architecture or (may and "W_skip" in self._weights.names())
+        skip = ("W_skip",) if skips else ()
         return {"W_enc", "W_dec", "b_dec", *bias, *skip, *_EXTRA.get(self.activation, ())}
 
     def _check_tensors(self) -> None:
         """Refuse an SAE without the tensors of its architecture, or with those of another."""
         wanted, there = self._wanted(), self._weights.names()
         missing = sorted(wanted - there)
-        # Tensors that would change the latents, had the architecture been declared.
-        strange = sorted(_PARTS & there - wanted)
+        strange = sorted(there - wanted)  # whoever made them computes something with them
         parameter, cause = "weights", "a file of another architecture, or a renamed tensor"
         if missing:
             got = f"without {', '.join(missing)}"
@@ -253,7 +253,8 @@ class SAE(Dictionary):
         elif strange:
             parameter = "architecture"
             got = f"{self.architecture}, with {', '.join(strange)} among the weights, unused there"
-            cause = "an architecture that is not declared; without these its latents differ"
+            cause = "an architecture that is not declared, or one that computes more; without"
+            cause += " these it computes something else"
         else:
             return
         raise DictionaryError(
@@ -274,6 +275,8 @@ class SAE(Dictionary):
         require_shape("b_dec", shape("b_dec"), (d_out,))
         for name in self._wanted() - {"W_enc", "W_dec", "b_dec", "W_skip"}:
             require_shape(name, shape(name), (d_sae,))
+        if "W_skip" in self._wanted():
+            require_shape("W_skip", shape("W_skip"), (d_out, d_in))
         if self.site != self.write_site:
             if self.norm != "none":  # its scale belongs to the input, its directions to the output
                 _one_of("norm of a transcoder", self.norm, ("none",))
@@ -308,6 +311,8 @@ class ErrorTerm(Dictionary):
     def __init__(self, sae: SAE) -> None:
         if sae.site != sae.write_site:
             _one_of("kind of dictionary", "a transcoder", ("an SAE, to have an error term",))
+        if "W_skip" in sae._wanted():
+            _one_of("kind of dictionary", "an SAE with W_skip", ("an SAE without, for its error",))
         self._sae = sae
         self.site = self.write_site = sae.site
         self.d_in = self.d_out = sae.d_in

@@ -11,7 +11,7 @@ import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -232,6 +232,11 @@ class Mapped(Weights):
         views: sae-lens name → where it lies; what is not listed is not there.
         constants: tensors the file does not hold as such, [d_sae] each (one threshold for all
             latents, a bias of zeros), kept in memory.
+        aside: tensors of the file that were read otherwise, or change nothing that is computed.
+
+    Raises:
+        DictionaryError: for a tensor that is missing, or one that nothing here reads: the file
+            is then another function of its tensors than the one computed.
     """
 
     def __init__(
@@ -239,6 +244,7 @@ class Mapped(Weights):
         source: Weights,
         views: Mapping[str, View],
         constants: Mapping[str, Tensor] | None = None,
+        aside: Iterable[str] = (),
     ) -> None:
         self._source, self._views = source, dict(views)
         self._constants = InMemory(constants or {})
@@ -249,6 +255,15 @@ class Mapped(Weights):
                 f" has; it holds {', '.join(sorted(source.names()))}. Likely cause: another layout"
                 " or architecture than its configuration declares. Try: fetch the file again, or"
                 " convert it to sae-lens's native layout"
+            )
+        read = {view.name for view in self._views.values()}
+        unread = sorted(source.names() - read - set(aside))
+        if unread:
+            raise DictionaryError(
+                f"load_sae: `folder` is a file with {', '.join(unread[:6])}, wanted tensors that"
+                " its layout has. Likely cause: an SAE that computes more than this version knows,"
+                " or a training checkpoint with its optimizer. Try: the final file of its training,"
+                " or an SAE without them"
             )
 
     def names(self) -> frozenset[str]:

@@ -77,6 +77,8 @@ class Facts:
         hook: TransformerLens name of the read site; None where nothing declares it.
         hook_out: of the write site, for a transcoder that declares it.
         transcoder: whether a write site is needed although none is declared.
+        sizes: ``d_in``, ``d_sae`` and ``d_out``, where the configuration has them; the tensors must
+            agree.
         width: latents, where declared.
         l0: active latents a token, where declared.
         model: the model it was trained on, as TransformerLens or the hub names it.
@@ -94,6 +96,7 @@ class Facts:
     k: int | None = None
     rescale: bool = False
     excluded: Excluded = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
     width: int | None = None
     l0: float | None = None
     model: str | None = None
@@ -182,8 +185,19 @@ def assemble(
         excluded=facts.excluded,
         name=name,
     )
+    _require_sizes(facts, sae, origin)
     sae.origin, sae.declared = origin, facts.declared
     return sae
+
+
+def _require_sizes(facts: Facts, sae: SAE, origin: Origin) -> None:
+    """Refuse a configuration of other widths than the tensors: one of the two is another SAE's."""
+    for name, declared in facts.sizes.items():
+        held = getattr(sae, name)
+        if declared is not None and declared != held:
+            got = f"whose configuration has {name} = {declared!r}, and whose tensors have {held:,}"
+            cause = "the configuration of another SAE, or one of two files fetched"
+            raise refuse(origin.file, got, "the two to agree", cause, "fetch both files again")
 
 
 def no_site(path: object) -> DictionaryError:
