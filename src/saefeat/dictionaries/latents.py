@@ -24,6 +24,7 @@ from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
 from .exclusion import Excluded, untrained
+from .finite import only_finite
 
 
 class Dictionary(ABC):
@@ -68,6 +69,8 @@ class Dictionary(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        for name in {"columns", "directions"} & set(vars(cls)):
+            setattr(cls, name, only_finite(vars(cls)[name]))
         in_requests(cls, stay_here)
 
     @abstractmethod

@@ -23,6 +23,7 @@ from ..files.hashing import digest
 from ..kernel.encode import decoder_of, encode
 from ..model.sites import Site
 from .exclusion import Excluded, untrained
+from .finite import require_finite
 from .latents import Dictionary, cast
 from .weights import InMemory, Weights, require_shape
 
@@ -155,12 +156,12 @@ class SAE(Dictionary):
         if self._rescaled:
             norms = weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
-            directions = directions / directions.norm(dim=1, keepdim=True)
+            directions = _unit(directions)
         return columns | {"encoder": encoder, "directions": directions}
 
     def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
         rows = self._weights.take("W_dec", self._index(indices))  # without touching the encoder
-        return rows / rows.norm(dim=1, keepdim=True) if self._rescaled else rows
+        return _unit(rows) if self._rescaled else rows
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """The SAE's own reconstruction of x (or of the write site's value, for a transcoder).
@@ -176,8 +177,10 @@ class SAE(Dictionary):
         x = x.to(dtype)
         f, scale = encode(columns, x)
         out = decoder_of(columns).decode(f, x, scale)
-        if "W_skip" in self._weights.names():
-            out = out + x @ self._weights.read("W_skip").to(x.device, dtype).T
+        if "W_skip" in self._wanted():
+            skip = self._weights.read("W_skip")
+            require_finite(self, {"W_skip": skip})
+            out = out + x @ skip.to(x.device, dtype).T
         return out
 
     def error(self) -> ErrorTerm:
@@ -194,11 +197,10 @@ class SAE(Dictionary):
     def _whole(self) -> dict[str, Any]:
         """All columns, with the decoder and its bias."""
         columns = self.columns(torch.arange(self.d_sae))
-        return columns | {
-            "decoder": columns["directions"],
-            "decoder_bias": self._weights.read("b_dec"),
-            "centered": self.centered,
-        }
+        bias = {"decoder_bias": self._weights.read("b_dec")}
+        require_finite(self, bias)
+        whole = {"decoder": columns["directions"], "centered": self.centered}
+        return columns | whole | bias
 
     def content(self, indices: Tensor) -> object:
         encoded = torch.arange(self.d_sae) if self.joint else indices
@@ -327,6 +329,12 @@ class ErrorTerm(Dictionary):
 
     def content(self, indices: Tensor) -> object:
         return "error", self._sae.fingerprint()
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1; a row of zeros is a latent without a direction, and stays one."""
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows / torch.where(norms == 0, 1.0, norms)
 
 
 def _one_of(parameter: str, got: str, wanted: Iterable[str]) -> None:
