@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError, LatentError
+from ..kernel.encode import NORMS
 from ..model.sites import Site
 from .exclusion import Excluded
 from .latents import Dictionary, Latents
-from .sae import NORMS
 from .weights import require_shape
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -1,8 +1,8 @@
 """Numbers of a dictionary that are no numbers: refused when they are read, with their latent.
 
 NaN spreads: one in a column makes every logit behind an edit NaN, and one in a threshold is a
-latent that never fires, without a word. Every dictionary's ``columns`` and ``directions`` pass here,
-whoever wrote it, so only what is selected is looked at, and a file is still opened in milliseconds.
+latent that never fires, without a word. Every dictionary's ``columns`` and ``directions`` pass
+here, whoever wrote it, so only what is selected is looked at, and a file opens in milliseconds.
 """
 
 from __future__ import annotations

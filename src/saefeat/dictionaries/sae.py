@@ -139,7 +139,8 @@ class SAE(Dictionary):
         # b_dec is subtracted after the input normalization and the centering, so it folds into
         # the bias, by the encoder as it is.
         shift = weights.read("b_dec") @ encoder if self.subtract_bias else 0.0  # [k]
-        columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
+        norm = norm_of(self.norm, self.centered)
+        columns: dict[str, Any] = {"activation": self.activation, "norm": norm}
         if self.activation == "gated":
             gain = weights.take("r_mag", encoded).exp()
             columns |= {"gain": gain, "gate_bias": weights.take("b_gate", encoded) - shift}
@@ -329,6 +330,11 @@ class ErrorTerm(Dictionary):
 
     def content(self, indices: Tensor) -> object:
         return "error", self._sae.fingerprint()
+
+
+def norm_of(norm: str, centered: bool) -> str:
+    """The kernel's norm. A mean folds into the encoder, but a length must be taken without it."""
+    return "centered_norm_rescale" if centered and norm == "constant_norm_rescale" else norm
 
 
 def _unit(rows: Tensor) -> Tensor:
