@@ -7,6 +7,7 @@ names.
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -94,6 +95,7 @@ class OnDisk(Weights):
                 self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error, "safetensors file") from error
+        _refuse_training(path, names)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._shapes)
@@ -334,6 +336,25 @@ def _stamp_of(path: Path) -> tuple[object, ...]:
     """A file's path, size, time of change and inode."""
     about = path.stat()
     return str(path), about.st_size, about.st_mtime_ns, about.st_ino
+
+
+_STATE = re.compile(
+    r"(^|[./])(optim(izer)?|scheduler|lr_scheduler|exp_avg(_sq)?|momentum_buffer)([./_]|$)"
+    r"|(^|[./])(num_tokens|n_forward_passes)_since_fired$|(^|[./])act_freq_scores$"
+)
+"""Names of tensors that a training keeps beside the SAE's own, to go on from."""
+
+
+def _refuse_training(path: Path, names: Iterable[str]) -> None:
+    """Refuse a training checkpoint by what it is: it is whole, but no SAE."""
+    state = [name for name in sorted(names) if _STATE.search(name)]
+    if state:
+        raise DictionaryError(
+            f"load_sae: `path` is {path}, which holds the state of a training ({state[0]}), wanted"
+            " the tensors of an SAE alone. Likely cause: a training checkpoint, from which a"
+            " trainer goes on. Try: sae.save_inference_model(folder) in sae-lens, or the final"
+            " file of the training"
+        )
 
 
 def _unreadable(path: Path, error: Exception, kind: str) -> DictionaryError:

@@ -212,6 +212,11 @@ def _architecture(flat: dict[str, Any], label: object) -> tuple[str, int | None]
     transcoder standard, with another hook to write at.
     """
     name = flat.get("architecture") or "standard"
+    if name in _BY_BATCH:
+        got, wanted = f"saved in training, as a {name!r} SAE", "the same SAE saved for inference"
+        cause = "a training checkpoint, whose latents depend on which tokens share a batch"
+        call = "sae.save_inference_model(folder) in sae-lens, which makes a jumprelu of it"
+        raise refuse(label, got, wanted, cause, call)
     activation, k = flat.get("activation_fn") or "relu", flat.get("k")
     inner = flat.get("activation_fn_kwargs") or {}
     if activation == "topk" and name in ("standard", "topk"):
@@ -231,6 +236,9 @@ def _architecture(flat: dict[str, Any], label: object) -> tuple[str, int | None]
         name = _TRANSCODERS[name]
     return name, k
 
+
+_BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures that sae-lens has in training alone."""
 
 _TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 """Architecture of a flat configuration → its transcoder's."""
