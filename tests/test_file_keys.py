@@ -238,6 +238,12 @@ def test_a_tensor_that_nothing_computes_with_is_refused_by_name(tmp_path, name):
         sf.SAE.from_tensors(tensors() | extra, site="resid_post.1")
 
 
+def test_two_factors_for_one_sae_are_refused(tmp_path):
+    factors = {n: torch.full((N,), 2.0) for n in ("scaling_factor", "finetuning_scaling_factor")}
+    with pytest.raises(REFUSED, match="scaling_factor and"):
+        sf.load_sae(native_folder(tmp_path, flat(finetuning_scaling_factor=True), **factors))
+
+
 # ---------------------------------------------------------------- dictionary_learning
 
 

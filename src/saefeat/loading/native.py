@@ -310,7 +310,12 @@ def _scale(source: Source, config: dict[str, Any]) -> float:
 
 def _finetuned(config: dict[str, Any], file: OnDisk, source: Source) -> Tensor | None:
     """One factor a latent, [d_sae], by which a fine-tuned SAE multiplies what it decodes."""
-    name = next(iter(sorted(_FACTORS & file.names())), "")
+    there = sorted(_FACTORS & file.names())
+    if len(there) > 1:
+        call = "the factor that was trained under one of the names"
+        cause = "a file put together from two"
+        raise refuse(source.folder, f"with {' and '.join(there)}", "one of the two", cause, call)
+    name = there[0] if there else ""
     factor = file.read(name) if name else torch.ones(())
     declared = bool(config.get("finetuning_scaling_factor"))
     one = torch.allclose(factor, torch.ones_like(factor))
