@@ -177,6 +177,20 @@ def hook_count(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def watch(module: torch.nn.Module, look: Callable[..., object]):
+    """Call ``look`` before each of a module's passes, and give a handle to end it.
+
+    By torch's hook on all modules: one on this module would be part of what it computes, and a
+    checkpoint that was begun without it would be another job's.
+    """
+
+    def hook(called, args):
+        if called is module:
+            look(called, args)
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(hook)
+
+
 ARCHITECTURES = ["standard", "gated", "jumprelu", "topk", "abstopk"]
 TRANSCODERS = ["transcoder", "skip_transcoder", "jumprelu_transcoder"]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saefeat as sf
-from helpers import RAGGED, build, make_sae, unit, wrapped
+from helpers import RAGGED, build, make_sae, unit, watch, wrapped
 from saefeat.files.checkpoint import Checkpoint
 from saefeat.files.hashing import digest, weights
 from saefeat.generation import Sample
@@ -256,8 +256,18 @@ OPTIONS = {"max_new_tokens": 4, "decode": Sample(0.9, seed=3), "batch_size": 2}
 def passes(model) -> list:
     """Counts forward passes from here on."""
     seen: list = []
-    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    WATCHES.append(watch(model, lambda *_: seen.append(1)))
     return seen
+
+
+WATCHES: list = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_watched_behind_a_test():
+    yield
+    while WATCHES:
+        WATCHES.pop().remove()
 
 
 def require_equal_runs(a: sf.results.Run, b: sf.results.Run) -> None:
@@ -288,7 +298,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
             if len(seen) > 4 * stopped:
                 raise KeyboardInterrupt
 
-        handle = model.register_forward_pre_hook(interrupt)
+        handle = watch(model, interrupt)
         with pytest.raises(KeyboardInterrupt):
             sf.run(wrapped(model), PROMPTS, job(), **OPTIONS, checkpoint=folder)
         handle.remove()

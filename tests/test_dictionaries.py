@@ -26,7 +26,9 @@ from helpers import (
     unit,
     wrapped,
 )
+from saefeat.dictionaries.excerpt import Excerpt
 from saefeat.dictionaries.weights import InMemory, OnDisk
+from saefeat.kernel.encode import encode
 
 D_IN, D_SAE, K = 16, 40, 5
 ALL = [*ARCHITECTURES, *TRANSCODERS]
@@ -261,6 +263,33 @@ def test_centering_subtracts_the_mean():
         ours.encode(x), plain.encode(x - x.mean(-1, keepdim=True)), atol=1e-5, rtol=1e-5
     )
     assert (ours.encode(x) - plain.encode(x)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("subtract", [True, False])
+def test_the_mean_goes_before_the_norm(tmp_path, architecture, norm, subtract):
+    """As sae-lens computes on the centered stream: a length taken with the mean in it is another.
+
+    Values with a mean of 3 have a length that is most of all the mean's.
+    """
+    theirs = lens_sae(
+        architecture, normalize_activations=norm, apply_b_dec_to_input=subtract,
+        metadata={"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+    )  # fmt: skip
+    theirs.save_model(tmp_path)
+    x = torch.randn(2, 5, D_IN) + 3
+    mean = x.mean(-1, keepdim=True)
+    with torch.no_grad():
+        f, out = theirs.encode(x - mean), theirs(x - mean)
+    sae = sf.load_sae(tmp_path)
+    for one in (sae, Excerpt.of(sae, [tuple(range(D_SAE))])):
+        torch.testing.assert_close(one.encode(x), f, atol=1e-4, rtol=1e-4)
+    # the mean is in the stream, and no part of the SAE
+    torch.testing.assert_close(sae.reconstruct(x), out + mean, atol=1e-4, rtol=1e-4)
+    one, error = encode(sae.error().columns(torch.tensor([0])), x)
+    torch.testing.assert_close(error, x - mean - out, atol=1e-4, rtol=1e-4)
+    assert one.unique().item() == 1.0
 
 
 def test_excluded_tokens_come_from_the_file(tmp_path):

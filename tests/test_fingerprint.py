@@ -5,7 +5,9 @@ Two dictionaries or two models with one fingerprint would hand the results of on
 
 from __future__ import annotations
 
+import copy
 import os
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -213,6 +215,129 @@ def attention(model):
     return model.model.layers[0].self_attn
 
 
+def bare(identity):
+    """Without the tokenizer, which a plain Hugging Face model has not."""
+    return identity | {"tokenizer": None}
+
+
+class Scaled:
+    """A callable with a setting, in place of a function."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+def times(factor, x):
+    return x * factor
+
+
+def closing_over(value):
+    return lambda x: x * value
+
+
+def replaced(function):
+    def change(model):
+        model.model.layers[1].mlp.forward = function
+
+    return change
+
+
+def activated(function):
+    def change(model):
+        del model.model.layers[1].mlp.act_fn
+        model.model.layers[1].mlp.act_fn = function
+
+    return change
+
+
+def hooked(register, value):
+    return lambda model: getattr(model.model.layers[1].mlp, register)(
+        lambda module, args, out=None, kept=value: out if out is None else out * kept
+    )
+
+
+ONE, TWO = torch.full((D,), 1.0), torch.full((D,), 2.0)
+PAIRS = {
+    "a partial": (replaced(partial(times, 2.0)), replaced(partial(times, 3.0))),
+    "a callable": (replaced(Scaled(2.0)), replaced(Scaled(3.0))),
+    "another object's method": (replaced(Scaled(2.0).__call__), replaced(Scaled(3.0).__call__)),
+    "a closed-over tensor": (replaced(closing_over(ONE)), replaced(closing_over(TWO))),
+    "a closed-over module": (
+        replaced(closing_over(torch.nn.Linear(4, 4))), replaced(closing_over(torch.nn.Linear(4, 4)))
+    ),
+    "a closed-over object": (replaced(closing_over(Scaled(2))), replaced(closing_over(Scaled(3)))),
+    "a default": (activated(lambda x, k=2.0: x * k), activated(lambda x, k=3.0: x * k)),
+    "a function of torch": (activated(torch.tanh), activated(torch.relu)),
+    "a callable activation": (activated(Scaled(2.0)), activated(Scaled(3.0))),
+    "a tensor kept": (
+        lambda model: setattr(attention(model), "steer", ONE),
+        lambda model: setattr(attention(model), "steer", [TWO]),
+    ),
+    "a hook's tensor": (
+        hooked("register_forward_hook", ONE), hooked("register_forward_hook", TWO)
+    ),
+    "a hook at the input": (lambda model: None, hooked("register_forward_pre_hook", 1.0)),
+    "a hook on gradients": (lambda model: None, hooked("register_full_backward_hook", 1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_models_that_differ_in_code_or_hooks_are_told_apart(name):
+    found = []
+    for change in PAIRS[name]:
+        model = build("llama")
+        change(model)
+        found.append(model_identity(model))
+        assert model_identity(model) == found[-1]
+    assert [key for key in found[0] if found[0][key] != found[1][key]] == ["computation"]
+
+
+def test_how_attention_is_computed_is_part_of_it():
+    models = [build("llama"), build("llama")]
+    models[1].config._attn_implementation = "eager"
+    assert model_identity(models[0])["configuration"] != model_identity(models[1])["configuration"]
+
+
+def test_the_tokenizer_is_part_of_it():
+    """Rules for special tokens, roles, stops and words of a metric mean other ids with another."""
+    before = model_identity(wrapped(build("llama")))
+    nn = wrapped(build("llama"))
+    nn.tokenizer = copy.deepcopy(nn.tokenizer)
+    assert model_identity(nn) == before
+    nn.tokenizer.add_special_tokens({"additional_special_tokens": ["w3"]})
+    special = model_identity(nn)
+    nn.tokenizer.chat_template = "{{ messages }}"
+    template = model_identity(nn)
+    for one, other in ((before, special), (special, template)):
+        assert [key for key in one if one[key] != other[key]] == ["tokenizer"]
+
+
+def test_a_block_that_edits_the_model_is_refused():
+    nn = wrapped(build("llama"))
+    step, refused = sf.Ablate(make_sae().latents([1])), sf.errors.CheckpointError
+    with torch.no_grad(), sf.hooked(nn, step), pytest.raises(refused, match=r"hooked.*Try:"):
+        forward(nn._module, batch_of())
+        model_identity(nn)
+    assert model_identity(nn)
+
+
+def test_what_contains_itself_is_refused():
+    endless: list = []
+    endless.append(endless)
+    ring: dict = {"a": {}}
+    ring["a"]["b"] = ring
+    deep: object = 1
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (endless, ring, deep):
+        with pytest.raises(sf.errors.CheckpointError, match=r"contains itself.*Try:"):
+            digest(value)
+    assert digest([[], []]) and digest((ONE, ONE))
+
+
 CHANGES = {
     "epsilon": lambda model: setattr(model.model.norm, "variance_epsilon", 0.1),
     "attention scaling": lambda model: setattr(attention(model), "scaling", 0.5),
@@ -232,7 +357,7 @@ def test_what_a_model_computes_is_part_of_its_identity(name):
     CHANGES[name](model)
     after = model_identity(model)
     assert [key for key in before if before[key] != after[key]] == ["computation"]
-    assert model_identity(wrapped(model)) == after, "nnsight's own wrapper is no change"
+    assert bare(model_identity(wrapped(model))) == after, "nnsight's own wrapper is no change"
 
 
 def test_ambient_torch_state_is_part_of_it():
@@ -256,7 +381,8 @@ def test_a_traced_model_is_the_same_model():
     sf.run(nn, RAGGED, sf.Ablate(make_sae().latents([1])))
     with torch.no_grad(), sf.hooked(nn, sf.Ablate(make_sae().latents([1]))):
         forward(nn._module, batch_of())
-    assert model_identity(nn) == before == model_identity(build("llama"))
+    assert model_identity(nn) == before
+    assert bare(before) == model_identity(build("llama"))
 
 
 class Adapted(torch.nn.Linear):

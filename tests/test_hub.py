@@ -104,6 +104,7 @@ RULES = [
     sf.Tokens.prompt() & ~sf.Tokens.first(1),
     sf.Tokens.last(2) | sf.Tokens.generated(),
     sf.Tokens.generated(1, 3),
+    sf.Tokens.positions(2) | ~sf.Tokens.positions(1, 4),
     sf.Tokens.ids(4, 8, 13) | sf.Tokens.special(),
 ]
 
@@ -202,6 +203,7 @@ def test_every_rule_there_is_is_listed(tmp_path):
         "special": sf.Tokens.special(),
         "first": sf.Tokens.first(2),
         "last": sf.Tokens.last(3),
+        "positions": sf.Tokens.positions(2),
         "generated": sf.Tokens.generated(2),
         "ids": sf.Tokens.ids(1, 2),
         "role": sf.Tokens.role("user"),

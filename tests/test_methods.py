@@ -15,6 +15,7 @@ from helpers import (
     build,
     make_sae,
     unit,
+    watch,
     wrapped,
 )
 from test_attribution import close, dense, grab, run_with, score_metric
@@ -291,11 +292,11 @@ def test_an_interrupted_attribution_goes_on(tmp_path):
         if len(passes) > 8:
             raise Stop
 
-    handle = model.model.layers[0].register_forward_hook(stop)
+    handle = watch(model.model.layers[0], stop)
     with pytest.raises(Stop):
         job(nn, prompts, batch_size=2, steps_at_once=1, checkpoint=tmp_path / "job")
     handle.remove()
-    handle = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    handle = watch(model.model.layers[0], lambda *_: passes.append(1))
     passes.clear()
     again = job(nn, prompts, batch_size=2, steps_at_once=1, checkpoint=tmp_path / "job")
     needed = len(passes)

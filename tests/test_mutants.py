@@ -153,7 +153,7 @@ MUTANTS = {
         "test_conditions.py",
     ),
     "special tokens included": Mutant(
-        "return ~Tokens.ids(*excluded) if excluded else Tokens.all()",
+        "return Tokens.all() if rule is None else _without(rule, model)",
         "return Tokens.all()",
         failure("bos_and_special_tokens_are_included"),
     ),

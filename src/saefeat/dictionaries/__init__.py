@@ -3,6 +3,8 @@
 * ``latents``: what a dictionary must offer, and ``Latents``, a selection.
 * ``by_site``: ``Dictionaries``, one dictionary a site.
 * ``sae``, ``direction`` (with neurons and functions), ``excerpt``: the kinds.
+* ``finite``: numbers that are no numbers, refused when they are read.
+* ``exclusion``: which tokens a dictionary was not trained on.
 * ``weights``: tensors in memory or on disk, read a slice at a time.
 * ``contract``: ``check_dictionary``, which holds your own dictionary against what is promised.
 """

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError, LatentError
+from ..kernel.encode import NORMS
 from ..model.sites import Site
+from .exclusion import Excluded
 from .latents import Dictionary, Latents
-from .sae import NORMS
 from .weights import require_shape
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -65,7 +66,7 @@ class Excerpt(Dictionary):
         d_out: width of the write site.
         d_sae: latents of the original.
         name: the original's name.
-        excluded: token ids that edits and readings skip, or ``"special"``.
+        excluded: tokens that edits and readings skip: ids, ``"special"``, or a token rule.
         origin: where the original came from.
         fingerprint: the original's.
         centered: whether the original reads x − mean(x), which only LayerNorm models allow.
@@ -92,7 +93,7 @@ class Excerpt(Dictionary):
         d_out: int,
         d_sae: int,
         name: str,
-        excluded: tuple[int, ...] | str,
+        excluded: Excluded,
         origin: object,
         fingerprint: str,
         centered: bool = False,

@@ -23,6 +23,8 @@ from ..files.hashing import digest
 from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
+from .exclusion import Excluded, untrained
+from .finite import only_finite
 
 
 class Dictionary(ABC):
@@ -39,8 +41,9 @@ class Dictionary(ABC):
         d_out: width of the write site.
         d_sae: number of latents.
         name: a short label for reports.
-        excluded: token ids the dictionary was not trained on, or ``"special"`` for all special
-            tokens; edits and readings skip them by default.
+        excluded: tokens it was not trained on, which edits and readings skip by default: token
+            ids, ``"special"`` for all special tokens, or a token rule, such as
+            ``sf.Tokens.positions(0, 1)``. It can be set on any dictionary.
         origin: where it was loaded from, for provenance; None for tensors made in memory.
         declared: what its files say of its training, for ``verify``; None for tensors in memory.
         prefix: whether a latent depends on earlier tokens of its sequence.
@@ -58,7 +61,7 @@ class Dictionary(ABC):
     d_out: int
     d_sae: int
     name: str
-    excluded: tuple[int, ...] | str = ()
+    excluded: Excluded = ()
     origin: object = None
     declared: Any = None
     prefix: bool = False
@@ -66,6 +69,8 @@ class Dictionary(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        for name in {"columns", "directions"} & set(vars(cls)):
+            setattr(cls, name, only_finite(vars(cls)[name]))
         in_requests(cls, stay_here)
 
     @abstractmethod
@@ -130,7 +135,8 @@ class Dictionary(ABC):
 
     def __repr__(self) -> str:
         at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"
-        return f"{type(self).__name__}({self.name!r}, {at}, {self.d_in} x {self.d_sae})"
+        skips = f", without {untrained(self.excluded)}" if self.excluded else ""
+        return f"{type(self).__name__}({self.name!r}, {at}, {self.d_in} x {self.d_sae}{skips})"
 
 
 def cast(columns: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from ..errors import DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import decoder_of, encode
 from ..model.sites import Site
+from .exclusion import Excluded, untrained
+from .finite import require_finite
 from .latents import Dictionary, cast
 from .weights import InMemory, Weights, require_shape
 
@@ -39,8 +41,6 @@ ACTIVATIONS = {
 """sae-lens architecture → activation function of the kernel."""
 
 _EXTRA = {"relu": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
-_PARTS = {"threshold", "b_gate", "b_mag", "r_mag"}
-"""Tensors that change the latents of the architectures that have them."""
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 
@@ -63,7 +63,7 @@ class SAE(Dictionary):
             ``reconstruct`` gives.
         k: active latents, for topk kinds.
         rescale: sae-lens's ``rescale_acts_by_decoder_norm``.
-        excluded: token ids it was not trained on, or ``"special"``.
+        excluded: tokens it was not trained on: ids, ``"special"``, or a token rule.
         name: a label for reports.
 
     Raises:
@@ -88,7 +88,7 @@ class SAE(Dictionary):
         centered: bool = False,
         k: int | None = None,
         rescale: bool = False,
-        excluded: tuple[int, ...] | str = (),
+        excluded: Excluded = (),
         name: str = "sae",
     ) -> None:
         self.site = Site.parse(site)
@@ -98,6 +98,7 @@ class SAE(Dictionary):
         self.excluded, self.name = excluded, name
         self._weights = weights
         self._hashed: tuple[object, str] | None = None
+        untrained(excluded)
         _one_of("architecture", architecture, ACTIVATIONS)
         _one_of("norm", norm, NORMS)
         self.activation = ACTIVATIONS[architecture]  # the kernel's name for it
@@ -138,7 +139,8 @@ class SAE(Dictionary):
         # b_dec is subtracted after the input normalization and the centering, so it folds into
         # the bias, by the encoder as it is.
         shift = weights.read("b_dec") @ encoder if self.subtract_bias else 0.0  # [k]
-        columns: dict[str, Any] = {"activation": self.activation, "norm": self.norm}
+        norm = norm_of(self.norm, self.centered)
+        columns: dict[str, Any] = {"activation": self.activation, "norm": norm}
         if self.activation == "gated":
             gain = weights.take("r_mag", encoded).exp()
             columns |= {"gain": gain, "gate_bias": weights.take("b_gate", encoded) - shift}
@@ -155,12 +157,12 @@ class SAE(Dictionary):
         if self._rescaled:
             norms = weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
-            directions = directions / directions.norm(dim=1, keepdim=True)
+            directions = _unit(directions)
         return columns | {"encoder": encoder, "directions": directions}
 
     def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
         rows = self._weights.take("W_dec", self._index(indices))  # without touching the encoder
-        return rows / rows.norm(dim=1, keepdim=True) if self._rescaled else rows
+        return _unit(rows) if self._rescaled else rows
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """The SAE's own reconstruction of x (or of the write site's value, for a transcoder).
@@ -176,8 +178,10 @@ class SAE(Dictionary):
         x = x.to(dtype)
         f, scale = encode(columns, x)
         out = decoder_of(columns).decode(f, x, scale)
-        if "W_skip" in self._weights.names():
-            out = out + x @ self._weights.read("W_skip").to(x.device, dtype).T
+        if "W_skip" in self._wanted():
+            skip = self._weights.read("W_skip")
+            require_finite(self, {"W_skip": skip})
+            out = out + x @ skip.to(x.device, dtype).T
         return out
 
     def error(self) -> ErrorTerm:
@@ -194,11 +198,10 @@ class SAE(Dictionary):
     def _whole(self) -> dict[str, Any]:
         """All columns, with the decoder and its bias."""
         columns = self.columns(torch.arange(self.d_sae))
-        return columns | {
-            "decoder": columns["directions"],
-            "decoder_bias": self._weights.read("b_dec"),
-            "centered": self.centered,
-        }
+        bias = {"decoder_bias": self._weights.read("b_dec")}
+        require_finite(self, bias)
+        whole = {"decoder": columns["directions"], "centered": self.centered}
+        return columns | whole | bias
 
     def content(self, indices: Tensor) -> object:
         encoded = torch.arange(self.d_sae) if self.joint else indices
@@ -234,15 +237,17 @@ class SAE(Dictionary):
     def _wanted(self) -> set[str]:
         """The tensors that an SAE of this architecture has."""
         bias = () if self.activation == "gated" else ("b_enc",)
-        skip = ("W_skip",) if "skip" in self.architecture else ()
+        # Layouts beside sae-lens's have it without saying so in the name of an architecture.
+        may = "transcoder" in self.architecture or self.joint
+        skips = "skip" in self.architecture or (may and "W_skip" in self._weights.names())
+        skip = ("W_skip",) if skips else ()
         return {"W_enc", "W_dec", "b_dec", *bias, *skip, *_EXTRA.get(self.activation, ())}
 
     def _check_tensors(self) -> None:
         """Refuse an SAE without the tensors of its architecture, or with those of another."""
         wanted, there = self._wanted(), self._weights.names()
         missing = sorted(wanted - there)
-        # Tensors that would change the latents, had the architecture been declared.
-        strange = sorted(_PARTS & there - wanted)
+        strange = sorted(there - wanted)  # whoever made them computes something with them
         parameter, cause = "weights", "a file of another architecture, or a renamed tensor"
         if missing:
             got = f"without {', '.join(missing)}"
@@ -251,7 +256,8 @@ class SAE(Dictionary):
         elif strange:
             parameter = "architecture"
             got = f"{self.architecture}, with {', '.join(strange)} among the weights, unused there"
-            cause = "an architecture that is not declared; without these its latents differ"
+            cause = "an architecture that is not declared, or one that computes more; without"
+            cause += " these it computes something else"
         else:
             return
         raise DictionaryError(
@@ -272,6 +278,8 @@ class SAE(Dictionary):
         require_shape("b_dec", shape("b_dec"), (d_out,))
         for name in self._wanted() - {"W_enc", "W_dec", "b_dec", "W_skip"}:
             require_shape(name, shape(name), (d_sae,))
+        if "W_skip" in self._wanted():
+            require_shape("W_skip", shape("W_skip"), (d_out, d_in))
         if self.site != self.write_site:
             if self.norm != "none":  # its scale belongs to the input, its directions to the output
                 _one_of("norm of a transcoder", self.norm, ("none",))
@@ -306,6 +314,8 @@ class ErrorTerm(Dictionary):
     def __init__(self, sae: SAE) -> None:
         if sae.site != sae.write_site:
             _one_of("kind of dictionary", "a transcoder", ("an SAE, to have an error term",))
+        if "W_skip" in sae._wanted():
+            _one_of("kind of dictionary", "an SAE with W_skip", ("an SAE without, for its error",))
         self._sae = sae
         self.site = self.write_site = sae.site
         self.d_in = self.d_out = sae.d_in
@@ -320,6 +330,17 @@ class ErrorTerm(Dictionary):
 
     def content(self, indices: Tensor) -> object:
         return "error", self._sae.fingerprint()
+
+
+def norm_of(norm: str, centered: bool) -> str:
+    """The kernel's norm. A mean folds into the encoder, but a length must be taken without it."""
+    return "centered_norm_rescale" if centered and norm == "constant_norm_rescale" else norm
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1; a row of zeros is a latent without a direction, and stays one."""
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows / torch.where(norms == 0, 1.0, norms)
 
 
 def _one_of(parameter: str, got: str, wanted: Iterable[str]) -> None:

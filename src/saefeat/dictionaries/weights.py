@@ -7,11 +7,12 @@ names.
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -94,6 +95,7 @@ class OnDisk(Weights):
                 self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error, "safetensors file") from error
+        _refuse_training(path, names)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._shapes)
@@ -232,6 +234,11 @@ class Mapped(Weights):
         views: sae-lens name → where it lies; what is not listed is not there.
         constants: tensors the file does not hold as such, [d_sae] each (one threshold for all
             latents, a bias of zeros), kept in memory.
+        aside: tensors of the file that were read otherwise, or change nothing that is computed.
+
+    Raises:
+        DictionaryError: for a tensor that is missing, or one that nothing here reads: the file
+            is then another function of its tensors than the one computed.
     """
 
     def __init__(
@@ -239,6 +246,7 @@ class Mapped(Weights):
         source: Weights,
         views: Mapping[str, View],
         constants: Mapping[str, Tensor] | None = None,
+        aside: Iterable[str] = (),
     ) -> None:
         self._source, self._views = source, dict(views)
         self._constants = InMemory(constants or {})
@@ -249,6 +257,15 @@ class Mapped(Weights):
                 f" has; it holds {', '.join(sorted(source.names()))}. Likely cause: another layout"
                 " or architecture than its configuration declares. Try: fetch the file again, or"
                 " convert it to sae-lens's native layout"
+            )
+        read = {view.name for view in self._views.values()}
+        unread = sorted(source.names() - read - set(aside))
+        if unread:
+            raise DictionaryError(
+                f"load_sae: `folder` is a file with {', '.join(unread[:6])}, wanted tensors that"
+                " its layout has. Likely cause: an SAE that computes more than this version knows,"
+                " or a training checkpoint with its optimizer. Try: the final file of its training,"
+                " or an SAE without them"
             )
 
     def names(self) -> frozenset[str]:
@@ -319,6 +336,25 @@ def _stamp_of(path: Path) -> tuple[object, ...]:
     """A file's path, size, time of change and inode."""
     about = path.stat()
     return str(path), about.st_size, about.st_mtime_ns, about.st_ino
+
+
+_STATE = re.compile(
+    r"(^|[./])(optim(izer)?|scheduler|lr_scheduler|exp_avg(_sq)?|momentum_buffer)([./_]|$)"
+    r"|(^|[./])(num_tokens|n_forward_passes)_since_fired$|(^|[./])act_freq_scores$"
+)
+"""Names of tensors that a training keeps beside the SAE's own, to go on from."""
+
+
+def _refuse_training(path: Path, names: Iterable[str]) -> None:
+    """Refuse a training checkpoint by what it is: it is whole, but no SAE."""
+    state = [name for name in sorted(names) if _STATE.search(name)]
+    if state:
+        raise DictionaryError(
+            f"load_sae: `path` is {path}, which holds the state of a training ({state[0]}), wanted"
+            " the tensors of an SAE alone. Likely cause: a training checkpoint, from which a"
+            " trainer goes on. Try: sae.save_inference_model(folder) in sae-lens, or the final"
+            " file of the training"
+        )
 
 
 def _unreadable(path: Path, error: Exception, kind: str) -> DictionaryError:

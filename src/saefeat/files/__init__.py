@@ -2,5 +2,6 @@
 
 * ``container``: safetensors with a JSON document and a hash.
 * ``checkpoint``: the finished batches of a long job.
+* ``paths``: ``~`` in a path.
 * ``hashing``: the one content hash.
 """

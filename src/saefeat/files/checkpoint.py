@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, FileError
 from .container import PARTIAL, pack, read, seal, unseal, write
+from .paths import expanded
 
 FORMAT, VERSION = "saefeat.checkpoint", 1
 LARGEST = 1 << 40
@@ -59,7 +60,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         if self.folder is None:
             return self
-        folder = Path(self.folder)
+        folder = self._path()
         if folder.exists() and not folder.is_dir():
             raise _no_folder(self.function, folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,10 @@ class Checkpoint:
         write(self._file(number), pack(document, tensors, self.function), self.function)
 
     def _file(self, number: int) -> Path:
-        return Path(self.folder or "") / f"batch-{number:06d}.safetensors"
+        return self._path() / f"batch-{number:06d}.safetensors"
+
+    def _path(self) -> Path:
+        return expanded(self.folder or "", self.function, "checkpoint", CheckpointError)
 
 
 def _identity(function: str, name: Path) -> dict[str, Any]:

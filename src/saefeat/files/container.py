@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import FileError
 from .hashing import canonical, content_hash, raw
+from .paths import expanded
 
 MAX_HEADER = 16 * 2**20
 """Bytes of header a reader accepts; a header is parsed whole."""
@@ -142,7 +143,7 @@ def pack(document: dict[str, Any], tensors: Mapping[str, Tensor], function: str)
 def write(path: str | Path, data: bytes, function: str) -> Path:
     """Write a file whole or not at all: to a name beside it, then renamed over it."""
     try:
-        target = Path(path)
+        target = expanded(path, function, error=FileError)
         beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
         try:
             with beside.open("xb") as file:
@@ -162,7 +163,7 @@ def write(path: str | Path, data: bytes, function: str) -> Path:
 def read(path: str | Path, function: str, max_bytes: int = MAX_BYTES) -> Contents:
     """Read a file strictly; nothing larger than the file itself is ever allocated."""
     try:
-        with Path(path).open("rb") as file:
+        with expanded(path, function, error=FileError).open("rb") as file:
             about = os.fstat(file.fileno())
             size = about.st_size
             if not stat.S_ISREG(about.st_mode):  # a device or a pipe may have no end

@@ -39,7 +39,14 @@ def digest(*values: object) -> str:
     is not seen. What has a ``fingerprint`` is hashed by it.
     """
     tensors: dict[str, Tensor] = {}
-    return content_hash([_plain(value, tensors) for value in values], tensors)[:16]
+    try:
+        return content_hash([_plain(value, tensors) for value in values], tensors)[:16]
+    except RecursionError:  # also of what is merely nested too deeply to be written down
+        raise CheckpointError(
+            "checkpoint: `identity` is an object that contains itself, or is nested without end,"
+            " wanted values that can be written down. Likely cause: a list or dictionary that was"
+            " put into itself. Try: plain values, or a dataclass of them"
+        ) from None
 
 
 def canonical(document: object) -> str:
@@ -162,23 +169,56 @@ def _row_sums(tensor: Tensor) -> Tensor:
 _SKIPPED = {*nn.Module().__dict__, "forward", "name_or_path", "_name_or_path"}
 """Attributes of a module that torch keeps for itself, or that only say where it was loaded from."""
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Tensor)
 
 
 def computation(module: nn.Module) -> str:
-    """A hash of what a module computes with its weights: its parts' classes, code and settings.
+    """A hash of what a module computes with its weights.
 
-    Settings are plain attributes (a norm's epsilon, attention's scaling, an active adapter's
-    name); code is ``forward``, also one put in place of the class's on one instance.
+    Settings are plain attributes and tensors (a norm's epsilon, attention's scaling, an active
+    adapter's name, a vector that is added); code is ``forward``, also one put in place of the
+    class's on one instance, and hooks, with all that they enclose.
+
+    Raises:
+        CheckpointError: inside a ``hooked`` block, whose edits are no part of the model.
     """
+    own = {id(part) for part in module.modules()}
     parts = []
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if key not in _SKIPPED}
         plain = {key: value for key, value in settings.items() if _is_plain(value)}
-        functions = {key: _codes(value) for key, value in settings.items() if callable(value)}
+        functions = {key: _codes(value, own) for key, value in settings.items() if callable(value)}
         kind = f"{type(part).__module__}.{type(part).__qualname__}"
-        parts.append([name, kind, plain, functions, _codes(_forward(part))])
+        code = _codes(_forward(part), own)
+        parts.append([name, kind, plain, functions, code, _hooks(part, own)])
     return digest(parts)
+
+
+def _hooks(part: nn.Module, own: set[int]) -> list[object]:
+    """Which hooks of somebody's making a module has; nnsight's only look."""
+    found: list[object] = []
+    for kind in _HOOKS:
+        for hook in (getattr(part, kind, None) or {}).values():
+            place = _place(hook)
+            if place.startswith("saefeat."):
+                raise CheckpointError(
+                    "checkpoint: `model` is inside a `hooked` block, wanted the model itself."
+                    " Likely cause: the block's edits would be taken for the model. Try: the call"
+                    " outside the block, with the edits as its intervention"
+                )
+            if not place.startswith("nnsight."):
+                found.append([kind, place, _codes(hook, own)])
+    return found
+
+
+def _place(hook: object) -> str:
+    """The Python module that a hook is from."""
+    while isinstance(hook, partial | MethodType):
+        hook = hook.func if isinstance(hook, partial) else hook.__func__
+    named = hook if hasattr(hook, "__qualname__") else type(hook)
+    return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"
 
 
 def _is_plain(value: object) -> bool:
@@ -186,7 +226,7 @@ def _is_plain(value: object) -> bool:
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+    return isinstance(value, _PLAIN) and not getattr(value, "is_meta", False)
 
 
 def _forward(module: nn.Module) -> object:
@@ -198,19 +238,60 @@ def _forward(module: nn.Module) -> object:
     return function or type(module).forward
 
 
-def _codes(function: object) -> list[object]:
-    """The code of a function and of all that it wraps or encloses, with enclosed plain values."""
+def _codes(function: object, own: set[int]) -> list[object]:
+    """The code of a function and of all that it wraps, encloses or is bound to, with their values.
+
+    Modules of the model itself (``own``) are hashed where they stand.
+    """
     codes: list[object] = []
-    waiting, seen = [function], set[int]()
+    waiting, seen = [function], set[int](own)
     while waiting:
         one = waiting.pop()
-        one = one.__func__ if isinstance(one, MethodType) else one
-        if isinstance(one, FunctionType) and id(one) not in seen:
-            seen.add(id(one))
-            inside = list(_enclosed(one).values())
-            codes += [list(_code(one.__code__)), [v for v in inside if _is_plain(v)]]
-            waiting += [*inside, getattr(one, "__wrapped__", None)]
+        if id(one) in seen or _is_plain(one):
+            continue
+        seen.add(id(one))
+        values = list(_inside(one))
+        codes += [_written(one), [value for value in values if _is_plain(value)]]
+        waiting += values
     return codes
+
+
+def _written(one: object) -> object:
+    """What is written of a function or an object, without its values."""
+    if isinstance(one, FunctionType):
+        return list(_code(one.__code__))
+    if isinstance(one, nn.Module):  # not of this model: its weights are in nobody else's hash
+        return [_place(one), weights(one)]
+    return _place(one)
+
+
+def _inside(one: Any) -> Iterator[object]:
+    """The values that a function or an object computes with."""
+    if isinstance(one, FunctionType):
+        yield from (*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values())
+        yield from _enclosed(one).values()
+        yield getattr(one, "__wrapped__", None)
+    elif isinstance(one, MethodType):
+        yield from (one.__func__, one.__self__)
+    elif isinstance(one, partial):
+        yield from (one.func, *one.args, *one.keywords.values())
+    elif isinstance(one, list | tuple):
+        yield from one
+    elif isinstance(one, Mapping):
+        yield from one.values()
+    elif not isinstance(one, type):
+        yield from (value for _, value in sorted(_attributes(one)))
+        calls = [vars(kind).get("__call__") for kind in type(one).__mro__]
+        yield from [call for call in calls if isinstance(call, FunctionType)][:1]
+
+
+def _attributes(one: object) -> Iterator[tuple[str, object]]:
+    """An object's plain attributes and functions; what lies deeper is somebody else's state."""
+    skipped = _SKIPPED if isinstance(one, nn.Module) else ()
+    for name, value in getattr(one, "__dict__", {}).items():
+        simple = _is_plain(value) or isinstance(value, FunctionType | MethodType | partial)
+        if simple and name not in skipped:
+            yield name, value
 
 
 def _enclosed(function: FunctionType) -> dict[str, object]:

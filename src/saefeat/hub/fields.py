@@ -95,6 +95,7 @@ RULES = {
     "special": (),
     "first": ("count",),
     "last": ("count",),
+    "positions": ("start", "stop"),
     "generated": ("start", "stop"),
     "ids": ("ids",),
     "role": ("text",),

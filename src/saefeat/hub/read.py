@@ -166,6 +166,8 @@ class Reader:
         for need, part in zip(wanted, rule[1:], strict=True):
             if not checks[need](part):
                 raise self._broken(f"{brief(part)} in Tokens.{kind}", need)
+        if kind == "positions":
+            self._build(Tokens.positions, dict(zip(wanted, rule[1:], strict=True)), "a token rule")
         inner = {"rule": self._rule, "ids": tuple}
         parts = zip(wanted, rule[1:], strict=True)
         return (kind, *(inner[need](part) if need in inner else part for need, part in parts))
@@ -245,8 +247,11 @@ class Reader:
         origin, excluded = entry.get("origin"), entry.get("excluded")
         if isinstance(excluded, list) and all(map(natural, excluded)):
             excluded = tuple(excluded)
+        elif isinstance(excluded, dict) and set(excluded) == {"tokens"}:
+            excluded = Tokens(self._rule(excluded["tokens"]))
         elif excluded != "special":
-            raise self._broken(f"excluded {brief(excluded)}", '"special" or token ids')
+            wanted = '"special", token ids or a token rule'
+            raise self._broken(f"excluded {brief(excluded)}", wanted)
         given = {
             "selections": columns,
             "site": site,

@@ -135,7 +135,8 @@ class Writer:
         excerpt = cut(dictionary, selections)
         columns = [excerpt._selections[indices] for indices in selections]
         self._columns(number, columns, repr(dictionary))
-        excluded = excerpt.excluded
+        skips = excerpt.excluded
+        excluded = {"tokens": rule(skips.rule, "excluded")} if isinstance(skips, Tokens) else skips
         return {
             **entry,
             **{k: v for k, v in columns[0].items() if not isinstance(v, Tensor)},
@@ -144,7 +145,7 @@ class Writer:
             "d_in": excerpt.d_in,
             "d_out": excerpt.d_out,
             "d_sae": excerpt.d_sae,
-            "excluded": excluded if isinstance(excluded, str) else list(excluded),
+            "excluded": list(excluded) if isinstance(excluded, tuple) else excluded,
             "origin": source(excerpt.origin),
             "fingerprint": label(excerpt.fingerprint()),
             **({"centered": True} if excerpt.centered else {}),

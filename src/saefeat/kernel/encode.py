@@ -20,7 +20,8 @@ key              shape          meaning
 ``gain``         [k]            gated only: exp(r_mag)
 ``k``            int            topk kinds only: how many latents stay active
 ``selected``     [k]            topk kinds only: which of the d_sae latents were asked for
-``norm``         str            none | layer_norm | constant_norm_rescale
+``norm``         str            none | layer_norm | constant_norm_rescale |
+                                centered_norm_rescale
 ``inner``        str            error only: the activation function of the SAE
 ``decoder``      [d_sae, d]     error only, with ``decoder_bias`` [d] and ``centered``,
                                 whether it decodes x less its mean
@@ -154,6 +155,18 @@ class ConstantNorm(Frozen):
         return x / scale.clamp(min=torch.finfo(x.dtype).tiny), scale  # a zero stays zero
 
 
+class CenteredNorm(Frozen):
+    """x less its mean, with a norm of sqrt(d_in)."""
+
+    def normalize(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch 1"]]:
+        """The value an SAE of a centered stream was trained on, and the scale that undoes it."""
+        centered = x - x.mean(dim=-1, keepdim=True)
+        scale = centered.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return centered / scale.clamp(min=torch.finfo(x.dtype).tiny), scale
+
+
 class Decoder(Frozen):
     """The reconstruction from all latents."""
 
@@ -203,7 +216,12 @@ class Called(Frozen):
         return self.function(z), scale
 
 
-NORMS = {"none": None, "layer_norm": LayerNorm(), "constant_norm_rescale": ConstantNorm()}
+NORMS = {
+    "none": None,
+    "layer_norm": LayerNorm(),
+    "constant_norm_rescale": ConstantNorm(),
+    "centered_norm_rescale": CenteredNorm(),
+}
 
 
 def encoder_of(columns: dict[str, Any]) -> AnyEncoder:

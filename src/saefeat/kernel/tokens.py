@@ -53,6 +53,10 @@ def matches(rule: tuple, view: View) -> Bool[Tensor, "b t"]:
     position, lengths = view.position, view.lengths
     if kind == "all":
         return torch.ones_like(position, dtype=torch.bool)
+    if kind == "positions":  # of the whole text: needs no prompt's length, unlike the next ones
+        start, stop = rest
+        late = position >= start
+        return late if stop is None else late & (position < stop)
     if kind == "not":
         return ~matches(rest[0], view)
     if kind == "and":

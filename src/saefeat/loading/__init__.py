@@ -4,6 +4,7 @@
 * ``layouts``: which layout a folder is in. ``native``, ``dictionary_learning``, ``gemma_scope``,
   ``llama_scope``, ``sparsify`` and ``transcoders`` are one each, and say what its files declare and
   where the tensors lie in them.
+* ``keys``: which keys of a configuration are known.
 * ``declaration``: what a folder declares, and the SAE made from it.
 * ``whole``: SAEs of which no latent can be computed alone.
 * ``directory``, ``released``: the SAEs of a release, chosen before any is read, and read on first

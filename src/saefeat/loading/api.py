@@ -11,6 +11,7 @@ from typing import Any
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError
+from ..files.paths import expanded
 from ..model.sites import Site
 from . import directory, native
 from .declaration import Origin, Source
@@ -56,7 +57,7 @@ def load_sae(
     """
     if not isinstance(folder, str | os.PathLike):
         return from_object(folder, site=site, write_site=write_site)
-    folder = Path(folder)
+    folder = expanded(folder, "load_sae", "folder", DictionaryError)
     name = folder.name
     if name.startswith("average_l0"):  # one of many of that name: with its parents
         name = "/".join(folder.absolute().parts[-3:])
@@ -77,8 +78,8 @@ def load_saes(
     until a dictionary is used. Files come from the Hugging Face cache where they are there.
 
     Args:
-        source: a folder whose subfolders hold SAEs, a release's name, or with ``ids`` any
-            Hugging Face repository of sae-lens native folders.
+        source: a folder of one SAE, or whose subfolders hold SAEs, a release's name, or with
+            ``ids`` any Hugging Face repository of sae-lens native folders.
         sites: keep only these sites, or only this kind of site (``"resid_post"``).
         width: keep only dictionaries of this many latents: a number, or a label (``"65k"``).
         l0: at each site, the dictionary whose known L0 is nearest (the sparser of two).
@@ -99,7 +100,7 @@ def load_saes(
         >>> scope[15].name
         'gemma-scope-2b-pt-res/layer_15/width_65k/average_l0_127'
     """
-    if (folder := Path(source)).is_dir():
+    if (folder := expanded(source, "load_saes", "source", DictionaryError)).is_dir():
         entries = [_entry(path, folder) for path in folders(folder)]
         if not entries:
             raise _no_sae(folder)
@@ -117,7 +118,7 @@ def load_saes(
 
 def _entry(path: Path, parent: Path) -> Entry:
     """What a folder's configuration declares, or why it cannot be read."""
-    name = path.relative_to(parent).as_posix()
+    name = path.name if path == parent else path.relative_to(parent).as_posix()
     layout = detect(path)
     assert layout is not None
     try:
@@ -144,15 +145,25 @@ def _read(
 
 
 def _no_sae(folder: Path) -> DictionaryError:
-    inside = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
-    pickles = sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth")) if inside else []
-    holds = f"holds {', '.join(inside)}" if inside else "is empty or not there"
+    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pickles = [name for name in inside if name.endswith((".pt", ".pth"))]
+    state = [name for name in inside if _TRAINING.match(name)]
+    holds = f"holds {', '.join(inside[:6])}" if inside else "is empty or not there"
     cause = "a wrong path, or an unknown layout"
-    if pickles:
-        cause = f"{pickles[0].name} is a pickle, which is not read"
+    if state:
+        cause = f"a training checkpoint: {state[0]} is the state of a training, and no SAE"
+    elif pickles:
+        cause = f"{pickles[0]} is a pickle, which is not read"
     return DictionaryError(
         f"load_sae: `folder` is {folder}, which {holds}, wanted a folder of one SAE"
         f" ({native.CONFIG} and {native.WEIGHTS}, params.npz, ...), or for load_saes a folder of"
         f" such folders. Likely cause: {cause}. Try: load_sae(folder) for one, load_saes(parent)"
         " for many; sae.save_inference_model(folder) in sae-lens writes the native layout"
     )
+
+
+_TRAINING = re.compile(
+    r"(optimizer|lr_scheduler|scheduler|trainer_state|training_args|state|rng_state|ae_\d+)"
+    r"\w*\.(pt|pth|bin|json|safetensors)$"
+)
+"""Names of the files that trainers keep beside a model to go on from."""

@@ -16,10 +16,12 @@ from typing import Any
 
 from torch import nn
 
+from ..dictionaries.exclusion import Excluded
 from ..dictionaries.sae import SAE
 from ..dictionaries.weights import Weights
 from ..errors import DictionaryError
 from ..model.sites import Site
+from ..text.tokens import Tokens
 
 _UNCENTERED = ("z", "mlp_norm", "mlp_in", "mlp_post")
 """Sites that TransformerLens's center_writing_weights leaves alone: nothing there is written to
@@ -75,6 +77,8 @@ class Facts:
         hook: TransformerLens name of the read site; None where nothing declares it.
         hook_out: of the write site, for a transcoder that declares it.
         transcoder: whether a write site is needed although none is declared.
+        sizes: ``d_in``, ``d_sae`` and ``d_out``, where the configuration has them; the tensors must
+            agree.
         width: latents, where declared.
         l0: active latents a token, where declared.
         model: the model it was trained on, as TransformerLens or the hub names it.
@@ -91,7 +95,8 @@ class Facts:
     centered: bool = False
     k: int | None = None
     rescale: bool = False
-    excluded: tuple[int, ...] | str = ()
+    excluded: Excluded = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
     width: int | None = None
     l0: float | None = None
     model: str | None = None
@@ -117,7 +122,7 @@ _TYPES = (
     (("k", "width"), (int, type(None))),
     (("l0",), (float, int, type(None))),
     (("prepend_bos",), (bool, type(None))),
-    (("excluded",), (tuple, str)),
+    (("excluded",), (tuple, str, Tokens)),
 )
 """Facts → the types they may have."""
 
@@ -180,8 +185,19 @@ def assemble(
         excluded=facts.excluded,
         name=name,
     )
+    _require_sizes(facts, sae, origin)
     sae.origin, sae.declared = origin, facts.declared
     return sae
+
+
+def _require_sizes(facts: Facts, sae: SAE, origin: Origin) -> None:
+    """Refuse a configuration of other widths than the tensors: one of the two is another SAE's."""
+    for name, declared in facts.sizes.items():
+        held = getattr(sae, name)
+        if declared is not None and declared != held:
+            got = f"whose configuration has {name} = {declared!r}, and whose tensors have {held:,}"
+            cause = "the configuration of another SAE, or one of two files fetched"
+            raise refuse(origin.file, got, "the two to agree", cause, "fetch both files again")
 
 
 def no_site(path: object) -> DictionaryError:

@@ -103,4 +103,4 @@ def weights(source: Source) -> Weights:
         root = math.sqrt(file.shape(views["W_enc"].name)[0])
         views["W_enc"] = View(views["W_enc"].name, scale=1 / root)
         views["W_dec"] = View(views["W_dec"].name, scale=root)
-    return Mapped(file, views)
+    return Mapped(file, views, aside=(scaling,) if scaling else ())

@@ -43,10 +43,12 @@ def detect(folder: Path) -> Layout | None:
 
 
 def folders(parent: Path) -> Iterator[Path]:
-    """The SAEs under a folder: its subfolders, or, where none is an SAE, whatever lies deeper."""
+    """The SAEs under a folder: its subfolders, or where none is an SAE the folder itself, or
+    whatever lies deeper.
+    """
     direct = [path for path in sorted(parent.iterdir()) if path.is_dir() and detect(path)]
-    if direct:
-        yield from direct
+    if direct or detect(parent):
+        yield from direct or [parent]
     else:
         deep = sorted(parent.rglob("*"))
         yield from (path for path in deep if path.is_dir() and detect(path))

@@ -17,11 +17,30 @@ import torch
 
 from ..dictionaries.weights import Mapped, OnDisk, View, Weights
 from .declaration import Facts, Source, read_json, refuse, width_in
+from .keys import Known
 
 HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 LOG_THRESHOLD = "log_jumprelu_threshold"
 NORMS = "dataset_average_activation_norm"
+
+
+_KNOWN = Known(
+    used=(
+        *("act_fn", "norm_activation", "hook_point_in", "hook_point_out", "d_sae", "d_model"),
+        *("expansion_factor", "apply_decoder_bias_to_pre_encoder", "top_k", NORMS),
+        "jump_relu_threshold",
+    ),
+    harmless=(
+        # Decoder rows of published files have length 1, so that their norms change nothing.
+        *("sparsity_include_decoder_norm", "decoder_exactly_fixed_norm"),
+        *("force_unit_decoder_norm", "use_batch_norm_mse", "tp_size", "ddp_size"),
+        *("sae_pretrained_name_or_path", "strict_loading", "use_triton_kernel"),
+        *("sparsity_threshold_for_triton_spmm_kernel", "jumprelu_threshold_window"),
+        *("promote_act_fn_dtype", "bias_init_method"),
+    ),
+    fixed={"use_glu_encoder": (False,), "use_decoder_bias": (True,), "sae_type": ("sae",)},
+)
 
 
 def found(folder: Path) -> bool:
@@ -40,6 +59,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def facts(source: Source) -> Facts:
     """What the configuration declares."""
     config = _config(source.folder)
+    _KNOWN.require(config, source.folder)
     act, norm = config.get("act_fn", "jumprelu"), config.get("norm_activation", "dataset-wise")
     if act != "jumprelu" or norm not in ("dataset-wise", "inference", "none"):
         got = f"with act_fn {act!r} and norm_activation {norm!r}"
@@ -49,12 +69,14 @@ def facts(source: Source) -> Facts:
     hook, hook_out = config["hook_point_in"], config.get("hook_point_out")
     transcoder = hook_out not in (None, hook)
     width = config.get("d_sae") or int(config["d_model"] * config.get("expansion_factor", 0))
+    sizes = {"d_in": config["d_model"], "d_sae": width or None}
     return Facts(
         layout="llama_scope",
         hook=hook,
         hook_out=hook_out if transcoder else None,
         architecture="jumprelu_transcoder" if transcoder else "jumprelu",
         subtract_bias=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+        sizes={name: size for name, size in sizes.items() if size},
         width=width or width_in(source.path),
         l0=config.get("top_k"),
     )
@@ -76,7 +98,8 @@ def weights(source: Source) -> Weights:
     else:
         threshold = torch.tensor(config["jump_relu_threshold"] * before)
     d_sae = file.shape("encoder.weight")[0]
-    return Mapped(file, views, {"threshold": threshold.expand(d_sae).contiguous()})
+    aside = [name for name in file.names() if name == LOG_THRESHOLD or name.startswith(NORMS)]
+    return Mapped(file, views, {"threshold": threshold.expand(d_sae).contiguous()}, aside=aside)
 
 
 def _factors(source: Source, config: dict[str, Any], file: OnDisk) -> tuple[float, float]:

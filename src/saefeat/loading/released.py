@@ -14,6 +14,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ..dictionaries.exclusion import Excluded
 from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError
@@ -81,8 +82,12 @@ class Released(Dictionary):
         )
 
     @property
-    def excluded(self) -> tuple[int, ...] | str:  # type: ignore[override]
+    def excluded(self) -> Excluded:  # type: ignore[override]
         return self.sae.excluded
+
+    @excluded.setter
+    def excluded(self, excluded: Excluded) -> None:  # type: ignore[override]
+        self.sae.excluded = excluded
 
     @property
     def declared(self) -> Declared:  # type: ignore[override]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dictionaries.latents import Dictionary
+from ..dictionaries.sae import norm_of
 from ..kernel.encode import NORMS
 from ..model.sites import Site
 from .declaration import Facts, Origin, no_site, refuse
@@ -62,7 +63,7 @@ class Whole(Dictionary):
         return {
             "activation": partial(_encode, self._sae, self.centered, indices),
             "directions": self._sae.W_dec.detach()[indices].float() / self._factor,  # [k, d_out]
-            "norm": self.norm,
+            "norm": norm_of(self.norm, self.centered),
             "prefix": self.prefix,
             "local": f"{self.name} is encoded by a sae-lens object, which cannot be sent",
         }

@@ -207,7 +207,7 @@ def bounds(rule: tuple, view: View) -> tuple[Tensor, Tensor]:
     if kind in ("and", "or"):
         (a, b), (c, d) = bounds(rest[0], view), bounds(rest[1], view)
         return (a & c, b & d) if kind == "and" else (a | c, b | d)
-    if kind in ("all", "prompt", "first", "last", "generated"):
+    if kind in ("all", "positions", "prompt", "first", "last", "generated"):
         found = matches(rule, view)
         return found, found
     shape = torch.zeros_like(view.position, dtype=torch.bool)

@@ -18,6 +18,7 @@ from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..checks import whole
 from ..errors import PromptError, RemoteError
+from ..files.paths import expanded
 from ..generation.decoding import Decode, Greedy
 from ..results.provenance import model_key, require_unedited
 from ..results.run import Run
@@ -83,7 +84,7 @@ def submit(
     about["host"] = backend_of(model, on.remote).host
     parts = [Part() for _ in requests.batches]
     fingerprint = call.fingerprint(model, encoded, chosen)
-    job = JobFile(Path(file), fingerprint, about, parts)
+    job = JobFile(expanded(file, "submit", "file"), fingerprint, about, parts)
     if job.path.exists():
         old = JobFile.read(job.path)
         if old.fingerprint != fingerprint or len(old.parts) != len(parts):
@@ -173,7 +174,7 @@ class Job:
             >>> out.receipt.passes
             1
         """
-        job_file = JobFile.read(Path(file))
+        job_file = JobFile.read(expanded(file, "Job.load", "file"))
         if job_file.about.get("model") != model_key(model):
             raise not_ours(job_file.path, f"of the model {job_file.about.get('model')!r:.200}")
         server = _trusted(job_file) if on is None else on

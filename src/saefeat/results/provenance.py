@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ModelError, RemoteError
-from ..files.hashing import computation, digest, weights
+from ..files.hashing import computation, content_hash, digest, weights
 from ..model.modules import torch_module
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def model_identity(model: object) -> dict[str, Any]:
         "weights": weights(module),
         "configuration": digest(_settings(config)),
         "generation configuration": digest(_settings(decoding)),
+        "tokenizer": _tokenizer(getattr(model, "tokenizer", None)),
         "computation": computation(module),
         # torch's settings of this thread that change what a model computes
         "ambient": {
@@ -143,4 +144,17 @@ _ORIGINS = ("_name_or_path", "transformers_version")
 def _settings(config: Any) -> dict[str, Any]:
     """A configuration's settings, less those that only say where it was loaded from."""
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    return {name: value for name, value in settings.items() if name not in _ORIGINS}
+    settings = {name: value for name, value in settings.items() if name not in _ORIGINS}
+    return settings | {"attention": getattr(config, "_attn_implementation", None)}
+
+
+def _tokenizer(tokenizer: Any) -> str | None:
+    """What a result depends on of a tokenizer, beside the ids that it made of the prompts: which
+    of them are special, what a chat looks like, and what words a metric or a stop stands for.
+    """
+    if tokenizer is None:
+        return None
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    special = tuple(getattr(tokenizer, "all_special_ids", ()))
+    template = getattr(tokenizer, "chat_template", None)
+    return digest(content_hash(vocabulary, {}), special, template)

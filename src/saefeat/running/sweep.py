@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import FiringError, LatentError, RemoteError
+from ..files.paths import expanded
 from ..generation.decoding import decoding, until_stop
 from ..generation.task import Piece, Task, require_passes, run_batch
 from ..model.route import route
@@ -135,7 +136,9 @@ def _on_server(
     """A job for each setting, all under the server's limit on requests in flight."""
     one, starts = replace(on, requests=1), {}
     for number, (key, intervention) in enumerate(settings.items()):
-        file = None if folder is None else Path(folder) / f"{number:05d}.json"
+        file = (
+            None if folder is None else expanded(folder, "sweep", "folder") / f"{number:05d}.json"
+        )
         starts[key] = partial(submitted, intervention, on=one, file=file)
     jobs = Scheduler[Key](starts, on.requests)
     for _ in tqdm(jobs.ended(), total=len(starts), disable=not progress, desc="sweep"):

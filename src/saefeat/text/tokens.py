@@ -57,6 +57,23 @@ class Tokens:
         return cls(("last", _count("last", n)))
 
     @classmethod
+    def positions(cls, start: int, stop: int | None = None) -> Tokens:
+        """Positions start..stop-1 of the text, prompt and generated alike; 0 is the first token.
+
+        They are counted from each row's first real token. By this rule a dictionary skips
+        positions that it was not trained on (``Dictionary.excluded``).
+
+        Raises:
+            PromptError: for a start below 0, or a stop that is not above it.
+
+        Examples:
+            >>> ~sf.Tokens.positions(0, 1)  # everything but the first token
+            ~Tokens.positions(0, 1)
+        """
+        _require_span(start, stop)
+        return cls(("positions", start, stop))
+
+    @classmethod
     def generated(cls, start: int = 0, stop: int | None = None) -> Tokens:
         """Generated tokens start..stop-1 as they are fed back, 0 being the first new token.
 
@@ -110,6 +127,8 @@ def _spell(rule: tuple, inner: bool = False) -> str:
         return f"({text})" if inner else text
     if kind == "generated":
         rest = [] if rest == [0, None] else rest
+    if kind == "positions" and rest[1] is None:
+        rest = rest[:1]
     if kind == "ids":
         rest = list(rest[0])
     if kind == "where":
@@ -126,6 +145,18 @@ def _count(name: str, n: int, least: int = 1) -> int:
         f"Tokens.{name}: `n` is {n!r}, wanted an integer from {least}. Likely cause: positions are"
         " counted from the prompt's ends; negative counts have no meaning. Try:"
         f" Tokens.{name}({least})"
+    )
+
+
+def _require_span(start: int, stop: int | None) -> None:
+    begins = type(start) is int and start >= 0
+    if begins and (stop is None or (type(stop) is int and stop > start)):
+        return
+    raise PromptError(
+        f"Tokens.positions: `start and stop` is {start!r} and {stop!r}, wanted an integer from 0,"
+        " and an integer above it or None. Likely cause: a text grows while it is generated, so"
+        " positions are not counted from its end. Try: Tokens.positions(0, 1), or Tokens.last(1)"
+        " for the prompt's last token"
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..dictionaries.exclusion import either, untrained
 from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, ModelError, SiteError
 from ..kernel.beams import Beams
@@ -30,7 +31,7 @@ from ..kernel.watch import Stash
 from ..model.modules import check_ready, torch_module
 from ..model.route import Route, route
 from ..model.sites import Order, Place, Site
-from ..text.tokens import Tokens, plain, special_ids
+from ..text.tokens import Tokens, plain
 from .forms import Form, frozen, orthogonal, reselect
 from .steps import StepBase, numbered
 from .when import When
@@ -305,26 +306,39 @@ def _stashes(action: Action) -> bool:
 def acts_at(where: Tokens | None, dictionary: Dictionary, model: TransformersModel) -> Tokens:
     """The tokens asked for, less those the dictionary was not trained on.
 
-    A rule that says all tokens, or names tokens by their ids, means them.
+    A rule that says all tokens, or names tokens by their ids, means them; one that names positions
+    means those positions, whatever positions the dictionary skips.
     """
     if where is None:
         return default_rule(dictionary, model)
-    if not dictionary.excluded or where.rule == ("all",) or _names_tokens(where.rule):
+    rule = untrained(dictionary.excluded)
+    if rule is None or where.rule == ("all",) or _names(where.rule, ("ids", "special")):
         return where
-    return where & default_rule(dictionary, model)
+    if _names(where.rule, ("positions",)):
+        rule = either(*(part for part in _alternatives(rule) if part.rule[0] != "positions"))
+    return where if rule is None else where & _without(rule, model)
 
 
-def _names_tokens(rule: tuple) -> bool:
-    """Whether a rule asks for tokens by their ids, and not only for others than those."""
+def _names(rule: tuple, kinds: tuple[str, ...]) -> bool:
+    """Whether a rule asks for tokens in one of these ways, and not only for others than those."""
     kind, *rest = rule
     if kind in ("and", "or"):
-        return any(_names_tokens(part) for part in rest)
-    return kind in ("ids", "special")
+        return any(_names(part, kinds) for part in rest)
+    return kind in kinds
+
+
+def _alternatives(rule: Tokens) -> list[Tokens]:
+    """The rules that a union is made of."""
+    kind, *rest = rule.rule
+    return [r for part in rest for r in _alternatives(Tokens(part))] if kind == "or" else [rule]
 
 
 def default_rule(dictionary: Dictionary, model: TransformersModel) -> Tokens:
     """Every real token, less those the dictionary was not trained on."""
-    excluded = dictionary.excluded
-    if excluded == "special":
-        excluded = special_ids(model)
-    return ~Tokens.ids(*excluded) if excluded else Tokens.all()  # type: ignore[misc]
+    rule = untrained(dictionary.excluded)
+    return Tokens.all() if rule is None else _without(rule, model)
+
+
+def _without(rule: Tokens, model: TransformersModel) -> Tokens:
+    found = Tokens(plain(rule.rule, model))
+    return Tokens.all() if found == Tokens.ids() else ~found
