@@ -99,8 +99,8 @@ def _wrong(verification: Verification) -> str:
         call = f'load_sae(folder, site="{wrong.best}")'
     return (
         f"verify: `saes` is {wrong.name} at {wrong.site}, which {wrong.findings[0].reason},"
-        " wanted a dictionary that explains its site. Likely cause: another layer or hook, another model,"
-        f" or another dtype or normalization. Try: {call}\n{verification!r}\n"
+        " wanted a dictionary that explains its site. Likely cause: another layer or hook,"
+        f" another model, or another dtype or normalization. Try: {call}\n{verification!r}\n"
     )
 
 
