@@ -313,7 +313,10 @@ def lie(path, change):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda d, t: d.update(version=2), "of version 2"),
+        (lambda d, t: d.update(version=3), "of version 3"),
+        (lambda d, t: d["spec"]["provenance"].pop("dtype"), "provenance"),
+        (lambda d, t: d["spec"]["provenance"].update(settings=3), "provenance"),
+        (lambda d, t: d["spec"].update(provenance="mine"), "provenance"),
         (lambda d, t: d.update(format="saefeat.intervention"), "of format"),
         (lambda d, t: t.update(score=t["score"][1:]), "score|prompt of"),
         (lambda d, t: t.update(score=t["score"].long()), "score of torch.int64"),
@@ -401,7 +404,7 @@ def test_the_table_has_every_score(scores):
 
 def test_the_repr_fits_a_screen(scores):
     text = repr(scores)
-    assert len(text.splitlines()) <= 6 and max(map(len, text.splitlines())) < 200
+    assert len(text.splitlines()) <= 7 and max(map(len, text.splitlines())) < 200
     (latents, value), *_ = scores.ranking(1)
     ((site, index),) = latents
     assert f"{site} {index}: {value:+.3g}" in text

@@ -12,6 +12,7 @@ from ..checks import one_of
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
 from ..model.sites import Site
+from ..results.provenance import Provenance
 from ..text.texts import Texts
 from ..text.tokens import Tokens
 
@@ -37,6 +38,7 @@ class Columns:
     texts: Texts | None = None
     metric: str = ""
     signed: bool = True
+    provenance: Provenance | None = None
 
     def __len__(self) -> int:
         return len(self.score)

@@ -31,6 +31,8 @@ def lines(columns: Columns) -> list[str]:
     ]
     if columns.metric:
         shown.append(f"metric: {' '.join(columns.metric.split())}")  # a user's name may break
+    if columns.provenance is not None:
+        shown.append(f"from {columns.provenance.line}")
     best = _best(columns, TOP)
     if best:
         named = (f"{site} {latent}: {score:+.3g}" for site, latent, score in best)

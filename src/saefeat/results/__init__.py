@@ -4,6 +4,7 @@
 * ``readings``: the activations a probe read.
 * ``receipt``: what each edit did, counted and token by token.
 * ``provenance``: what a result depends on, and what tells two jobs apart.
+* ``result``: what all results share: a page in notebooks, and what ``save`` means.
 * ``outliers``: tokens whose values dwarf those of all others.
 * ``formats``: results as pages, tables and figures.
 """

@@ -13,6 +13,7 @@ from ..dictionaries.latents import Latents
 from ..kernel.state import Log
 from ..model.sites import Site
 from .formats import frame
+from .result import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -185,8 +186,8 @@ class Fired:
     events: Events | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True)
-class Receipt:
+@dataclass(frozen=True, repr=False)
+class Receipt(Result):
     """What a run's edits did: one row an edit.
 
     Attributes:
@@ -200,6 +201,14 @@ class Receipt:
 
     rows: tuple[Fired, ...]
     passes: int
+
+    def __repr__(self) -> str:
+        many = "" if len(self.rows) == 1 else "s"
+        lines = [f"Receipt({len(self.rows)} edit{many}, forward passes {self.passes})"]
+        return "\n  ".join([*lines, *map(_line, self.rows[:EDITS]), *self._more()])
+
+    def _more(self) -> list[str]:
+        return [f"... {len(self.rows) - EDITS} more"] if len(self.rows) > EDITS else []
 
     @property
     def unfired(self) -> tuple[str, ...]:
@@ -222,6 +231,17 @@ class Receipt:
             for name, column in table.items():
                 columns.setdefault(name, []).extend(column)
         return frame(columns, "Receipt.to_pandas")
+
+
+EDITS = 10
+"""Edits that a receipt prints."""
+
+
+def _line(row: Fired) -> str:
+    return (
+        f"{row.edit:.160}: {row.tokens} tokens selected, {row.changed} latents of theirs changed,"
+        f" by {row.largest:.4g} at most"
+    )
 
 
 def without_events(receipt: Receipt) -> Receipt:

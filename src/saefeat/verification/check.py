@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..model.sites import Site
-from ..results.provenance import Provenance
+from ..results.provenance import Sourced
 
 ENOUGH = 64
 """Tokens from which the null and the neighbors tell; below, chance decides too much."""
@@ -149,20 +149,19 @@ def _null(check: Check) -> list[Finding]:
 WRONG, DOUBTFUL, MISSED = 0.6, 0.45, 0.4
 """Of the null's unexplained variance times its latents; ``MISSED`` is WRONG for a dictionary that
 misses its declared L0 too. Random dictionaries are at .95 to 1.01. SAEs of a model tuned further
-are at .48 to .98 and miss their L0. In a model of 30 layers an SAE trained briefly to 16 active
-latents is at .37 to .43 at its own layer and at .63 and .70 four to six layers off."""
+are at .48 to .98 and miss their L0. In a model of 30 layers SAEs that were trained briefly, to 16
+and to 8 active latents, are at .37 to .44 at their own layer and at .63 to .90 four to six off."""
 EXACT = 1e-4
 """FVU that is as good as none: what explains even mixed tokens so well tells nothing apart."""
 
 
 @dataclass(frozen=True, repr=False)
-class Verification:
+class Verification(Sourced):
     """The table ``verify`` makes; prints as plain text.
 
     Attributes:
         checks: one a dictionary.
         tokens: how many tokens were measured, outliers too.
-        provenance: of the model and the dictionaries; None for a table made by hand.
 
     Examples:
         >>> sf.verification.Verification((), tokens=0).right
@@ -171,7 +170,6 @@ class Verification:
 
     checks: tuple[Check, ...]
     tokens: int
-    provenance: Provenance | None = None
 
     @property
     def verdict(self) -> str:
@@ -189,7 +187,7 @@ class Verification:
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
         below = [line for check in self.checks for line in _below(check)]
         head = f"verified on {self.tokens} tokens"
-        return "\n".join([head, *(line.rstrip() for line in lines), *below])
+        return "\n".join([head, *(line.rstrip() for line in lines), *below]) + self.origin
 
 
 HEAD = ("dictionary", "site", "FVU", "if mixed", "L0", "if mixed", "declared", "best site")

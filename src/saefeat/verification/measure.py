@@ -13,7 +13,6 @@ from ..errors import ModelError
 from ..model.route import Route
 from ..model.sites import Site
 from ..results.outliers import outliers
-from ..results.provenance import Provenance
 from ..running.run import run
 from ..text.prompts import Prompts
 from ..verbs.base import Chain
@@ -31,7 +30,6 @@ class SiteValues(NamedTuple):
     kept: list[Tensor]
     prompts: tuple[tuple[int, ...], ...]
     bos: int | None
-    provenance: Provenance
 
     def at(self, site: Site) -> Tensor:
         """[n, d]: the values of the tokens that count, prompt after prompt."""
@@ -87,7 +85,7 @@ def site_values(model: TransformersModel, past: Route, prompts: Prompts) -> Site
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     # SAEs are mostly trained without BOS, of which every prompt has the same.
     kept = [torch.tensor([token != bos for token in prompt]) for prompt in run_of.prompts]
-    return SiteValues(values, kept, run_of.prompts, bos, run_of.provenance)
+    return SiteValues(values, kept, run_of.prompts, bos)
 
 
 def _not_finite(site: Site, dtype: str) -> str:

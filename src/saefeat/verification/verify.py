@@ -21,6 +21,7 @@ from ..loading.declaration import missed, notes
 from ..model.modules import blocks, check_ready, family, torch_module, width_at
 from ..model.route import route
 from ..model.sites import HOOKS, Site
+from ..results.provenance import provenance
 from ..text.prompts import Prompts
 from .check import ENOUGH, Check, Verification
 from .measure import SiteValues, active, fit, null, site_values
@@ -86,7 +87,9 @@ def verify(
     wanted = {site for sae in listed for site in (*_candidates(module, sae), sae.write_site)}
     seen = site_values(model, route(model, wanted), prompts)
     checks = tuple(_check(module, sae, seen) for sae in listed)
-    verification = Verification(checks, tokens=int(sum(kept.sum() for kept in seen.kept)))
+    tokens = int(sum(kept.sum() for kept in seen.kept))
+    origin = provenance(model, [(sae, range(sae.d_sae)) for sae in listed])
+    verification = Verification(checks, tokens, provenance=origin)
     if strict and verification.verdict == "WRONG":
         raise SiteError(_wrong(verification))
     return verification
