@@ -93,6 +93,22 @@ class Columns:
         return total @ shared - (ends - self.clean[:, None])
 
     @property
+    def heaviest(self) -> tuple[Tensor, Tensor]:
+        """Each prompt's token with the most of Σ|score|: its share and its position, [prompts].
+
+        In many models the first token is an outlier that holds half of the scores' size. Of a
+        prompt without scores, or with scores of no token, share and position are NaN and −1.
+        """
+        kept = self.position >= 0
+        prompt, position = self.prompt[kept], self.position[kept]
+        width = int(position.max()) + 1 if len(position) else 1
+        table = torch.zeros(len(self.clean) * width, dtype=torch.float64)
+        table.index_add_(0, prompt * width + position, self.score[kept].abs().double())
+        sizes = table.view(len(self.clean), width)
+        share, at = (sizes / sizes.sum(1, keepdim=True)).max(1)
+        return share, torch.where(share.isnan(), -1, at)
+
+    @property
     def degenerate(self) -> Tensor:
         """[prompts] bool: the metric is exactly the same in both runs: nothing to attribute.
 

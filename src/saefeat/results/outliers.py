@@ -8,6 +8,8 @@ text's variance, so every sum over tokens speaks of them alone unless they are s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,32 @@ def outliers(values: Tensor) -> Tensor:
     norms = values.double().norm(dim=-1)
     typical = norms.median()  # the lower of two, so that half of the tokens may be outliers
     return (norms > TIMES * typical) & (typical > 0)
+
+
+LARGE = 0.25
+"""A share of all that one token in eight, or fewer, should not hold without a word."""
+TOKENS = 8
+"""With fewer tokens a share says nothing: each has much of all."""
+
+
+def robust_top(sizes: Tensor, prompts: int = 1) -> float:
+    """The size at which a color scale ends: the largest, unless a few dwarf all others.
+
+    Sizes above it, at most one in a hundred and one a prompt, are then more than three times as
+    large as it, and would leave nothing of the others to be seen.
+
+    Args:
+        sizes: [n], not negative; NaN where there is none.
+        prompts: how many prompts they are of.
+    """
+    known = sizes[sizes.isfinite()].double().sort(descending=True).values
+    if not len(known):
+        return 0.0
+    few = max(prompts, math.ceil(len(known) / 100))
+    if len(known) < TOKENS or few >= len(known):
+        return float(known[0])
+    after = known[1 : few + 1]
+    # the first place where the rest is much smaller
+    gaps = (known[:few] > 3 * after) & (after > 0)
+    cut = int(gaps.nonzero().max()) + 1 if bool(gaps.any()) else 0
+    return float(known[cut])
