@@ -291,14 +291,21 @@ def test_a_result_made_by_hand(tmp_path):
             plot()
 
 
-def test_old_files_are_read():
-    path = GOLDEN / "attribution-v1.safetensors"
-    known = json.loads((GOLDEN / "attribution.json").read_text())
+@pytest.mark.parametrize("version", [1, 2])
+def test_old_files_are_read(version):
+    path = GOLDEN / f"attribution-v{version}.safetensors"
+    known = json.loads((GOLDEN / "attribution.json").read_text())[path.name]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == known["sha256"], "pinned: never change"
     loaded = sf.attribution.Attribution.load(path, saes=dictionaries())
     assert repr(loaded.top(4)) == known["top"]
     assert loaded.by_site()[sf.Site("resid_post", 1)] == pytest.approx(known["resid_post.1"])
     assert list(loaded.texts.tokens(0)) == known["tokens"]
+    assert (loaded.provenance and loaded.provenance.line) == known.get("from")
+
+
+def test_every_version_of_the_file_is_kept():
+    names = [f"attribution-v{n}.safetensors" for n in range(1, files.VERSION + 1)]
+    assert sorted(json.loads((GOLDEN / "attribution.json").read_text())) == names
 
 
 def lie(path, change):
