@@ -92,7 +92,7 @@ class Provenance(Result):
         """Model and settings in one line, without dictionaries, versions and time."""
         tuned = f", adapters {', '.join(self.adapters)}" if self.adapters else ""
         tuned += f", {self.quantization}" if self.quantization else ""
-        plain = ("None", "False", "")
+        plain = ("None", "False", "pass_through")  # the defaults: they go without saying
         said = [
             (name, value) for name, value in sorted(self.settings.items()) if value not in plain
         ]
