@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -170,8 +171,9 @@ def added(source: Provenance | None, **settings: object) -> Provenance | None:
 
 
 def told(**settings: object) -> dict[str, str]:
-    """Settings as they print, to 300 characters each."""
-    return {name: " ".join(f"{value!r:.300}".split()) for name, value in settings.items()}
+    """Settings as they print, to 300 characters each and without addresses in memory."""
+    texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
+    return {name: f"{' '.join(text.split()):.300}" for name, text in texts.items()}
 
 
 def _name(module: nn.Module) -> str:
