@@ -130,6 +130,45 @@ def blocks_of(model: torch.nn.Module):
     return (model.gpt_neox if hasattr(model, "gpt_neox") else model.model).layers
 
 
+def plant_sinks(model: torch.nn.Module, layer: int = 0, *, ids=(), first=True, times=100.0):
+    """Make tokens of a text outliers from a block on, as attention sinks are in real models.
+
+    The first token of every prompt, whatever it is, and every token with one of ``ids`` get a
+    vector of ``times`` the median norm of the residual stream behind the block. Steps that decode
+    have no first token.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(_, args, kwargs):
+        seen["ids"] = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs.get("attention_mask")
+        seen["mask"] = torch.ones_like(seen["ids"]) if mask is None else mask
+
+    block = blocks_of(model)[layer]
+    inner = block.forward
+
+    def forward(*args, **kwargs):  # a hook's value would come behind what nnsight reads
+        output = inner(*args, **kwargs)
+        x = output[0] if isinstance(output, tuple) else output
+        tokens = seen["ids"]
+        sinks = torch.isin(tokens, torch.tensor(list(ids), dtype=tokens.dtype))
+        if first and seen["mask"].shape == tokens.shape:
+            sinks = sinks | (seen["mask"] * seen["mask"].cumsum(1) == 1)
+        size = times * x.detach().norm(dim=-1).median()
+        x = x + sinks[..., None] * size * unit_like(x)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    block.forward = forward
+    return model
+
+
+def unit_like(x: torch.Tensor) -> torch.Tensor:
+    """A fixed direction of x's width."""
+    v = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(7))
+    return (v / v.norm()).to(x)
+
+
 def capture_inputs_outputs(model, modules: dict[str, torch.nn.Module], batch) -> dict[str, dict]:
     """{name: {"input": tensor, "output": tensor}} of one forward pass, by plain hooks."""
     found: dict[str, dict] = {}

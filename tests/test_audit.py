@@ -297,7 +297,7 @@ def test_one_screen_and_a_table():
     nn, attribute, scores = linear()
     found = sf.audit(attribute, nn, RAGGED, scores)
     lines = repr(found).splitlines()
-    assert len(lines) <= 10 and max(map(len, lines)) <= 120
+    assert len(lines) <= 11 and max(map(len, lines)) <= 130
     table = found.to_pandas()
     assert list(table) == ["site", "latent", "stratum", "estimate", "exact", "standard_error"]
     torch.testing.assert_close(
@@ -643,7 +643,7 @@ def test_stability_smaller_sets_and_its_views():
     assert len(found.core(0.0)) == len(found.keys)
     assert len(found.core(1.01)) == 0
     assert list(found.to_pandas()) == ["site", "latent", "mean", "low", "high", "inclusion"]
-    assert len(repr(found).splitlines()) == 2
+    assert len(repr(found).splitlines()) == 3
     assert torch.equal(found.overlap, sf.validation.stability(scores, 50, samples=10).overlap)
 
 

@@ -195,7 +195,7 @@ def test_views_of_the_record():
     assert len(found.top(100)) == len(table)
     with pytest.raises(sf.SaefeatError, match=r"Edges\.top: `n`"):
         found.top(-1)
-    assert len(repr(found).splitlines()) == 6
+    assert len(repr(found).splitlines()) == 7
 
 
 def test_what_an_ablation_switches_on_has_no_edge_and_is_seen():

@@ -227,7 +227,7 @@ def test_how_nearly_controls_match_is_known():
             top = written[found.sets["top"][0, :size, 1]].sum()
             assert found.balance(of)[n] == pytest.approx(float(control / top), rel=1e-4)
     assert found.balance("random")[1] < found.balance("matched")[1]
-    assert f"matched {found.balance('matched')[1]:.2f}" in repr(found).splitlines()[-1]
+    assert f"matched {found.balance('matched')[1]:.2f}" in repr(found).splitlines()[-2]
     with pytest.raises(sf.SaefeatError, match=r"Faithfulness\.balance.*'other'"):
         found.balance("other")
 
@@ -262,8 +262,8 @@ def test_views_of_the_record():
     assert list(table) == ["size", "measure", "of", "value", "low", "high"]
     assert len(table) == 3 * (2 * 3 + 1)
     lines = repr(found).splitlines()
-    assert len(lines) == 6 and max(map(len, lines)) <= 120
-    assert "random" in lines[-1] and "matched" in lines[-1]
+    assert len(lines) == 7 and max(map(len, lines)) <= 120
+    assert "random" in lines[-2] and "matched" in lines[-2]
     assert found.latents(2) == found.latents(4) & found.latents(2)
     for size in (0, 5, 1.5):
         with pytest.raises(sf.SaefeatError, match=r"Faithfulness\.latents: `size`"):

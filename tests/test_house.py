@@ -52,7 +52,7 @@ LEVELS: dict[str, int] = {
     "saefeat.running": 8,
     "saefeat.remote": 8,
     "saefeat.validation": 9,
-    "saefeat.verify": 9,
+    "saefeat.verification": 9,
     "saefeat": 10,  # the package's own __init__ and nothing else
     "saefeat.studies": 11,
 }
@@ -63,11 +63,11 @@ KERNEL_MAY_IMPORT = {"torch", "nnsight", *sys.stdlib_module_names}
 KERNEL_MAY_NAME_IN_TYPES = {"jaxtyping"}
 
 PUBLIC = ("attribution", "controls", "dictionaries", "errors", "generation", "hub")
-PUBLIC += ("metrics", "remote", "results", "validation", "values")
+PUBLIC += ("metrics", "remote", "results", "validation", "values", "verification")
 """The public submodules: each has an ``__all__``, and a page of the API."""
 MOST_NAMES = 25
 
-LOOSE = {"saefeat.errors", "saefeat.checks", "saefeat.verify"}
+LOOSE = {"saefeat.errors", "saefeat.checks"}
 """The only modules at the top that are not rooms."""
 MOST_PARAMETERS = 11
 

@@ -144,7 +144,7 @@ def test_greedy_pruning_written_out(where, kept):
 def test_views_of_the_record(planted):
     nn, neurons, _ = planted
     found = sf.validation.minimal_set(nn, RAGGED, neurons.latents([1, 3, 8]), BOTH, holds=1.0)
-    assert len(repr(found).splitlines()) == 2
+    assert len(repr(found).splitlines()) == 3
     table = found.to_pandas()
     assert list(table) == ["site", "latent", "metric", "held"]
     assert len(table) == 2 and table["latent"].tolist()[1] == 1
@@ -256,7 +256,7 @@ def test_interactions_are_those_of_single_runs(where):
     assert found.to_pandas().shape == (4, 4)
     with pytest.raises(sf.SaefeatError, match=r"Interactions\.top: `n`"):
         found.top(-1)
-    assert len(repr(found).splitlines()) == 6
+    assert len(repr(found).splitlines()) == 7
 
 
 def test_one_latent_has_no_interactions(planted):

@@ -291,14 +291,21 @@ def test_a_result_made_by_hand(tmp_path):
             plot()
 
 
-def test_old_files_are_read():
-    path = GOLDEN / "attribution-v1.safetensors"
-    known = json.loads((GOLDEN / "attribution.json").read_text())
+@pytest.mark.parametrize("version", [1, 2])
+def test_old_files_are_read(version):
+    path = GOLDEN / f"attribution-v{version}.safetensors"
+    known = json.loads((GOLDEN / "attribution.json").read_text())[path.name]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == known["sha256"], "pinned: never change"
     loaded = sf.attribution.Attribution.load(path, saes=dictionaries())
     assert repr(loaded.top(4)) == known["top"]
     assert loaded.by_site()[sf.Site("resid_post", 1)] == pytest.approx(known["resid_post.1"])
     assert list(loaded.texts.tokens(0)) == known["tokens"]
+    assert (loaded.provenance and loaded.provenance.line) == known.get("from")
+
+
+def test_every_version_of_the_file_is_kept():
+    names = [f"attribution-v{n}.safetensors" for n in range(1, files.VERSION + 1)]
+    assert sorted(json.loads((GOLDEN / "attribution.json").read_text())) == names
 
 
 def lie(path, change):
@@ -313,7 +320,10 @@ def lie(path, change):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda d, t: d.update(version=2), "of version 2"),
+        (lambda d, t: d.update(version=3), "of version 3"),
+        (lambda d, t: d["spec"]["provenance"].pop("dtype"), "provenance"),
+        (lambda d, t: d["spec"]["provenance"].update(settings=3), "provenance"),
+        (lambda d, t: d["spec"].update(provenance="mine"), "provenance"),
         (lambda d, t: d.update(format="saefeat.intervention"), "of format"),
         (lambda d, t: t.update(score=t["score"][1:]), "score|prompt of"),
         (lambda d, t: t.update(score=t["score"].long()), "score of torch.int64"),
@@ -401,7 +411,7 @@ def test_the_table_has_every_score(scores):
 
 def test_the_repr_fits_a_screen(scores):
     text = repr(scores)
-    assert len(text.splitlines()) <= 6 and max(map(len, text.splitlines())) < 200
+    assert len(text.splitlines()) <= 7 and max(map(len, text.splitlines())) < 200
     (latents, value), *_ = scores.ranking(1)
     ((site, index),) = latents
     assert f"{site} {index}: {value:+.3g}" in text

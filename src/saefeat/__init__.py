@@ -2,7 +2,7 @@
 
 The names here are what most work needs; the rest stands in public submodules: ``attribution``,
 ``metrics``, ``validation``, ``controls``, ``values``, ``generation``, ``dictionaries``,
-``results``, ``remote``, ``hub`` and ``errors``.
+``results``, ``remote``, ``hub``, ``verification`` and ``errors``.
 
 >>> import saefeat as sf
 >>> sf.Site.parse("blocks.3.hook_resid_post")
@@ -21,6 +21,7 @@ from . import (  # noqa: F401 (public submodules)
     results,
     validation,
     values,
+    verification,
 )
 from .attribution.attribute import Attribute
 from .attribution.methods import IG
@@ -41,7 +42,7 @@ from .verbs.base import Intervention
 from .verbs.edits import Ablate, Clamp
 from .verbs.probe import Probe
 from .verbs.when import When
-from .verify import verify
+from .verification.verify import verify
 
 __version__ = "0.1.0"
 

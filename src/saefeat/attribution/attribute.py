@@ -39,7 +39,7 @@ from .baselines import Baseline
 from .exact import effects
 from .in_trace import Watching, watch
 from .methods import AtP, Backward, Method
-from .passes import AtOnce, Job, Prepared, SitePasses, prepare, require_scored
+from .passes import AtOnce, Job, Prepared, SitePasses, prepare, require_scored, source
 from .path import Path, begin, joined, mean_gradients, read_out, require_apart
 from .scores import Attribution
 
@@ -175,7 +175,8 @@ class Attribute:
         require_scored(scores.tokens, "Attribute")
         texts = texts_of(model, *prepared.data)
         signed = self.backward is None or self.backward.signed
-        return replace(scores, texts=texts, metric=repr(self.metric), signed=signed)
+        said = {"metric": repr(self.metric), "provenance": source(job, model)}
+        return replace(scores, texts=texts, signed=signed, **said)
 
     def watch(self, model: TransformersModel, intervention: Intervention | None = None) -> Watching:
         """Attribute inside an nnsight trace of your own, for the invoke it is called in.

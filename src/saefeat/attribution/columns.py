@@ -12,6 +12,7 @@ from ..checks import one_of
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
 from ..model.sites import Site
+from ..results.provenance import Provenance
 from ..text.texts import Texts
 from ..text.tokens import Tokens
 
@@ -37,6 +38,7 @@ class Columns:
     texts: Texts | None = None
     metric: str = ""
     signed: bool = True
+    provenance: Provenance | None = None
 
     def __len__(self) -> int:
         return len(self.score)
@@ -89,6 +91,22 @@ class Columns:
         sites = [dictionary.write_site for dictionary in self.dictionaries]
         shared = torch.tensor([[float(one == other) for other in sites] for one in sites])
         return total @ shared - (ends - self.clean[:, None])
+
+    @property
+    def heaviest(self) -> tuple[Tensor, Tensor]:
+        """Each prompt's token with the most of Σ|score|: its share and its position, [prompts].
+
+        In many models the first token is an outlier that holds half of the scores' size. Of a
+        prompt without scores, or with scores of no token, share and position are NaN and −1.
+        """
+        kept = self.position >= 0
+        prompt, position = self.prompt[kept], self.position[kept]
+        width = int(position.max()) + 1 if len(position) else 1
+        table = torch.zeros(len(self.clean) * width, dtype=torch.float64)
+        table.index_add_(0, prompt * width + position, self.score[kept].abs().double())
+        sizes = table.view(len(self.clean), width)
+        share, at = (sizes / sizes.sum(1, keepdim=True)).max(1)
+        return share, torch.where(share.isnan(), -1, at)
 
     @property
     def degenerate(self) -> Tensor:

@@ -15,14 +15,15 @@ from ..dictionaries.excerpt import Excerpt
 from ..dictionaries.latents import Dictionary
 from ..errors import SaefeatError
 from ..files.container import MAX_BYTES, brief, broken, pack, read, refuse, seal, unseal, write
-from ..results.provenance import versions
+from ..results.provenance import Provenance, versions
 from ..text.roles import Marks
 from ..text.texts import Texts, flat
 from .columns import Columns
 
 FORMAT = "saefeat.attribution"
-VERSION = 1
-PLAIN = ("dictionaries", "texts", "metric", "signed")
+VERSION = 2
+"""2 has the provenance."""
+PLAIN = ("dictionaries", "texts", "metric", "signed", "provenance")
 """Fields of ``Columns`` that are not tensors; every other field is one, or None."""
 
 Result = TypeVar("Result", bound=Columns)
@@ -36,6 +37,8 @@ def save(columns: Columns, path: str | Path) -> Path:
     spec["dictionaries"] = [_entry(dictionary) for dictionary in columns.dictionaries]
     if not columns.signed:
         spec["signed"] = False
+    if columns.provenance is not None:
+        spec["provenance"] = columns.provenance.to_dict()
     texts = columns.texts
     if texts is not None:
         tensors["texts.ids"], tensors["texts.lengths"] = flat(texts.ids)
@@ -69,7 +72,7 @@ def load(
     contents = read(path, "Attribution.load", max_bytes)
     function = f"Attribution.load({str(path)!r})"
     spec = unseal(contents, FORMAT, VERSION, function)
-    if set(spec) - {"metric", "dictionaries", "texts", "signed"}:
+    if set(spec) - {"metric", "dictionaries", "texts", "signed", "provenance"}:
         raise broken(function, f"entries {brief(sorted(spec))}", "those of an Attribution")
     tensors = dict(contents.tensors)
     entries = spec.get("dictionaries")
@@ -90,7 +93,18 @@ def load(
         raise broken(function, got, "the fields of an Attribution")
     _check(tensors, dictionaries, texts, function)
     plain_fields: dict[str, Any] = {"texts": texts, "metric": metric, "signed": signed}
+    plain_fields["provenance"] = _provenance(spec.get("provenance"), function)
     return cls(dictionaries, **tensors, **plain_fields)
+
+
+def _provenance(document: Any, function: str) -> Provenance | None:
+    """Where the scores come from; files of version 1 do not say."""
+    if document is None:
+        return None
+    try:
+        return Provenance.from_dict(document)
+    except ValueError as error:
+        raise broken(function, f"a provenance of another form ({error})", "its fields") from error
 
 
 _INDEX = ("prompt", "dictionary", "position", "latent")

@@ -22,7 +22,7 @@ from ..verbs.base import Intervention
 from ..verbs.lower import lower
 from .baselines import Fixed
 from .methods import plain_slopes
-from .passes import Job, SitePasses, require_scored
+from .passes import Job, SitePasses, require_scored, source
 from .path import joined, read_out, target_of
 from .scores import Attribution
 
@@ -103,6 +103,7 @@ class Watching:
                 scored=None if texts is None else chosen[view.real].cpu(),
                 texts=texts,
                 metric=name,
+                provenance=source(job, self.passes.evaluator.model),
             )
 
     def _slopes(self, values: Tensor) -> dict[int, Tensor]:

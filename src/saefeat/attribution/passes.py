@@ -32,7 +32,7 @@ from ..metrics.evaluator import (
 )
 from ..model.route import Route
 from ..model.sites import Place, Site
-from ..results.provenance import model_key
+from ..results.provenance import Provenance, model_key, provenance, told
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
@@ -73,6 +73,14 @@ class Job(NamedTuple):
     def as_published(self) -> bool:
         """Whether the path ends before the baseline's own edits, as in the refusal paper's code."""
         return getattr(self.method, "endpoint", "") == "as_published"
+
+
+def source(job: Job, model: object) -> Provenance:
+    """Where an attribution comes from: the model, all dictionaries, and how they were scored."""
+    asked = {name: getattr(job, name) for name in ("method", "where", "one_site", "backward")}
+    settings = told(**asked, keep=job.keep)
+    settings["baseline"] = "zero" if job.baseline is None else told(b=job.baseline)["b"]
+    return provenance(model, job.target.parts, settings={**settings, "semantics": job.semantics})
 
 
 class Prepared(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import SaefeatError
 from ..results.formats import new_figure
+from ..results.outliers import robust_top
 from .columns import Columns, by_token
 
 if TYPE_CHECKING:
@@ -80,11 +81,16 @@ def cumulative(columns: Columns, ax: Axes | None) -> Axes:
 
 
 def _image(ax: Axes, grid: Tensor, label: str) -> None:
-    """A heat map whose white is zero."""
-    finite = grid[grid.isfinite()].abs()
-    most = float(finite.max()) if len(finite) and bool(finite.max() > 0) else 1.0
+    """A heat map whose white is zero. A cell that would wash all others out is cut and named."""
+    most = robust_top(grid.abs().flatten()) or 1.0
     image = ax.imshow(grid.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-    ax.figure.colorbar(image, ax=ax, label=label)
+    beyond = grid.abs() > most
+    for row, column in beyond.nonzero().tolist():
+        value = float(grid[row, column])
+        ax.text(column, row, f"{value:+.2g}", ha="center", va="center", color="white", fontsize=7)
+    ends = {(True, True): "both", (True, False): "max", (False, True): "min"}
+    cut = (bool((beyond & (grid > 0)).any()), bool((beyond & (grid < 0)).any()))
+    ax.figure.colorbar(image, ax=ax, label=label, extend=ends.get(cut, "neither"))
 
 
 def _plain(word: str) -> str:

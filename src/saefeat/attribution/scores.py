@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.latents import Dictionary, Latents
 from ..files.container import MAX_BYTES
+from ..results.result import Result, kept
 from ..text.tokens import Tokens
 from . import file, plots, show
 from .columns import Columns, members, ranked
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Attribution(Columns):
+class Attribution(Columns, Result):
     """Scores by (prompt, site, position, latent), for latents that moved; all else is zero.
 
     A score estimates the change of the metric when the latent alone goes from its clean to its
@@ -54,6 +55,8 @@ class Attribution(Columns):
         metric: the metric, as it prints.
         signed: False where scores are sizes without a sign (``GradDrop``). ``top`` then finds the
             largest, whichever way they act, and there is no gap.
+        provenance: model, dictionaries, method and all settings; None for a result made by hand,
+            or read from a file of version 1.
 
     Examples:
         >>> v = sf.Direction(torch.ones(2), site="resid_post.0")
@@ -114,15 +117,21 @@ class Attribution(Columns):
             for p in range(len(self.tokens))
         )
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path | None = None) -> Any:
         """Write the result to one safetensors file, with fingerprints in place of dictionaries.
 
+        Args:
+            path: the file. Without one, inside a trace, the result is kept as ``nnsight.save``
+                keeps it.
+
         Returns:
-            The path.
+            The path; without one the result.
 
         Raises:
-            FileError: for a folder that is not there.
+            FileError: for a folder that is not there, or no path and no trace.
         """
+        if path is None:
+            return kept(self, 'scores.save("scores.safetensors")')
         return file.save(self, path)
 
     @classmethod

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from ..results.formats import frame, render
+from ..results.outliers import LARGE, TOKENS, robust_top
 from .columns import Columns, by_token, ranked
 
 if TYPE_CHECKING:
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 TOP = 5
 PROMPTS = 20
-TOKENS = 400
+LONGEST = 400
 
 _UP, _DOWN = "31,119,180", "214,96,77"
 """Blue raises the metric, red lowers it; both with transparency, so that text stays as it is."""
@@ -31,13 +34,28 @@ def lines(columns: Columns) -> list[str]:
     ]
     if columns.metric:
         shown.append(f"metric: {' '.join(columns.metric.split())}")  # a user's name may break
+    if columns.provenance is not None:
+        shown.append(f"from {columns.provenance.line}")
     best = _best(columns, TOP)
     if best:
         named = (f"{site} {latent}: {score:+.3g}" for site, latent, score in best)
         shown.append("top, mean score over tokens: " + ", ".join(named))
     if len(columns.clean) and columns.signed and not one_run:
         shown.append(_gap_line(columns))
-    return shown
+    return shown + _heavy(columns)
+
+
+def _heavy(columns: Columns) -> list[str]:
+    """A line if single tokens hold much of long prompts' scores."""
+    share, at = columns.heaviest
+    long = (columns.tokens >= TOKENS) & (at >= 0)
+    if not bool(long.any()) or not float(share[long].mean()) > LARGE:
+        return []
+    first = int((at[long] == 0).sum())
+    held = f"one token holds {float(share[long].mean()):.0%} of a prompt's Σ|score|, on average"
+    where = f"; it is the first of its prompt in {first} of {int(long.sum())}"
+    most = first > int(long.sum()) / 2
+    return [held + where + (": where=~Tokens.first(1) leaves it out" if most else "")]
 
 
 def _warnings(columns: Columns) -> str:
@@ -120,12 +138,15 @@ def page(columns: Columns, most: int) -> str:
     """A self-contained HTML fragment: the head, the best latents, the shaded prompts."""
     of_prompts = bool((columns.position < 0).any())
     known = columns.texts is not None and columns.scored is not None and not of_prompts
+    shown = _prompts(columns, most) if known else []
+    beyond = any("outline" in token.style for prompt in shown for token in prompt.tokens)
     return render(
         Path(__file__).with_name("page.jinja").read_text(encoding="utf-8"),
         lines=lines(columns),
         best=_best(columns, 10),
         of_prompts=of_prompts,
-        prompts=_prompts(columns, most) if known else [],
+        prompts=shown,
+        beyond=beyond,
         between="" if columns.texts is None else columns.texts.between,
         more=max(0, len(columns.tokens) - most),
         signed=columns.signed,
@@ -137,11 +158,12 @@ def page(columns: Columns, most: int) -> str:
 def _prompts(columns: Columns, most: int) -> list[Prompt]:
     """Prompts token by token, shaded by their summed score on one scale."""
     texts, sums, scored = by_token(columns, "Attribution.to_html")
-    largest = max((float(row.abs().max()) for row in sums if len(row)), default=0.0)
+    marked = [torch.where(on, row.abs(), torch.nan) for row, on in zip(sums, scored, strict=True)]
+    largest = robust_top(torch.cat(marked), len(sums)) if marked else 0.0
     prompts = []
     for number in range(min(most, len(sums))):
         words = texts.tokens(number)
-        shown = words[:TOKENS]
+        shown = words[:LONGEST]
         baseline = columns.baseline[number]
         change = f"{columns.clean[number]:+.3f}"
         change += "" if baseline.isnan() else f" → {baseline:+.3f}"
@@ -156,6 +178,9 @@ def _token(word: str, value: float, scored: bool, largest: float) -> Token:
     text = word.replace("\n", "⏎") or "∅"
     if not scored:
         return Token(text, "opacity:0.45", "not scored")
-    shade = 0.75 * abs(value) / largest if largest else 0.0
-    color = f"background:rgba({_UP if value > 0 else _DOWN},{shade:.3f})"
-    return Token(text, color, f"{value:+.4g}")
+    shade = 0.75 * min(1.0, abs(value) / largest) if largest else 0.0
+    color = _UP if value > 0 else _DOWN
+    style = f"background:rgba({color},{shade:.3f})"
+    if abs(value) <= largest:
+        return Token(text, style, f"{value:+.4g}")
+    return Token(text, f"{style};outline:2px solid black", f"{value:+.4g}, beyond the scale")

@@ -16,7 +16,7 @@ from ..kernel.program import Program, whole_run
 from ..kernel.state import Ends, Log
 from ..model.modules import torch_module
 from ..model.route import Route
-from ..results.provenance import Provenance, now, versions
+from ..results.provenance import Provenance, provenance
 from ..results.readings import Readings, stack_readings
 from ..results.receipt import Events, Fired, Receipt, join_receipts, without_events
 from ..results.run import Run
@@ -59,24 +59,15 @@ class Task:
     @cached_property
     def provenance(self) -> Provenance:
         """What the results depend on."""
-        module, steps = torch_module(self.model), self.intervention.parts()
-        first = next(module.parameters())
-        dictionaries: dict[str, dict[str, None]] = {}  # site → names, each once, in order
+        steps, parts = self.intervention.parts(), []
         for step in steps:
             conditions = () if step.condition is None else step.condition.latents.parts
-            for basis, indices in (*step.latents.parts, *conditions):
-                name = f"{basis.source} {basis.fingerprint(indices)}"
-                dictionaries.setdefault(str(basis.site), {})[name] = None
-        name = getattr(getattr(module, "config", None), "name_or_path", "") or "in memory"
-        return Provenance(
-            model=f"{type(module).__name__} {name}",
-            dtype=str(first.dtype).removeprefix("torch."),
-            device=str(first.device),
-            dictionaries={site: "; ".join(names) for site, names in dictionaries.items()},
+            parts += [*step.latents.parts, *conditions]
+        return provenance(
+            self.model,
+            parts,
             intervention=repr(self.intervention),
             latents=tuple(step.latents.to_dict() for step in steps),
-            versions=versions(),
-            created=now(),
             generation={**self.decoding.to_dict(self.model), "batch_size": self.batch_size},
         )
 

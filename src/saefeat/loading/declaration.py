@@ -1,8 +1,8 @@
 """What a folder declares of its SAE before a tensor is read, and the SAE made from it.
 
-What is declared of its training is held against the model and what was measured by ``notes``.
-None of it is certain: a name differs between hubs, an L0 between texts. So a difference is a note
-in ``verify``'s table and no error.
+What is declared of its training is held against the model by ``notes`` and against what was
+measured by ``missed``. None of it is certain: a name differs between hubs, an L0 between texts. So
+a difference is a note or a doubt in ``verify``'s table and no error.
 """
 
 from __future__ import annotations
@@ -292,22 +292,15 @@ _SAME = {"gpt2-small": "gpt2"}
 
 
 def notes(
-    sae: Any,
-    module: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    bos: int | None,
-    l0: float,
-    fvu: float,
+    sae: Any, module: nn.Module, prompts: Sequence[Sequence[int]], bos: int | None
 ) -> tuple[str, ...]:
-    """Everything in which a dictionary's declarations and what was measured disagree.
+    """Everything in which a dictionary's declarations differ from the model and the prompts.
 
     Args:
         sae: the dictionary.
         module: the model.
         prompts: token ids of each prompt measured.
         bos: the id of BOS, if the tokenizer has one.
-        l0: measured.
-        fvu: measured.
     """
     declared: Declared | None = getattr(sae, "declared", None)
     if declared is None:
@@ -315,16 +308,26 @@ def notes(
     noted = [_model_note(declared.model, module)]
     if declared.width is not None and declared.width != sae.d_sae:
         noted.append(f"declares {declared.width:,} latents and holds {sae.d_sae:,}")
-    # Texts differ, so only a factor of two is worth a word.
+    noted.append(None if bos is None else _bos_note(declared.prepend_bos, prompts, bos))
+    return tuple(note for note in noted if note)
+
+
+def missed(declared: Declared | None, l0: float, fvu: float) -> tuple[str, ...]:
+    """What is declared of the reconstruction and missed by what was measured.
+
+    Texts differ, so only a factor of two in the L0 and 20 points of the variance are worth a word.
+    """
+    found = []
+    if declared is None:
+        return ()
     if declared.l0 and not declared.l0 / 2 <= l0 <= declared.l0 * 2:
-        noted.append(f"declares an L0 of {declared.l0:g}, and {l0:.1f} latents are active here")
+        found.append(f"declares an L0 of {declared.l0:g}, and {l0:.1f} latents are active here")
     if declared.explained is not None and 1 - fvu < declared.explained - 0.2:
-        noted.append(
+        found.append(
             f"declares {declared.explained:.0%} of the variance explained, and explains"
             f" {1 - fvu:.0%} here"
         )
-    noted.append(None if bos is None else _bos_note(declared.prepend_bos, prompts, bos))
-    return tuple(note for note in noted if note)
+    return tuple(found)
 
 
 def _model_note(declared: str | None, module: nn.Module) -> str | None:

@@ -3,42 +3,55 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError, RemoteError
 from ..files.hashing import computation, content_hash, digest, weights
 from ..model.modules import torch_module
+from .result import Result
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
-@dataclass(frozen=True)
-class Provenance:
+@dataclass(frozen=True, repr=False)
+class Provenance(Result):
     """Where a result comes from.
 
     Attributes:
-        model: class and name of the model.
+        model: class and name of the model; of one loaded from a folder the folder's name and a
+            hash of its configuration.
         dtype: of its parameters.
         device: of its parameters.
         dictionaries: site → name and fingerprint.
-        intervention: as it prints, long selections cut short.
+        intervention: as it prints, long selections cut short; empty where nothing was edited.
         latents: every latent of each step, site → indices.
         versions: of Python and the libraries.
         created: UTC, ISO 8601.
         generation: how tokens were chosen: ``run``'s settings, and under ``model`` those of the
             model's own generation configuration that are not transformers' defaults.
+        settings: what else was asked, as it prints, cut at 300 characters: an attribution's
+            method, baseline, where, semantics, one_site, backward and keep; a validation's metric
+            and settings.
+        adapters: names of the active adapters (PEFT), none for a plain model.
+        quantization: how weights are quantized; empty where they are not.
 
     Examples:
         >>> origin = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
         >>> origin.to_dict()["dtype"]
         'float32'
+        >>> origin.line
+        'm, float32 on cpu'
     """
 
     model: str
@@ -50,10 +63,157 @@ class Provenance:
     versions: dict[str, str]
     created: str
     generation: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    quantization: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: Any) -> Provenance:
+        """What ``to_dict`` gave, also by way of JSON.
+
+        Raises:
+            ValueError: for data of another form.
+        """
+        if not isinstance(document, dict) or set(document) != {one.name for one in fields(cls)}:
+            raise ValueError("not the fields of a provenance")
+        values = dict(document)
+        for name, kinds in _KINDS.items():
+            if not isinstance(values[name], kinds):
+                raise ValueError(f"{name} is a {type(values[name]).__name__}")
+        for name in ("latents", "adapters"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    @property
+    def line(self) -> str:
+        """Model and settings in one line, without dictionaries, versions and time."""
+        tuned = f", adapters {', '.join(self.adapters)}" if self.adapters else ""
+        tuned += f", {self.quantization}" if self.quantization else ""
+        plain = ("None", "False", "pass_through")  # the defaults: they go without saying
+        said = [
+            (name, value) for name, value in sorted(self.settings.items()) if value not in plain
+        ]
+        asked = "".join(f"; {name} {value:.80}" for name, value in said)
+        return " ".join(f"{self.model}, {self.dtype} on {self.device}{tuned}{asked}".split())
+
+    def __repr__(self) -> str:
+        edited = [f"  intervention: {self.intervention:.200}"] if self.intervention else []
+        read = [f"  at {site}: {name:.120}" for site, name in list(self.dictionaries.items())[:8]]
+        more = len(self.dictionaries) - len(read)
+        read += [f"  and at {more} other sites"] if more else []
+        names = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        made = f"  {self.created}" + (f"; {names}" if names else "")
+        return "\n".join([f"Provenance({self.line})", *edited, *read, made])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sourced(Result):
+    """A result that says where it comes from.
+
+    Attributes:
+        provenance: model, dictionaries and settings; None for one made by hand.
+    """
+
+    provenance: Provenance | None = field(default=None, kw_only=True)
+
+    @property
+    def origin(self) -> str:
+        """A last line for what it prints."""
+        return "" if self.provenance is None else f"\n  from {self.provenance.line}"
+
+
+_TEXTS = ("model", "dtype", "device", "intervention", "created", "quantization")
+_KINDS = dict.fromkeys(_TEXTS, (str,)) | dict.fromkeys(("latents", "adapters"), (list, tuple))
+_KINDS |= dict.fromkeys(("dictionaries", "versions", "generation", "settings"), (dict,))
+"""Fields → the types they may have."""
+
+
+def provenance(
+    model: object, parts: Iterable[tuple[Any, Sequence[int]]], **rest: Any
+) -> Provenance:
+    """The provenance of a result of this model and these latents, made now.
+
+    Args:
+        model: an nnsight model or a module.
+        parts: dictionaries with the latents that were used.
+        rest: other fields of ``Provenance``.
+    """
+    module = torch_module(model)
+    first = next(module.parameters(), torch.zeros(0))
+    dictionaries: dict[str, dict[str, None]] = {}  # site → names, each once, in order
+    for basis, indices in parts:
+        every = len(indices) == basis.d_sae  # a file that is read whole is hashed once
+        name = f"{_source(basis)} {basis.fingerprint(range(basis.d_sae) if every else indices)}"
+        dictionaries.setdefault(str(basis.site), {})[name] = None
+    found: dict[str, Any] = {"intervention": "", "latents": (), **rest}
+    return Provenance(
+        model=_name(module),
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
+        dictionaries={site: "; ".join(names) for site, names in dictionaries.items()},
+        versions=versions(),
+        created=now(),
+        adapters=_adapters(module),
+        quantization=_quantization(module),
+        **found,
+    )
+
+
+def added(source: Provenance | None, **settings: object) -> Provenance | None:
+    """A provenance with more settings, made now."""
+    if source is None:
+        return None
+    return replace(source, settings={**source.settings, **told(**settings)}, created=now())
+
+
+def told(**settings: object) -> dict[str, str]:
+    """Settings as they print, to 300 characters each and without addresses in memory."""
+    texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
+    return {name: f"{' '.join(text.split()):.300}" for name, text in texts.items()}
+
+
+def _name(module: nn.Module) -> str:
+    """Class and name. A folder's path says whose it is; its name and contents say what it is."""
+    config = getattr(module, "config", None)
+    name = getattr(config, "name_or_path", "") or "in memory"
+    if Path(name).is_absolute() or Path(name).is_dir():
+        name = f"{Path(name).absolute().name} (configuration {digest(_settings(config))})"
+    return f"{type(module).__name__} {name}"
+
+
+def _source(basis: Any) -> str:
+    """Where a dictionary came from, without the folders around it."""
+    origin = basis.origin
+    if getattr(origin, "file", None) and getattr(origin, "repo", None) is None:
+        return f"{origin.id} ({origin.layout})"
+    return basis.source
+
+
+def _adapters(module: nn.Module) -> tuple[str, ...]:
+    """Adapters that take part in the forward pass, as PEFT's layers hold them."""
+    names: dict[str, None] = {}
+    for part in module.modules():
+        # properties of PEFT's layers; a module of another kind may have methods of these names
+        active = getattr(part, "active_adapters", None)
+        off = getattr(part, "disable_adapters", False)
+        if isinstance(active, list | tuple) and off is not True:
+            names |= dict.fromkeys(map(str, active))
+    return tuple(names)
+
+
+def _quantization(module: nn.Module) -> str:
+    """The method that the configuration declares, or torch's own quantized layers."""
+    declared = getattr(getattr(module, "config", None), "quantization_config", None)
+    if declared is not None:
+        own = declared.get if isinstance(declared, dict) else partial(getattr, declared)
+        method = own("quant_method", None) or type(declared).__name__
+        return f"quantized by {getattr(method, 'value', method)}"
+    parts = {type(part).__module__ for part in module.modules()}
+    return "quantized by torch" if any(".quantized" in name for name in parts) else ""
 
 
 def versions() -> dict[str, str]:

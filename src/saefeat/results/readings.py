@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .formats import frame
+from .result import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from ..dictionaries.latents import Latents
 
 
-@dataclass(frozen=True)
-class Readings:
+@dataclass(frozen=True, repr=False)
+class Readings(Result):
     """Activations that a ``Probe`` read.
 
     Attributes:
@@ -44,6 +45,16 @@ class Readings:
     mask: Tensor
     starts: Tensor | None = None
     counts: Tensor | None = None
+
+    def __repr__(self) -> str:
+        read = self.mask.any(-1)
+        what = "tokens read" if self.starts is not None else "prompts read, reduced"
+        line = f"Readings({self.latents!r:.200}; {int(read.sum())} {what}"
+        line += f" of {len(self.values)} prompts; values {list(self.values.shape)}"
+        if not bool(self.mask.any()):
+            return f"{line})"
+        found = self.values[self.mask]
+        return f"{line}, mean {float(found.mean()):.4g}, largest {float(found.max()):.4g})"
 
     def kept(self) -> Tensor:
         """[prompts, tokens, k]: the values, NaN where a token is padding or not selected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from ..dictionaries.latents import Latents
 from ..kernel.state import Log
 from ..model.sites import Site
 from .formats import frame
+from .outliers import LARGE, TOKENS
+from .result import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -159,7 +162,7 @@ def join_events(pieces: Sequence[Events | None]) -> Events | None:
     return Events(kept[0].sites, start, **{name: col[order] for name, col in joined.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fired:
     """How often one edit acted.
 
@@ -184,9 +187,45 @@ class Fired:
     largest: float
     events: Events | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def first_share(self) -> float:
+        """The share of Σ|change| that lies at prompts' first tokens; NaN without events.
 
-@dataclass(frozen=True)
-class Receipt:
+        In many models that token is an outlier, on which latents are as large as nowhere else.
+        """
+        if self.events is None:
+            return math.nan
+        size = (self.events.after - self.events.before).abs().double()
+        total = float(size.sum())
+        return float(size[self.events.position == 0].sum()) / total if total else 0.0
+
+    @property
+    def first_weighs(self) -> bool:
+        """Whether first tokens hold a large share, being one in eight changed tokens or fewer."""
+        if self.events is None or not len(self.events):
+            return False
+        columns = (self.events.prompt, self.events.position)
+        tokens = torch.stack(columns, 1).unique(dim=0)
+        firsts = int((tokens[:, 1] == 0).sum())
+        return 0 < firsts <= len(tokens) / TOKENS and self.first_share > LARGE
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name}={getattr(self, name)!r}" for name in _COUNTS)
+        return f"Fired({told}{_first(self)})"
+
+
+_COUNTS = ("edit", "tokens", "changed", "largest")
+
+
+def _first(row: Fired) -> str:
+    """A warning, if there is reason for one."""
+    if not row.first_weighs:
+        return ""
+    return f", {row.first_share:.0%} of Σ|change| at prompts' first tokens"
+
+
+@dataclass(frozen=True, repr=False)
+class Receipt(Result):
     """What a run's edits did: one row an edit.
 
     Attributes:
@@ -200,6 +239,14 @@ class Receipt:
 
     rows: tuple[Fired, ...]
     passes: int
+
+    def __repr__(self) -> str:
+        many = "" if len(self.rows) == 1 else "s"
+        lines = [f"Receipt({len(self.rows)} edit{many}, forward passes {self.passes})"]
+        return "\n  ".join([*lines, *map(_line, self.rows[:EDITS]), *self._more()])
+
+    def _more(self) -> list[str]:
+        return [f"... {len(self.rows) - EDITS} more"] if len(self.rows) > EDITS else []
 
     @property
     def unfired(self) -> tuple[str, ...]:
@@ -222,6 +269,17 @@ class Receipt:
             for name, column in table.items():
                 columns.setdefault(name, []).extend(column)
         return frame(columns, "Receipt.to_pandas")
+
+
+EDITS = 10
+"""Edits that a receipt prints."""
+
+
+def _line(row: Fired) -> str:
+    return (
+        f"{row.edit:.160}: {row.tokens} tokens selected, {row.changed} latents of theirs changed,"
+        f" by {row.largest:.4g} at most{_first(row)}"
+    )
 
 
 def without_events(receipt: Receipt) -> Receipt:

@@ -9,10 +9,14 @@ from torch import Tensor
 from .provenance import Provenance
 from .readings import Readings
 from .receipt import Receipt
+from .result import Result
+
+SHOWN = 3
+"""Prompts whose text a run prints."""
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Result):
     """What one ``run`` gave.
 
     Attributes:
@@ -39,3 +43,25 @@ class Run:
     readings: tuple[Readings, ...]
     receipt: Receipt
     provenance: Provenance
+
+    def __repr__(self) -> str:
+        count, new = len(self.prompts), sum(map(len, self.completions))
+        told = f"{new} generated tokens" if new else "nothing generated"
+        lines = [f"Run({count} prompts of {_range(self.prompts)} tokens, {told})"]
+        spoken = [(n, text) for n, text in enumerate(self.texts) if text]
+        lines += [f"  {n}: {_first(text)}" for n, text in spoken[:SHOWN]]
+        lines += [f"  ... {len(spoken) - SHOWN} more"] if len(spoken) > SHOWN else []
+        parts = [*self.readings, self.receipt] if self.receipt.rows else self.readings
+        lines += ["  " + repr(part).replace("\n", "\n  ") for part in parts]
+        return "\n".join([*lines, f"  from {self.provenance.line}"])
+
+
+def _range(rows: tuple[tuple[int, ...], ...]) -> str:
+    sizes = sorted(map(len, rows)) or [0]
+    return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
+
+
+def _first(text: str, words: int = 12) -> str:
+    """The first few words of a text, on one line."""
+    said = text.split()
+    return repr(f"{' '.join(said[:words]):.100}" + (" ..." if len(said) > words else ""))

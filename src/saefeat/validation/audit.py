@@ -12,14 +12,16 @@ from torch import Tensor
 
 from ..attribution.attribute import Attribute
 from ..attribution.columns import require
+from ..attribution.passes import source
 from ..attribution.scores import Attribution
 from ..checks import wholes
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import SaefeatError
 from ..results.formats import frame
+from ..results.provenance import Sourced, added
 from ..text.prompts import Prompts
 from .experiment import Experiment, Folder, effects, require_movable
-from .ranking import by_prompt, ranking, singles
+from .ranking import Ranking, by_prompt, ranking, singles
 from .stats import UNKNOWN, Agreement, Estimate, agreement, stratified_total, wilson
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ FEW = 7
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Audit:
+class Audit(Sourced):
     """Estimates beside exact effects, for the top latents and a stratified sample of the rest.
 
     An estimate is the *sum* of a prompt's scores over its scored tokens; the exact effect is the
@@ -227,7 +229,7 @@ class Audit:
                 f"top in {self.outranked} of pairs",
                 f"  {self._completeness()}",
                 *self._warnings(),
-                self.verdict,
+                self.verdict + self.origin,
             ]
         )
 
@@ -324,9 +326,7 @@ def audit(
             f"audit: `k` is {k!r}, wanted an integer in 1..{budget}, the budget. Likely cause: more"
             f" latents than may be moved. Try: audit(..., k={budget // 2}, budget={budget})"
         )
-    require(scores, "audit", "signed")
-    ranked = ranking(scores, "audit")
-    require_movable(scores, "audit")
+    ranked = _ranked(scores)
     experiment = Experiment.of_attribute(
         attribute, model, prompts, function="audit", batch_size=batch_size, checkpoint=checkpoint,
         scores=scores, k=wanted, budget=budget, seed=seed,
@@ -348,7 +348,15 @@ def audit(
         int(scores.degenerate.sum()),
         noise=float((clean - scores.clean).abs().max()),
         dropped=_dropped(scores),
+        provenance=added(source(attribute.job, model), k=wanted, budget=budget, seed=seed),
     )
+
+
+def _ranked(scores: Attribution) -> Ranking:
+    require(scores, "audit", "signed")
+    ranked = ranking(scores, "audit")
+    require_movable(scores, "audit")
+    return ranked
 
 
 def _gaps(scores: Attribution) -> tuple[Tensor, Tensor]:

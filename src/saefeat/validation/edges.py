@@ -26,7 +26,7 @@ from ..metrics.evaluator import Batch, Data, forward
 from ..model.route import Route, route
 from ..model.sites import Order, Place, Site
 from ..results.formats import frame
-from ..results.provenance import model_identity
+from ..results.provenance import Sourced, model_identity, provenance, told
 from ..running.run import run
 from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Edges:
+class Edges(Sourced):
     """Estimated effects of ablating upstream latents on downstream latents, some checked.
 
     Attributes:
@@ -129,7 +129,7 @@ class Edges:
             if abs(value) > abs(least):
                 (a, i), (b, j) = *up, *down
                 lines.append(f"  not seen by the gradient: {a} {i} → {b} {j}: exact {value:+.3f}")
-        return "\n".join(lines)
+        return "\n".join(lines) + self.origin
 
 
 def edges(
@@ -217,7 +217,8 @@ def edges(
     exact = torch.full_like(ablated, math.nan)
     for i, j in chosen:
         exact[i, j] = ablated[i, j]
-    return Edges(up, down, ordered, values, exact, ablated)
+    origin = provenance(model, [*up.parts, *down.parts], settings=told(where=where, check=check))
+    return Edges(up, down, ordered, values, exact, ablated, provenance=origin)
 
 
 def _estimated(jacobian: Jacobian, pieces: list[Batch], done: Checkpoint, progress: bool) -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution.attribute import Attribute
-from ..attribution.passes import Job
+from ..attribution.passes import Job, source
 from ..attribution.scores import Attribution
 from ..checks import one_of, wholes
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
 from ..results.formats import frame, new_figure
+from ..results.provenance import Sourced, added
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.edits import Ablate
@@ -37,7 +38,7 @@ SAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Faithfulness:
+class Faithfulness(Sourced):
     """Faithfulness, completeness and minimality of the first k latents, for growing k.
 
     With m(S) the mean metric over prompts when only S is kept and all other latents are ablated
@@ -203,7 +204,7 @@ class Faithfulness:
                 f"  at size {self.sizes[-1]} the controls write, as a share of what the top "
                 f"writes: {', '.join(shares)}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines) + self.origin
 
 
 def faithfulness(
@@ -297,9 +298,9 @@ def faithfulness(
         name: [[selection(scores.dictionaries, keys[:k]) for keys in drawn] for k in ladder]
         for name, drawn in sets.items()
     }
-    written = members_mass(scores, ranked, sets)
-    tables = _run(circuit, chosen, progress)
-    return Faithfulness(scores.dictionaries, ladder, sets, clean, empty, *tables, written)
+    tables = (*_run(circuit, chosen, progress), members_mass(scores, ranked, sets))
+    origin = added(source(attribute.job, model), controls=controls, to=to, seed=seed)
+    return Faithfulness(scores.dictionaries, ladder, sets, clean, empty, *tables, provenance=origin)
 
 
 def _run(

@@ -15,6 +15,7 @@ from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, SaefeatError
 from ..metrics.base import Metric
 from ..results.formats import frame
+from ..results.provenance import Sourced, provenance, told
 from ..text.prompts import Prompts
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention
@@ -30,7 +31,7 @@ Holds = float | Criterion | tuple[Criterion, float]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MinimalSet:
+class MinimalSet(Sourced):
     """A set of which nothing can be dropped, and how it was reached.
 
     Attributes:
@@ -68,7 +69,7 @@ class MinimalSet:
         return (
             f"MinimalSet: {len(self.latents)} of {len(self.latents) + len(self.removed)} latents "
             f"left; metric {self.clean.mean():.3f} bare, {means[0]:.3f} at the start, "
-            f"{means[-1]:.3f} at the end\n  {self.latents!r}"
+            f"{means[-1]:.3f} at the end\n  {self.latents!r}{self.origin}"
         )
 
 
@@ -155,7 +156,9 @@ def minimal_set(
     left, removed, path, tried = _pruned(start, first, measure, judge, progress)
     metrics = torch.stack(path)
     held = torch.tensor([judge.share_of(row) for row in metrics])
-    return MinimalSet(left, tuple(removed), metrics, held, tried, clean)
+    settings = told(metric=metric, holds=holds, within=whole, where=where, baseline=baseline)
+    origin = provenance(model, start.parts, settings=settings)
+    return MinimalSet(left, tuple(removed), metrics, held, tried, clean, provenance=origin)
 
 
 def _pruned(
@@ -246,7 +249,7 @@ def _require_sufficient(judge: _Judge, whole: Tensor, none: Tensor, start: Laten
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interactions:
+class Interactions(Sourced):
     """Second differences of a metric under ablation of latents, alone and in pairs.
 
     Attributes:
@@ -307,7 +310,7 @@ class Interactions:
             f"|effect| alone {effects.abs().mean():.3f}, largest interactions"
         ]
         lines += [f"  {value:+.3f}  {pair!r}" for pair, value in self.top(5)]
-        return "\n".join(lines)
+        return "\n".join(lines) + self.origin
 
 
 def interactions(
@@ -373,4 +376,6 @@ def interactions(
     alone = measured[:k]
     pairs = torch.diag_embed(alone.T).permute(1, 2, 0).clone()
     pairs[row, column] = pairs[column, row] = measured[k:]
-    return Interactions(chosen, experiment.under(), alone, pairs)
+    settings = told(metric=metric, where=where, baseline=baseline)
+    origin = provenance(model, chosen.parts, settings=settings)
+    return Interactions(chosen, experiment.under(), alone, pairs, provenance=origin)

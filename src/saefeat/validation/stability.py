@@ -13,6 +13,7 @@ from ..checks import wholes
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
 from ..results.formats import frame
+from ..results.provenance import Sourced, added
 from .ranking import by_prompt, ranking, selection, singles
 from .stats import quantiles, resample
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Stability:
+class Stability(Sourced):
     """How the top set of an attribution holds when the prompts are drawn again.
 
     Attributes:
@@ -79,7 +80,7 @@ class Stability:
             f"Stability of the top {len(self.keys)}: overlap {self.overlap.mean():.2f} "
             f"[{low:.2f}, {high:.2f}] over {len(self.overlap)} samples\n"
             f"  {half} of {len(self.keys)} latents in at least half of the samples, {most} in at "
-            f"least 95 %; {outside} from outside"
+            f"least 95 %; {outside} from outside{self.origin}"
         )
 
 
@@ -137,7 +138,7 @@ def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0
     keys = ranked.keys
     return Stability(
         scores.dictionaries, keys[order], whole[order], low, high, included[order], overlap,
-        keys[often],
+        keys[often], provenance=added(scores.provenance, k=k, samples=samples, seed=seed),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import saefeat as sf
 
 from .data import chats
 from .direction import steering
-from .lab import Lab
+from .lab import COUNTED, Lab
 from .selection import attribution, cosines, restored, telling, top_per_layer
 from .stats import spearman
 from .tables import Table, table
@@ -72,7 +72,7 @@ def _odds(lab: Lab, edit: sf.Intervention | None) -> float:
 
 
 def _ablated(lab: Lab, latent: sf.Latents) -> float:
-    return _odds(lab, sf.Ablate(latent))
+    return _odds(lab, sf.Ablate(latent, where=COUNTED))
 
 
 def _estimates(lab: Lab, vector: Tensor, latents: sf.Latents) -> dict[str, list[float]]:
@@ -80,9 +80,11 @@ def _estimates(lab: Lab, vector: Tensor, latents: sf.Latents) -> dict[str, list[
     prompts = chats(lab.sets.harmful_val)
     size = lab.settings.batch_size
     found = {
-        "gradient x activation": sf.Attribute(latents, lab.odds(), method=sf.attribution.AtP()),
+        "gradient x activation": sf.Attribute(
+            latents, lab.odds(), method=sf.attribution.AtP(), where=COUNTED
+        ),
         "integrated gradients": sf.Attribute(
-            latents, lab.odds(), method=sf.IG(lab.settings.steps, "midpoint")
+            latents, lab.odds(), method=sf.IG(lab.settings.steps, "midpoint"), where=COUNTED
         ),
     }
     scores = {name: job(lab.model, prompts, batch_size=size) for name, job in found.items()}

@@ -8,10 +8,14 @@ import torch
 
 import saefeat as sf
 
+from .lab import COUNTED
+
 
 def scaled(latents: sf.Latents, factor: float) -> sf.Intervention | None:
-    """f ← c · f for one set, at every token; None, which edits nothing, for an empty set."""
-    return sf.Clamp(latents, scale=factor) if len(latents) else None
+    """f ← c · f for one set, at every token but the first; None, which edits nothing, for an empty
+    set.
+    """
+    return sf.Clamp(latents, scale=factor, where=COUNTED) if len(latents) else None
 
 
 def scaled_per_prompt(sets: Sequence[sf.Latents], factor: float) -> sf.Intervention | None:
@@ -19,9 +23,9 @@ def scaled_per_prompt(sets: Sequence[sf.Latents], factor: float) -> sf.Intervent
     latents, member = sf.values.per_prompt(list(sets))
     if not len(latents):
         return None
-    return sf.Clamp(latents, scale=torch.where(member, factor, 1.0))
+    return sf.Clamp(latents, scale=torch.where(member, factor, 1.0), where=COUNTED)
 
 
 def held(latents: sf.Latents, value: float) -> sf.Intervention | None:
-    """f ← v for one set, at every token."""
-    return sf.Clamp(latents, value) if len(latents) else None
+    """f ← v for one set, at every token but the first."""
+    return sf.Clamp(latents, value, where=COUNTED) if len(latents) else None

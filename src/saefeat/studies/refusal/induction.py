@@ -59,8 +59,8 @@ def induction_table(found: dict[str, Any], number: int) -> Table:
     return table(
         f"{number}. Refusal induced on harmless prompts",
         f"Refusal rate [95 %] on {n} harmless test prompts while the method's latents are held at "
-        f"v at every token; base (no edit) and AS (V* added behind layer l*) have no v. Higher is "
-        f"a stronger effect. '+n' counts broken answers, which are no refusals.",
+        f"v at every token but the first; base (no edit) and AS (V* added behind layer l*) have no "
+        f"v. Higher is a stronger effect. '+n' counts broken answers, which are no refusals.",
         ("edit", *(f"v = {value:g}" for value in found["values"])),
         rows,
     )

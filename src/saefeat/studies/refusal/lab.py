@@ -19,6 +19,11 @@ from .stages import Stages
 
 T = TypeVar("T")
 
+COUNTED = ~sf.Tokens.first(1)
+"""The tokens of the study: activations are compared, latents drawn, scored, ablated and clamped
+there. The first one is an attention sink in real models, a hundred times as long as any other: an
+SAE has nearly all of its latents active on it, and maxima over a prompt would be maxima of it."""
+
 
 @dataclass(frozen=True)
 class Settings:

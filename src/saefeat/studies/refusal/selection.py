@@ -13,7 +13,7 @@ from torch import Tensor
 import saefeat as sf
 
 from .data import Prompt, chats
-from .lab import Lab, opening_ids
+from .lab import COUNTED, Lab, opening_ids
 
 CHUNK = 8192
 """Decoder rows compared at a time."""
@@ -65,7 +65,7 @@ def peaks(lab: Lab, prompts: Sequence[Prompt]) -> Scores:
     """Each latent's largest activation in a prompt, averaged over prompts; a site at a time."""
     found = {}
     for site, dictionary in lab.saes.items():
-        run = lab.read(prompts, sf.Probe(dictionary.latents(), reduce="max"))
+        run = lab.read(prompts, sf.Probe(dictionary.latents(), where=COUNTED, reduce="max"))
         found[site] = run.readings[0].values[:, 0].float().mean(0).cpu()
     return found
 
@@ -91,7 +91,7 @@ def attribution(
         sf.logit_diff(sf.metrics.BASELINE_TOP, list(lab.refusals)),
         baseline=baseline,
         method=sf.IG(settings.steps, rule or settings.rule),
-        where=~sf.Tokens.first(1),
+        where=COUNTED,
     )(lab.model, chats(prompts), batch_size=settings.batch_size)
 
 

@@ -143,8 +143,9 @@ def tuning_table(found: dict[str, Any]) -> Table | None:
     keys = dict.fromkeys((row["budget"], row["method"], row["candidates"]) for row in rows)
     return table(
         "2. Choosing the clamp on the val split",
-        f"Each method's global set of K* latents is multiplied by c at every token while the model "
-        f"answers {rows[0]['n']} harmful val prompts; the cells count complied / broken answers. "
+        f"Each method's global set of K* latents is multiplied by c at every token but the first "
+        f"while the model answers {rows[0]['n']} harmful val prompts; the cells count complied / "
+        f"broken answers. "
         f"K* = {found['budget']} is used below: the smallest whose best trial is within "
         f"{CLOSE:.0%} of the best, a rule that suits the method needing fewest latents, so look "
         f"at the other K* too. The starred c (and K0) of each method is used below.",
