@@ -186,6 +186,27 @@ def test_top_of_a_prompt_and_of_some_tokens(scores):
         scores.by_position(origin="middle")
 
 
+def test_a_budget_can_be_exact(scores):
+    """Latents below zero were left out, so that one method had 10 latents where others had 20."""
+    keys, values, _ = scores.totals()
+    positive = int((values > 0).sum())
+    k = positive + 3
+    assert k < len(keys)
+    best = keys[values.argsort(descending=True, stable=True)[:k]]
+    wanted = {(str(scores.dictionaries[d].site), i) for d, i in best.tolist()}
+    chosen = scores.top(k, exactly=True)
+    assert {(str(site), index) for site, index in chosen} == wanted
+    assert len(scores.top(k)) == positive and scores.top(positive) == scores.top(
+        positive, exactly=True
+    )
+    few = scores.top(2)
+    assert scores.top(2, exactly=True, within=few) == few
+    with pytest.raises(sf.errors.LatentError, match="exactly, where 2 latents have a score"):
+        scores.top(3, exactly=True, within=few)
+    for number, own in enumerate(scores.top(2, per="prompt", exactly=True)):
+        assert len(own) == 2, number
+
+
 def test_slope_is_the_gradient_along_the_direction(scores):
     assert torch.allclose(scores.slope * scores.change, scores.score, rtol=1e-5, atol=1e-7)
     assert scores.slope.isfinite().all()

@@ -83,7 +83,7 @@ class Fixed:
             )
         columns = torch.tensor([place[index] for index in indices])
         if not isinstance(self.values, Tensor):
-            return torch.full((1, len(indices)), float(self.values))
+            return torch.full((1, len(indices)), float(self.values), dtype=torch.float32)
         if self.values.ndim == 1:
             return self.values[columns][None]
         return self.values[prompt.cpu()[:, None], columns[None]]
@@ -184,7 +184,7 @@ def _columns(align: Alignment, batch: Batch, other: Batch) -> tuple[Tensor, Tens
 
     Positions are the prompt's; what continues it meets what continues the other.
     """
-    columns = torch.full(batch.inputs["input_ids"].shape, -1)
+    columns = torch.full(batch.inputs["input_ids"].shape, -1, dtype=torch.long)
     free = torch.zeros(columns.shape, dtype=torch.bool)
     sizes = zip(batch.numbers.tolist(), _sizes(batch), _sizes(other), strict=True)
     for n, (number, (length, more, pad), (theirs, _, their_pad)) in enumerate(sizes):

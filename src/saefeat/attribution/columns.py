@@ -87,9 +87,9 @@ class Columns:
         ends = self.ends
         assert ends is not None
         cell = self.prompt * ends.shape[1] + self.dictionary
-        total = torch.zeros(ends.numel()).index_add_(0, cell, self.score).view_as(ends)
+        total = ends.new_zeros(ends.numel()).index_add_(0, cell, self.score).view_as(ends)
         sites = [dictionary.write_site for dictionary in self.dictionaries]
-        shared = torch.tensor([[float(one == other) for other in sites] for one in sites])
+        shared = ends.new_tensor([[float(one == other) for other in sites] for one in sites])
         return total @ shared - (ends - self.clean[:, None])
 
     @property
@@ -144,7 +144,7 @@ class Columns:
         share = (self.score / tokens.clamp(min=1)[self.prompt])[kept]
         if per != "prompt":
             share = share / len(self.tokens)
-        values = torch.zeros(len(unique)).index_add_(0, inverse, share)
+        values = share.new_zeros(len(unique)).index_add_(0, inverse, share)
         return unique[:, 1:], values, unique[:, 0]
 
     def by_site(self, *, where: Tokens | None = None) -> dict[Site, float]:
@@ -274,9 +274,17 @@ def require(columns: Columns, function: str, *needs: str) -> None:
 
 
 def ranked(
-    columns: Columns, keys: Tensor, values: Tensor, k: int, within: Latents | None
+    columns: Columns,
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    within: Latents | None,
+    exactly: bool = False,
 ) -> list[tuple[int, int, float]]:
-    """(dictionary, latent, score) of the k highest positive scores, best first."""
+    """(dictionary, latent, score) of the k highest scores, best first.
+
+    Positive ones alone, unless ``exactly`` asks for k whatever they are.
+    """
     if type(k) is not int or k < 1:
         raise LatentError(
             f"Attribution.top: `k` is {k!r}, wanted a whole number, at least 1. Likely cause: a"
@@ -286,10 +294,16 @@ def ranked(
     best: list[tuple[int, int, float]] = []
     for row in values.argsort(descending=True, stable=True).tolist():
         pair = (int(keys[row, 0]), int(keys[row, 1]))
-        if len(best) == k or values[row] <= 0:
+        if len(best) == k or (values[row] <= 0 and not exactly):
             break
         if allowed is None or pair in allowed:
             best.append((*pair, float(values[row])))
+    if exactly and len(best) < k:
+        raise LatentError(
+            f"Attribution.top: `k` is {k}, exactly, where {len(best)} latents have a score, wanted"
+            " at most as many. Likely cause: few of the latents in `within` moved, or few tokens"
+            f" are scored. Try: scores.top({max(1, len(best))}, exactly=True), or a wider `within`"
+        )
     return best
 
 

@@ -22,7 +22,7 @@ def effects(path: Path, part: Part, mask: Tensor, target: Target) -> tuple[Tenso
     per_latent = getattr(path.job.method, "per", "latent") == "latent"
     group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, per_latent)
     owner = prompt[rows.token[first]]
-    scores = [torch.zeros(0, device=owner.device)]
+    scores = [before.new_zeros(0).to(owner.device)]
     for some, members in _batches(group, len(first), path.copies * len(path.batch.numbers)):
         steps = _steps(part, before, target, rows.at(members))  # [m, d_out]
         at = (group[members] - some.start, cell[rows.token[members], 1])
@@ -80,7 +80,7 @@ def _effect(
     many = path.batch.take(owner)
     start = path.clean.values[write][owner]
     at, steps = (at[0].to(start.device), at[1].to(start.device)), steps.to(start.device)
-    total = torch.zeros(len(owner))
+    total = torch.zeros(len(owner), dtype=torch.float32)
     for fraction, weight in path.job.method.moves():
         if fraction == 0:
             values = path.metric(path.clean, path.batch)[owner]

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag
 
 from ..dictionaries.latents import Dictionary, cast, index_tensor
 from ..kernel.encode import encode
+from ..kernel.frozen import plainly
 from ..kernel.read import Norm, lift
 
 CHUNK, ELSEWHERE = 1024, 8192
@@ -108,7 +109,8 @@ class Block(NamedTuple):
     def _dot(self, slope: Tensor) -> Tensor:
         """[m]: each pair's direction times its token's slope [t, d_out]."""
         if len(self.token) * DENSE > len(slope) * len(self.latents):
-            return (slope @ self.directions.T)[self.token, self.column]
+            with plainly(slope.device.type):
+                return (slope @ self.directions.T)[self.token, self.column]
         step = max(1, (1 << 18) // slope.shape[1])  # 1 MiB of float32 at a time
         pieces = [
             (slope[self.token[i : i + step]] * self.directions[self.column[i : i + step]]).sum(-1)
@@ -120,7 +122,8 @@ class Block(NamedTuple):
         """[t, d_out]: each token's weighted sum of directions."""
         if len(self.token) * DENSE > tokens * len(self.latents):
             every = weight.new_zeros(tokens, len(self.latents))
-            return every.index_put_((self.token, self.column), weight) @ self.directions
+            with plainly(weight.device.type):
+                return every.index_put_((self.token, self.column), weight) @ self.directions
         bags = torch.searchsorted(self.token, torch.arange(tokens, device=weight.device))
         # Neither a gathered [m, d_out] nor, on a GPU, sums whose order changes between runs.
         return embedding_bag(

@@ -246,7 +246,7 @@ def read_out(
     keep: int | None,
 ) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
     """Six columns of scores a part, and the sums [b, 2] of what ``keep`` left out."""
-    rows, left_out = [], torch.zeros(len(view.real), 2)
+    rows, left_out = [], torch.zeros(len(view.real), 2, dtype=torch.float32)
     for part, mask, target in zip(parts, masks, targets, strict=True):
         before, slope = part.read_at(values, mask), slopes[part.write]
         kept, dropped = score(part, before, target, slope[mask.to(slope.device)], keep)

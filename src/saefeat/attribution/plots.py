@@ -38,7 +38,7 @@ def latents(columns: Columns, k: int, ax: Axes | None) -> Axes:
     keys, values = _means(columns, "Attribution.plot_latents")
     order = values.abs().argsort(descending=True, stable=True)[:k]
     sites = list(dict.fromkeys(d.site for d in columns.dictionaries))
-    grid = torch.full((len(sites), len(order)), torch.nan)
+    grid = torch.full((len(sites), len(order)), torch.nan, dtype=torch.float32)
     for column, row in enumerate(order.tolist()):
         site = columns.dictionaries[int(keys[row, 0])].site
         grid[sites.index(site), column] = values[row]
@@ -71,7 +71,9 @@ def cumulative(columns: Columns, ax: Axes | None) -> Axes:
     """How much of all scores' size the n largest latents hold, n from 0."""
     _, values = _means(columns, "Attribution.plot_cumulative")
     sizes = values.abs().sort(descending=True).values.double()
-    share = torch.cat([torch.zeros(1).double(), sizes.cumsum(0)]) / sizes.sum().clamp(min=1e-30)
+    share = torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cumsum(0)]) / sizes.sum().clamp(
+        min=1e-30
+    )
     ax = _axes(ax, "Attribution.plot_cumulative", (4.5, 3.0))
     ax.plot(range(len(share)), share.numpy())
     ax.set_xlabel("latents, largest first")

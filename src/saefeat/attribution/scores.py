@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..dictionaries.by_site import Dictionaries
@@ -74,6 +73,7 @@ class Attribution(Columns, Result):
         per: Literal["dataset"] = "dataset",
         within: Latents | None = None,
         where: Tokens | None = None,
+        exactly: bool = False,
     ) -> Latents: ...
 
     @overload
@@ -84,6 +84,7 @@ class Attribution(Columns, Result):
         per: Literal["prompt"],
         within: Latents | None = None,
         where: Tokens | None = None,
+        exactly: bool = False,
     ) -> tuple[Latents, ...]: ...
 
     def top(
@@ -93,6 +94,7 @@ class Attribution(Columns, Result):
         per: str = "dataset",
         within: Latents | None = None,
         where: Tokens | None = None,
+        exactly: bool = False,
     ) -> Latents | tuple[Latents, ...]:
         """The k latents with the highest mean score.
 
@@ -101,19 +103,22 @@ class Attribution(Columns, Result):
             per: ``"dataset"``, or ``"prompt"`` for the best of each prompt on its own.
             within: only these latents compete.
             where: only scored tokens that this rule selects, as in ``totals``.
+            exactly: k latents of those that moved, whatever their scores: for a budget that is to
+                be the same for every method.
 
         Returns:
             Latents, best first within each dictionary; for ``"prompt"`` a tuple, one a prompt.
 
         Raises:
-            LatentError: for k below 1 or not whole, or ``within`` of other dictionaries.
+            LatentError: for k below 1 or not whole, ``within`` of other dictionaries, or fewer than
+                k latents to have ``exactly``.
             SaefeatError: as in ``totals``.
         """
         keys, values, prompts = self.totals(per=per, where=where)
         if per == "dataset":
-            return self._best(keys, values, k, within)
+            return self._best(keys, values, k, within, exactly)
         return tuple(
-            self._best(keys[prompts == p], values[prompts == p], k, within)
+            self._best(keys[prompts == p], values[prompts == p], k, within, exactly)
             for p in range(len(self.tokens))
         )
 
@@ -217,7 +222,7 @@ class Attribution(Columns, Result):
         keys, values, _ = self.totals()
         table = {(int(d), int(i)): float(v) for (d, i), v in zip(keys, values, strict=True)}
         pairs = members(self.dictionaries, latents)
-        return torch.tensor([table.get(pair, 0.0) for pair in pairs])
+        return values.new_tensor([table.get(pair, 0.0) for pair in pairs])
 
     def ranking(
         self, k: int, *, within: Latents | None = None
@@ -229,9 +234,11 @@ class Attribution(Columns, Result):
             for d, i, score in ranked(self, keys, values, k, within)
         )
 
-    def _best(self, keys: Tensor, values: Tensor, k: int, within: Latents | None) -> Latents:
+    def _best(
+        self, keys: Tensor, values: Tensor, k: int, within: Latents | None, exactly: bool
+    ) -> Latents:
         chosen: dict[Dictionary, list[int]] = {}
-        for number, index, _ in ranked(self, keys, values, k, within):
+        for number, index, _ in ranked(self, keys, values, k, within, exactly):
             chosen.setdefault(self.dictionaries[number], []).append(index)
         ordered = sorted(chosen.items(), key=lambda item: item[0].site.order)
         return Latents(tuple((basis, tuple(indices)) for basis, indices in ordered))

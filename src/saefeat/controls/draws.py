@@ -201,7 +201,8 @@ class _Redirected(Dictionary):
     def _drawn(self, index: int) -> Tensor:
         """[d_out]: of one latent, whatever else is selected."""
         number = (self._seed * 1_000_003 + index) % 2**63
-        return torch.randn(self.d_out, generator=torch.Generator().manual_seed(number))
+        draw = torch.Generator().manual_seed(number)
+        return torch.randn(self.d_out, generator=draw, dtype=torch.float32)
 
     def content(self, indices: Tensor) -> object:
         return self._inner.fingerprint(indices), indices.tolist(), self._seed

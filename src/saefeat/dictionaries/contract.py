@@ -35,7 +35,7 @@ def check_dictionary(dictionary: Dictionary, *, seed: int = 0) -> None:
         >>> check_dictionary(sf.Direction(torch.randn(8), site="resid_post.0"))
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 5, dictionary.d_in, generator=generator)
+    x = torch.randn(2, 5, dictionary.d_in, generator=generator, dtype=torch.float32)
     shuffled = torch.randperm(dictionary.d_sae, generator=generator)[:7]
     _shapes(dictionary, x, shuffled)
     _stateless(dictionary, x)
@@ -90,8 +90,9 @@ def _storage(dictionary: Dictionary, index: Tensor) -> None:
 
 def _zero_step(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:
     columns = cast(dictionary.columns(index), x.dtype, x.device)
-    y = torch.randn(2, 5, dictionary.d_out, generator=torch.Generator().manual_seed(1))
-    step = torch.zeros(2, 5, len(index))
+    draw = torch.Generator().manual_seed(1)
+    y = torch.randn(2, 5, dictionary.d_out, generator=draw, dtype=torch.float32)
+    step = torch.zeros(2, 5, len(index), dtype=torch.float32)
     same = torch.equal(moved(y, step, columns["directions"], None, None), y)
     _require(same, dictionary, "a zero step leaves the site as it was")
 

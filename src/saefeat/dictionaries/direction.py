@@ -111,7 +111,7 @@ class Direction(Dictionary):
             Direction('random-0', resid_post.1, 8 x 1)
         """
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(max(k, 0), max(width, 0), generator=generator)
+        rows = torch.randn(max(k, 0), max(width, 0), generator=generator, dtype=torch.float32)
         return cls(rows, site=site, name=name or f"random-{seed}")
 
     @property

@@ -15,12 +15,25 @@ import torch
 from torch import Tensor
 
 from ..errors import DictionaryError
+from ..kernel.frozen import plainly
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+def computed_plainly(method: Method) -> Method:
+    """A method that computes as it does without autocast: it folds biases, and decodes."""
+
+    @wraps(method)
+    def compute(self: Any, *args: Any) -> Any:
+        with plainly("cpu"), plainly("cuda"):
+            return method(self, *args)
+
+    return compute  # type: ignore[return-value]
+
+
 def only_finite(method: Method) -> Method:
     """A method that gives tensors of a dictionary's latents, which then are finite or refused."""
+    method = computed_plainly(method)
 
     @wraps(method)
     def read(self: Any, indices: Any = None) -> Any:

@@ -24,7 +24,7 @@ from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
 from .exclusion import Excluded, untrained
-from .finite import only_finite
+from .finite import computed_plainly, only_finite
 
 
 class Dictionary(ABC):
@@ -71,6 +71,8 @@ class Dictionary(ABC):
         super().__init_subclass__()
         for name in {"columns", "directions"} & set(vars(cls)):
             setattr(cls, name, only_finite(vars(cls)[name]))
+        if "reconstruct" in vars(cls):
+            cls.reconstruct = computed_plainly(vars(cls)["reconstruct"])  # type: ignore[attr-defined]
         in_requests(cls, stay_here)
 
     @abstractmethod

@@ -326,7 +326,9 @@ class ErrorTerm(Dictionary):
     def columns(self, indices: Tensor) -> dict[str, Any]:
         columns = self._sae._whole()
         own = {"inner": columns["activation"], "activation": "error"}
-        return columns | own | {"directions": torch.ones(len(indices), self.d_in)}
+        return (
+            columns | own | {"directions": torch.ones(len(indices), self.d_in, dtype=torch.float32)}
+        )
 
     def content(self, indices: Tensor) -> object:
         return "error", self._sae.fingerprint()

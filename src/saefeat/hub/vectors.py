@@ -58,7 +58,7 @@ def steering_vector(
             rows: Tensor = columns["directions"]  # [k, d_out]
             part = add[start : start + len(indices)].to(rows.dtype)
             site = dictionary.write_site
-            found[site] = found.get(site, torch.zeros(rows.shape[1])) + part @ rows
+            found[site] = found.get(site, rows.new_zeros(rows.shape[1])) + part @ rows
             start += len(indices)
     _require(bool(found), intervention, "no edit at all")
     ordered = {site: found[site] for site in sorted(found, key=lambda site: site.order)}

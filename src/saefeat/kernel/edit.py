@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .encode import top
-from .frozen import Frozen
+from .frozen import Frozen, plainly
 from .state import State, View
 from .values import ByToken
 
@@ -234,7 +234,8 @@ class Acted:
         row, column, latent = (change != 0).nonzero(as_tuple=True)
         token = (change != 0).any(-1)
         written = torch.where(self.mask, self.written, 0.0)
-        delta = written[token] @ self.directions.to(change.device)
+        with plainly(change.device.type):  # a receipt may be asked for under autocast
+            delta = written[token] @ self.directions.to(change.device)
         if self.scale is not None:
             delta = delta * self.scale[token]
         norm = torch.zeros_like(change[..., 0]).masked_scatter(token, delta.norm(dim=-1))

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .frozen import Frozen
+from .frozen import Frozen, plainly
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -257,7 +257,8 @@ def encode(
     ``x`` must already be in the compute dtype (float32, or float64 for float64 models):
     a bfloat16 encode flips active latents.
     """
-    return encoder_of(columns).encode(x)
+    with plainly(x.device.type):
+        return encoder_of(columns).encode(x)
 
 
 def scored(scorer: Any, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t 1"]:

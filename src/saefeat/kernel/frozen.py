@@ -7,10 +7,23 @@ bytecode: 2.5 kB a class, and only the client's own version of Python could run 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
+
+
+def plainly(kind: str) -> Any:
+    """A context in which products of float32 are float32 on a kind of device, also under autocast.
+
+    Under autocast, as some servers run blocks, they would be bfloat16: other latents would fire.
+    """
+    # not every device knows of it; the meta device does not
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
 
 AnyFrozen = TypeVar("AnyFrozen", bound="Frozen")
 AnyTensors = TypeVar("AnyTensors")

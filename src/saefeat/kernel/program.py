@@ -27,7 +27,7 @@ from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
 from .beams import Beams
-from .frozen import Frozen, Placed
+from .frozen import Frozen, Placed, plainly
 from .state import Ends, Log, Memory, State, View, cache_of, past_length, require_sequential, window
 
 if TYPE_CHECKING:
@@ -62,15 +62,10 @@ class Visit(Frozen):
 
     def act(self, x: Float[Tensor, "*batch d"], state: State) -> Float[Tensor, "*batch d"]:
         """Apply the actions to the place's value x; return the value to leave behind."""
-        # Under autocast, as some servers run blocks, a product of float32 would be one of bfloat16:
-        # other latents would fire. Not every device knows of it; the meta device does not.
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return self.act(x, state)
         new = before = by_token(x, *state.view.real.shape)
-        for action in self.actions:
-            new = action.apply(new, state)
+        with plainly(x.device.type):
+            for action in self.actions:
+                new = action.apply(new, state)
         return x if new is before else new.reshape(x.shape)  # x itself need not be written back
 
     def leave(self, envoy: Any, value: Any) -> None:

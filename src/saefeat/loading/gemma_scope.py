@@ -92,7 +92,7 @@ def weights(source: Source) -> Weights:
     file = Npz(npz) if npz.is_file() else OnDisk(source.folder / SAFETENSORS)
     named = {name.lower(): name for name in file.names()}
     scaling = named.get("scaling_factor")
-    if scaling and not torch.allclose(file.read(scaling), torch.ones(1)):
+    if scaling and not torch.allclose(file.read(scaling), torch.ones(1, dtype=torch.float32)):
         wanted, cause = "a Gemma Scope file, which has none", "another library's file of this name"
         call = "the layout it was written in"
         raise refuse(source.folder, "whose scaling_factor is not 1", wanted, cause, call)

@@ -316,7 +316,7 @@ def _finetuned(config: dict[str, Any], file: OnDisk, source: Source) -> Tensor |
         cause = "a file put together from two"
         raise refuse(source.folder, f"with {' and '.join(there)}", "one of the two", cause, call)
     name = there[0] if there else ""
-    factor = file.read(name) if name else torch.ones(())
+    factor = file.read(name) if name else torch.ones((), dtype=torch.float32)
     declared = bool(config.get("finetuning_scaling_factor"))
     one = torch.allclose(factor, torch.ones_like(factor))
     if declared == bool(name) or (one and name):

@@ -77,7 +77,7 @@ def weights(source: Source) -> Weights:
         if there:
             views[name] = View(there[0])
         else:
-            constants[name] = torch.zeros(size)
+            constants[name] = torch.zeros(size, dtype=torch.float32)
     declared = bool(read_json(source.folder / CONFIG).get("skip_connection"))
     if declared != ("W_skip" in file.names()):
         got = f"whose {CONFIG} says skip_connection = {str(declared).lower()}, and whose tensors"

@@ -160,7 +160,11 @@ def kl(to: str | Tensor = "clean") -> Metric:
         shaped = given.is_floating_point() and given.ndim in (1, 2)
         name = f"kl({list(given.shape)})"
     else:
-        given, shaped, name = torch.zeros(0), to in ("clean", "baseline"), f"kl({to!r})"
+        given, shaped, name = (
+            torch.zeros(0, dtype=torch.float32),
+            to in ("clean", "baseline"),
+            f"kl({to!r})",
+        )
     if not shaped:
         got = f"of shape {tuple(to.shape)}" if isinstance(to, Tensor) else repr(to)
         raise SaefeatError(

@@ -143,7 +143,7 @@ def provenance(
         rest: other fields of ``Provenance``.
     """
     module = torch_module(model)
-    first = next(module.parameters(), torch.zeros(0))
+    first = next(module.parameters(), torch.zeros(0, dtype=torch.float32))
     dictionaries: dict[str, dict[str, None]] = {}  # site → names, each once, in order
     for basis, indices in parts:
         every = len(indices) == basis.d_sae  # a file that is read whole is hashed once

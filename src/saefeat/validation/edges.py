@@ -18,6 +18,7 @@ from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..kernel.encode import encode
+from ..kernel.frozen import plainly
 from ..kernel.read import Norm, lift
 from ..kernel.state import Log, View
 from ..kernel.tokens import select
@@ -209,7 +210,10 @@ def edges(
         strong = values.mean(-1).abs().flatten().argsort(descending=True, stable=True)[:check]
         chosen = [divmod(place, len(down)) for place in strong.tolist()]
         chosen = [(i, j) for i, j in chosen if values[i, j].any()]
-        rows, ablated = sorted({i for i, _ in chosen}), torch.full(ordered.shape, math.nan)
+        rows, ablated = (
+            sorted({i for i, _ in chosen}),
+            torch.full(ordered.shape, math.nan, dtype=torch.float32),
+        )
         if rows:
             singles = [up.singles()[i] for i in rows]
             change = _ablated(model, batch, singles, down, where, batch_size, done, progress)
@@ -393,4 +397,5 @@ def _weigh(read: SiteLatents, active: tuple[Tensor, Tensor | None], slope: Tenso
     f, scale = active
     slope = slope.to(f) if scale is None else slope.to(f) * scale
     directions = cast(read.columns, f.dtype, f.device)["directions"]
-    return -(f * (slope @ directions.T)).sum(1)
+    with plainly(f.device.type):
+        return -(f * (slope @ directions.T)).sum(1)

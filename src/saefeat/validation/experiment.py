@@ -332,7 +332,9 @@ def _shifted(scores: Attribution, keys: Tensor, rows: Tensor, moves: Tensor, edi
     column = {pair: n for n, pair in enumerate(pairs)}
     places = torch.tensor([column[tuple(key)] for key in keys[rows[edit, 0]].tolist()])
     position = scores.position[moves]
-    shift = torch.zeros(len(rows), int(position.max()) + 1, len(latents))  # [b, t, k]
+    shift = torch.zeros(
+        len(rows), int(position.max()) + 1, len(latents), dtype=torch.float32
+    )  # [b, t, k]
     shift[edit, position, places] = scores.change[moves].cpu()
     every = torch.ones_like(shift, dtype=torch.bool)
     values = Readings(latents, shift, every, torch.zeros(len(rows), dtype=torch.long))
@@ -346,7 +348,7 @@ def require_movable(scores: Attribution, function: str) -> None:
         return
     for dictionary in scores.dictionaries:
         columns = dictionary.columns(torch.zeros(1, dtype=torch.long))
-        if encode(columns, torch.ones(1, dictionary.d_in))[1] is not None:
+        if encode(columns, torch.ones(1, dictionary.d_in, dtype=torch.float32))[1] is not None:
             raise SaefeatError(
                 f"{function}: `attribute` is with a baseline, on {dictionary!r}, whose directions"
                 " move with the input, wanted the zero baseline there. Likely cause: an SAE that"

@@ -333,7 +333,9 @@ class _Circuit:
         if not len(ablated):
             return self._experiment.under(None)
         values = [
-            self._to[id(basis)][torch.tensor(indices)] if self._to else torch.zeros(len(indices))
+            self._to[id(basis)][torch.tensor(indices)]
+            if self._to
+            else torch.zeros(len(indices), dtype=torch.float32)
             for basis, indices in ablated.parts
         ]
         return self._experiment.under(Ablate(ablated, to=torch.cat(values), where=self._where))
@@ -356,7 +358,7 @@ def _means(experiment: Experiment, latents: Latents, where: Tokens | None) -> di
     counts = torch.stack([r.mask.sum((0, 1)) for r in readings]).sum(0)
     means, start, by_dictionary = total / counts.clamp(min=1), 0, {}
     for basis, indices in latents.parts:
-        row = torch.zeros(basis.d_sae)
+        row = torch.zeros(basis.d_sae, dtype=torch.float32)
         row[torch.tensor(indices)] = means[start : start + len(indices)].float().cpu()
         by_dictionary[id(basis)], start = row, start + len(indices)
     return by_dictionary

@@ -24,7 +24,7 @@ class Ranking(NamedTuple):
 
     def places(self, chosen: Tensor) -> Tensor:
         """[n]: the place of each row of the attribution in ``chosen`` [k] ranks, or −1."""
-        place = torch.full((len(self.keys),), -1)
+        place = torch.full((len(self.keys),), -1, dtype=torch.long)
         place[chosen] = torch.arange(len(chosen))
         return place[self.number]
 

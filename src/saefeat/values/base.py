@@ -47,7 +47,7 @@ def numbers(function: str, parameter: str, given: object, dims: tuple[int, ...])
     try:
         values = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError):
-        values = torch.empty(0)
+        values = torch.empty(0, dtype=torch.float32)
     finite = bool(values.isfinite().all())
     if values.ndim in dims and values.numel() and finite:
         return values

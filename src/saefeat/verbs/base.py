@@ -273,7 +273,7 @@ def _starts(log: Log, columns: int) -> Tensor:
 def _counts(entries: list[Any]) -> Tensor:
     """[passes, 3] from what the kernel noted: counts, or the steps themselves to be counted."""
     rows = [entry if isinstance(entry, Tensor) else entry.counts() for entry in entries]
-    return torch.stack(rows) if rows else torch.zeros(1, 3)
+    return torch.stack(rows) if rows else torch.zeros(1, 3, dtype=torch.float32)
 
 
 def per_latent(function: str, parameter: str, value: Any, latents: Latents) -> Any:
@@ -288,7 +288,8 @@ def per_latent(function: str, parameter: str, value: Any, latents: Latents) -> A
         value.check(function, parameter, latents)
         return value
     try:
-        number = torch.as_tensor(value)
+        listed = isinstance(value, (list, tuple))  # whose dtype would be torch's default
+        number = torch.as_tensor(value, dtype=torch.float32 if listed else None)
     except (TypeError, ValueError, RuntimeError):
         number = None
     finite = number is None or bool(torch.isfinite(number).all())

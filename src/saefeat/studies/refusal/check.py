@@ -95,7 +95,7 @@ def _estimates(lab: Lab, vector: Tensor, latents: sf.Latents) -> dict[str, list[
 
 def summed(scores: sf.attribution.Attribution, latents: sf.Latents) -> Tensor:
     """[k]: each latent's scores summed over tokens, mean over prompts."""
-    table = torch.zeros(len(latents))
+    table = torch.zeros(len(latents), dtype=torch.float32)
     place = {key: n for n, key in enumerate(latents)}
     sites = [dictionary.site for dictionary in scores.dictionaries]
     for n, site in enumerate(sites):
