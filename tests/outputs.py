@@ -75,7 +75,7 @@ def literal(text: str, after: bool, before: bool) -> str:
         text = text.lstrip(" ")
     if before:
         text = text.rstrip(" ")
-    return (" *" if after else "") + re.escape(text) + (" *" if before else "")
+    return (" *+" if after else "") + re.escape(text) + (" *+" if before else "")
 
 
 def pattern(shown: str) -> tuple[re.Pattern[str], list[tuple[str, str]]]:
@@ -94,7 +94,7 @@ def pattern(shown: str) -> tuple[re.Pattern[str], list[tuple[str, str]]]:
                 parts.append(rf"(?<![\w.]){re.escape(piece[start:end])}(?!\w|\.\d)")
             else:
                 loose.append((piece[start:end], what))
-                parts.append(f"({NUMBER})")
+                parts.append(f"((?>{NUMBER}))")  # atomic: a number is matched one way alone
     return re.compile("".join(parts), re.DOTALL), loose
 
 
@@ -108,6 +108,13 @@ def difference(printed: str, shown: str) -> str | None:
     printed, shown = plain(printed), plain(shown)
     if exactly(printed, shown):
         return None
+    lines = printed.split("\n"), shown.split("\n")
+    # a line at a time where that will do: a pattern of a whole page backtracks for minutes
+    if len(lines[0]) == len(lines[1]) > 1:
+        found = (difference(*pair) for pair in zip(*lines, strict=True))
+        first = next((one for one in found if one is not None), None)
+        if first is None or DOTS not in shown:
+            return first
     form, loose = pattern(shown)
     match = form.fullmatch(printed)
     if match is None:
