@@ -14,7 +14,18 @@ from .sites import Place, Site
 
 
 def torch_module(model: object) -> nn.Module:
-    """The torch module behind an nnsight model, or the module itself."""
+    """The torch module behind an nnsight model, or the module itself.
+
+    Raises:
+        ModelError: for anything else, and under another default device of torch: what is made
+            beside the model belongs on the CPU, or where the model says.
+    """
+    if (device := torch.get_default_device().type) != "cpu":
+        raise ModelError(
+            f"saefeat: torch's default device is {device!r}, wanted the CPU. Likely cause:"
+            " torch.set_default_device, or a block of `with torch.device(...)`. Try: the model on"
+            f" its device, as with device_map={device!r}, and torch.set_default_device('cpu')"
+        )
     module = getattr(model, "_module", model)
     if isinstance(module, nn.Module):
         return module
@@ -182,8 +193,6 @@ def width_at(module: nn.Module, site: Site) -> int:
 def check_ready(module: nn.Module, where: str) -> None:
     """Refuse train mode with dropout, in which two identical runs differ, and with checkpointing.
 
-    And another default device of torch.
-
     Gradient checkpointing runs blocks anew in the backward pass, when an edit is no longer there
     or its hooks have gone on to another forward pass: tried, gradients were wrong by 80 percent,
     without an error with ``use_reentrant=True``. In eval mode it does nothing.
@@ -192,13 +201,6 @@ def check_ready(module: nn.Module, where: str) -> None:
         ModelError: naming the first active dropout, or the module that checkpoints. A submodule
             alone in train mode counts.
     """
-    # what is made here belongs on the CPU, or where the model says
-    if (device := torch.get_default_device().type) != "cpu":
-        raise ModelError(
-            f"{where}: torch's default device is {device!r}, wanted the CPU. Likely cause:"
-            " torch.set_default_device, or a block of `with torch.device(...)`. Try: the model on"
-            f" its device, as with device_map={device!r}, and torch.set_default_device('cpu')"
-        )
     training = [(name, part) for name, part in module.named_modules() if part.training]
     active = [name for name, part in training if isinstance(part, nn.Dropout) and part.p > 0]
     if training:  # attention drops out by configuration, without a module of its own
