@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 
 import nnsight
@@ -383,3 +384,48 @@ def test_a_name_of_ones_own_cannot_break_the_page():
 
 def test_the_page_says_which_way_the_colors_go():
     assert "going to the baseline" in attribute().to_html()
+
+
+# ---------------------------------------------------------------- kernels without a gradient
+
+
+def quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of eager quantization
+        return torch.ao.quantization.quantize_dynamic(build("llama"), {torch.nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization")
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("method", [sf.attribution.AtP(), sf.IG(2)], ids=repr)
+def test_a_kernel_without_a_gradient_is_refused(method):
+    """Dynamic int8: torch warns and goes on without that kernel's part; AtP was exactly 0."""
+    model = wrapped(quantized())
+    sae = make_sae("jumprelu")
+    with pytest.raises(sf.errors.GradientError, match="kernel that has no gradient"):
+        sf.Attribute(sae, sf.logit_diff(5, 6), method=method)(model, RAGGED)
+    exact = sf.Attribute(sae.latents([3, 8]), sf.logit_diff(5, 6), method=sf.attribution.Exact())
+    assert exact(model, RAGGED).score.abs().max() > 0
+
+
+def test_edges_refuse_such_a_kernel_too():
+    model = wrapped(quantized())
+    up = make_sae("jumprelu", layer=0).latents([3, 8])
+    down = make_sae("jumprelu", layer=1).latents([5])
+    with pytest.raises(sf.errors.GradientError, match=r"edges: .*kernel that has no gradient"):
+        sf.validation.edges(model, RAGGED, up, down, check=0)
+
+
+def test_a_gradient_that_is_zero_everywhere_is_no_result():
+    """A metric behind a threshold moves, and its slope says that nothing does."""
+    model, sae = wrapped(build("llama")), make_sae("jumprelu")
+    clean = sf.run(model, RAGGED).logits[:, 5]
+
+    def behind(logits):
+        rise = logits[:, 5] - clean
+        return rise * (rise.abs() > 1e-3)
+
+    step = sf.metrics.custom(behind)
+    rise = sf.Clamp(sf.Direction(torch.ones(D), site="resid_post.0"), add=30.0)
+    with pytest.raises(sf.errors.GradientError, match="zero at every site while it changes"):
+        sf.Attribute(sae, step, baseline=rise, method=sf.attribution.AtP())(model, RAGGED)

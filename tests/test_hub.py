@@ -455,7 +455,6 @@ class Custom(sf.Intervention):
         (lambda: sf.Ablate(harm(), when=sf.When(norm, site="resid_post.0")), "function"),
         (lambda: sf.Ablate(few("topk").reselect()), "reselect"),
         (lambda: sf.Clamp(harm(), add=torch.ones(1, dtype=torch.complex64)), "complex64"),
-        (lambda: sf.Ablate(broken_sae()), "NaN"),
         (lambda: sf.Ablate(harm(), where=~sf.Tokens.role("u" * 5000)), "a long role"),
         (
             lambda: sf.Ablate(sf.Direction(unit(), site="model." + "a" * 300 + ".output")),
@@ -469,10 +468,13 @@ def test_what_a_file_cannot_hold_is_named(make, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def broken_sae() -> sf.Latents:
+def test_a_dictionary_that_is_not_finite_is_refused_before_a_file_is_begun(tmp_path):
     tensors = tensors_for("standard")
     tensors["W_enc"][0, 3] = torch.nan
-    return sf.SAE.from_tensors(tensors, site="resid_post.1").latents([3])
+    broken = sf.SAE.from_tensors(tensors, site="resid_post.1").latents([3])
+    with pytest.raises(sf.errors.DictionaryError, match="`encoder` has nan, of latent 3"):
+        sf.save(sf.Ablate(broken), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_field_has_a_kind_that_a_file_knows():

@@ -6,11 +6,12 @@ wanted, and raises the error class it is given.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import GradientError, PromptError, SaefeatError
 
@@ -97,6 +98,41 @@ def gradients_on(function: str, model: nn.Module | None = None) -> None:
         f"{function}: `model` is {got}, wanted weights that gradients can pass. Likely cause:"
         f" {cause}. Try: {call}"
     )
+
+
+def differentiated(
+    function: str, total: Tensor, nodes: Sequence[Tensor], *, keep: bool = False
+) -> tuple[Tensor, ...]:
+    """The gradient of a number at each node, zero at those that it does not depend on.
+
+    Every kernel on the way must know its gradient. Torch goes on past one that does not, with a
+    warning and without that kernel's part (2.13, tried: a model quantized to dynamic int8).
+
+    Raises:
+        GradientError: naming the kernel.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*autograd kernel was not registered")
+        try:
+            return torch.autograd.grad(total, nodes, materialize_grads=True, retain_graph=keep)
+        except (UserWarning, NotImplementedError, RuntimeError) as error:
+            said = str(error)
+            if not any(words in said for words in UNDIFFERENTIABLE):
+                raise
+            raise GradientError(
+                f"{function}: `model` is one with a kernel that has no gradient ({said:.100}),"
+                " wanted kernels that have one. Likely cause: quantized weights, or a custom or"
+                " fused kernel for inference. Try: the model in float32 or bfloat16; or, for few"
+                " latents, method=Exact() or FiniteDifference(), which take none"
+            ) from error
+
+
+UNDIFFERENTIABLE = (
+    "autograd kernel was not registered",
+    "no autograd formula was registered",
+    "is not implemented",
+)
+"""What torch says of a kernel without a gradient: of builtin, custom and unfinished ones."""
 
 
 def one_a_prompt(function: str, parameter: str, made_for: int | None, prompts: int) -> None:

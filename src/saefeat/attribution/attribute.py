@@ -298,7 +298,25 @@ def _attribute(
             ends=_metric_by_site(path) if job.one_site else None,
             dropped=dropped,
         )
+    _require_slope(job, slopes, scores)
     return scores, path.baseline.receipt
+
+
+def _require_slope(job: Job, slopes: dict[int, Tensor], scores: Attribution) -> None:
+    """Refuse gradients that are zero everywhere for a metric that moves: they read as no effect."""
+    if not slopes:
+        return
+    sloped = torch.stack([slope.flatten(1).any(1).cpu() for slope in slopes.values()]).any(0)
+    change = (scores.baseline - scores.clean).abs()
+    flat = (change > 1e-5 * (1 + scores.clean.abs())) & ~sloped
+    if bool(flat.any()):
+        raise GradientError(
+            f"Attribute: `metric` is {job.metric!r}, whose gradient is zero at every site while it"
+            f" changes by {float(change[flat].max()):.3g} to the baseline, wanted a gradient that"
+            " tells of it. Likely cause: a threshold or a saturated value in the metric, or a"
+            " kernel without a gradient. Try: method=IG(8, 'midpoint'), which looks between the"
+            " two; or Exact() for few latents"
+        )
 
 
 def _metric_by_site(path: Path) -> Tensor:

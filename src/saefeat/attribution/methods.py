@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from ..checks import differentiated
 from ..errors import SaefeatError
 from ..model.sites import Site
 
@@ -238,5 +238,5 @@ def plain_slopes(
 ) -> dict[int, Tensor]:
     """The gradient as it is."""
     order, at = zip(*sorted(nodes.items()), strict=True)
-    slopes = torch.autograd.grad(total, at, materialize_grads=True, retain_graph=keep)
+    slopes = differentiated("Attribute", total, at, keep=keep)
     return dict(zip(order, slopes, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import gradients_on, whole, wholes
+from ..checks import differentiated, gradients_on, whole, wholes
 from ..dictionaries.latents import Latents, as_latents, cast, index_tensor
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
@@ -359,9 +359,7 @@ class Jacobian:
             active = [r.at(x, log.view) for r, x in zip(self._reads, kept, strict=True)]
         nodes, effects = [log.nodes[self._numbers[place][0]] for place in self._written], []
         for j in range(sums.shape[1]):
-            slopes = torch.autograd.grad(
-                sums[:, j].sum(), nodes, retain_graph=True, materialize_grads=True
-            )
+            slopes = differentiated("edges", sums[:, j].sum(), nodes, keep=True)
             parts = zip(self._reads, active, slopes, strict=True)
             effects.append(torch.cat([_weigh(*part) for part in parts], -1))  # [b, u]
         fires = torch.stack([f.any() for f, _ in active]).any()

@@ -208,7 +208,7 @@ class Joint(Intervention):
     Examples:
         >>> v = sf.Neurons("resid_post.1", 8)
         >>> sf.Clamp(v.latents([0]), 2.0) & sf.Ablate(v.latents([1]))
-        Clamp(Latents(1: resid_post.1 [0]), 2.0) & Ablate(Latents(1: resid_post.1 [1]))
+        Clamp(Latents(1: resid_post.1 [0]), value=2.0) & Ablate(Latents(1: resid_post.1 [1]))
     """
 
     steps: tuple[Step, ...]
