@@ -417,7 +417,7 @@ def test_text_needs_a_tokenizer(prompts):
         {"role": "user", "content": "w1"},
         5,
         b"w1",
-        {"w1", "w2"},
+        {"w1"},
         np.array([[W1, W2]]),
         [np.array([W1, W2])],
         [[True, False]],
