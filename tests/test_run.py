@@ -312,6 +312,26 @@ def test_held_conditions_follow_their_beam(threshold):
         assert torch.equal(found, wanted), way
 
 
+@pytest.mark.parametrize("way", ["run", "sweep", "generate"])
+def test_logits_that_are_no_numbers_are_refused(way):
+    """A clamp that float16 cannot hold: all logits were NaN, the text '', and no word of it."""
+    nn = wrapped(build("llama", torch.float16))
+    step = sf.Clamp(direction(), 1e6)
+    with pytest.raises(sf.errors.ModelError, match=f"{way if way == 'sweep' else 'run'}: .*finite"):
+        if way == "sweep":
+            sf.sweep(nn, RAGGED, {"bare": None, "huge": step})
+        else:
+            sf.run(nn, RAGGED, step, max_new_tokens=2 if way == "generate" else 0)
+
+
+def test_a_word_that_is_never_said_is_no_fault():
+    model = build("llama")
+    model.lm_head.register_forward_hook(
+        lambda m, args, out: out.index_fill(-1, torch.tensor([7]), -torch.inf)
+    )
+    assert sf.run(wrapped(model), RAGGED).logits[:, 7].isinf().all()
+
+
 def test_rules_over_the_text_follow_their_beam():
     """As chat roles do: between one token and another, wherever the beams have put them."""
     model, batch = build("llama"), batch_of()

@@ -11,7 +11,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ..errors import FiringError
+from ..errors import FiringError, ModelError
 from ..kernel.program import Program, whole_run
 from ..kernel.state import Ends, Log
 from ..model.modules import torch_module
@@ -97,6 +97,7 @@ class Task:
         self, batch: dict[str, Tensor], log: Log, new: list[list[int]], logits: Tensor
     ) -> Piece:
         """The same from completions that end at their stop tokens."""
+        require_numbers(self.function, logits)
         tokenizer = getattr(self.model, "tokenizer", None)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True) if tokenizer else ()
         receipt, mask = self.intervention.receipt(log), batch["attention_mask"].bool()
@@ -128,6 +129,22 @@ class Task:
             readings=tuple(stack_readings(list(batches), widths) for batches in readings),
             receipt=receipt,
             provenance=runs[0].provenance,
+        )
+
+
+def require_numbers(function: str, logits: Tensor) -> None:
+    """Refuse logits that are no numbers: the token they give is the first of the vocabulary.
+
+    A model may give −inf to words it never says; NaN and +inf come from nothing that is meant.
+    """
+    bad = (logits.isnan() | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ModelError(
+            f"{function}: `model` gives logits that are not finite, for prompt {row} of its batch,"
+            " wanted finite logits. Likely cause: a model trained in bfloat16 and run in float16,"
+            " an edit whose values its dtype cannot hold, or weights with a NaN. Try: the same"
+            " without the intervention, which tells the two apart; dtype=torch.bfloat16 or float32"
         )
 
 

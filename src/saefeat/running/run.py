@@ -94,7 +94,8 @@ def run(
         PromptError: for empty or mixed prompts, before any is run (in a stream, when their turn
             comes).
         FiringError: if an edit selected no token in the whole run, or missed forward passes.
-        SiteError, ModelError: if the intervention does not fit the model.
+        SiteError, ModelError: if the intervention does not fit the model; ModelError too for
+            logits that are not finite.
         CheckpointError: for a folder of another job.
         RemoteError: for a request that is too large or bound to fail, or a result that does not
             fit it.
