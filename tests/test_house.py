@@ -577,6 +577,7 @@ def test_beartype_may_be_imported_first():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_beartype_imported_second_fails_for_nnsights_reason_alone(imported):
     """nnsight 0.8.1 mounts .save on object; after that beartype cannot be imported.
 

@@ -421,6 +421,7 @@ def test_any_repository_of_native_folders(cache):
     assert sf.load_saes("me/saes", ids={"resid_post.3": "first"})[3].d_sae == N
 
 
+@pytest.mark.slow
 def test_a_filled_cache_is_enough_in_a_fresh_offline_process(cache):
     cache.fill(SCOPE, SCOPE_ID, JUMP)
     torch.save(values(), cache.root / "x.pt")

@@ -584,6 +584,7 @@ def test_hooks_beside_accelerates(how, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_model_split_over_devices():
     """In a process of its own: pretended devices are for good (see split_over_devices.py)."""
     pytest.importorskip("torch.utils.backend_registration")

@@ -57,7 +57,12 @@ def same(here: sf.attribution.Attribution, there: sf.attribution.Attribution) ->
         assert torch.allclose(getattr(here, name), getattr(there, name), atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+# the other cases differ from these here, and take another half a minute there
+FIRST = ("atp", "resid_mid", "exact")
+LATER = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in FIRST]
+
+
+@pytest.mark.parametrize("case", [*FIRST, *LATER])
 def test_scores_are_those_of_a_run_here(case, model, server):
     target, method, baseline = CASES[case]
     attribute = sf.Attribute(target(), METRIC, baseline=baseline, method=method)
@@ -94,7 +99,12 @@ def test_gradients_that_do_not_cross_are_an_error(method, model, boundary):
 
 
 @pytest.mark.parametrize(
-    "method", [sf.attribution.Exact(), sf.attribution.FiniteDifference()], ids=repr
+    "method",
+    [
+        sf.attribution.Exact(),
+        pytest.param(sf.attribution.FiniteDifference(), marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
 def test_gradient_free_methods_work_there(method, model, boundary):
     attribute = sf.Attribute(few(), METRIC, method=method)
@@ -118,6 +128,7 @@ def test_refusals_say_what_to_use(model):
         )
 
 
+@pytest.mark.slow  # it starts an interpreter; test_remote runs a model without weights
 def test_a_skeleton_is_attributed_on_a_server(tmp_path):
     full = wrapped(build("llama"))
     full._module.save_pretrained(tmp_path)
@@ -186,6 +197,7 @@ def test_a_pass_that_does_not_fit_is_refused(change, model, server, monkeypatch)
         sf.Attribute(saes(), METRIC)(model, RAGGED, on=Server(server.url))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_server_is_not_one_of_a_run_here(model, server, tmp_path):
     """The weights here say nothing of the server's."""
     attribute, options = sf.Attribute(saes(), METRIC), {"batch_size": 2, "checkpoint": tmp_path}

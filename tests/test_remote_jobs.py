@@ -107,6 +107,7 @@ def test_a_failed_batch_is_sent_again_from_its_file(model, server, faulty, tmp_p
     assert len(server.payloads) == sent + 1
 
 
+@pytest.mark.slow
 def test_a_skeleton_takes_a_job_up(server, tmp_path):
     full = wrapped(build("llama"))
     full._module.save_pretrained(tmp_path / "model")
@@ -448,6 +449,7 @@ def test_a_sample_that_the_seed_did_not_make_is_refused(model, monkeypatch):
         sf.run(model, RAGGED, on=Server("local"), **SAMPLE)
 
 
+@pytest.mark.slow  # it starts a server of its own
 def test_a_sample_is_right_or_refused_where_values_are_copied(model):
     """Never a sample that only looks like one from the seed."""
     here = sf.run(model, RAGGED, edits(), **SAMPLE)

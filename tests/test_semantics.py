@@ -366,17 +366,15 @@ def test_no_rule_changes_a_value(family, dtype):
 
 
 def test_a_soft_cap_that_is_full_lets_relevance_pass():
-    """Far beyond the cap the gradient is zero; relevance is the share of what is left."""
+    """Far beyond the cap the gradient is zero, and refused; relevance is what is left."""
     model, neurons = build("gemma2"), sf.Neurons("resid_post.1", D)
     token = int(forward(model, batch_of(RAGGED[:1]))[0, -1].argmax())
     model.config.final_logit_softcapping = 0.05
-    plain, relevance = (
-        sf.Attribute(neurons, sf.metrics.logit(token), backward=rule)(
-            wrapped(model), RAGGED[:1]
-        ).score
-        for rule in (None, sf.attribution.RelP())
-    )
-    assert plain.abs().max() < 1e-2 * relevance.abs().max()
+    metric, rule = sf.metrics.logit(token), sf.attribution.RelP()
+    with pytest.raises(sf.errors.GradientError, match="zero at every site"):
+        sf.Attribute(neurons, metric)(wrapped(model), RAGGED[:1])
+    found = sf.Attribute(neurons, metric, backward=rule)(wrapped(model), RAGGED[:1])
+    assert found.score.abs().max() > 1e-4
 
 
 def test_the_soft_cap_comes_back_after_an_error_and_ctrl_c():
