@@ -12,6 +12,7 @@ from saefeat.model.sites import HOOKS
 TEXT = support.PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow  # the whole page is written anew there
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_a_model_types_row(family):
     assert support.sites_table([family]).splitlines()[2] in TEXT.splitlines()

@@ -78,6 +78,7 @@ def test_a_second_run_reuses_everything_and_agrees(output, tmp_path, monkeypatch
     assert after["data"] == before["data"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_tables_and_resumes(output, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "TINY", SMALL)
     for file in (output / "stages").rglob("*.json"):  # as if interrupted after the suppression

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import nnsight
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import FiringError, ModelError
 from ..kernel.program import Program, whole_run
@@ -97,7 +97,7 @@ class Task:
         self, batch: dict[str, Tensor], log: Log, new: list[list[int]], logits: Tensor
     ) -> Piece:
         """The same from completions that end at their stop tokens."""
-        require_numbers(self.function, logits)
+        require_numbers(self.function, torch_module(self.model), logits)
         tokenizer = getattr(self.model, "tokenizer", None)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True) if tokenizer else ()
         receipt, mask = self.intervention.receipt(log), batch["attention_mask"].bool()
@@ -132,19 +132,20 @@ class Task:
         )
 
 
-def require_numbers(function: str, logits: Tensor) -> None:
+def require_numbers(function: str, module: nn.Module, logits: Tensor) -> None:
     """Refuse logits that are no numbers: the token they give is the first of the vocabulary.
 
     A model may give −inf to words it never says; NaN and +inf come from nothing that is meant.
     """
     bad = (logits.isnan() | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1)
     if bool(bad.any()):
-        row = int(bad.nonzero()[0])
+        row, dtype = int(bad.nonzero()[0]), next(module.parameters()).dtype
         raise ModelError(
-            f"{function}: `model` gives logits that are not finite, for prompt {row} of its batch,"
-            " wanted finite logits. Likely cause: a model trained in bfloat16 and run in float16,"
-            " an edit whose values its dtype cannot hold, or weights with a NaN. Try: the same"
-            " without the intervention, which tells the two apart; dtype=torch.bfloat16 or float32"
+            f"{function}: `model`, in {dtype}, gives logits that are not finite for prompt {row} of"
+            " its batch, wanted finite logits. Likely cause: a model trained in bfloat16 and run in"
+            " float16, an edit whose values its dtype cannot hold, or weights with a NaN. Try: the"
+            " same without the intervention, which tells the two apart; dtype=torch.bfloat16 or"
+            " float32"
         )
 
 
