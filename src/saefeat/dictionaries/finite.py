@@ -20,6 +20,15 @@ from ..kernel.frozen import plainly
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+def guard(kind: type) -> None:
+    """Have a class of dictionaries compute plainly, and give finite numbers alone."""
+    own = vars(kind)
+    for name in {"columns", "directions"} & set(own):
+        setattr(kind, name, only_finite(own[name]))
+    if "reconstruct" in own:
+        setattr(kind, "reconstruct", computed_plainly(own["reconstruct"]))  # noqa: B010
+
+
 def computed_plainly(method: Method) -> Method:
     """A method that computes as it does without autocast: it folds biases, and decodes."""
 

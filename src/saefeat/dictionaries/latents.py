@@ -24,7 +24,7 @@ from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
 from .exclusion import Excluded, untrained
-from .finite import computed_plainly, only_finite
+from .finite import guard
 
 
 class Dictionary(ABC):
@@ -69,10 +69,7 @@ class Dictionary(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in {"columns", "directions"} & set(vars(cls)):
-            setattr(cls, name, only_finite(vars(cls)[name]))
-        if "reconstruct" in vars(cls):
-            cls.reconstruct = computed_plainly(vars(cls)["reconstruct"])  # type: ignore[attr-defined]
+        guard(cls)
         in_requests(cls, stay_here)
 
     @abstractmethod
