@@ -35,6 +35,7 @@ SRC = ROOT / "src"
 LEVELS: dict[str, int] = {
     "saefeat.errors": 0,
     "saefeat.checks": 0,
+    "saefeat.arguments": 0,
     "saefeat.files": 1,
     "saefeat.model": 1,
     "saefeat.text": 1,
@@ -67,7 +68,7 @@ PUBLIC += ("metrics", "remote", "results", "validation", "values", "verification
 """The public submodules: each has an ``__all__``, and a page of the API."""
 MOST_NAMES = 25
 
-LOOSE = {"saefeat.errors", "saefeat.checks"}
+LOOSE = {"saefeat.errors", "saefeat.checks", "saefeat.arguments"}
 """The only modules at the top that are not rooms."""
 MOST_PARAMETERS = 11
 

@@ -251,8 +251,10 @@ def test_train_mode_with_dropout(use):
     """Two identical runs would differ."""
     model = build("gpt2").train()
     ablate = sf.Ablate(make_sae().latents([0]))
+    nn = wrapped(model)
+    nn.train()  # gives back the module, not the nnsight model
     with pytest.raises(sf.errors.ModelError) as caught:
-        use_somehow(use, model, wrapped(model).train(), ablate, batch_of())
+        use_somehow(use, model, nn, ablate, batch_of())
     assert "train mode" in str(caught.value) and "model.eval()" in str(caught.value)
     assert "drop" in str(caught.value)
 

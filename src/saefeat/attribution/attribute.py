@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..checks import gradients_on, whole
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.latents import Dictionary, Latents, as_latents
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked(own=("batch_size", "steps_at_once"))
 @final
 @dataclass(frozen=True)
 class Attribute:

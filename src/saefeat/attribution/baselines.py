@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, PromptError
 from ..metrics.evaluator import Batch
@@ -23,6 +24,7 @@ from ..verbs.base import Intervention, per_latent
 Alignment = str | Sequence[Sequence[int | None]] | None
 
 
+@checked(error=LatentError, own=("values",))
 @final
 @dataclass(frozen=True, init=False, eq=False)
 class Fixed:
@@ -95,6 +97,7 @@ class Fixed:
         return f"Fixed({self.latents!r}, {shown})"
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Paired:

@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import ModelError, SaefeatError
 from ..model.families import FAMILIES, NESTED
 from ..model.modules import blocks, family
@@ -25,6 +26,7 @@ from .methods import Backward, Slopes, plain_slopes
 _BRANCHES = {"gpt2": ("attn", "mlp"), "gpt_neox": ("attention", "mlp")}
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class GradDrop(Backward):

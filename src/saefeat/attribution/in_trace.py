@@ -15,7 +15,7 @@ from ..errors import GradientError, SaefeatError
 from ..kernel.program import generating, whole_run
 from ..kernel.state import Log
 from ..metrics.evaluator import NOTHING, Pass, References, require_finite
-from ..model.modules import torch_module
+from ..model.modules import require_tracing, torch_module
 from ..results.receipt import Receipt
 from ..text.texts import texts_of
 from ..verbs.base import Intervention
@@ -129,6 +129,7 @@ class Watching:
 def watch(job: Job, model: TransformersModel, intervention: Intervention | None) -> Watching:
     """Put the watched sites into the user's trace, behind an intervention's edits."""
     _require_one_pass(job)
+    require_tracing("Attribute.watch", model)
     gradients_on("Attribute", torch_module(model))
     # A generation runs without gradients and passes the sites many times.
     with suppress(OutOfOrderError):  # ``whole_run`` says what to do

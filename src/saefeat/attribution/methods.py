@@ -26,6 +26,7 @@ from typing import final
 import numpy as np
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..checks import differentiated
 from ..errors import SaefeatError
 from ..model.sites import Site
@@ -56,6 +57,7 @@ class Method(ABC):
         return ()
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class AtP(Method):
@@ -73,6 +75,7 @@ class AtP(Method):
         return ((0.0, 1.0),)
 
 
+@checked
 @final
 @dataclass(frozen=True, repr=False)
 class IG(Method):
@@ -126,6 +129,7 @@ class IG(Method):
         return f"IG(steps={self.steps}, rule={self.rule!r}{end})"
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Exact(Method):
@@ -161,6 +165,7 @@ class Exact(Method):
         return ((1.0, 1.0), (0.0, -1.0))
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class FiniteDifference(Method):

@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import ModelError
 from ..model.families import FAMILIES
 from ..model.modules import blocks, family
@@ -29,6 +30,7 @@ _NORMS = (
 _FINAL = ("norm", "ln_f", "final_layer_norm")
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class RelP(Backward):

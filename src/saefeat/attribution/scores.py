@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.latents import Dictionary, Latents
 from ..files.container import MAX_BYTES
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@checked(own=("k",))
 @dataclass(frozen=True, repr=False)
 class Attribution(Columns, Result):
     """Scores by (prompt, site, position, latent), for latents that moved; all else is zero.

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Dictionary, Latents, as_latents
 from ..errors import LatentError
 from ..model.sites import Site
@@ -17,6 +18,7 @@ from ..results.readings import Readings
 Statistic = Readings | Mapping[Site | str, Tensor]
 
 
+@checked
 def matched(
     latents: Latents,
     statistics: Statistic | Iterable[Statistic] = (),
@@ -156,6 +158,7 @@ def _unmatched(got: str, wanted: str, cause: str, call: str) -> LatentError:
     )
 
 
+@checked
 def random_directions(latents: Latents, *, seed: int) -> Latents:
     """The same latents, read as they are, each writing a random direction of its own length.
 

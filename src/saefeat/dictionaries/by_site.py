@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, cast
 
+from ..arguments import checked
 from ..errors import SiteError
 from ..model.sites import Site
 from .latents import Dictionary, Latents
 
 
+@checked
 class Dictionaries(Mapping[Site, Dictionary]):
     """One dictionary a site: what ``load_saes`` returns and ``Attribute`` watches.
 
@@ -51,7 +54,7 @@ class Dictionaries(Mapping[Site, Dictionary]):
 
     def __contains__(self, key: object) -> bool:
         try:
-            self.resolve(key)
+            self.resolve(cast("Site", key))
         except SiteError:
             return False
         return True
@@ -60,7 +63,7 @@ class Dictionaries(Mapping[Site, Dictionary]):
         """The dictionary at a site, or the default where there is none."""
         return self[key] if key in self else default  # noqa: SIM401  (it would call itself)
 
-    def resolve(self, key: Any) -> Site:
+    def resolve(self, key: Site | str | int) -> Site:
         """The site meant by a site, its name, or its layer.
 
         Raises:
@@ -72,11 +75,12 @@ class Dictionaries(Mapping[Site, Dictionary]):
             sites = [site for site in self._found if site == Site.parse(key)]
         if len(sites) == 1:
             return sites[0]
+        names = [str(site) for site in self._found]
+        nearest = [*get_close_matches(str(key), names, 1), *names, "resid_post.3"][0]
         cause = "several sites lie in that layer" if sites else "no dictionary there"
         raise SiteError(
             f"Dictionaries: `key` is {key!r}, which matches {len(sites)} sites, wanted one of"
-            f" {', '.join(str(site) for site in self._found)}. Likely cause: {cause}. Try:"
-            ' saes["resid_post.3"]'
+            f' {", ".join(names)}. Likely cause: {cause}. Try: saes["{nearest}"]'
         )
 
     def latents(self, indices: Mapping[Site | str | int, Iterable[int]] | None = None) -> Latents:

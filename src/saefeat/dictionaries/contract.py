@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import DictionaryError, LatentError
 from ..kernel.edit import moved
 from .latents import Dictionary, cast
 
 
+@checked
 def check_dictionary(dictionary: Dictionary, *, seed: int = 0) -> None:
     """Hold a dictionary against the contract.
 

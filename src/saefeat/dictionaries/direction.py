@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import CheckpointError, DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import picked
@@ -22,6 +23,7 @@ from .by_site import Dictionaries
 from .latents import Dictionary
 
 
+@checked
 @final
 class Direction(Dictionary):
     """One direction, or an orthonormal set of them, read and written at a site.
@@ -144,6 +146,7 @@ class Direction(Dictionary):
         return Dictionaries(cls(vector, site=site, name=name) for site in sites)
 
 
+@checked
 @final
 class Neurons(Dictionary):
     """The identity basis: latent i is coordinate i of the site's value.
@@ -171,6 +174,7 @@ class Neurons(Dictionary):
         return self.d_in, indices.tolist()
 
 
+@checked
 @final
 class Function(Dictionary):
     """Any encoder with linear directions: what f is, and what one unit of each latent adds.

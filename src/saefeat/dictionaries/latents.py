@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..checks import one_of
 from ..errors import LatentError
 from ..files.hashing import digest
@@ -27,6 +28,7 @@ from .exclusion import Excluded, untrained
 from .finite import guard
 
 
+@checked(error=LatentError, own=("indices",))
 class Dictionary(ABC):
     """A basis for one site's values: d_sae latents, each with an encoder and a direction.
 
@@ -159,6 +161,7 @@ WRITTEN = ("frozen", "reselect", "span")
 """How an edit of a selection is written; see ``Latents``."""
 
 
+@checked(error=LatentError, own=("indices",))
 @dataclass(frozen=True)
 class Latents:
     """Latents of one or more dictionaries, in a fixed order. Prints what it selects.

@@ -18,6 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import decoder_of, encode
@@ -44,6 +45,7 @@ _EXTRA = {"relu": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 
+@checked
 @final
 class SAE(Dictionary):
     """A sparse autoencoder or transcoder; nothing is read until latents are selected.
@@ -294,6 +296,7 @@ class SAE(Dictionary):
             require_shape("W_dec", shape("W_dec"), (d_sae, d_in))
 
 
+@checked
 @final
 class ErrorTerm(Dictionary):
     """An SAE's error term as a dictionary; made by ``SAE.error``.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..checks import whole
 from ..errors import ModelError, PromptError, SaefeatError
 from ..model.modules import torch_module
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked
 @dataclass(frozen=True)
 class Greedy:
     """The most probable token at each step: what ``decode=None`` does, with stop tokens.
@@ -46,6 +48,7 @@ class Greedy:
         _keep_stops(self)
 
 
+@checked
 @dataclass(frozen=True)
 class Sample:
     """A draw from softmax(logits / temperature), the same again for the same seed.
@@ -96,6 +99,7 @@ class Sample:
         _keep_stops(self)
 
 
+@checked
 @dataclass(frozen=True)
 class Beams:
     """Beam search: the most probable of the sequences that were searched.

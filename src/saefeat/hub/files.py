@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..arguments import checked
 from ..errors import ModelError
 from ..files.container import (
     MAX_BYTES,
@@ -28,6 +29,7 @@ from .read import Reader
 from .write import Writer
 
 
+@checked
 def save(
     intervention: Intervention,
     path: str | Path,
@@ -83,6 +85,7 @@ def packed(intervention: Intervention, model: object, max_bytes: int = MAX_BYTES
     return data
 
 
+@checked
 def load(path: str | Path, *, model: object = None, max_bytes: int = MAX_BYTES) -> Intervention:
     """Read an intervention that ``save`` wrote; it runs nothing, and gives the very same results.
 

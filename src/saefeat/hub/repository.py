@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from ..arguments import checked
 from ..errors import FileError
 from ..files.container import MAX_BYTES, Contents, read, refuse, unpack
 from ..verbs.base import Intervention
@@ -25,6 +26,7 @@ _CAUSES = {
 }
 
 
+@checked
 def push(
     intervention: Intervention,
     repo: str,
@@ -83,6 +85,7 @@ def push(
     return commit.oid
 
 
+@checked
 def pull(
     repo: str,
     *,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import index_tensor
 from ..errors import LatentError
 from ..files.container import refuse, write
@@ -18,6 +19,7 @@ from ..verbs.base import Intervention, Step
 from ..verbs.edits import Clamp
 
 
+@checked
 def steering_vector(
     intervention: Intervention, *, path: str | Path | None = None
 ) -> dict[Site, Tensor]:

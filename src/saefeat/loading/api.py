@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..arguments import checked
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError
@@ -22,6 +23,7 @@ from .released import Released
 from .whole import Whole
 
 
+@checked
 def load_sae(
     folder: str | Path | Any,
     *,
@@ -64,6 +66,7 @@ def load_sae(
     return _read(folder, folder.name, name, site, write_site)
 
 
+@checked
 def load_saes(
     source: str | Path,
     *,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
+from ..arguments import checked, got
 from ..dictionaries.latents import Dictionary
 from ..errors import LatentError, PromptError, SaefeatError
 from ..kernel.state import View
@@ -38,6 +39,7 @@ class BaselineTop:
 BASELINE_TOP = BaselineTop()
 
 
+@checked(own=("values",))
 @final
 @dataclass(frozen=True, init=False)
 class PerPrompt:
@@ -58,11 +60,12 @@ class PerPrompt:
 
     values: tuple[Any, ...]
 
-    def __init__(self, values: Sequence[Any]) -> None:
-        listed = tuple(values.tolist() if isinstance(values, Tensor) else values)
-        if not listed or isinstance(values, str):
+    def __init__(self, values: Sequence[Any] | Tensor) -> None:
+        given: Any = values.tolist() if isinstance(values, Tensor) else values
+        listed = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+        if not listed:
             raise PromptError(
-                f"PerPrompt: `values` is {values!r}, wanted one value a prompt. Likely cause: an"
+                f"PerPrompt: `values` is {got(values)}, wanted one value a prompt. Likely cause: an"
                 ' empty list, or one string. Try: PerPrompt([" Paris", " Rome"])'
             )
         object.__setattr__(self, "values", listed)
@@ -100,6 +103,7 @@ Reader = Callable[[Seen], Tensor]
 """``reader(seen) -> [b]``, differentiable."""
 
 
+@checked
 @final
 @dataclass(frozen=True)
 class Metric:

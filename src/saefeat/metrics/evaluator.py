@@ -15,6 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..checks import one_a_prompt, whole
 from ..errors import PromptError, SaefeatError, SiteError
 from ..kernel.program import Program, whole_run
@@ -275,6 +276,7 @@ def require_finite(
     )
 
 
+@checked(own=("batch_size",))
 def measure(
     model: TransformersModel,
     prompts: Prompts,

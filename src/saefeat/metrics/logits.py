@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import checked, got
 from ..errors import PromptError, SaefeatError
 from .base import BaselineTop, Metric, PerPrompt, Reader, Seen, TokenSpec, real, same_count
 
 
+@checked
 def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
     """logit(positive) − logit(negative) at each prompt's last token.
 
@@ -27,12 +30,14 @@ def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
         A metric.
 
     Raises:
-        PromptError: when bound, for a string that is not one token.
+        PromptError: for no token at all; when bound, for a string that is not one token.
 
     Examples:
         >>> sf.logit_diff([0, 1], 2)
         logit_diff([0, 1], 2)
     """
+    positive = _spec("logit_diff", "positive", positive)
+    negative = _spec("logit_diff", "negative", negative)
     name = f"logit_diff({positive!r}, {negative!r})"
 
     def reader(tokenizer: Any) -> Reader:
@@ -43,6 +48,7 @@ def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
     return Metric(name, reader, prompts=count, baseline_top=_has_top(positive, negative))
 
 
+@checked
 def logit(token: TokenSpec) -> Metric:
     """The logit of a token (or the log-sum-exp of several) at each prompt's last token.
 
@@ -56,6 +62,7 @@ def logit(token: TokenSpec) -> Metric:
         >>> torch.allclose(value, logits[:, 5], atol=1e-4)
         True
     """
+    token = _spec("logit", "token", token)
 
     def reader(tokenizer: Any) -> Reader:
         group = _group(tokenizer, token)
@@ -65,6 +72,7 @@ def logit(token: TokenSpec) -> Metric:
     return Metric(f"logit({token!r})", reader, prompts=count, baseline_top=_has_top(token))
 
 
+@checked
 def custom(
     function: Callable[..., Tensor], name: str = "metric", *, tokens: str = "last"
 ) -> Metric:
@@ -94,6 +102,7 @@ def custom(
     return Metric(name, lambda _: lambda seen: function(seen.logits[:, -1]))
 
 
+@checked(own=("continuation",))
 def log_prob(continuation: str | Sequence[int] | PerPrompt) -> Metric:
     """The log-probability that the prompt goes on with these tokens, summed over them.
 
@@ -135,6 +144,7 @@ def log_prob(continuation: str | Sequence[int] | PerPrompt) -> Metric:
     )
 
 
+@checked
 def kl(to: str | Tensor = "clean") -> Metric:
     """KL(reference ‖ this run) of the next token's distribution: how far a run has gone from it.
 
@@ -186,6 +196,25 @@ def kl(to: str | Tensor = "clean") -> Metric:
     count = len(to) if isinstance(to, Tensor) and to.ndim == 2 else None
     return Metric(
         name, lambda _: read, prompts=count, reference=to if isinstance(to, str) else None
+    )
+
+
+def _spec(function: str, parameter: str, spec: Any) -> Any:
+    """Tokens as they were meant, numpy's integers as plain ones; at least one for each prompt."""
+    if isinstance(spec, PerPrompt):
+        each = [_spec(function, parameter, one) for one in spec.values]
+        return PerPrompt(each)
+    if isinstance(spec, (str, BaselineTop)):
+        return spec
+    if isinstance(spec, Integral) and not isinstance(spec, bool):
+        return int(spec)
+    listed = list(spec) if isinstance(spec, Sequence) else []
+    if listed and all(isinstance(one, (str, Integral, BaselineTop)) for one in listed):
+        return [_spec(function, parameter, one) for one in listed]
+    raise PromptError(
+        f"{function}: `{parameter}` is {got(spec)}, wanted a token id, a string that is one token,"
+        " or a list of at least one of these. Likely cause: an empty list, a tensor, or values by"
+        f" prompt as plain lists. Try: {function}([5, 7]), or PerPrompt([...]) for one a prompt"
     )
 
 
@@ -266,9 +295,9 @@ def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
     if isinstance(text, str) and tokenizer is not None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        ids = [] if isinstance(text, (str, int)) else list(text)
-    if ids and all(type(token) is int for token in ids):
-        return tuple(ids)
+        ids = list(text) if isinstance(text, Sequence) and not isinstance(text, str) else []
+    if ids and all(isinstance(token, Integral) and type(token) is not bool for token in ids):
+        return tuple(int(token) for token in ids)
     raise PromptError(
         f"log_prob: `continuation` is {text!r:.80}, wanted text, or token ids. Likely cause: an"
         " empty text, a single id, or text for a model without its tokenizer. Try:"

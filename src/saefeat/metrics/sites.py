@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Dictionary, Latents, as_latents, cast, index_tensor
 from ..errors import LatentError
 from ..kernel.encode import encode
@@ -18,6 +19,7 @@ from ..text.tokens import Tokens, plain
 from .base import Metric, Reader, Seen, real, require_tokenwise
 
 
+@checked
 def at_site(
     site: Site | str, function: Callable[[Tensor, Tensor], Tensor], name: str | None = None
 ) -> Metric:
@@ -46,6 +48,7 @@ def at_site(
     return Metric(shown, lambda _: read, site=place)
 
 
+@checked
 def activation(latents: Any, where: Tokens | None = None) -> Metric:
     """The activations of downstream latents, summed over them and over tokens.
 

@@ -37,6 +37,22 @@ def torch_module(model: object) -> nn.Module:
     )
 
 
+def require_tracing(function: str, model: Any) -> None:
+    """Refuse a call outside an nnsight block, where no forward pass reads or writes anything.
+
+    Raises:
+        ModelError: naming the blocks.
+    """
+    if model.interleaver.interleaving:
+        return
+    raise ModelError(
+        f"{function}: `model` is a model that runs no block, wanted one inside a trace. Likely"
+        " cause: a call outside the block, or in a session before its traces. Try: with"
+        f" model.trace(prompts): log = nnsight.save({function}(model)); or run(model, prompts,"
+        " intervention), which needs no block"
+    )
+
+
 def text_config(module: nn.Module) -> Any:
     """The configuration of a model's language half; None for a model without a configuration."""
     config: Any = getattr(module, "config", None)

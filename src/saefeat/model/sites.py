@@ -12,9 +12,12 @@ tries those out, since nothing tells when a model reaches them, nor how wide the
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import NamedTuple
 
+from ..arguments import checked
 from ..errors import SiteError
 
 HOOKS = {
@@ -44,6 +47,7 @@ Order = tuple[int, int, int, str]
 """Sorts sites."""
 
 
+@checked(error=SiteError, own=("layer",))
 @dataclass(frozen=True)
 class Site:
     """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer, or a module.
@@ -73,19 +77,19 @@ class Site:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        path = isinstance(self.kind, str) and _PATH.fullmatch(self.kind)
+        path = _PATH.fullmatch(self.kind)
         if not path and self.kind not in HOOKS:
+            call = f'Site("{_nearest(self.kind, HOOKS)}", 3) or Site("model.layers.3.mlp.output")'
             raise SiteError(
                 f"Site: `kind` is {self.kind!r}, wanted one of {', '.join(HOOKS)}, or a module's"
-                " path and its end. Likely cause: a misspelt or unsupported site. Try:"
-                ' Site("resid_post", 3) or Site("model.layers.3.mlp.output")'
+                f" path and its end. Likely cause: a misspelt or unsupported site. Try: {call}"
             )
         if path and self.layer is not None:
             raise SiteError(
                 f"Site: `layer` is {self.layer!r}, wanted none beside a module's path. Likely"
                 f" cause: the path names its layer itself. Try: Site({self.kind!r})"
             )
-        if not path and (not isinstance(self.layer, int) or self.layer < 0):
+        if not path and (type(self.layer) is not int or self.layer < 0):
             raise SiteError(
                 f"Site: `layer` is {self.layer!r}, wanted an integer from 0. Likely cause: layers"
                 ' are counted from the first, never from the last. Try: Site("resid_post", 3)'
@@ -116,8 +120,7 @@ class Site:
             f"Site.parse: `name` is {name!r}, wanted blocks.<layer>.<hook> with hook in"
             f" {', '.join(HOOKS.values())}, or a module's path that ends in .input or .output."
             " Likely cause: a hook this version has no place for, or a typing error. Try:"
-            ' Site.parse("blocks.3.hook_resid_post") or, for any module,'
-            ' Site.parse("model.layers.3.mlp.output")'
+            f" {_meant(name)}"
         )
 
     @property
@@ -137,6 +140,24 @@ class Site:
 
     def __str__(self) -> str:
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+def _meant(name: str) -> str:
+    """The call to make in place of one with a name that is no site."""
+    number = re.search(r"\d+", name)
+    layer = number[0] if number else "3"
+    words = re.split(r"[.\s]", name.strip())
+    if len(words) > 2 and words[0] != "blocks":  # a module's path without its end
+        return f'Site.parse("{name.strip()}.output"), or .input'
+    last = next((word for word in reversed(words) if not word.isdigit()), "")
+    short = re.sub(r"(?<!^)(?=[A-Z])", "_", last).lower().removeprefix("hook_")
+    call = f'Site.parse("{_nearest(short, HOOKS)}.{layer}")'
+    return f'{call} or, for any module, Site.parse("model.layers.{layer}.mlp.output")'
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelled most alike; resid_post where none is."""
+    return next(iter(get_close_matches(word, known, 1)), "resid_post")
 
 
 class Place(NamedTuple):

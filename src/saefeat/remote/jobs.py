@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
+from ..arguments import checked
 from ..checks import whole
 from ..errors import PromptError, RemoteError
 from ..files.paths import expanded
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked(own=("batch_size",))
 def submit(
     model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
     max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,

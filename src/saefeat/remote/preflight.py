@@ -13,6 +13,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import RemoteError
 from ..generation.decoding import Decode, Decoding, decoding
 from ..kernel.edit import MOST_LATENTS, Write
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked
 @dataclass(frozen=True)
 class Preflight:
     """What a remote run would send; printed, it is a table.
@@ -105,6 +107,7 @@ class Preflight:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in shown)
 
 
+@checked(own=("batch_size",))
 def preflight(
     model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
     max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,

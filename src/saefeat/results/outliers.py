@@ -13,12 +13,15 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import checked
+
 TIMES = 5.0
 """How many times the median norm makes an outlier. Measured on 50,000 tokens of text in a model of
 30 layers: sinks are 80 to 157 times as long as the median in the middle of it and 7 to 21 times
 near the end, and every other token there, and of what attention and MLPs write, is below 4."""
 
 
+@checked
 def outliers(values: Tensor) -> Tensor:
     """[n] bool: which tokens' values [n, d] are longer than ``TIMES`` their median length.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..arguments import checked
 from .formats import frame
 from .result import Result
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..dictionaries.latents import Latents
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Readings(Result):
     """Activations that a ``Probe`` read.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Latents
 from ..kernel.state import Log
 from ..model.sites import Site
@@ -224,6 +225,7 @@ def _first(row: Fired) -> str:
     return f", {row.first_share:.0%} of Σ|change| at prompts' first tokens"
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Receipt(Result):
     """What a run's edits did: one row an edit.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..arguments import checked
 from .provenance import Provenance
 from .readings import Readings
 from .receipt import Receipt
@@ -15,6 +16,7 @@ SHOWN = 3
 """Prompts whose text a run prints."""
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Run(Result):
     """What one ``run`` gave.

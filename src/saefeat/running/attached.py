@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..arguments import checked
 from ..errors import FiringError
 from ..kernel.state import Log
 from ..model.modules import torch_module
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked
 def edit(model: TransformersModel, intervention: Intervention) -> Any:
     """A copy of the model that applies the intervention to every token of every run.
 
@@ -55,8 +57,9 @@ def edit(model: TransformersModel, intervention: Intervention) -> Any:
     return edited
 
 
+@checked(own=("model",))
 @contextmanager
-def hooked(model: nn.Module, intervention: Intervention) -> Iterator[Log]:
+def hooked(model: nn.Module | TransformersModel, intervention: Intervention) -> Iterator[Log]:
     """Apply an intervention to every forward pass made inside the ``with`` block.
 
     A text is its key-value cache: passes given one cache go on with one text, any others begin a

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..checks import whole
 from ..errors import CheckpointError, PromptError
 from ..files.checkpoint import Checkpoint
@@ -53,6 +54,7 @@ def run(
 ) -> Iterator[Run]: ...  # fmt: skip
 
 
+@checked(own=("batch_size",))
 def run(
     model: TransformersModel, prompts: Any, intervention: Intervention | None = None, *,
     max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,

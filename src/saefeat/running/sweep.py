@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..errors import FiringError, LatentError, RemoteError
 from ..files.paths import expanded
 from ..generation.decoding import decoding, until_stop
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Key = TypeVar("Key", bound=Hashable)
 
 
+@checked(own=("batch_size",))
 def sweep(
     model: TransformersModel, prompts: Prompts, settings: Mapping[Key, Intervention | None], *,
     max_new_tokens: int = 0, batch_size: int = 32, allow_unfired: bool = False,

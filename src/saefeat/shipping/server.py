@@ -6,12 +6,14 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
+from ..arguments import checked
 from ..checks import whole
 from ..errors import RemoteError
 from .narrow import require_floating
 from .payload import PAYLOAD_LIMIT
 
 
+@checked
 @dataclass(frozen=True)
 class Server:
     """A server to run on: NDIF, another one, or this process by way of a request.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import PromptError
 from ..model.modules import text_config, torch_module
 from .roles import role_markers
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked(error=PromptError)
 @dataclass(frozen=True)
 class Tokens:
     """A rule that selects tokens. Padding is never selected.
@@ -70,7 +72,7 @@ class Tokens:
             >>> ~sf.Tokens.positions(0, 1)  # everything but the first token
             ~Tokens.positions(0, 1)
         """
-        _require_span(start, stop)
+        _require_span("positions", start, stop)
         return cls(("positions", start, stop))
 
     @classmethod
@@ -79,12 +81,25 @@ class Tokens:
 
         The first new token is itself produced by the prompt's last token; include
         ``Tokens.last(1)`` to act on what produces it.
+
+        Raises:
+            PromptError: as for ``positions``.
         """
-        return cls(("generated", _count("generated", start, 0), stop))
+        _require_span("generated", start, stop)
+        return cls(("generated", start, stop))
 
     @classmethod
     def ids(cls, *ids: int) -> Tokens:
-        """Tokens with one of these ids."""
+        """Tokens with one of these ids.
+
+        Raises:
+            PromptError: for an id below 0.
+        """
+        if ids and min(ids) < 0:
+            raise PromptError(
+                f"Tokens.ids: `ids` is {list(ids)}, wanted ids from 0. Likely cause: an id counted"
+                " from the vocabulary's end. Try: Tokens.ids(tokenizer.eos_token_id)"
+            )
         return cls(("ids", tuple(int(i) for i in ids)))
 
     @classmethod
@@ -139,8 +154,8 @@ def _spell(rule: tuple, inner: bool = False) -> str:
 
 
 def _count(name: str, n: int, least: int = 1) -> int:
-    if isinstance(n, int) and n >= least:
-        return n
+    if n >= least:
+        return int(n)
     raise PromptError(
         f"Tokens.{name}: `n` is {n!r}, wanted an integer from {least}. Likely cause: positions are"
         " counted from the prompt's ends; negative counts have no meaning. Try:"
@@ -148,14 +163,13 @@ def _count(name: str, n: int, least: int = 1) -> int:
     )
 
 
-def _require_span(start: int, stop: int | None) -> None:
-    begins = type(start) is int and start >= 0
-    if begins and (stop is None or (type(stop) is int and stop > start)):
+def _require_span(name: str, start: int, stop: int | None) -> None:
+    if start >= 0 and (stop is None or stop > start):
         return
     raise PromptError(
-        f"Tokens.positions: `start and stop` is {start!r} and {stop!r}, wanted an integer from 0,"
+        f"Tokens.{name}: `start and stop` is {start!r} and {stop!r}, wanted an integer from 0,"
         " and an integer above it or None. Likely cause: a text grows while it is generated, so"
-        " positions are not counted from its end. Try: Tokens.positions(0, 1), or Tokens.last(1)"
+        f" nothing is counted from its end. Try: Tokens.{name}(0, 1), or Tokens.last(1)"
         " for the prompt's last token"
     )
 

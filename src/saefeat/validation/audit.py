@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..attribution.attribute import Attribute
 from ..attribution.columns import require
 from ..attribution.passes import source
@@ -33,6 +34,7 @@ FEW = 7
 """Of fewer latents than these a rank correlation of .8 is chance in more than one case of 50."""
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Audit(Sourced):
     """Estimates beside exact effects, for the top latents and a stratified sample of the rest.
@@ -264,6 +266,7 @@ class Audit(Sourced):
         return warnings
 
 
+@checked(own=("batch_size",))
 def audit(
     attribute: Attribute,
     model: TransformersModel,

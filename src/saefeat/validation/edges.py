@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..checks import differentiated, gradients_on, whole, wholes
 from ..dictionaries.latents import Latents, as_latents, cast, index_tensor
 from ..errors import FiringError, SiteError
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Edges(Sourced):
     """Estimated effects of ablating upstream latents on downstream latents, some checked.
@@ -133,6 +135,7 @@ class Edges(Sourced):
         return "\n".join(lines) + self.origin
 
 
+@checked(own=("batch_size",))
 def edges(
     model: TransformersModel,
     prompts: Prompts,

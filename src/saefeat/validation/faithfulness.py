@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..attribution.attribute import Attribute
 from ..attribution.passes import Job, source
 from ..attribution.scores import Attribution
@@ -37,6 +38,7 @@ MEASURES = ("faithfulness", "completeness", "minimality")
 SAMPLES = 1000
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness(Sourced):
     """Faithfulness, completeness and minimality of the first k latents, for growing k.
@@ -207,6 +209,7 @@ class Faithfulness(Sourced):
         return "\n".join(lines) + self.origin
 
 
+@checked(own=("batch_size",))
 def faithfulness(
     attribute: Attribute,
     model: TransformersModel,

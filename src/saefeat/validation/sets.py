@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..checks import whole
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError, SaefeatError
@@ -30,6 +31,7 @@ Criterion = Callable[[Tensor], Tensor]
 Holds = float | Criterion | tuple[Criterion, float]
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class MinimalSet(Sourced):
     """A set of which nothing can be dropped, and how it was reached.
@@ -73,6 +75,7 @@ class MinimalSet(Sourced):
         )
 
 
+@checked(own=("batch_size",))
 def minimal_set(
     model: TransformersModel,
     prompts: Prompts,
@@ -248,6 +251,7 @@ def _require_sufficient(judge: _Judge, whole: Tensor, none: Tensor, start: Laten
     raise SaefeatError(f"minimal_set: {said}")
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Interactions(Sourced):
     """Second differences of a metric under ablation of latents, alone and in pairs.
@@ -313,6 +317,7 @@ class Interactions(Sourced):
         return "\n".join(lines) + self.origin
 
 
+@checked(own=("batch_size",))
 def interactions(
     model: TransformersModel,
     prompts: Prompts,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..attribution.scores import Attribution
 from ..checks import wholes
 from ..dictionaries.latents import Dictionary, Latents
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Stability(Sourced):
     """How the top set of an attribution holds when the prompts are drawn again.
@@ -84,6 +86,7 @@ class Stability(Sourced):
         )
 
 
+@checked
 def stability(scores: Attribution, k: int, *, samples: int = 1000, seed: int = 0) -> Stability:
     """Bootstrap the top set over prompts.
 

@@ -8,6 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
 from ..kernel.values import Pinned
@@ -16,6 +17,7 @@ from .base import Value
 from .columns import columns_of, require_readings
 
 
+@checked(error=LatentError, own=("readings",))
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Patch(Value):

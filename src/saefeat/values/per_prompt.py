@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Latents
 
 
+@checked
 def per_prompt(selections: Sequence[Latents]) -> tuple[Latents, Tensor]:
     """The union of several selections, and which of its latents each one holds.
 

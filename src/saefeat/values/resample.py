@@ -8,6 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
 from ..kernel.values import Drawn
@@ -25,6 +26,7 @@ def _source(given: Readings | Tensor, function: str = "Resample") -> Readings | 
     return given
 
 
+@checked(error=LatentError)
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Resample(Value):

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Latents
 from ..errors import LatentError
 from ..kernel.values import Scheduled
@@ -25,6 +26,7 @@ def _prompt(
     return None if given is None else numbers(function, "prompt", given, (0, 1))
 
 
+@checked(error=LatentError)
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Schedule(Value):

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Self, final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..dictionaries.latents import Latents
 from ..errors import FiringError, LatentError, RemoteError
 from ..kernel.pack import unpack
 from ..kernel.program import whole_run
 from ..kernel.state import Log, last_position
+from ..model.modules import require_tracing
 from ..model.requests import in_requests
 from ..results.readings import Readings, join_time
 from ..results.receipt import Fired, Receipt, record_events
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked
 class Intervention(ABC):
     """An edit, a reading, or several of them in order: what every way of running takes.
 
@@ -74,10 +77,12 @@ class Intervention(ABC):
             The log, to be kept with ``nnsight.save``; ``readings`` and ``receipt`` read it.
 
         Raises:
-            SiteError, ModelError: if the model lacks a site, or is in train mode with dropout.
+            SiteError, ModelError: if the model lacks a site, is in train mode with dropout, or runs
+                no block.
         """
         if step is not None:
             require_memoryless(self)
+        require_tracing("intervention", model)
         log = Log()
         whole_run(model, lower(self, model), log, step=step)
         return log

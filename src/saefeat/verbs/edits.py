@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import LatentError
 from ..text.tokens import Tokens
 from ..values.base import Value
@@ -16,6 +17,7 @@ from .steps import Formula
 from .when import When
 
 
+@checked(error=LatentError, own=("to",))
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Ablate(Step):
@@ -90,6 +92,7 @@ class Ablate(Step):
         return self.when
 
 
+@checked(error=LatentError, own=("value", "scale", "add", "low", "high"))
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Clamp(Step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import final
 
+from ..arguments import checked
 from ..checks import one_of
 from ..errors import LatentError
 from ..text.tokens import Tokens
@@ -13,6 +14,7 @@ from .base import Step
 REDUCTIONS = (None, "max", "mean", "last")
 
 
+@checked(error=LatentError)
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Probe(Step):

@@ -9,6 +9,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ..arguments import checked
 from ..checks import one_of
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError
@@ -32,6 +33,7 @@ def _site(given: Site | str | None, function: str = "When") -> Site | None:
     return None if given is None else Site.parse(given)
 
 
+@checked(error=LatentError, own=("above", "below"))
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class When(Declared):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..arguments import checked
 from ..model.sites import Site
 from ..results.provenance import Sourced
 
@@ -36,6 +37,7 @@ class Finding(NamedTuple):
     reason: str
 
 
+@checked
 @dataclass(frozen=True)
 class Check:
     """How well one dictionary explains its site, and what speaks against it.
@@ -155,6 +157,7 @@ EXACT = 1e-4
 """FVU that is as good as none: what explains even mixed tokens so well tells nothing apart."""
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Verification(Sourced):
     """The table ``verify`` makes; prints as plain text.

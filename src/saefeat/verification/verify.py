@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..arguments import checked
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.latents import Dictionary
 from ..errors import DictionaryError, SiteError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+@checked
 def verify(
     model: TransformersModel,
     saes: Dictionaries | Dictionary,
