@@ -17,7 +17,7 @@ import functools
 import inspect
 import numbers
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import fields, is_dataclass
 from typing import (
     Any,
@@ -168,7 +168,10 @@ def _annotations(function: Any, but: tuple[str, ...]) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation says. A boolean is no number, and text no sequence."""
+    """Whether a value is what an annotation says.
+
+    A boolean is no number; text and tensors are no sequences: where they will do, it names them.
+    """
     origin, inner = get_origin(hint), list(get_args(hint))
     if hint is None or hint is type(None):
         return value is None
@@ -183,9 +186,9 @@ def fits(value: Any, hint: Any) -> bool:
         return True
     if origin is None:
         return hint is Any or isinstance(value, hint)
-    if not isinstance(value, kind) or isinstance(value, (str, bytes)):
+    if not isinstance(value, kind) or isinstance(value, (str, bytes, Tensor)):
         return False
-    return not issubclass(kind, (Sequence, Mapping)) or _inside_fits(value, inner)
+    return _inside_fits(value, inner)
 
 
 def _is_number(value: Any, hint: type) -> bool:
@@ -199,8 +202,8 @@ def _inside_fits(value: Any, inner: list[Any]) -> bool:
     """The elements of a sequence or mapping; what can be gone through only once is left."""
     if isinstance(value, Mapping) and len(inner) == 2:
         return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
-    if isinstance(value, (list, tuple)) and inner:
-        if len(inner) > 1 and inner[-1] is not Ellipsis:
+    if isinstance(value, (list, tuple, Set)) and inner:
+        if isinstance(value, tuple) and len(inner) > 1 and inner[-1] is not Ellipsis:
             return len(value) == len(inner) and all(map(fits, value, inner))
         return all(fits(one, inner[0]) for one in value)
     return True

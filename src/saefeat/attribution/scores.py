@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from ..arguments import checked
+from ..checks import whole
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.latents import Dictionary, Latents
 from ..files.container import MAX_BYTES
@@ -179,6 +180,7 @@ class Attribution(Columns, Result):
         Args:
             prompts: how many prompts to show.
         """
+        whole("Attribution.to_html", "prompts", prompts, 0)
         return show.page(self, prompts)
 
     def _repr_html_(self) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import checked
+from ..checks import whole
 from ..errors import CheckpointError, DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import picked
@@ -163,6 +164,7 @@ class Neurons(Dictionary):
     """
 
     def __init__(self, site: Site | str, width: int) -> None:
+        whole("Neurons", "width", width, error=DictionaryError)
         self.site = self.write_site = Site.parse(site)
         self.d_in = self.d_out = self.d_sae = width
         self.name = "neurons"
@@ -219,6 +221,7 @@ class Function(Dictionary):
         name: str = "generic",
         prefix: bool = False,
     ) -> None:
+        whole("Function", "width", width, error=DictionaryError)
         if directions.ndim != 2:
             raise DictionaryError(
                 f"Function: `directions` is of shape {tuple(directions.shape)}, wanted [d_sae,"

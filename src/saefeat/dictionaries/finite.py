@@ -33,9 +33,9 @@ def computed_plainly(method: Method) -> Method:
     """A method that computes as it does without autocast: it folds biases, and decodes."""
 
     @wraps(method)
-    def compute(self: Any, *args: Any) -> Any:
+    def compute(self: Any, *args: Any, **kwargs: Any) -> Any:
         with plainly("cpu"), plainly("cuda"):
-            return method(self, *args)
+            return method(self, *args, **kwargs)
 
     return compute  # type: ignore[return-value]
 

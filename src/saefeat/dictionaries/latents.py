@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checked
-from ..checks import one_of
-from ..errors import LatentError
+from ..arguments import checked, got
+from ..checks import one_of, whole
+from ..errors import DictionaryError, LatentError
 from ..files.hashing import digest
 from ..kernel.encode import encode
 from ..model.requests import in_requests, stay_here
@@ -119,8 +119,17 @@ class Dictionary(ABC):
 
         Returns:
             [..., k] in the compute dtype.
+
+        Raises:
+            DictionaryError: for another width than d_in.
         """
         index = self._index(indices)
+        if x.shape[-1:] != (self.d_in,):
+            raise DictionaryError(
+                f"{type(self).__name__}.encode: `x` is {got(x)}, wanted [..., {self.d_in}]. Likely"
+                f" cause: another site's value, or a transposed one. Try: what a run has at"
+                f" {self.site}"
+            )
         dtype = torch.promote_types(x.dtype, torch.float32)
         columns = cast(self.columns(index), dtype, x.device)
         return encode(columns, x.to(dtype))[0]
@@ -309,6 +318,7 @@ class Latents:
         Raises:
             LatentError: if fewer than n are selected.
         """
+        whole("Latents.sample", "n", n, 0, error=LatentError)
         pairs = [(basis, index) for basis, indices in self.parts for index in indices]
         if n > len(pairs):
             raise LatentError(

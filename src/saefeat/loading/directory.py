@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -197,6 +198,7 @@ def choose(
     ids: Ids = None,
 ) -> list[Entry]:
     """One entry a site; what is not there is refused with near misses, as is an open choice."""
+    _require_some(sites, ids, l0)
     kept = _by_ids(entries, ids, source)
     kept = _by_sites(kept, sites, source)
     if width is not None:
@@ -220,6 +222,15 @@ def choose(
         if entry.site is not None:
             by_site.setdefault(entry.site, []).append(entry)
     return [_one(found, site, l0, source) for site, found in by_site.items()]
+
+
+def _require_some(sites: Sites, ids: Ids, l0: float | None) -> None:
+    """Refuse a choice among nothing, and an L0 that none can be near to."""
+    for parameter, given in (("sites", sites), ("ids", ids)):
+        if isinstance(given, Sized) and not len(given):
+            raise _refused(parameter, f"{given!r}, which keeps nothing", "None, which keeps all")
+    if l0 is not None and not 0 <= l0 < math.inf:
+        raise _refused("l0", f"{l0}", "a number from 0, such as 100")
 
 
 def _near(name: str, names: Iterable[str], *, most: int = 8) -> str:

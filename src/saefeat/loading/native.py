@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import got
 from ..dictionaries.exclusion import Excluded, either, not_on, untrained
 from ..dictionaries.sae import NORMS, SAE
 from ..dictionaries.weights import InMemory, Mapped, OnDisk, View, Weights
@@ -118,6 +119,11 @@ def from_object(
     sae: Any, *, site: Site | str | None = None, write_site: Site | str | None = None
 ) -> SAE | Whole:
     """A dictionary from a sae-lens object; its tensors are shared, its state is never used."""
+    if not all(hasattr(sae, part) for part in ("get_name", "cfg", "state_dict")):
+        raise DictionaryError(
+            f"load_sae: `folder` is {got(sae)}, wanted a folder's path, or an SAE or transcoder of"
+            ' sae-lens. Try: load_sae("folder")'
+        )
     name = sae.get_name()
     facts = _declared(sae.cfg.to_dict(), name)
     origin = Origin(layout="sae_lens", file="memory", id=name)

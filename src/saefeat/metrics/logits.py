@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checked, got
+from ..arguments import checked, fits, got
 from ..errors import PromptError, SaefeatError
 from .base import BaselineTop, Metric, PerPrompt, Reader, Seen, TokenSpec, real, same_count
 
@@ -167,7 +167,7 @@ def kl(to: str | Tensor = "clean") -> Metric:
     """
     if isinstance(to, Tensor):
         given: Tensor = to.detach()
-        shaped = given.is_floating_point() and given.ndim in (1, 2)
+        shaped = given.is_floating_point() and given.ndim in (1, 2) and given.numel() > 0
         name = f"kl({list(given.shape)})"
     else:
         given, shaped, name = (
@@ -206,15 +206,15 @@ def _spec(function: str, parameter: str, spec: Any) -> Any:
         return PerPrompt(each)
     if isinstance(spec, (str, BaselineTop)):
         return spec
-    if isinstance(spec, Integral) and not isinstance(spec, bool):
+    if fits(spec, int) and int(spec) >= 0:
         return int(spec)
     listed = list(spec) if isinstance(spec, Sequence) else []
     if listed and all(isinstance(one, (str, Integral, BaselineTop)) for one in listed):
         return [_spec(function, parameter, one) for one in listed]
     raise PromptError(
-        f"{function}: `{parameter}` is {got(spec)}, wanted a token id, a string that is one token,"
-        " or a list of at least one of these. Likely cause: an empty list, a tensor, or values by"
-        f" prompt as plain lists. Try: {function}([5, 7]), or PerPrompt([...]) for one a prompt"
+        f"{function}: `{parameter}` is {got(spec)}, wanted a token id from 0, a string that is one"
+        " token, or a list of at least one of these. Likely cause: an empty list, a tensor, or"
+        f" values by prompt as plain lists. Try: {function}([5, 7]), or {function}(PerPrompt(...))"
     )
 
 
@@ -296,7 +296,7 @@ def _ids(tokenizer: Any, text: Any) -> tuple[int, ...]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = list(text) if isinstance(text, Sequence) and not isinstance(text, str) else []
-    if ids and all(isinstance(token, Integral) and type(token) is not bool for token in ids):
+    if ids and all(fits(token, int) for token in ids):
         return tuple(int(token) for token in ids)
     raise PromptError(
         f"log_prob: `continuation` is {text!r:.80}, wanted text, or token ids. Likely cause: an"

@@ -14,7 +14,8 @@ from nnsight.tracing.backend import Backend
 from torch import Tensor
 
 from ..arguments import checked
-from ..errors import RemoteError
+from ..checks import whole
+from ..errors import PromptError, RemoteError
 from ..generation.decoding import Decode, Decoding, decoding
 from ..kernel.edit import MOST_LATENTS, Write
 from ..kernel.program import Program
@@ -144,6 +145,7 @@ def preflight(
     """
     chosen = intervention if intervention is not None else Chain(())
     with_stops(model)
+    whole("preflight", "batch_size", batch_size, error=PromptError)
     settings = decoding(model, max_new_tokens, decode)
     encoded = encode_for(model, prompts, settings.new)
     require_rows(chosen, len(encoded["input_ids"]))

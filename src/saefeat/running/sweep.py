@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..arguments import checked
-from ..errors import FiringError, LatentError, RemoteError
+from ..checks import whole
+from ..errors import FiringError, LatentError, PromptError, RemoteError
 from ..files.paths import expanded
 from ..generation.decoding import decoding, until_stop
 from ..generation.task import Piece, Task, require_passes, run_batch
@@ -86,6 +87,7 @@ def sweep(
             allow_unfired=allow_unfired,
         )  # fmt: skip
         return _on_server(submitted, chosen, on, folder, progress)
+    whole("sweep", "batch_size", batch_size, error=PromptError)
     greedy = decoding(model, max_new_tokens=max_new_tokens)
     encoded = encode_for(model, prompts, greedy.new)
     total = len(encoded["input_ids"])

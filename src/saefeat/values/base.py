@@ -48,6 +48,8 @@ def numbers(function: str, parameter: str, given: object, dims: tuple[int, ...])
         values = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError):
         values = torch.empty(0, dtype=torch.float32)
+    if isinstance(given, bool) or getattr(given, "dtype", None) is torch.bool:
+        values = torch.empty(0, dtype=torch.float32)  # True is no 1.0
     finite = bool(values.isfinite().all())
     if values.ndim in dims and values.numel() and finite:
         return values

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..dictionaries.latents import Latents
+from ..errors import LatentError
 
 
 @checked
@@ -24,6 +25,9 @@ def per_prompt(selections: Sequence[Latents]) -> tuple[Latents, Tensor]:
     Returns:
         The union, k latents, and membership [n, k] bool.
 
+    Raises:
+        LatentError: for no selection at all.
+
     Examples:
         >>> v = sf.Direction(torch.eye(3), site="resid_post.0")
         >>> union, member = sf.values.per_prompt([v.latents([0]), v.latents([2, 0])])
@@ -33,6 +37,11 @@ def per_prompt(selections: Sequence[Latents]) -> tuple[Latents, Tensor]:
         >>> sf.Clamp(union, scale=torch.where(member, -1.0, 1.0)).scale.shape
         torch.Size([2, 2])
     """
+    if not selections:
+        raise LatentError(
+            "per_prompt: `selections` is empty, wanted one a prompt. Likely cause: prompts that"
+            " were filtered to none. Try: per_prompt(scores.top(8, per='prompt'))"
+        )
     union = Latents(())
     for chosen in selections:
         union = union | chosen

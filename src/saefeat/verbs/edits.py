@@ -8,6 +8,7 @@ from typing import final
 from torch import Tensor
 
 from ..arguments import checked
+from ..checks import one_of
 from ..errors import LatentError
 from ..text.tokens import Tokens
 from ..values.base import Value
@@ -70,6 +71,8 @@ class Ablate(Step):
                 " Ablate(latents.span()) for an orthogonal ablation"
             )
         to = 0.0 if isinstance(self.to, str) else self.to
+        if to is None:
+            one_of("Ablate", "to", to, ("zero",), error=LatentError)
         self._set(to=per_latent("Ablate", "to", to, self.latents))
         if self.latents.written == "span" and not same(self.to, 0.0):
             raise LatentError(

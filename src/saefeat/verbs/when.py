@@ -9,7 +9,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import checked, fits
 from ..checks import one_of
 from ..dictionaries.latents import Latents, as_latents
 from ..errors import LatentError
@@ -108,10 +108,10 @@ class When(Declared):
         )
 
 
-def _check_bounds(above: object, below: object) -> None:
+def _check_bounds(above: Any, below: Any) -> None:
     """Numbers that some score can meet."""
     bounds = [bound for bound in (above, below) if bound is not None]
-    numbers = [b for b in bounds if isinstance(b, (int, float)) and not math.isnan(b)]
+    numbers = [b for b in bounds if fits(b, float) and not math.isnan(b)]
     wanted = "numbers that are not NaN" if len(numbers) < len(bounds) else "above < below"
     if len(numbers) < len(bounds) or (len(numbers) == 2 and numbers[0] >= numbers[1]):
         raise LatentError(
