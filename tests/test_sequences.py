@@ -535,3 +535,32 @@ def test_draws_by_prompt_under_beams_are_refused():
     for step in (drawn, look):
         with pytest.raises(sf.SaefeatError, match="searches 3 beams"), sf.hooked(model, step):
             model.generate(**batch_of(), num_beams=3, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("how", ["inline", "edit"])
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("said", ["argument", "configuration", "model"])
+def test_draws_and_readings_under_beams_are_refused_in_blocks_too(how, cache, said):
+    """They would belong to rows, which change places: the same call gave other tokens."""
+    nn = wrapped(build("llama"))
+    v = V()
+    look = sf.Probe(v)
+    read = sf.run(nn, RAGGED, look).readings[0]
+    drawn = sf.Clamp(v, sf.values.Resample(read, seed=0))
+    args = {"max_new_tokens": 2, "use_cache": cache, "do_sample": False}
+    if said == "argument":
+        args["num_beams"] = 3
+    elif said == "configuration":
+        config = transformers.GenerationConfig(num_beams=3, pad_token_id=0)
+        args["generation_config"] = config
+    else:
+        nn._module.generation_config.num_beams = 3
+    for step in (drawn, look)[: 1 if how == "edit" else 2]:
+        with pytest.raises(ValueError, match="searches 3 beams"):
+            if how == "edit":
+                edited = sf.edit(nn, step)
+                with edited.generate(RAGGED, **args):
+                    nnsight.save(edited.lm_head.output)
+            else:
+                with nn.generate(RAGGED, **args):
+                    nnsight.save(step(nn))

@@ -176,6 +176,8 @@ def whole_run(
     decodes = generating(model._module, inputs[1])
     if program.beside is not None:
         sequences = program.beside.sequences(memory)
+        if decodes:
+            memory.beams = program.beside.beams(model)
         if decodes and program.ends is not None:
             program = program.replace(ends=program.beside.ends(model, program.ends))
     memory = one_pass(model, program, log, inputs, memory, sequences, not step)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .encode import AnyEncoder
 from .frozen import Frozen
 from .prefix import encode_prefix
-from .state import Log, State, View
+from .state import Log, State, View, require_one_beam
 from .tokens import Everywhere, Where
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class Collect(Frozen):
     def apply(self, x: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         log, view = state.log, state.view
         if log is not None:
+            require_one_beam(view.memory, "a Probe")
             one_sequence(log, view)
             if view.whole or view.begins:  # a run begins, or shows its whole sequence once more
                 log.readings[self.number], log.masks[self.number] = [], []

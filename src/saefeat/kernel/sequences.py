@@ -134,9 +134,7 @@ class Beside(Frozen):
 
     def ends(self, model: Any, ends: Ends) -> Ends:
         """How rows end, by the arguments of ``generate`` as well."""
-        # nnsight keeps a trace's arguments with what batches its invokes (0.8.1)
-        batcher = getattr(getattr(model, "interleaver", None), "batcher", None)
-        given = getattr(batcher, "kwargs", None)
+        given = arguments(model)
         if given is None or ends.honored:
             return ends
         config, said = given.get("generation_config"), {}
@@ -151,3 +149,15 @@ class Beside(Frozen):
             pad = stops[0]
         otherwise = bool(said["stop_strings"] or said["stopping_criteria"])
         return Ends(stops=stops, pad=pad, honored=True, otherwise=otherwise)
+
+    def beams(self, model: Any) -> int:
+        """How many sequences ``generate`` searches for each prompt."""
+        given = arguments(model) or {}
+        config = given.get("generation_config") or getattr(model._module, "generation_config", None)
+        return given.get("num_beams") or getattr(config, "num_beams", None) or 1
+
+
+def arguments(model: Any) -> dict[str, Any] | None:
+    """What a trace was called with: nnsight keeps it with what batches the invokes (0.8.1)."""
+    batcher = getattr(getattr(model, "interleaver", None), "batcher", None)
+    return getattr(batcher, "kwargs", None)

@@ -34,6 +34,7 @@ class Memory:
     mask: Tensor | None = None  # [b, s], the attention mask so far, where ids are known
     stopped: Tensor | None = None  # [b, 1], rows that have come to their end
     copied: bool = False  # whether a module goes on with a copy of the key-value cache
+    beams: int = 1  # sequences searched for each prompt, as far as can be told
     # Columns in the cache, a layer of it, and that layer's key [b, d] of the last column.
     keys: tuple[int, int, Tensor] | None = None
     kept: dict[Any, Any]  # what actions remember, by their keys: tensors by row, or tuples of them
@@ -41,6 +42,16 @@ class Memory:
 
     def __init__(self, lengths: Tensor | None = None, generated: int = 0) -> None:
         self.lengths, self.generated, self.kept, self.parts = lengths, generated, {}, {}
+
+
+def require_one_beam(memory: Memory, what: str) -> None:
+    """Refuse what belongs to a prompt's only row, where beams change places between passes."""
+    if memory.beams > 1:
+        raise ValueError(
+            f"saefeat: this generation searches {memory.beams} beams, with {what}, which has a row"
+            " for each prompt; beams are dropped and copied between passes. Likely cause: num_beams"
+            " of generate. Try: generate greedily; to read completions, run on them once more."
+        )
 
 
 class Ends(Frozen):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .frozen import Frozen
-from .state import View
+from .state import View, require_one_beam
 from .tokens import whole_prompt
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Drawn(Frozen):
     first: int  # the number of the batch's first prompt in the data set
 
     def at(self, view: View, device: torch.device) -> tuple[Float[Tensor, "b t k"], None]:
+        require_one_beam(view.memory, "a Resample")
         position = view.position.to(device)
         prompt = self.first + torch.arange(len(position), device=position.device)[:, None]
         word = mixed(mixed(torch.full_like(prompt, self.seed)) ^ prompt)
