@@ -126,6 +126,8 @@ class AnyBeside(Protocol):
 
     def ends(self, model: Any, ends: Ends) -> Ends: ...
 
+    def beams(self, model: Any) -> int: ...
+
 
 class Program(Frozen):
     """An intervention, lowered for one model."""
