@@ -180,6 +180,8 @@ def dictionary(values: Tensor, layer: int, latents: int = 128, steps: int = 150)
 
 # ---------------------------------------------------------------- texts
 
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+"""What the template says where a chat has no system turn."""
 CHATS = [
     [{"role": "user", "content": "Name the capital of France."}],
     [
