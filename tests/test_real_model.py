@@ -218,6 +218,7 @@ def test_readings_of_prompts_and_of_what_is_generated(real, saes, prompts):
         # at the sink a latent is as large as 20,000, and rounding as much larger
         torch.testing.assert_close(found[:1], wanted[:1], atol=0.5, rtol=1e-3)
         torch.testing.assert_close(found[1:], wanted[1:], atol=0.02, rtol=1e-3)
+    assert reading.first_share > 0.5 and "at prompts' first tokens" in repr(reading)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
