@@ -22,6 +22,7 @@ from real import (
     CHATS,
     END,
     LAYERS,
+    MISSING,
     START,
     SYSTEM,
     TEXTS,
@@ -32,10 +33,13 @@ from real import (
     load,
     logits,
     residual,
-)  # fmt: skip
+    weights,
+)
 from saefeat.text.padding import left_padded
 from saefeat.text.prompts import encode_prompts
 
+if weights() is None:
+    pytest.skip(MISSING, allow_module_level=True)  # one line, where every test would have its own
 pytestmark = pytest.mark.slow
 LAYER = 16
 SITE = f"resid_post.{LAYER}"
