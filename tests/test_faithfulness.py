@@ -351,6 +351,21 @@ def test_a_metric_the_latents_do_not_carry_is_refused():
         sf.validation.faithfulness(attribute, nn, RAGGED, scores, sizes=[1], controls=0)
 
 
+def test_prompts_that_cancel_are_told():
+    """On a real model -3.3 and +4.2 left .5, and a faithfulness of 11."""
+    v, one = sf.Neurons("resid_post.0", 4), torch.ones(1, 1, 2)
+
+    def told(change):
+        clean = torch.tensor(change)
+        sets, moved = {"top": torch.zeros(1, 1, 2).long()}, {"top": one}
+        numbers = clean, torch.zeros(2), moved, moved, (torch.zeros(1, 2),)
+        return repr(sf.validation.Faithfulness((v,), (1,), sets, *numbers))
+
+    assert "move by -3.3 to 4.2, and what is left in the mean, 0.45" in told([-3.3, 4.2])
+    for change in ([3.3, 4.2], [-3.3, -4.2], [-1.0, 4.2]):
+        assert "move by" not in told(change)
+
+
 def test_a_baseline_ranks_and_ablation_stays_zero():
     """The sets are ranked by the attribution's baseline; what is ablated goes to zero."""
     model, batch, sae = build("llama", F64), batch_of(), make_sae("standard")

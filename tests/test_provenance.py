@@ -235,6 +235,25 @@ def test_a_receipt_says_what_of_the_change_lies_at_first_tokens():
     assert not many.first_weighs and "first tokens" not in repr(many)
 
 
+def test_readings_say_what_of_them_lies_at_first_tokens():
+    """A mean of them, as a baseline or to match controls, would be that of the sink."""
+    probe = sf.Probe(make_sae().latents(range(40)))
+    reading = sf.run(sunk(), LONG, probe, max_new_tokens=2).readings[0]
+    firsts = [reading.values[n, start].abs().sum() for n, start in enumerate(reading.starts)]
+    share = float(sum(firsts) / reading.values[reading.mask].abs().sum())
+    assert reading.first_share == pytest.approx(share) and share > 0.4
+    assert f"{share:.0%} of Σ|value| at prompts' first tokens" in repr(reading)
+    without = sf.Probe(probe.latents, where=~sf.Tokens.first(1))
+    few, reduced = [row[:3] for row in LONG], sf.Probe(probe.latents, reduce="mean")
+    plain, model = wrapped(build("llama")), sunk()
+    quiet = {"another model": (plain, LONG, probe), "no first": (model, LONG, without)}
+    quiet |= {"short": (model, few, probe), "reduced": (model, LONG, reduced)}
+    found = {name: sf.run(*case).readings[0] for name, case in quiet.items()}
+    assert not [name for name, one in found.items() if "first tokens" in repr(one)]
+    assert found["no first"].first_share == 0 and found["another model"].first_share < 0.25
+    assert found["reduced"].first_share != found["reduced"].first_share
+
+
 def test_an_attribution_says_which_token_holds_its_scores(tmp_path):
     scores = scored(summing())
     share, at = scores.heaviest

@@ -37,7 +37,8 @@ def matched(
         statistics: what else must agree. ``Readings`` of a ``Probe`` of the whole dictionary give
             two statistics, how often a latent is active and its mean activation over the tokens
             read; a mapping gives one, site → [d_sae] numbers. Without any, only the decoder norm
-            is matched, which is not enough where latents fire unequally.
+            is matched, which is not enough where latents fire unequally. Read without first tokens
+            (``where=~Tokens.first(1)``) where these are outliers: ``Readings.first_share``.
         seed: of the draw; the same on every machine.
         within: the factor, at least 1: each statistic of a control lies between the latent's own
             divided by it and times it.

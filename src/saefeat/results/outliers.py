@@ -45,6 +45,11 @@ TOKENS = 8
 """With fewer tokens a share says nothing: each has much of all."""
 
 
+def few_hold_much(few: int, tokens: int, share: float) -> bool:
+    """Whether some tokens hold a large share of all, being one in eight or fewer."""
+    return 0 < few <= tokens / TOKENS and share > LARGE
+
+
 def robust_top(sizes: Tensor, prompts: int = 1) -> float:
     """The size at which a color scale ends: the largest, unless a few dwarf all others.
 

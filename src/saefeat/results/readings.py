@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 
 from ..arguments import checked
 from .formats import frame
+from .outliers import few_hold_much
 from .result import Result
 
 if TYPE_CHECKING:
@@ -56,7 +58,31 @@ class Readings(Result):
         if not bool(self.mask.any()):
             return f"{line})"
         found = self.values[self.mask]
-        return f"{line}, mean {float(found.mean()):.4g}, largest {float(found.max()):.4g})"
+        line += f", mean {float(found.mean()):.4g}, largest {float(found.max()):.4g}"
+        firsts, share = int(self._firsts().any(-1).sum()), self.first_share
+        if few_hold_much(firsts, int(read.sum()), share):
+            line += f", {share:.0%} of Σ|value| at prompts' first tokens"
+        return f"{line})"
+
+    @property
+    def first_share(self) -> float:
+        """The share of Σ|value| that lies at prompts' first tokens; NaN for a reduced reading.
+
+        In many models that token is an outlier, on which latents are as large as nowhere else, and
+        which then makes means: read with ``where=~Tokens.first(1)``.
+        """
+        if self.starts is None:
+            return math.nan
+        size = torch.where(self.mask, self.values.abs().double(), 0.0)
+        total = float(size.sum())
+        return float(size[self._firsts()].sum()) / total if total else 0.0
+
+    def _firsts(self) -> Tensor:
+        """[prompts, tokens, k]: the mask at prompts' first tokens alone."""
+        if self.starts is None:
+            return torch.zeros_like(self.mask)
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return self.mask & (columns == self.starts[:, None])[..., None]
 
     def kept(self) -> Tensor:
         """[prompts, tokens, k]: the values, NaN where a token is padding or not selected."""

@@ -15,7 +15,7 @@ from ..dictionaries.latents import Latents
 from ..kernel.state import Log
 from ..model.sites import Site
 from .formats import frame
-from .outliers import LARGE, TOKENS
+from .outliers import few_hold_much
 from .result import Result
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Fired:
         columns = (self.events.prompt, self.events.position)
         tokens = torch.stack(columns, 1).unique(dim=0)
         firsts = int((tokens[:, 1] == 0).sum())
-        return 0 < firsts <= len(tokens) / TOKENS and self.first_share > LARGE
+        return few_hold_much(firsts, len(tokens), self.first_share)
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={getattr(self, name)!r}" for name in _COUNTS)

@@ -26,7 +26,7 @@ from ..verbs.edits import Ablate
 from ..verbs.probe import Probe
 from .experiment import Experiment, Folder
 from .ranking import Ranking, matched_sets, members_mass, random_sets, ranking, selection
-from .stats import Estimate, quantiles, resample
+from .stats import Estimate, cancelled, quantiles, resample
 
 if TYPE_CHECKING:
     import pandas
@@ -195,6 +195,7 @@ class Faithfulness(Sourced):
         lines = [
             f"Faithfulness: the metric is {self.clean.mean():.3f} clean and "
             f"{self.empty.mean():.3f} with all latents ablated, over {len(self.clean)} prompts",
+            *cancelled(self.clean - self.empty),
             "   size" + "".join(f"{name:>15}" for name in names),
         ]
         curves = [self.curve(measure, of) for measure, of in self._curves()]
@@ -202,10 +203,8 @@ class Faithfulness(Sourced):
             lines.append(f"{size:7}" + "".join(f"{point.value:15.2f}" for point in points))
         shares = [f"{of} {self.balance(of)[-1]:.2f}" for of in self.mass if of != "top"]
         if shares:
-            lines.append(
-                f"  at size {self.sizes[-1]} the controls write, as a share of what the top "
-                f"writes: {', '.join(shares)}"
-            )
+            told = f"the controls write, as a share of what the top writes: {', '.join(shares)}"
+            lines.append(f"  at size {self.sizes[-1]} {told}")
         return "\n".join(lines) + self.origin
 
 

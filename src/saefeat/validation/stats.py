@@ -146,6 +146,23 @@ def stratified_total(samples: Sequence[Tensor], sizes: Sequence[int]) -> Total:
     return Total(total, seen, variance, freedom)
 
 
+CANCELS = 0.25
+"""Prompts cancel where the mean of what they move by is a smaller share of its mean size."""
+
+
+def cancelled(change: Tensor) -> list[str]:
+    """A line that warns of ratios to the mean of ``change`` [prompts], if little is left of it."""
+    change = change.double()
+    size, mean = float(change.abs().mean()), float(change.mean())
+    if not size or abs(mean) >= CANCELS * size:
+        return []
+    ends = f"{float(change.min()):.3g} to {float(change.max()):.3g}"
+    return [
+        f"  prompts move by {ends}, and what is left in the mean, {mean:.3g}, divides every number"
+        " below: take prompts that move one way"
+    ]
+
+
 def student(freedom: float) -> float:
     """Student's t quantile of a two-sided 95 % interval."""
     from scipy.stats import t
