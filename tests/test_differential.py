@@ -1,7 +1,7 @@
 """Random cases against plain hooks without a cache; see ``differential``.
 
-    pytest tests/test_differential.py --cases 5000 --first-seed 0     # thousands, -n 2 for two cores
-    pytest tests/test_differential.py --cases 1 --first-seed 1234     # one case again
+pytest tests/test_differential.py --cases 5000 --first-seed 0     # thousands, -n 2 for two cores
+pytest tests/test_differential.py --cases 1 --first-seed 1234     # one case again
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
-from differential.cases import *  # noqa: F403 (so that a printed case can be pasted here)
+import saefeat as sf
+from differential import cases
 from differential.cases import Case
 from differential.compare import judge
 from differential.draw import case_of
 from differential.shrink import shrunk
+from saefeat.kernel import encode, program, read, state
+from saefeat.running import hooks
 
 SHARES = 20
 """Test items that the cases are dealt out to, so that workers can share them."""
+
+MOST = 150
+"""Cases within which a break is found."""
 
 
 def differs(case: Case) -> bool:
@@ -27,9 +34,8 @@ def differs(case: Case) -> bool:
 def report(seed: int, case: Case, told: str) -> str:
     small = shrunk(case, differs)
     return (
-        f"seed {seed}: {told}\n  shrunk: judge({small!r})\n  which says:"
-        f" {judge(small).told}\n  again: pytest tests/test_differential.py -k cases --cases 1"
-        f" --first-seed {seed}"
+        f"seed {seed}: {told}\n  smallest: judge({small!r})\n  which says: {judge(small).told}\n"
+        f"  again: pytest tests/test_differential.py -k test_cases --cases 1 --first-seed {seed}"
     )
 
 
@@ -48,3 +54,73 @@ def test_cases(share, pytestconfig):
     assert not failures, "\n".join(failures)
     # a case that is refused, or too near to call, shows nothing
     assert kinds["refused"] + kinds["open"] <= 1 + len(seeds) // 10, kinds
+
+
+# ---------------------------------------------------------------- that it can fail
+
+
+def _positions_of_columns(patch) -> None:
+    """Positions counted from a row's padding on: those of a batch that has none."""
+
+    def shifted(*arguments):
+        view = state.window(*arguments)
+        columns = torch.arange(view.shown.shape[1]) + view.memory.seen - view.shown.shape[1]
+        return view.replace(position=columns.expand_as(view.shown))
+
+    patch.setattr(program, "window", shifted)
+    patch.setattr(hooks, "window", shifted)
+
+
+def _conditions_held_over(patch) -> None:
+    """What was held of one text is still held in the next."""
+    apply, kept = read.Test.apply, {}
+
+    def applied(self, x, now):
+        if self.hold and self.name in kept and len(kept[self.name]) == len(x):
+            now.view.memory.kept.setdefault(self.name, kept[self.name])
+        view, now.view = now.view, now.view.replace(whole=False)
+        apply(self, x, now)
+        now.view, kept[self.name] = view, view.memory.kept.get(self.name)
+        return x
+
+    patch.setattr(read.Test, "apply", applied)
+
+
+def _neighbors_rows(patch) -> None:
+    """Directions are those of the latent before."""
+    columns = sf.SAE.columns
+
+    def rolled(self, indices):
+        found = columns(self, indices)
+        return found | {"directions": found["directions"].roll(1, 0)}
+
+    patch.setattr(sf.SAE, "columns", rolled)
+
+
+def _scale_forgotten(patch) -> None:
+    """What a normed SAE writes is not scaled back."""
+    normalize = encode.LayerNorm.normalize
+
+    def unscaled(self, x):
+        return normalize(self, x)[0], torch.ones_like(x[..., :1])
+
+    patch.setattr(encode.LayerNorm, "normalize", unscaled)
+
+
+BREAKS = {
+    "positions of columns": _positions_of_columns,
+    "conditions held over": _conditions_held_over,
+    "neighbors' rows": _neighbors_rows,
+    "scale forgotten": _scale_forgotten,
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_is_found_and_shrunk(name, monkeypatch):
+    """A saefeat broken by hand differs within some cases, the smallest of which is a line or two."""
+    BREAKS[name](monkeypatch)
+    case = next((case for case in map(case_of, range(MOST)) if differs(case)), None)
+    assert case is not None, f"{MOST} cases without a difference"
+    small = shrunk(case, differs, tries=60)
+    assert differs(small) and len(small.steps) <= 2 and len(small.prompts) <= 2, small
+    assert eval(repr(small), vars(cases)) == small  # what is printed can be pasted

@@ -32,10 +32,9 @@ def judge(case: Case) -> Verdict:
     wanted = answers(case, ours.drawn)
     try:
         got = found(case)
-    except (sf.SaefeatError, ValueError, RuntimeError) as error:
-        if isinstance(error, sf.SaefeatError) or "saefeat:" in str(error):
-            return Verdict("refused", f"{type(error).__name__}: {error}"[:400])
-        raise
+    except Exception as error:  # a crash is no answer
+        kind = "refused" if _ours(error) else "different"
+        return Verdict(kind, f"{type(error).__name__}: {error}"[:400])
     told = list(differences(case, wanted, got))
     if not told:
         return Verdict("same")
@@ -43,6 +42,11 @@ def judge(case: Case) -> Verdict:
     size = max(1.0, max(float(a.logits.abs().max()) if a.logits.numel() else 0 for a in wanted))
     kind = "open" if near < 30 * TOLERANCE[case.dtype] * size / 100 else "different"
     return Verdict(kind, "; ".join(told[:4]) + f" (nearest decision {near:.2g})")
+
+
+def _ours(error: Exception) -> bool:
+    """Whether saefeat says so itself: the kernel raises what a server has too."""
+    return isinstance(error, sf.SaefeatError) or "saefeat:" in str(error)
 
 
 def differences(case: Case, wanted: list[Answer], got: Found) -> Any:
@@ -178,6 +182,6 @@ def _places(case: Case, what: str, wanted: list[Answer], events: Any) -> Any:
     columns = (events.prompt, events.position, events.step, events.token)
     for number, position, step, token in zip(*(c.tolist() for c in columns), strict=True):
         ids, prompt = wanted[number].seen.ids[0].tolist(), len(case.prompts[number])
-        theirs = (ids[position], max(-1, position - prompt))
+        theirs = (ids[position], max(-1, position - prompt)) if position < len(ids) else None
         if (token, step) != theirs:
             yield f"{what}: token and step {(token, step)} for {theirs} at {position}"

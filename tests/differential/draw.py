@@ -56,7 +56,9 @@ def _stops(r: Random, way: str, new: int) -> bool:
 def _holds_code(case: Case) -> bool:
     """Whether it holds a Python function, which no file does."""
     kinds = {basis.kind for basis in case.bases}
-    return bool(kinds & {"function", "prefix"}) or "'where'" in repr(case) or "scorer=" in repr(case)
+    return (
+        bool(kinds & {"function", "prefix"}) or "'where'" in repr(case) or "scorer=" in repr(case)
+    )
 
 
 def _prompt(r: Random) -> tuple[int, ...]:
@@ -65,7 +67,7 @@ def _prompt(r: Random) -> tuple[int, ...]:
         ids[0] = 2
     for n in range(1, len(ids)):
         if r.random() < 0.08:
-            ids[n] = r.choice([0, 1, 2])
+            ids[n] = r.choice([0, 1, 2] if n > 1 else [0, 1])  # BOS twice is refused
     return tuple(ids)
 
 
@@ -129,18 +131,20 @@ def _apart(group: tuple[Step, ...]) -> tuple[Step, ...]:
         if step.verb == "probe" or (joint and not own & taken):
             kept.append(step)
             taken |= own if step.verb != "probe" else set()
-    return tuple(kept) or (group[0],)
+    return tuple(kept)
 
 
 def _step(r: Random, case: Case) -> Step:
     probe = r.random() < (0.1 if case.way == "edit" else 0 if case.way == "beams" else 0.3)
     verb = "probe" if probe else r.choice(["ablate", "set", "scale", "add", "bound"])
-    if not any(_writable(basis) for basis in case.bases):
+    if case.way != "beams" and not any(_writable(basis) for basis in case.bases):
         verb, probe = "probe", True
     parts = _parts(r, case, read_only=probe)
     where = _rule(r, 2) if r.random() < 0.6 else None
     if probe:
-        return Step("probe", parts, where=where, reduce=r.choice([None, None, "max", "mean", "last"]))
+        return Step(
+            "probe", parts, where=where, reduce=r.choice([None, None, "max", "mean", "last"])
+        )
     written = _written(r, case, parts, verb)
     clamp = verb != "ablate"
     low, high = sorted(round(r.uniform(-1, 1), 3) for _ in range(2))
@@ -160,7 +164,7 @@ def _step(r: Random, case: Case) -> Step:
 
 def _written(r: Random, case: Case, parts: Parts, verb: str) -> str:
     kinds = {case.bases[number].kind for number, _ in parts}
-    if kinds <= {"topk", "abstopk"} and r.random() < 0.5:
+    if kinds <= {"topk", "abstopk"} and case.way != "saved" and r.random() < 0.5:
         return "reselect"
     spans = verb == "ablate" and not any("error" in kind for kind in kinds)
     rules = {case.bases[number].excluded for number, _ in parts}
@@ -193,7 +197,9 @@ def _value(r: Random, case: Case, parts: Parts, verb: str) -> Value:
 
     kind = r.choice(["one", "one", "zero", "each", "prompt", "schedule", "patch", "drawn"])
     if kind == "patch" and verb in ("ablate", "set", "scale", "add"):
-        return Patch(where=_rule(r, 1) if r.random() < 0.5 else None, new=r.choice([0, 1, case.new]))
+        return Patch(
+            where=_rule(r, 1) if r.random() < 0.5 else None, new=r.choice([0, 1, case.new])
+        )
     if kind == "schedule":
         prompt = number() if r.random() < 0.5 else None
         return Schedule(tuple(number() for _ in range(r.randint(1, 4))), prompt=prompt)

@@ -216,7 +216,9 @@ def _without_span(case: Case, now: Pass, n: int, step: Step, part: int) -> tuple
     for p, (number, indices) in enumerate(step.parts[: part + 1]):
         basis = case.bases[number]
         if (basis.write or basis.site) == (site.write or site.site):
-            w = read(basis, case.family, torch.zeros(1, 1, width(case.family, basis.site), dtype=x.dtype))
+            w = read(
+                basis, case.family, torch.zeros(1, 1, width(case.family, basis.site), dtype=x.dtype)
+            )
             rows += list(w.directions[list(indices)])
             own += [p == part] * len(indices)
     delta, coordinates = torch.zeros_like(x), []

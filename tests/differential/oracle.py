@@ -12,6 +12,9 @@ from .cases import Case, Patch, Step
 from .hand import Pass, hooks
 from .weights import model
 
+UNNAMED = ("hooked", "right", "loop", "again", "uncached")
+"""Ways with a module alone, which has no tokenizer."""
+
 SPECIAL = {True: (0, 1, 2, 3), False: (2, 1, 0)}
 """Special ids of the tokenizer, and those that the models' configuration names."""
 
@@ -37,7 +40,7 @@ def _answer(case: Case, number: int, drawn: Callable[[int, int, int, int], int])
         n: _pinned(case, number, step) for n, step in enumerate(case.steps)
         if isinstance(step.value, Patch)
     }  # fmt: skip
-    special = SPECIAL[case.way not in ("hooked", "right", "loop", "again")]
+    special = SPECIAL[case.way not in UNNAMED]
 
     def fed(ids: list[list[int]]) -> tuple[Tensor, Pass]:
         given = torch.tensor(ids)

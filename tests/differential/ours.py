@@ -155,7 +155,9 @@ def batch(case: Case, right: bool = False) -> dict[str, torch.Tensor]:
 
 
 @cache
-def draws(seed: int, rows: int, prompts: int = 4, positions: int = 24) -> tuple[tuple[int, ...], ...]:
+def draws(
+    seed: int, rows: int, prompts: int = 4, positions: int = 24
+) -> tuple[tuple[int, ...], ...]:
     """Which row a seed draws for each prompt and position, read off one plain run."""
     nn = nn_model("llama", "float64")
     first = sf.Neurons("resid_post.0", 32).latents([0])
