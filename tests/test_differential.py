@@ -15,7 +15,9 @@ import saefeat as sf
 from differential import cases
 from differential.cases import Case
 from differential.compare import judge
+from differential.asked import asked_of
 from differential.draw import case_of
+from differential.scored import judge_scores
 from differential.shrink import shrunk
 from saefeat.kernel import encode, program, read, state
 from saefeat.running import hooks
@@ -54,6 +56,20 @@ def test_cases(share, pytestconfig):
     assert not failures, "\n".join(failures)
     # a case that is refused, or too near to call, shows nothing
     assert kinds["refused"] + kinds["open"] <= 1 + len(seeds) // 10, kinds
+
+
+@pytest.mark.parametrize("share", range(6))
+@pytest.mark.filterwarnings("ignore:std..: degrees of freedom")  # of no token
+def test_scores(share, pytestconfig):
+    """AtP and integrated gradients are slopes of a forward pass in float64, prompt by prompt."""
+    count, first = pytestconfig.getoption("cases"), pytestconfig.getoption("first_seed")
+    seeds = range(first + share, first + max(1, 3 * count // 20), 6)
+    found = {seed: judge_scores(asked_of(seed)) for seed in seeds}
+    wrong = {seed: v.told for seed, v in found.items() if v.kind == "different"}
+    lines = [f"judge_scores({asked_of(seed)!r}), of seed {seed}: {wrong[seed]}" for seed in wrong]
+    assert not wrong, "\n".join(lines)
+    refused = [verdict for verdict in found.values() if verdict.kind == "refused"]
+    assert len(refused) <= 2 + len(seeds) // 4, refused
 
 
 # ---------------------------------------------------------------- that it can fail
@@ -117,7 +133,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_break_is_found_and_shrunk(name, monkeypatch):
-    """A saefeat broken by hand differs within some cases, the smallest of which is a line or two."""
+    """Broken by hand, saefeat differs within some cases, and the smallest is a line or two."""
     BREAKS[name](monkeypatch)
     case = next((case for case in map(case_of, range(MOST)) if differs(case)), None)
     assert case is not None, f"{MOST} cases without a difference"

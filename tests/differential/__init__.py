@@ -12,6 +12,9 @@
 * ``ways``: the ways of running them.
 * ``compare``: what of the two differs.
 * ``shrink``: a smaller case that still differs.
+* ``asked``: an attribution that is asked for, as plain data, and one from a seed.
+* ``slopes``: its scores by finite differences in float64.
+* ``scored``: the same by saefeat, and what differs.
 
 The oracle imports nothing of saefeat: a mistake there cannot hide in its own oracle.
 """

@@ -42,9 +42,11 @@ def case_of(seed: int) -> Case:
         stops=tuple(r.sample(range(4, 100), 25)) if _stops(r, way, new) else (),
         batch_size=r.choice([1, 2, 32]),
         pads=r.choice([0, 0, 0, 2]),
-        # transformers' Gemma 2 gives NaN at padding in float64: its mask overflows a float32 softmax
+        # transformers' Gemma 2 gives NaN at padding in float64: its mask overflows in float32
         dtype=r.choices(["float64", "float32"], [6, 1])[0] if family != "gemma2" else "float32",
     )
+    if not any(map(_writable, case.bases)) and case.way == "beams":
+        case = replace(case, way="run")  # which takes probes
     case = _with_steps(r, case)
     return replace(case, way="run") if way == "saved" and _holds_code(case) else case
 
@@ -118,7 +120,7 @@ def _with_steps(r: Random, case: Case) -> Case:
         groups += [group] if group else []
         edited = [n for s in group if s.verb != "probe" for n, _ in s.parts]
         done |= {n for n in edited if case.bases[n].write not in (None, case.bases[n].site)}
-    return replace(case, groups=tuple(groups))
+    return replace(case, groups=tuple(groups)) if groups else _with_steps(r, case)
 
 
 def _apart(group: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -137,7 +139,7 @@ def _apart(group: tuple[Step, ...]) -> tuple[Step, ...]:
 def _step(r: Random, case: Case) -> Step:
     probe = r.random() < (0.1 if case.way == "edit" else 0 if case.way == "beams" else 0.3)
     verb = "probe" if probe else r.choice(["ablate", "set", "scale", "add", "bound"])
-    if case.way != "beams" and not any(_writable(basis) for basis in case.bases):
+    if not any(map(_writable, case.bases)):
         verb, probe = "probe", True
     parts = _parts(r, case, read_only=probe)
     where = _rule(r, 2) if r.random() < 0.6 else None

@@ -283,7 +283,7 @@ def _new(step: Step, f: Tensor, amount: Tensor, span: slice, now: Pass) -> Tenso
 
 def _amount(value: Any, span: slice, n: int, step: Step, f: Tensor, now: Pass) -> tuple:
     """A value at every token [b, t, k], and where there is one."""
-    rows, columns, k = f.shape
+    _, columns, k = f.shape
     known = torch.ones_like(f, dtype=torch.bool)
     place = range(columns)
     if isinstance(value, Schedule):

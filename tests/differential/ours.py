@@ -166,7 +166,7 @@ def draws(
     ids = torch.full((prompts, positions), 5)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found = sf.run(nn, given, step).readings[0].values[..., 0]
-    return tuple(tuple(int(round(v)) for v in row) for row in found.tolist())
+    return tuple(tuple(round(v) for v in row) for row in found.tolist())
 
 
 def drawn(seed: int, prompt: int, position: int, rows: int) -> int:

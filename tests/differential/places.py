@@ -27,7 +27,11 @@ ORDER = (
 """Within a block; gpt_neox too computes attention first."""
 
 EXTRA = {
-    "gpt2": {"attn.c_attn.output": (0.5, 96), "ln_1.output": (0.2, 32), "mlp.c_fc.output": (5.5, 128)},
+    "gpt2": {
+        "attn.c_attn.output": (0.5, 96),
+        "ln_1.output": (0.2, 32),
+        "mlp.c_fc.output": (5.5, 128),
+    },
     "gpt_neox": {
         "attention.query_key_value.output": (0.5, 96),
         "mlp.dense_h_to_4h.output": (5.5, 64),
@@ -40,7 +44,7 @@ EXTRA = {
         "input_layernorm.output": (0.2, 32),
         "mlp.gate_proj.output": (5.5, 64),
     },
-}  # fmt: skip
+}
 """Modules without a name in the table: path in the block → (where in ``ORDER``, width)."""
 
 

@@ -172,7 +172,7 @@ def _loop(case: Case, made: Made) -> Found:
     mask, ids, cache = given["attention_mask"], given["input_ids"], None
     places, chosen, steps = (mask.cumsum(1) - 1).clamp(min=0), [], []
     with torch.no_grad(), sf.hooked(module, made.intervention) as log:
-        for number in range(case.new):
+        for _ in range(case.new):
             out = module(
                 input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache,
                 use_cache=True,
