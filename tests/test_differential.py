@@ -13,9 +13,9 @@ import torch
 
 import saefeat as sf
 from differential import cases
+from differential.asked import asked_of
 from differential.cases import Case
 from differential.compare import judge
-from differential.asked import asked_of
 from differential.draw import case_of
 from differential.scored import judge_scores
 from differential.shrink import shrunk

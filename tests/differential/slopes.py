@@ -145,7 +145,7 @@ def scores(asked: Asked, number: int) -> tuple[Table, float, float]:
     for alpha, weight in nodes(asked):
         for part, write in enumerate(writes):
             moved = [write] if asked.one_site else writes
-            moves = {w: (lambda x, w=w: alpha * (ends[w] - x)) for w in moved}
+            moves = {w: (lambda x, w=w, a=alpha: a * (ends[w] - x)) for w in moved}
             ways = _ways(asked, part, before[part], after[part], masks[part])
             if ways:
                 slopes = _differences(asked, watched, ids, sites, moves, write, ways)
