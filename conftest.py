@@ -154,6 +154,12 @@ if "SAEFEAT_UNTYPED" not in os.environ:
     ship_plain_functions()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many random cases tests/test_differential.py runs, from which seed on."""
+    parser.addoption("--cases", type=int, default=200, help="random cases of the differential test")
+    parser.addoption("--first-seed", type=int, default=0, help="the seed of the first of them")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state."""

@@ -11,7 +11,7 @@ import loopback
 def one_thread(request):
     """Tiny models' matrices are too small to be worth sharing."""
     before = torch.get_num_threads()
-    if hasattr(request.module, "build"):  # tests.helpers.build: a tiny model
+    if vars(request.module).keys() & {"build", "judge"}:  # of helpers, of differential
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from contextlib import contextmanager
 from functools import cache
 
@@ -101,7 +103,7 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_another_default_dtype_changes_nothing(case, dtype):
     """Zeros made in it broke attributions, and seeded directions were others."""
@@ -170,7 +172,10 @@ def test_another_default_device_is_refused(way):
         calls[way]()
 
 
-@pytest.mark.parametrize("case", ["ablate", "generate", "sweep", "hooked", "held", "verify"])
+GRADIENTS = ("attribute", "kept", "ig", "audit")
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - set(GRADIENTS)))
 def test_inference_mode_changes_nothing(case):
     wanted = plain(case)
     with torch.inference_mode():
@@ -179,6 +184,65 @@ def test_inference_mode_changes_nothing(case):
         assert torch.equal(got, want)
 
 
-def test_gradients_are_refused_in_inference_mode():
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients_are_refused_in_inference_mode(case):
     with torch.inference_mode(), pytest.raises(sf.errors.GradientError, match="switched off"):
-        CASES["attribute"]()
+        CASES[case]()
+
+
+# ---------------------------------------------------------------- threads
+
+
+def at_once(*calls):
+    """What each call gives or raises, each in a thread of its own."""
+    found, barrier = [None] * len(calls), threading.Barrier(len(calls))
+
+    def go(n: int) -> None:
+        barrier.wait()
+        try:
+            found[n] = calls[n]()
+        except Exception as error:
+            found[n] = error
+
+    threads = [threading.Thread(target=go, args=(n,)) for n in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_threads_on_one_model_are_refused_or_right(case):
+    """nnsight mixes them: results were lost, or another run's, without a word."""
+    wanted = plain(case)
+    for found in at_once(CASES[case], CASES[case]):
+        if isinstance(found, Exception):
+            assert isinstance(found, sf.errors.ModelError) and "two threads" in str(found), found
+            continue
+        for got, want in zip(numbers(found), wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_two_threads_on_two_models_are_right():
+    step, models = sf.Clamp(latents(), 3.0), [NN, wrapped(build("gpt2"))]
+
+    def go(model):
+        return lambda: sf.run(model, RAGGED, step, max_new_tokens=3).completions
+
+    wanted = [go(model)() for model in models]
+    assert at_once(*map(go, models)) == wanted
+
+
+def test_a_run_marks_its_model_no_longer_than_it_takes():
+    model, step = build("llama"), sf.Ablate(direction())
+    copies = []
+    handle = model.model.layers[1].register_forward_hook(
+        lambda *_: copies.append(copy.deepcopy(model))
+    )
+    sf.run(wrapped(model), RAGGED, step)
+    handle.remove()
+    assert not [name for name in vars(model) if "saefeat" in name]
+    copied = copies[0]
+    assert torch.isfinite(sf.run(wrapped(copied), RAGGED, step).logits).all()
+    assert not [name for name in vars(copied) if "saefeat" in name]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import FiringError, ModelError
 from ..kernel.program import Program, whole_run
 from ..kernel.state import Ends, Log
+from ..model.alone import alone
 from ..model.modules import torch_module
 from ..model.route import Route
 from ..results.provenance import Provenance, provenance
@@ -168,11 +169,11 @@ def run_batch(
     model: TransformersModel, program: Program, batch: dict[str, Tensor], settings: Decoding
 ) -> tuple[Log, Tensor, Tensor]:
     """One batch: the log, all token ids, and the logits after the prompt."""
-    program = honoring(program, settings)
+    program, module = honoring(program, settings), torch_module(model)
     # The logits are read in an invoke of their own: nothing of a block runs after its loop over
     # forward passes has parked.
     if settings.new == 0:
-        with torch.no_grad(), model.trace() as tracer:
+        with alone(module), torch.no_grad(), model.trace() as tracer:
             with tracer.invoke(batch):
                 log = nnsight.save(Log())
                 whole_run(model, program, log)
@@ -180,7 +181,7 @@ def run_batch(
                 logits = nnsight.save(model.output.logits[:, -1].float().clone())
         return log, batch["input_ids"], logits
     arguments = settings.arguments()
-    with seeded(settings.seed, torch_module(model)), model.generate(**arguments) as tracer:
+    with alone(module), seeded(settings.seed, module), model.generate(**arguments) as tracer:
         with tracer.invoke(batch):
             log = nnsight.save(Log())
             whole_run(model, program, log)

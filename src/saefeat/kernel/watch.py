@@ -62,6 +62,7 @@ class Keep(Frozen):
             return x
         before = 0.0 if self.plus is None else state.stash[self.plus].to(x.device)
         target = None if self.target is None else self.target.to(x.device) - before
+        target = None if target is None else target.detach()  # the block's input has its graph
         if target is not None and self.share is not None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             share = self.share.to(x.device, dtype)

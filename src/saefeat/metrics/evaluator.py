@@ -22,6 +22,7 @@ from ..kernel.program import Program, whole_run
 from ..kernel.read import Norm, lift
 from ..kernel.state import Log, View
 from ..kernel.watch import Show
+from ..model.alone import alone
 from ..model.modules import torch_module
 from ..model.route import Route, route
 from ..model.sites import Site
@@ -155,7 +156,8 @@ def forward(
     model: TransformersModel, batch: Batch, program: Program, columns: int
 ) -> tuple[Log, Tensor]:
     """One forward pass with a program: its log, and the last ``columns`` logits (0 for all)."""
-    with model.trace(**pass_options(model, columns)) as tracer:
+    options = pass_options(model, columns)
+    with alone(torch_module(model)), model.trace(**options) as tracer:
         with tracer.invoke(batch.inputs):
             log = nnsight.save(Log())
             whole_run(model, program, log, batch.lengths)

@@ -4,6 +4,7 @@
 * ``sites``: a ``Site`` by name, and the ``Place`` in a module tree that it stands for.
 * ``modules``: a model's own modules: its family, and where a site lies in it.
 * ``route``: the order in which a forward pass reaches sites.
+* ``alone``: one run of a model at a time.
 * ``sharded``: tensor-parallel models.
 * ``requests``: how an object is pickled for a remote request.
 """
