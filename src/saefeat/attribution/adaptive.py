@@ -3,9 +3,9 @@
 A panel of seven nodes is integrated twice, by Kronrod's rule on all of them and by Gauss's on
 three. The difference, token by token, is taken for the panel's error: it is that of the worse rule.
 Each prompt has panels of its own, so that what is computed of it does not depend on its batch. The
-panel with the largest error is cut in two until the errors add up to less than the tolerance, or
-the prompt's nodes are spent. Gradients of a panel are kept until it is cut, or added up once it is
-so good that it never will be.
+panel with the largest error is cut in two until the errors add up to less than the tolerance, and
+the slopes to the metric's change where that is known, or until the prompt's nodes are spent.
+Gradients of a panel are kept until it is cut, or added up once it is so good that it never will be.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ from .trail import Settled, along
 
 Cut = tuple[int, float, float]
 """A panel that is to be integrated: the prompt's row, where it starts and how wide it is."""
+
+
+class Goal(NamedTuple):
+    """The share of the metric's change that the error may have, the most nodes a prompt, and
+    whether the slopes are known to add up to that change.
+    """
+
+    tolerance: float
+    most: int
+    known: bool
 
 
 class Panel(NamedTuple):
@@ -57,8 +67,8 @@ def _plus(one: Panel, other: Panel) -> Panel:
 class Row:
     """One prompt under way: the panels that may still be cut, and the sum of the others."""
 
-    def __init__(self, number: int, change: Tensor, tolerance: float, most: int) -> None:
-        self._number, self._change, self._tolerance, self._most = number, change, tolerance, most
+    def __init__(self, number: int, change: Tensor, goal: Goal) -> None:
+        self._number, self._change, self._goal = number, change, goal
         self._open: list[Panel] = []
         self._done: list[Panel] = []  # one at most
         self.nodes, self._reach = 0, torch.zeros_like(change)
@@ -70,22 +80,28 @@ class Row:
 
     @property
     def _limit(self) -> float:
-        return self._tolerance * float(held_against(self._change, self._reach))
+        return self._goal.tolerance * float(held_against(self._change, self._reach))
 
     def add(self, panel: Panel) -> None:
         """Take a panel."""
         self.nodes += len(POINTS)
         self._reach = torch.maximum(self._reach, panel.reach)
-        if float(panel.lost.max()) <= self._limit * panel.width / 2:
+        good = float(panel.lost.max()) <= self._limit * panel.width / 2
+        if good and not self._goal.known:  # a known gap may be anywhere
             self._done = [together([*self._done, panel])]
         else:
             self._open.append(panel)
 
     def cut(self) -> list[Cut]:
         """The halves of the worst panel; none once the error is small, or the nodes are spent."""
-        lost = sum(panel.lost for panel in (*self._done, *self._open))
-        enough = isinstance(lost, Tensor) and float(lost.max()) <= self._limit
-        if enough or not self._open or self.nodes + 2 * len(POINTS) > self._most:
+        panels = [*self._done, *self._open]
+        error = torch.stack([panel.lost for panel in panels]).sum(0)
+        if self._goal.known:
+            error = error.maximum(
+                (torch.stack([p.total for p in panels]).sum(0) - self._change).abs()
+            )
+        enough = float(error.max()) <= self._limit
+        if enough or not self._open or self.nodes + 2 * len(POINTS) > self._goal.most:
             return []
         worst = max(self._open, key=lambda panel: float(panel.lost.max()))
         self._open.remove(worst)
@@ -94,14 +110,13 @@ class Row:
 
 
 def adapted(
-    path: Path, group: Sequence[int], change: Tensor, tolerance: float, most: int
+    path: Path, group: Sequence[int], change: Tensor, goal: Goal
 ) -> tuple[dict[int, Tensor], dict[int, Settled]]:
     """Mean gradients at the places of one path, and what their nodes say, for every prompt.
 
-    ``change`` [b] is the metric's from the path's start to its end, and ``most`` how many nodes a
-    prompt may have.
+    ``change`` [b] is the metric's from the path's start to its end.
     """
-    rows = [Row(n, one, tolerance, most) for n, one in enumerate(change)]
+    rows = [Row(n, one, goal) for n, one in enumerate(change)]
     cuts: list[Cut] = [(n, *panel) for n in range(len(rows)) for panel in FIRST]
     while cuts:
         for (number, _, _), panel in zip(cuts, integrated(path, group, cuts), strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .adaptive import adapted
+from .adaptive import Goal, adapted
 from .convergence import TOLERANCE, Convergence, held_against
 from .methods import AtP
 from .path import Path, gradients, gradients_of
@@ -29,10 +29,11 @@ def mean_gradients(path: Path) -> tuple[Gradients, Convergence | None]:
         total, settled = _at_nodes(path, groups)
         average = not isinstance(path.job.method, AtP)
         return total, _convergence(path, settled, TOLERANCE) if average else None
+    goal = Goal(tolerance, getattr(path.job.method, "steps", 0), _known(path))
     total, settled = {}, {}
     for group in groups:
         change = _changes(path)[group[0]]
-        found, said = adapted(path, group, change, tolerance, path.job.method.steps)  # type: ignore[attr-defined]
+        found, said = adapted(path, group, change, goal)
         total |= found
         settled |= said
     return total, _convergence(path, settled, tolerance)
@@ -88,14 +89,18 @@ def _changes(path: Path) -> dict[int, Tensor]:
     return dict.fromkeys(path.passes.written, end - _clean(path))
 
 
-def _convergence(path: Path, settled: Mapping[int, Settled], tolerance: float) -> Convergence:
-    """What the nodes say of every dictionary's site.
-
-    The integral over the way is known where the path's end was run and nothing else moves on it.
+def _known(path: Path) -> bool:
+    """Whether slopes add up to the metric's change: one place alone moves on a path, whose end was
+    run, and the gradient is the metric's own.
     """
-    job, changes = path.job, _changes(path)
-    alone = job.one_site or (len(settled) == 1 and path.run is None)
-    known = alone and job.semantics == "pass_through" and job.backward is None
+    job = path.job
+    alone = job.one_site or (len(path.passes.written) == 1 and path.run is None)
+    return alone and job.semantics == "pass_through" and job.backward is None
+
+
+def _convergence(path: Path, settled: Mapping[int, Settled], tolerance: float) -> Convergence:
+    """What the nodes say of every dictionary's site."""
+    changes, known = _changes(path), _known(path)
     rounding = 1e-5 * (1 + _clean(path).abs())
     columns = []
     for part in path.passes.parts:
