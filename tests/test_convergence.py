@@ -59,6 +59,12 @@ def test_nothing_is_lost_of_what_a_rule_takes_a_function_to_be(rule, degree):
     assert left_out([0.5], [1.0], rule).shape == (0, 1)
 
 
+def test_given_nodes_integrate_what_their_rule_promises():
+    for rule, degree in (("left", 0), ("midpoint", 1), ("gauss", 11)):
+        x, w = np.array(sf.IG(6, rule).nodes()).T
+        assert abs(w @ x**degree - 1 / (degree + 1)) < 1e-12
+
+
 def test_every_node_is_left_out_once():
     x, w = np.array(sf.IG(7, "midpoint").nodes()).T
     lost = left_out(x, w, "midpoint")
@@ -156,16 +162,17 @@ def test_no_gap_is_claimed_where_the_paths_end_was_not_run(model):
         assert said.gap.isnan().all() and not said.error.isnan().any(), how
 
 
-def test_pads_and_tokens_that_are_not_scored_do_not_count(model):
-    """Each prompt's figures are what it gives alone."""
-    job = sf.Attribute(neurons(1), METRIC, method=sf.IG(6, "midpoint"), where=sf.Tokens.last(2))
-    together = quiet(job, model, RAGGED).convergence
-    for n, prompt in enumerate(RAGGED):
-        alone = quiet(job, model, [prompt]).convergence
-        for name in ("moved", "disagreement", "gap"):
-            torch.testing.assert_close(
-                getattr(together, name)[n], getattr(alone, name)[0], atol=1e-4, rtol=1e-3
-            )
+def test_tokens_that_are_not_scored_do_not_count(model):
+    """The left rule at two nodes loses, without its second, what one node is off by: by token."""
+    other = sf.attribution.Paired([p.replace("w", "w1") for p in RAGGED])
+    job = sf.Attribute(neurons(1), METRIC, other, sf.IG(2), sf.Tokens.last(2))
+    two, one = job(model, RAGGED), replace(job, method=sf.IG(1))(model, RAGGED)
+    lost = torch.zeros(3, 6)
+    for found, sign in ((two, 1), (one, -1)):
+        lost.index_put_((found.prompt, found.position), sign * found.score, accumulate=True)
+    assert (lost != 0).sum() == 6
+    disagreement = two.convergence.disagreement[:, 0]
+    torch.testing.assert_close(disagreement, lost.abs().sum(1), atol=1e-5, rtol=1e-3)
 
 
 def test_two_ends_that_are_alike_do_not_make_an_error_of_rounding():
