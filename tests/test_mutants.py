@@ -192,6 +192,26 @@ MUTANTS = {
         "    if False:",
         failure("a_missing_hook_only_logs"),
     ),
+    "quadrature weights of another rule": Mutant(
+        "(float((p + 1) / 2), float(w / 2)) for p, w in zip(points, weights, strict=True)",
+        "(float((p + 1) / 2), 1 / self.steps) for p, w in zip(points, weights, strict=True)",
+        "test_convergence.py::test_given_nodes_integrate_what_their_rule_promises",
+    ),
+    "panels of adaptive nodes weigh the same at any width": Mutant(
+        "weights = torch.stack([width * kronrod, width * (kronrod - gauss)]).flatten(1)",
+        "weights = torch.stack([width**0 * kronrod / 2, width * (kronrod - gauss)]).flatten(1)",
+        "test_convergence.py::test_adaptive_nodes_reach_their_tolerance",
+    ),
+    "the verdict averages over tokens that are not scored": Mutant(
+        "slopes * chosen.cpu()",
+        "slopes",
+        "test_convergence.py::test_tokens_that_are_not_scored_do_not_count",
+    ),
+    "pads count in a mean over tokens": Mutant(
+        "scored = torch.stack(path.scored).any(0).cpu()",
+        "scored = torch.ones_like(torch.stack(path.scored).any(0).cpu())",
+        "test_attribution.py::test_pads_are_never_scored_and_never_counted",
+    ),
 }
 """Name → the mistake."""
 

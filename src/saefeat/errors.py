@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "ConvergenceWarning",
     "DictionaryError",
     "FileError",
     "FiringError",
@@ -133,4 +134,14 @@ class FileError(SaefeatError):
         ... except sf.errors.FileError as error:
         ...     "no/such/file.safetensors" in str(error)
         True
+    """
+
+
+class ConvergenceWarning(UserWarning):
+    """Integrated gradients whose error dwarfs what they are to explain: a warning, not an error.
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", sf.errors.ConvergenceWarning)  # stop instead
     """

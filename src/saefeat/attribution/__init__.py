@@ -4,7 +4,9 @@
 * ``methods``, ``baselines``, ``semantics``, ``relp``, ``graddrop``: what can be chosen.
 * ``passes``: what is asked, the sites watched in a model, and passes past them; ``remote_passes``
   are those on a server.
-* ``path``: one batch's path from clean to baseline, and gradients along it.
+* ``path``: one batch's path from clean to baseline, and gradients on it.
+* ``integrate``: gradients averaged over the path, at given nodes or at ``adaptive`` ones; rules
+  are in ``quadrature``. ``trail`` is what the nodes showed, ``convergence`` what it comes to.
 * ``pairs``: the latents that move, and their scores.
 * ``exact``: scores by moving latents for real.
 * ``in_trace``: attribution inside a trace of the user's own.
@@ -15,6 +17,7 @@
 from ..text.texts import Texts
 from .attribute import Attribute
 from .baselines import Fixed, Paired
+from .convergence import Convergence
 from .graddrop import GradDrop
 from .methods import IG, AtP, Backward, Exact, FiniteDifference, Method
 from .relp import RelP
@@ -25,6 +28,7 @@ __all__ = [
     "Attribute",
     "Attribution",
     "Backward",
+    "Convergence",
     "Exact",
     "FiniteDifference",
     "Fixed",

@@ -37,11 +37,14 @@ from ..text.texts import texts_of
 from ..text.tokens import Tokens
 from ..verbs.base import Intervention, require_fired
 from .baselines import Baseline
+from .convergence import joined as settled
+from .convergence import taken, warn_of
 from .exact import effects
 from .in_trace import Watching, watch
+from .integrate import mean_gradients, tolerance_of
 from .methods import AtP, Backward, Method
 from .passes import AtOnce, Job, Prepared, SitePasses, prepare, require_scored, source
-from .path import Path, begin, joined, mean_gradients, read_out, require_apart
+from .path import Path, begin, joined, read_out, require_apart
 from .scores import Attribution
 
 if TYPE_CHECKING:
@@ -169,12 +172,13 @@ class Attribute:
                     if checkpoint is not None:
                         done.save(number, *_plain(piece, receipt))
                 else:
-                    piece, receipt = _restored(saved, passes)
+                    piece, receipt = _restored(saved, passes, job)
                 pieces.append(piece)
                 receipts.append(receipt)
         require_fired(join_receipts(receipts), "Attribute")  # over all of the data set
         scores = _join(pieces)
         require_scored(scores.tokens, "Attribute")
+        warn_of(scores.convergence, [str(d.site) for d in scores.dictionaries], job.method)
         texts = texts_of(model, *prepared.data)
         signed = self.backward is None or self.backward.signed
         said = {"metric": repr(self.metric), "provenance": source(job, model)}
@@ -280,7 +284,7 @@ def _attribute(
     gradient = passes.written if nodes and nodes[0][0] == 0.0 else ()
     path = begin(job, passes, batch, other, at_once, gradient)
     require_apart(path)
-    slopes = mean_gradients(path) if nodes else {}
+    slopes, convergence = mean_gradients(path) if nodes else ({}, None)
     with torch.no_grad():
         clean, of_parts = path.clean, (passes.parts, path.scored, path.targets)
         if nodes:
@@ -299,6 +303,7 @@ def _attribute(
             scored=scored[batch.inputs["attention_mask"].bool()],
             ends=_metric_by_site(path) if job.one_site else None,
             dropped=dropped,
+            convergence=convergence,
         )
     _require_slope(job, slopes, scores)
     return scores, path.baseline.receipt
@@ -323,10 +328,7 @@ def _require_slope(job: Job, slopes: dict[int, Tensor], scores: Attribution) -> 
 
 def _metric_by_site(path: Path) -> Tensor:
     """[b, dictionaries]: the metric with each dictionary's written site alone at the baseline."""
-    by_place = {}
-    for n in path.passes.written:
-        run = path.passes.run(path.batch, targets={n: path.ends[n]}, copy=False)
-        by_place[n] = _finite(path.metric(run, path.batch), path.batch, "baseline")
+    by_place = {n: _finite(value, path.batch, "baseline") for n, value in path.alone.items()}
     return torch.stack([by_place[part.write] for part in path.passes.parts], 1)
 
 
@@ -362,14 +364,17 @@ def _plain(piece: Attribution, receipt: Receipt) -> tuple[dict[str, Tensor], dic
     names = [name for name in (*_ALWAYS, *_SOMETIMES) if getattr(piece, name) is not None]
     rows = [[row.edit, row.tokens, row.changed, row.largest] for row in receipt.rows]
     tensors = {name: getattr(piece, name) for name in names}
+    tensors |= {} if piece.convergence is None else piece.convergence.tensors()
     return tensors, {"passes": receipt.passes, "rows": rows}
 
 
 def _restored(
-    saved: tuple[dict[str, Any], dict[str, Any]], passes: SitePasses
+    saved: tuple[dict[str, Any], dict[str, Any]], passes: SitePasses, job: Job
 ) -> tuple[Attribution, Receipt]:
     tensors, meta = saved
-    piece = Attribution(tuple(part.dictionary for part in passes.parts), **tensors)
+    convergence = taken(tensors, tolerance_of(job.method))
+    parts = tuple(part.dictionary for part in passes.parts)
+    piece = Attribution(parts, **tensors, convergence=convergence)
     return piece, Receipt(tuple(Fired(*row) for row in meta["rows"]), meta["passes"])
 
 
@@ -382,4 +387,5 @@ def _join(pieces: Sequence[Attribution]) -> Attribution:
         if name == "prompt":
             values = [column + start for column, start in zip(values, starts, strict=False)]
         columns[name] = None if any(column is None for column in values) else torch.cat(values)
-    return Attribution(pieces[0].dictionaries, **columns)
+    convergence = settled([piece.convergence for piece in pieces])
+    return Attribution(pieces[0].dictionaries, **columns, convergence=convergence)

@@ -15,6 +15,7 @@ from ..model.sites import Site
 from ..results.provenance import Provenance
 from ..text.texts import Texts
 from ..text.tokens import Tokens
+from .convergence import Convergence
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Columns:
     metric: str = ""
     signed: bool = True
     provenance: Provenance | None = None
+    convergence: Convergence | None = None
 
     def __len__(self) -> int:
         return len(self.score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,12 @@ from ..results.provenance import Provenance, versions
 from ..text.roles import Marks
 from ..text.texts import Texts, flat
 from .columns import Columns
+from .convergence import Convergence, taken
 
 FORMAT = "saefeat.attribution"
 VERSION = 2
 """2 has the provenance."""
-PLAIN = ("dictionaries", "texts", "metric", "signed", "provenance")
+PLAIN = ("dictionaries", "texts", "metric", "signed", "provenance", "convergence")
 """Fields of ``Columns`` that are not tensors; every other field is one, or None."""
 
 Result = TypeVar("Result", bound=Columns)
@@ -39,6 +41,9 @@ def save(columns: Columns, path: str | Path) -> Path:
         spec["signed"] = False
     if columns.provenance is not None:
         spec["provenance"] = columns.provenance.to_dict()
+    if columns.convergence is not None:
+        tensors |= columns.convergence.tensors()
+        spec["convergence"] = {"tolerance": columns.convergence.tolerance}
     texts = columns.texts
     if texts is not None:
         tensors["texts.ids"], tensors["texts.lengths"] = flat(texts.ids)
@@ -72,7 +77,7 @@ def load(
     contents = read(path, "Attribution.load", max_bytes)
     function = f"Attribution.load({str(path)!r})"
     spec = unseal(contents, FORMAT, VERSION, function)
-    if set(spec) - {"metric", "dictionaries", "texts", "signed", "provenance"}:
+    if set(spec) - {"metric", *PLAIN}:
         raise broken(function, f"entries {brief(sorted(spec))}", "those of an Attribution")
     tensors = dict(contents.tensors)
     entries = spec.get("dictionaries")
@@ -82,6 +87,7 @@ def load(
     live = None if given is None else list(given)
     dictionaries = tuple(_dictionary(entry, live, function) for entry in entries)
     texts = _texts(spec.get("texts"), tensors, function)
+    convergence = _convergence(spec.get("convergence"), tensors, function)
     metric, signed = spec.get("metric"), spec.get("signed", True)
     known = {field.name for field in fields(cls)} - set(PLAIN)
     missing = _REQUIRED - set(tensors)
@@ -92,8 +98,11 @@ def load(
         got += f", signed {brief(signed)}"
         raise broken(function, got, "the fields of an Attribution")
     _check(tensors, dictionaries, texts, function)
+    if convergence is not None:
+        _fits(convergence, len(tensors["clean"]), len(dictionaries), function)
     plain_fields: dict[str, Any] = {"texts": texts, "metric": metric, "signed": signed}
     plain_fields["provenance"] = _provenance(spec.get("provenance"), function)
+    plain_fields["convergence"] = convergence
     return cls(dictionaries, **tensors, **plain_fields)
 
 
@@ -107,6 +116,32 @@ def _provenance(document: Any, function: str) -> Provenance | None:
         raise broken(function, f"a provenance of another form ({error})", "its fields") from error
 
 
+def _convergence(said: Any, tensors: dict[str, Tensor], function: str) -> Convergence | None:
+    """Whether the integration converged; takes its tensors out. Older files do not say."""
+    tolerance = said.get("tolerance") if isinstance(said, dict) and len(said) == 1 else None
+    right = isinstance(tolerance, float) and 0 < tolerance <= 1
+    with suppress(KeyError):
+        found = taken(tensors, tolerance if right else None)
+        if found is None and said is None:
+            return None
+        if found is not None and right:
+            return found
+    got = f"convergence {brief(said)}, or not all of its tensors"
+    raise broken(function, got, "a tolerance in (0, 1] and four tensors")
+
+
+def _fits(found: Convergence, prompts: int, dictionaries: int, function: str) -> None:
+    """Refuse columns of other shapes."""
+    shapes = {"nodes": (prompts,)} | dict.fromkeys(_PAIRS, (prompts, dictionaries))
+    for name, shape in shapes.items():
+        tensor = getattr(found, name)
+        kind = tensor.dtype == torch.int64 if name == "nodes" else tensor.is_floating_point()
+        if tuple(tensor.shape) != shape or not kind:
+            got = f"convergence.{name} of {tensor.dtype} {list(tensor.shape)}"
+            raise broken(function, got, f"{list(shape)}, whole for nodes and floats for the rest")
+
+
+_PAIRS = ("moved", "disagreement", "gap")
 _INDEX = ("prompt", "dictionary", "position", "latent")
 _VALUES = ("score", "activation", "change")
 _PROMPTS = ("clean", "baseline", "tokens")

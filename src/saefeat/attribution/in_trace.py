@@ -21,7 +21,8 @@ from ..text.texts import texts_of
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
 from .baselines import Fixed
-from .methods import plain_slopes
+from .convergence import Convergence, of_one_node
+from .methods import AtP, plain_slopes
 from .passes import Job, SitePasses, require_scored, source
 from .path import joined, read_out, target_of
 from .scores import Attribution
@@ -104,7 +105,12 @@ class Watching:
                 texts=texts,
                 metric=name,
                 provenance=source(job, self.passes.evaluator.model),
+                convergence=self._convergence(len(rows)),
             )
+
+    def _convergence(self, prompts: int) -> Convergence | None:
+        one = isinstance(self.job.method, AtP)
+        return None if one else of_one_node(prompts, len(self.passes.parts))
 
     def _slopes(self, values: Tensor) -> dict[int, Tensor]:
         rows = len(self.log.view.real)

@@ -30,6 +30,7 @@ from ..arguments import checked
 from ..checks import differentiated
 from ..errors import SaefeatError
 from ..model.sites import Site
+from .quadrature import in_panels
 
 RULES = ("left", "midpoint", "gauss")
 ENDPOINTS = ("corrected", "as_published")
@@ -93,18 +94,26 @@ class IG(Method):
             the intervention leaves. ``as_published``: the refusal paper's code stores the error
             of the corrupt run as x_before − decode(f(x_after)), so its path ends at the value
             *before* the site's own edit, while latents change by f(x_after) − f(x_clean).
+        tolerance: adaptive nodes: more where the slope varies, until the error at every site is
+            estimated below this share of the metric's change, prompt by prompt, or ``steps`` nodes
+            are spent on a prompt, of which the result then warns. They are Gauss-Kronrod's, in
+            panels of seven, so this needs the rule ``gauss`` and 14 steps or more.
 
     Raises:
-        SaefeatError: for no steps, or an unknown rule or endpoint.
+        SaefeatError: for no steps, an unknown rule or endpoint, or a tolerance that is not above 0
+            and at most 1, or with another rule or too few steps.
 
     Examples:
         >>> sf.IG(steps=2, rule="midpoint").nodes()
         ((0.25, 0.5), (0.75, 0.5))
+        >>> len(sf.IG(256, "gauss", tolerance=0.05).nodes())  # to begin with
+        14
     """
 
     steps: int = 10
     rule: str = "left"
     endpoint: str = field(default="corrected", kw_only=True)
+    tolerance: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         known = self.rule in RULES and self.endpoint in ENDPOINTS
@@ -114,8 +123,11 @@ class IG(Method):
                 f" {self.endpoint!r}, wanted at least 1 step, a rule of {', '.join(RULES)}, and an"
                 f' endpoint of {" or ".join(ENDPOINTS)}. Try: IG(steps=10, rule="midpoint")'
             )
+        _require_adaptable(self)
 
     def nodes(self) -> tuple[tuple[float, float], ...]:
+        if self.tolerance is not None:
+            return in_panels()
         if self.rule == "gauss":
             points, weights = np.polynomial.legendre.leggauss(self.steps)
             return tuple(
@@ -126,7 +138,21 @@ class IG(Method):
 
     def __repr__(self) -> str:
         end = "" if self.endpoint == "corrected" else f", endpoint={self.endpoint!r}"
+        end += "" if self.tolerance is None else f", tolerance={self.tolerance!r}"
         return f"IG(steps={self.steps}, rule={self.rule!r}{end})"
+
+
+def _require_adaptable(method: IG) -> None:
+    """Refuse a tolerance that is none, or that no node could adapt to."""
+    wanted, least = method.tolerance, len(in_panels())
+    if wanted is None:
+        return
+    if not 0 < wanted <= 1 or method.rule != "gauss" or method.steps < least:
+        raise SaefeatError(
+            f"IG: `tolerance` is {wanted!r} with {method.steps} steps and rule {method.rule!r},"
+            " wanted a share of the metric's change in (0, 1], the rule 'gauss' and at least"
+            f" {least} steps, the most nodes a prompt. Try: IG(256, 'gauss', tolerance=0.05)"
+        )
 
 
 @checked

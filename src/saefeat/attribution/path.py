@@ -1,4 +1,4 @@
-"""One batch's path from its clean run to its baseline, gradients along it, and their scores."""
+"""One batch's path from its clean run to its baseline, gradients on it, and their scores."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ class Path:
             top = base.argmax(-1)
         references = References(top, self.clean.last[rows], base)
         return evaluator.read(run, batch.numbers, references)
+
+    def chosen(self, place: int) -> Tensor:
+        """[b, t] bool: the tokens that are scored at a written place, by any dictionary there."""
+        masks = zip(self.passes.parts, self.scored, strict=True)
+        return torch.stack([mask for part, mask in masks if part.write == place]).any(0)
+
+    @cached_property
+    def alone(self) -> dict[int, Tensor]:
+        """The metric [b] with each written place alone at the path's end; a pass for each."""
+        found = {}
+        for n in self.passes.written:
+            run = self.passes.run(self.batch, targets={n: self.ends[n]}, copy=False)
+            found[n] = self.metric(run, self.batch).detach()
+        return found
 
     @property
     def copies(self) -> int:
@@ -182,41 +196,25 @@ def require_apart(path: Path) -> None:
         )
 
 
-def mean_gradients(path: Path) -> dict[int, Tensor]:
-    """The metric's gradient at each written place [b, t, d], averaged over the path.
-
-    With ``one_site`` each place has a path of its own, on which nothing else is moved.
+def gradients(
+    path: Path, group: Collection[int], rows: Tensor, share: Tensor
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The metric [m] and its gradient at the places of a group, with prompts, by their rows [m] in
+    the batch, moved there by a share [m] of the way each.
     """
-    total: dict[int, Tensor] = {}
-    nodes, count = list(path.job.method.nodes()), len(path.batch.numbers)
-    if nodes[0][0] == 0.0:  # the clean pass is the node at zero, for every site
-        _add_gradients(total, path, path.clean, path.batch, slice(None), [nodes.pop(0)[1]])
-        path.clean.nodes.clear()  # one graph at a time
-    written = list(path.passes.written)
-    for group in [[number] for number in written] if path.job.one_site else [written]:
-        for first in range(0, len(nodes), path.copies):
-            shares, weights = zip(*nodes[first : first + path.copies], strict=True)
-            share = torch.tensor(shares, dtype=torch.float64).repeat_interleave(count)
-            targets = {n: path.ends[n].repeat(len(shares), 1, 1) for n in group}
-            rows = torch.arange(count).repeat(len(shares))
-            many = path.batch.take(rows)
-            run = path.passes.run(
-                many, gradient=group, targets=targets, share=share[:, None, None], copy=False
-            )
-            _add_gradients(total, path, run, many, rows, weights)
-    return total
+    many = path.batch.take(rows)
+    targets = {n: path.ends[n][rows.to(path.ends[n].device)] for n in group}
+    run = path.passes.run(
+        many, gradient=group, targets=targets, share=share[:, None, None], copy=False
+    )
+    return gradients_of(path, run, many, rows)
 
 
-def _add_gradients(
-    total: dict[int, Tensor],
-    path: Path,
-    run: SitePass,
-    batch: Batch,
-    rows: Tensor | slice,
-    weights: Sequence[float],
-) -> None:
-    """Add weight · ∂(Σ metric)/∂x at each node of a pass, whose rows are the path's batch once a
-    weight; prompts do not mix, so rows are the prompts' own.
+def gradients_of(
+    path: Path, run: SitePass, batch: Batch, rows: Tensor | slice = slice(None)
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The metric of a pass over some rows of the path's batch, and ∂(Σ metric)/∂x at its nodes;
+    prompts do not mix, so rows are the prompts' own.
     """
     values = path.metric(run, batch, rows)
     if values.shape != run.logits.shape[:1] or not values.requires_grad:
@@ -226,11 +224,7 @@ def _add_gradients(
             " [batch]. Likely cause: an argmax, detach or mean over prompts in it. Try:"
             " metric(lambda logits: logits[:, 5])"
         )
-    for number, slopes in run.slopes(values.sum(), run.nodes, path.passes.written).items():
-        for weight, slope in zip(weights, slopes.chunk(len(weights)), strict=True):
-            # In bfloat16 a mean of 200 gradients is wrong by several percent.
-            part = weight * slope.to(torch.promote_types(slope.dtype, torch.float32))
-            total[number] = part if number not in total else total[number].add_(part)
+    return values.detach(), run.slopes(values.sum(), run.nodes, path.passes.written)
 
 
 # ---------------------------------------------------------------- scores

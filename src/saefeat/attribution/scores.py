@@ -59,6 +59,7 @@ class Attribution(Columns, Result):
             largest, whichever way they act, and there is no gap.
         provenance: model, dictionaries, method and all settings; None for a result made by hand,
             or read from a file of version 1.
+        convergence: whether the integrated gradients converged; None for other methods.
 
     Examples:
         >>> v = sf.Direction(torch.ones(2), site="resid_post.0")

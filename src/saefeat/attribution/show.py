@@ -42,6 +42,9 @@ def lines(columns: Columns) -> list[str]:
         shown.append("top, mean score over tokens: " + ", ".join(named))
     if len(columns.clean) and columns.signed and not one_run:
         shown.append(_gap_line(columns))
+    if columns.convergence is not None and len(columns.clean):
+        sites = [str(dictionary.site) for dictionary in columns.dictionaries]
+        shown.append(f"integration {columns.convergence.line(sites)}")
     return shown + _heavy(columns)
 
 
