@@ -59,7 +59,6 @@ def test_cases(share, pytestconfig):
 
 
 @pytest.mark.parametrize("share", range(6))
-@pytest.mark.filterwarnings("ignore:std")  # of no token
 def test_scores(share, pytestconfig):
     """AtP and integrated gradients are slopes of a forward pass in float64, prompt by prompt."""
     count, first = pytestconfig.getoption("cases"), pytestconfig.getoption("first_seed")

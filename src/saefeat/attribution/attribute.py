@@ -21,7 +21,8 @@ from tqdm import tqdm
 from ..arguments import checked
 from ..checks import gradients_on, whole
 from ..dictionaries.by_site import Dictionaries
-from ..dictionaries.latents import Dictionary, Latents, as_latents
+from ..dictionaries.given import as_latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import GradientError, LatentError, PromptError, SaefeatError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
@@ -362,7 +363,7 @@ def _identity(
 def _plain(piece: Attribution, receipt: Receipt) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A batch's scores as tensors, and its receipt as plain data."""
     names = [name for name in (*_ALWAYS, *_SOMETIMES) if getattr(piece, name) is not None]
-    rows = [[row.edit, row.tokens, row.changed, row.largest] for row in receipt.rows]
+    rows = [row.counts() for row in receipt.rows]
     tensors = {name: getattr(piece, name) for name in names}
     tensors |= {} if piece.convergence is None else piece.convergence.tensors()
     return tensors, {"passes": receipt.passes, "rows": rows}
@@ -375,7 +376,7 @@ def _restored(
     convergence = taken(tensors, tolerance_of(job.method))
     parts = tuple(part.dictionary for part in passes.parts)
     piece = Attribution(parts, **tensors, convergence=convergence)
-    return piece, Receipt(tuple(Fired(*row) for row in meta["rows"]), meta["passes"])
+    return piece, Receipt(tuple(map(Fired.counted, meta["rows"])), meta["passes"])
 
 
 def _join(pieces: Sequence[Attribution]) -> Attribution:

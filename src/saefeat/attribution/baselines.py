@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import checked
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.given import as_latents
+from ..dictionaries.latents import Latents
 from ..errors import LatentError, PromptError
 from ..metrics.evaluator import Batch
 from ..text.prompts import Prompts

@@ -8,7 +8,7 @@ pair's score is its change times the gradient's dot product with the latent's di
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,11 +198,11 @@ def _encoded(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
         count = max(1, most * TOKENS // max(width, most))
         for start in range(0, max(len(before), 1), count):
             tokens = slice(start, start + count)
-            was, scale = encode(columns, before[tokens])
+            was, scale = _activations(columns, before[tokens])
             # At the zero baseline the latent is zero, though x − f · directions may encode to more.
             will, then = was.new_zeros(()).expand_as(was), scale
             if target.after is not None:
-                will, then = encode(columns, target.after[tokens])
+                will, then = _activations(columns, target.after[tokens])
             elif target.fixed is not None:
                 fixed = target.fixed if len(target.fixed) == 1 else target.fixed[tokens]
                 will = fixed[:, slice(*span)].to(was).expand_as(was)
@@ -213,6 +213,17 @@ def _encoded(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
             was, will = was[token, column], will[token, column]
             moves = (token, column, was, will)
             yield Block(tokens, span, latents, columns["directions"], *moves, scale, then)
+
+
+def _activations(columns: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The latents of tokens [n, d], and their directions' scale; n may be 0.
+
+    Torch warns of a standard deviation over no rows at all, each of which would have one (2.13).
+    """
+    if len(x):
+        return encode(columns, x)
+    f, scale = encode(columns, x.new_zeros(1, x.shape[1]))
+    return f[:0], None if scale is None else scale[:0]
 
 
 def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[Tensor, Target]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import checked
-from ..dictionaries.latents import Dictionary, Latents, as_latents
+from ..dictionaries.given import as_latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError
 from ..model.sites import Site
 from ..results.readings import Readings

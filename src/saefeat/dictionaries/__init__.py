@@ -1,6 +1,7 @@
 """Dictionaries of latents: SAEs, transcoders, directions, neurons, functions.
 
 * ``latents``: what a dictionary must offer, and ``Latents``, a selection.
+* ``given``: what stands for latents where they are an argument.
 * ``by_site``: ``Dictionaries``, one dictionary a site.
 * ``sae``, ``direction`` (with neurons and functions), ``excerpt``: the kinds.
 * ``finite``: numbers that are no numbers, refused when they are read.

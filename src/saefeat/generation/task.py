@@ -210,7 +210,7 @@ def pack(piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for n, row in enumerate(run.receipt.rows):
         prompts = None if row.events is None else row.events.prompts
         columns = {} if row.events is None else row.events.columns()
-        rows.append([row.tokens, row.changed, row.largest, prompts])
+        rows.append([*row.counts()[1:], prompts])
         tensors |= {f"events.{n}.{name}": column for name, column in columns.items()}
     meta = {"width": piece.width, "passes": run.receipt.passes, "rows": rows}
     return tensors, meta | {n: getattr(run, n) for n in ("prompts", "completions", "texts")}
@@ -231,11 +231,11 @@ def unpack(task: Task, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Piec
     ]
     rows = []
     for n, (step, row) in enumerate(zip(edits, meta["rows"], strict=True)):
-        tokens, changed, largest, prompts = row
+        *counts, prompts = row
         events, sites = None, tuple(basis.site for basis, _ in step.latents.parts)
         if prompts is not None:
             events = Events(sites, prompts, **named(Events, f"events.{n}."))
-        rows.append(Fired(repr(step), tokens, changed, largest, events))
+        rows.append(Fired.counted([repr(step), *counts], events))
     prompts, completions = (tuple(map(tuple, meta[key])) for key in ("prompts", "completions"))
     receipt = Receipt(tuple(rows), meta["passes"])
     outputs = tuple(meta["texts"]), tensors["logits"], tuple(readings), receipt, task.provenance

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import checked
-from ..dictionaries.latents import Dictionary, Latents, as_latents, cast, index_tensor
+from ..dictionaries.given import as_latents
+from ..dictionaries.latents import Dictionary, Latents, cast, index_tensor
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select

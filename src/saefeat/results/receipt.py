@@ -169,12 +169,14 @@ class Fired:
 
     Attributes:
         edit: the edit, as it prints.
-        tokens: tokens it selected, over all prompts and forward passes.
+        tokens: tokens it selected, over all prompts and forward passes; of an edit of several
+            dictionaries that skip different tokens, the most that one of them did.
         changed: (token, latent) pairs it really changed.
         largest: the largest change of a latent's activation.
         events: each change with its prompt, token and values; None where only counts were kept:
             for edits of more than 64 latents of one dictionary, and for long runs (4 million
             (token, latent) pairs). ``stream`` keeps them batch by batch.
+        selected: tokens by dictionary, of which ``tokens`` is the largest.
 
     Examples:
         >>> from saefeat.results.receipt import Fired
@@ -187,6 +189,17 @@ class Fired:
     changed: int
     largest: float
     events: Events | None = field(default=None, compare=False, repr=False)
+    selected: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+    def counts(self) -> list[Any]:
+        """All but the events, as plain data for a checkpoint."""
+        return [self.edit, self.changed, self.largest, list(self.selected)]
+
+    @classmethod
+    def counted(cls, counts: Sequence[Any], events: Events | None = None) -> Fired:
+        """What ``counts`` gave, with its events."""
+        edit, changed, largest, selected = counts
+        return cls(edit, max(selected), changed, largest, events, tuple(selected))
 
     @property
     def first_share(self) -> float:
@@ -292,11 +305,13 @@ def without_events(receipt: Receipt) -> Receipt:
 def join_receipts(receipts: Sequence[Receipt]) -> Receipt:
     """The receipts of several batches as one; events' prompts are numbered on."""
     rows = tuple(
-        Fired(
-            batches[0].edit,
-            sum(row.tokens for row in batches),
-            sum(row.changed for row in batches),
-            max(row.largest for row in batches),
+        Fired.counted(
+            [
+                batches[0].edit,
+                sum(row.changed for row in batches),
+                max(row.largest for row in batches),
+                [sum(each) for each in zip(*(row.selected for row in batches), strict=True)],
+            ],
             join_events([row.events for row in batches]),
         )
         for batches in zip(*(receipt.rows for receipt in receipts), strict=True)

@@ -149,8 +149,7 @@ class Audit(Sourced):
         .69 to .87 where they said next to nothing of effects that were log-normal or Pareto's; half
         of a budget of 8 gives .6 to .85. An upper end of NaN: too few draws to tell.
 
-        Effects of single latents do not add up to the effect of all: this compares sizes, nothing
-        more.
+        Effects of single latents do not add up to the effect of all: this compares sizes alone.
         """
         sizes = self.exact.abs()
         top = float(sizes[self.stratum == 0].sum())

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..checks import differentiated, gradients_on, whole, wholes
-from ..dictionaries.latents import Latents, as_latents, cast, index_tensor
+from ..dictionaries.given import as_latents
+from ..dictionaries.latents import Latents, cast, index_tensor
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest

@@ -152,7 +152,7 @@ class Experiment:
         finished = self.done.load(number)
         if finished is not None:
             tensors, meta = finished
-            fired = tuple(Fired(*row) for row in meta["rows"])
+            fired = tuple(map(Fired.counted, meta["rows"]))
             return tensors["metric"], Receipt(fired, meta["passes"])
         values, receipts = [], []
         for batch, prompt in self._batches(edit, rows, start):
@@ -162,7 +162,7 @@ class Experiment:
             values.append(require_finite(self.function, value, prompt, "measured"))
             receipts.append(run.receipt)
         metric, receipt = torch.cat(values), join_receipts(receipts)
-        fired = [[row.edit, row.tokens, row.changed, row.largest] for row in receipt.rows]
+        fired = [row.counts() for row in receipt.rows]
         self.done.save(number, {"metric": metric}, {"passes": receipt.passes, "rows": fired})
         return metric, receipt
 

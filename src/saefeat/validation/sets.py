@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..checks import whole
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.given import as_latents
+from ..dictionaries.latents import Latents
 from ..errors import LatentError, SaefeatError
 from ..metrics.base import Metric
 from ..results.formats import frame

@@ -143,9 +143,9 @@ class Intervention(ABC):
                 counts = [_counts(log.acted.get(n, [])) for n in numbers]
                 total = torch.stack([c.to("cpu", torch.float64).sum(0) for c in counts])
                 largest = max(float(c[:, 2].max()) for c in counts)
-                tokens, pairs = int(total[:, 0].max()), int(total[:, 1].sum())
+                selected, pairs = total[:, 0].int().tolist(), int(total[:, 1].sum())
                 events = record_events(step.latents, numbers, log)
-                rows.append(Fired(repr(step), tokens, pairs, largest, events))
+                rows.append(Fired.counted([repr(step), pairs, largest, selected], events))
         return Receipt(tuple(rows), passes=log.passes)
 
 

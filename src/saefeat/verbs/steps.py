@@ -12,7 +12,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..dictionaries.latents import Latents, selection
+from ..dictionaries.given import selection
+from ..dictionaries.latents import Latents
 from ..errors import LatentError
 from ..kernel.edit import Change, ChangeByRow
 from ..text.tokens import Tokens

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..arguments import checked, fits
 from ..checks import one_of
-from ..dictionaries.latents import Latents, as_latents
+from ..dictionaries.given import as_latents
+from ..dictionaries.latents import Latents
 from ..errors import LatentError
 from ..model.sites import Site
 from ..values.declared import Declared, argument
