@@ -219,19 +219,11 @@ WRONG = {
     "a site that is none": (lambda m: sf.Direction(torch.ones(D), site=3), "`site`"),
     "a vector as a list": (lambda m: sf.Direction([1.0] * D, site="resid_post.1"), "as_tensor"),
     "a width of none": (lambda m: sf.Neurons("mlp_post.1", 0), "`width`"),
-    "a k that means nothing": (
-        lambda m: sf.SAE.from_tensors(
-            {n: SAE._weights.read(n) for n in ("W_enc", "b_enc", "W_dec", "b_dec")},
-            site="resid_post.1",
-            k=4,
-        ),
-        "`k`",
-    ),
     "a value of another width": (lambda m: SAE.encode(torch.ones(2, D + 1)), "`x`"),
     "neither folder nor SAE": (lambda m: sf.load_sae(3.5), "`folder`"),
     "tensors for sites": (lambda m: sf.Direction.at_sites(torch.ones(3), sites=[3]), "`site"),
     "tensors for dictionaries": (lambda m: sf.dictionaries.Dictionaries([None]), "`dictionaries`"),
-    "a share above 1": (lambda m: LATENTS.sample(-1, seed=0), "`n`"),
+    "fewer than none": (lambda m: LATENTS.sample(-1, seed=0), "`n`"),
 }
 
 

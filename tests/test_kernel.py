@@ -296,7 +296,7 @@ leaf = st.one_of(
     st.integers(1, 6).map(sf.Tokens.first),
     st.integers(1, 6).map(sf.Tokens.last),
     st.tuples(st.integers(0, 3), st.none() | st.integers(0, 5)).map(
-        lambda pair: sf.Tokens.generated(*pair)
+        lambda pair: sf.Tokens.generated(pair[0], None if pair[1] is None else sum(pair))
     ),
     st.lists(st.integers(0, 9), max_size=3).map(lambda ids: sf.Tokens.ids(*ids)),
     st.just(sf.Tokens.where(third)),

@@ -212,6 +212,37 @@ MUTANTS = {
         "scored = torch.ones_like(torch.stack(path.scored).any(0).cpu())",
         "test_attribution.py::test_pads_are_never_scored_and_never_counted",
     ),
+    "a condition once met is held where it is tested again": Mutant(
+        "if self.name in kept and not state.view.whole:",
+        "if self.name in kept:",
+        "test_sequences.py::test_held_conditions_follow_beams",
+    ),
+    "a held condition stays with the row when beams change places": Mutant(
+        "reorder_memory(memory, moves(old, now))",
+        "moves(old, now)",
+        "test_sequences.py::test_held_conditions_follow_beams",
+    ),
+    "a layer-normed SAE's directions are not scaled back": Mutant(
+        "        delta = delta * scale\n",
+        "        delta = delta * 1.0\n",
+        "test_dictionaries.py",
+    ),
+    "the way of resid_mid carries its block's graph": Mutant(
+        "target = None if target is None else target.detach()",
+        "target = None if target is None else target",
+        "test_methods.py::test_a_path_moves_resid_mid_by_a_constant",
+    ),
+    "batches each count the most that one dictionary selected": Mutant(
+        "[sum(each) for each in zip(*(row.selected for row in batches), strict=True)],",
+        "[sum(row.tokens for row in batches)],",
+        "test_receipts.py::"
+        "test_tokens_of_dictionaries_that_skip_different_tokens_do_not_depend_on_batches",
+    ),
+    "a word for a baseline is no baseline": Mutant(
+        "if not fits(value, hint):",
+        "if value is hint:",
+        "test_arguments.py::test_what_users_give_is_refused_where_they_give_it",
+    ),
 }
 """Name → the mistake."""
 

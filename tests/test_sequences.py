@@ -15,6 +15,7 @@ import transformers
 
 import saefeat as sf
 from helpers import RAGGED, VOCAB, D, batch_of, build, forward, hook_count, make_sae, unit, wrapped
+from saefeat.kernel import beams
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 SITE = "resid_post.1"
@@ -516,14 +517,21 @@ def test_a_cache_has_nothing_of_ours(way, held):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
-def test_held_conditions_follow_beams(family, held):
+def test_held_conditions_follow_beams(family, monkeypatch):
     """The order of beams is read off the keys: the same as without a cache, where all is anew."""
     model, batch = build(family), batch_of()
-    args = {"max_new_tokens": 6, "do_sample": False, "num_beams": 4, "num_return_sequences": 2}
+    when = sf.When(make_sae(layer=0).latents([1]), above=1.2, hold=True)
+    v = sf.Direction(torch.ones(D), site="resid_post.2")
+    held = sf.Clamp(v, add=3.0, where=sf.Tokens.generated(), when=when)
+    args = {"max_new_tokens": 8, "do_sample": False, "num_beams": 4, "num_return_sequences": 2}
     with sf.hooked(model, held):
         cached = model.generate(**batch, **args)
         plain = model.generate(**batch, **args, use_cache=False)
+        monkeypatch.setattr(beams, "reorder_memory", lambda memory, rows: None)
+        stayed = model.generate(**batch, **args)
     assert torch.equal(cached, plain)
+    if family != "gemma2":  # there the condition is met in all beams of a prompt, or in none
+        assert not torch.equal(cached, stayed)
 
 
 def test_draws_by_prompt_under_beams_are_refused():

@@ -19,6 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import ConvergenceWarning
 from .methods import Method
 
@@ -32,6 +33,7 @@ DWARFS = 10.0
 """An error of so many times the metric's change leaves nothing of the scores: it is warned of."""
 
 
+@checked
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Convergence:
@@ -185,7 +187,7 @@ def warn_of(found: Convergence | None, sites: Sequence[str], method: Method) -> 
         " Fixed(latents, means), which stay on the model's own ground; AtP(); or more nodes where"
         " the slope varies, IG(256, 'gauss', tolerance=0.1)",
         ConvergenceWarning,
-        stacklevel=3,
+        stacklevel=4,  # past the check of arguments, to the caller's line
     )
 
 

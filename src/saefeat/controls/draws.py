@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import checked
+from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.given import as_latents
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError
@@ -21,7 +22,7 @@ Statistic = Readings | Mapping[Site | str, Tensor]
 
 @checked
 def matched(
-    latents: Latents,
+    latents: Latents | Dictionary | Dictionaries,
     statistics: Statistic | Iterable[Statistic] = (),
     *,
     seed: int,
@@ -161,7 +162,7 @@ def _unmatched(got: str, wanted: str, cause: str, call: str) -> LatentError:
 
 
 @checked
-def random_directions(latents: Latents, *, seed: int) -> Latents:
+def random_directions(latents: Latents | Dictionary | Dictionaries, *, seed: int) -> Latents:
     """The same latents, read as they are, each writing a random direction of its own length.
 
     An edit of them moves the site at the same tokens and by the same length as the edit of the

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
-from ..arguments import checked
-from ..errors import SiteError
+from torch import Tensor
+
+from ..arguments import checked, got
+from ..errors import LatentError, SiteError
 from ..model.sites import Site
 from .latents import Dictionary, Latents
 
 
-@checked
+@checked(own=("indices",))
 class Dictionaries(Mapping[Site, Dictionary]):
     """One dictionary a site: what ``load_saes`` returns and ``Attribute`` watches.
 
@@ -83,7 +85,9 @@ class Dictionaries(Mapping[Site, Dictionary]):
             f' {", ".join(names)}. Likely cause: {cause}. Try: saes["{nearest}"]'
         )
 
-    def latents(self, indices: Mapping[Site | str | int, Iterable[int]] | None = None) -> Latents:
+    def latents(
+        self, indices: Mapping[Site | str | int, Iterable[int] | Tensor] | None = None
+    ) -> Latents:
         """Select latents by site; without an argument, every latent of every dictionary.
 
         Raises:
@@ -92,6 +96,11 @@ class Dictionaries(Mapping[Site, Dictionary]):
         """
         if indices is None:
             return Latents(tuple(p for d in self._found.values() for p in d.latents().parts))
+        if not isinstance(indices, Mapping):
+            raise LatentError(
+                f"Dictionaries.latents: `indices` is {got(indices)}, wanted a mapping from sites to"
+                " indices. Likely cause: indices without their site. Try: saes.latents({3: [0, 1]})"
+            )
         chosen = Latents(())
         for key, found in indices.items():
             chosen = chosen | self[key].latents(found)

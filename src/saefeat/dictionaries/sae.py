@@ -45,7 +45,7 @@ _EXTRA = {"relu": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 
-@checked
+@checked(own=("excluded",))
 @final
 class SAE(Dictionary):
     """A sparse autoencoder or transcoder; nothing is read until latents are selected.
@@ -274,8 +274,6 @@ class SAE(Dictionary):
             if len(shape(name)) != 2:
                 require_shape(name, shape(name), symbols)
         (d_in, d_sae), d_out = shape("W_enc"), shape("W_dec")[-1]
-        if self.k is not None and not self.joint:
-            _one_of("k", str(self.k), (f"None, as a {self.architecture} SAE has none",))
         if self.joint and not 1 <= (self.k or 0) <= d_sae:
             _one_of("k", str(self.k), (f"1..{d_sae}",))
         require_shape("W_dec", shape("W_dec"), (d_sae, d_out))

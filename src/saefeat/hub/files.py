@@ -29,7 +29,7 @@ from .read import Reader
 from .write import Writer
 
 
-@checked
+@checked(own=("intervention",))
 def save(
     intervention: Intervention,
     path: str | Path,

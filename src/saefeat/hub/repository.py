@@ -26,7 +26,7 @@ _CAUSES = {
 }
 
 
-@checked
+@checked(own=("intervention",))
 def push(
     intervention: Intervention,
     repo: str,

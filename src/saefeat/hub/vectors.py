@@ -19,7 +19,7 @@ from ..verbs.base import Intervention, Step
 from ..verbs.edits import Clamp
 
 
-@checked
+@checked(own=("intervention",))
 def steering_vector(
     intervention: Intervention, *, path: str | Path | None = None
 ) -> dict[Site, Tensor]:

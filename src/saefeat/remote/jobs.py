@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
-@checked(own=("batch_size",))
+@checked(own=("batch_size", "max_new_tokens", "on"))
 def submit(
     model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
     max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,

@@ -108,7 +108,7 @@ class Preflight:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in shown)
 
 
-@checked(own=("batch_size",))
+@checked(own=("batch_size", "max_new_tokens"))
 def preflight(
     model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
     max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,

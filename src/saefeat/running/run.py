@@ -54,7 +54,7 @@ def run(
 ) -> Iterator[Run]: ...  # fmt: skip
 
 
-@checked(own=("batch_size",))
+@checked(own=("batch_size", "max_new_tokens"))
 def run(
     model: TransformersModel, prompts: Any, intervention: Intervention | None = None, *,
     max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,

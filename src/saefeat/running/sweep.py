@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Key = TypeVar("Key", bound=Hashable)
 
 
-@checked(own=("batch_size",))
+@checked(own=("batch_size", "max_new_tokens"))
 def sweep(
     model: TransformersModel, prompts: Prompts, settings: Mapping[Key, Intervention | None], *,
     max_new_tokens: int = 0, batch_size: int = 32, allow_unfired: bool = False,

@@ -13,7 +13,7 @@ from .narrow import require_floating
 from .payload import PAYLOAD_LIMIT
 
 
-@checked
+@checked(own=("url", "dtype", "payload_limit", "requests"))
 @dataclass(frozen=True)
 class Server:
     """A server to run on: NDIF, another one, or this process by way of a request.

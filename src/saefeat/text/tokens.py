@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import checked, fits
 from ..errors import PromptError
 from ..model.modules import text_config, torch_module
 from .roles import role_markers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
-@checked(error=PromptError)
+@checked(error=PromptError, own=("n", "start", "stop"))
 @dataclass(frozen=True)
 class Tokens:
     """A rule that selects tokens. Padding is never selected.
@@ -72,7 +72,7 @@ class Tokens:
             >>> ~sf.Tokens.positions(0, 1)  # everything but the first token
             ~Tokens.positions(0, 1)
         """
-        _require_span("positions", start, stop)
+        _require_span("positions", start, stop, 1)
         return cls(("positions", start, stop))
 
     @classmethod
@@ -85,7 +85,7 @@ class Tokens:
         Raises:
             PromptError: as for ``positions``.
         """
-        _require_span("generated", start, stop)
+        _require_span("generated", start, stop, 0)
         return cls(("generated", start, stop))
 
     @classmethod
@@ -154,7 +154,7 @@ def _spell(rule: tuple, inner: bool = False) -> str:
 
 
 def _count(name: str, n: int, least: int = 1) -> int:
-    if n >= least:
+    if fits(n, int) and n >= least:
         return int(n)
     raise PromptError(
         f"Tokens.{name}: `n` is {n!r}, wanted an integer from {least}. Likely cause: positions are"
@@ -163,13 +163,15 @@ def _count(name: str, n: int, least: int = 1) -> int:
     )
 
 
-def _require_span(name: str, start: int, stop: int | None) -> None:
-    if start >= 0 and (stop is None or stop > start):
+def _require_span(name: str, start: int, stop: int | None, least: int) -> None:
+    """Refuse what is no span of at least so many tokens, counted from the start."""
+    begins = fits(start, int) and start >= 0
+    if begins and (stop is None or (fits(stop, int) and stop >= start + least)):
         return
     raise PromptError(
         f"Tokens.{name}: `start and stop` is {start!r} and {stop!r}, wanted an integer from 0,"
         " and an integer above it or None. Likely cause: a text grows while it is generated, so"
-        f" nothing is counted from its end. Try: Tokens.{name}(0, 1), or Tokens.last(1)"
+        f" negative counts have no meaning. Try: Tokens.{name}(0, 1), or Tokens.last(1)"
         " for the prompt's last token"
     )
 

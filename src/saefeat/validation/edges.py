@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..checks import differentiated, gradients_on, whole, wholes
+from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.given import as_latents
-from ..dictionaries.latents import Latents, cast, index_tensor
+from ..dictionaries.latents import Dictionary, Latents, cast, index_tensor
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
@@ -140,8 +141,8 @@ class Edges(Sourced):
 def edges(
     model: TransformersModel,
     prompts: Prompts,
-    upstream: Latents,
-    downstream: Latents,
+    upstream: Latents | Dictionary | Dictionaries,
+    downstream: Latents | Dictionary | Dictionaries,
     *,
     where: Tokens | None = None,
     check: int = 16,

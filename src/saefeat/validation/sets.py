@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..checks import whole
+from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.given import as_latents
-from ..dictionaries.latents import Latents
+from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError, SaefeatError
 from ..metrics.base import Metric
 from ..results.formats import frame
@@ -80,7 +81,7 @@ class MinimalSet(Sourced):
 def minimal_set(
     model: TransformersModel,
     prompts: Prompts,
-    latents: Latents,
+    latents: Latents | Dictionary | Dictionaries,
     metric: Metric,
     *,
     holds: Holds = 0.0,
@@ -322,7 +323,7 @@ class Interactions(Sourced):
 def interactions(
     model: TransformersModel,
     prompts: Prompts,
-    latents: Latents,
+    latents: Latents | Dictionary | Dictionaries,
     metric: Metric,
     *,
     where: Tokens | None = None,

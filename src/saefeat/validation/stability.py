@@ -64,10 +64,6 @@ class Stability(Sourced):
 
     def core(self, share: float = 0.95) -> Latents:
         """The latents of the top set that are in at least this share of the samples' top sets."""
-        if not 0 < share <= 1:
-            raise SaefeatError(
-                f"Stability.core: `share` is {share}, wanted a share in (0, 1]. Try: core(0.95)"
-            )
         return selection(self.dictionaries, self.keys[self.inclusion >= share])
 
     def to_pandas(self) -> pandas.DataFrame:
