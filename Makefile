@@ -54,7 +54,7 @@ slow: $(DEV)
 	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 real: $(DEV) $(REAL)
-	$(BIN)/python -m pytest -m slow tests/test_real_model.py $(ARGS)
+	$(BIN)/python -m pytest -m slow tests/test_real_model.py tests/test_real_convergence.py $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/run.py $(ARGS)
