@@ -185,6 +185,8 @@ def test_the_papers_constants_are_the_defaults_for_real_models():
     ("arguments", "message"),
     [
         (["--data", "x"], "--data without --model"),
+        (["--refusal-tokens", "I"], "--refusal-tokens without --model"),
+        (["--dtype", "float32", "--device", "cpu"], "--device, --dtype without --model"),
         (["--model", "x"], "also needs --saes and --data"),
         (
             ["--model", "x", "--saes", "y", "--data", "no/such/folder"],

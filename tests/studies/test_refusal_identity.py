@@ -1,6 +1,7 @@
 """Identity: code, judge, weights and tokenizer; whatever differs is never taken for the same."""
 
 import functools
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -55,6 +56,15 @@ def counting(least):
     return judge
 
 
+def circular(depth):
+    """Holds itself."""
+
+    def judge(request, answer):
+        return judge(request, answer[1:]) if len(answer) > depth else "refused"
+
+    return judge
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -63,6 +73,8 @@ def counting(least):
         lambda: Phrases(("sorry", "no")),
         lambda: functools.partial(strict),
         lambda: counting(3),
+        lambda: circular(3),
+        lambda: Phrases((re.compile("sorry"),)),
         lambda: Named(1.0),
     ],
 )

@@ -51,7 +51,7 @@ def test_broken_answers_are_no_jailbreaks():
 
 
 def test_a_judge_that_says_something_else_is_refused():
-    with pytest.raises(ValueError, match="perhaps"):
+    with pytest.raises(UsageError, match="perhaps"):
         verdicts(lambda request, answer: "perhaps", ["q"], ["x"])
 
 

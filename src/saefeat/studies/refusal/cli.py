@@ -49,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
     real("--saes", help="a sae-lens release, or a folder of sae-lens native folders")
     real("--sae-ids", nargs="+", metavar="ID", help="the SAEs of a release to load, one a layer")
     real("--data", type=Path, help="folder of {harmful,harmless}_{train,val,test}.json")
-    real("--device", default="cpu", help="where the model runs, e.g. cuda (default: cpu)")
-    real("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    real("--refusal-tokens", nargs="+", default=["I"], metavar="TEXT", help=HELP)
-    real("--answer-tokens", nargs="+", default=["Here"], metavar="TEXT", help="the same of answers")
+    real("--device", help="where the model runs, e.g. cuda (default: cpu)")
+    real("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16")
+    real("--refusal-tokens", nargs="+", metavar="TEXT", help=f"{HELP} (default: I)")
+    real("--answer-tokens", nargs="+", metavar="TEXT", help="the same of answers (default: Here)")
     return made
 
 
@@ -76,6 +76,10 @@ def _constants(made: argparse.ArgumentParser) -> None:
         help="positions at the start of a prompt that are not read, scored or edited: 1 for "
         "gemma-2-2b-it, 26 for Llama-3.1-8B-Instruct, whose template opens with a system block",
     )
+
+
+_REAL = ("saes", "sae_ids", "data", "device", "dtype", "refusal_tokens", "answer_tokens")
+"""What the embedded model has of its own."""
 
 
 def _positive(text: str) -> int:
@@ -104,7 +108,7 @@ def build(options: argparse.Namespace) -> Lab:
         raise UsageError(f"--output {options.output} cannot be made: {error}") from error
     if options.model is not None:
         return real_lab(options.output, options, say)
-    given = [f"--{n.replace('_', '-')}" for n in ("saes", "sae_ids", "data") if vars(options)[n]]
+    given = [f"--{n.replace('_', '-')}" for n in _REAL if vars(options)[n]]
     if given:
         raise UsageError(f"{', '.join(given)} without --model; wanted --model, --saes and --data")
     return tiny_lab(options.output, settled(options, TINY), say, options.quiet)

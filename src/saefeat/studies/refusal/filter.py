@@ -58,7 +58,7 @@ def _read(lab: Lab, name: str) -> list[dict[str, Any]]:
     """A row a prompt, in order, until as many are kept as the limit says."""
     prompts: Sequence[Prompt] = getattr(lab.sets, name)
     limit = lab.settings.limit or len(prompts)
-    size = min(lab.settings.batch_size, 2 * limit)
+    size = max(1, min(lab.settings.batch_size, 2 * limit))
     rows: list[dict[str, Any]] = []
     for start in lab.progress(range(0, len(prompts), size), f"filter, {name}"):
         part = prompts[start : start + size]

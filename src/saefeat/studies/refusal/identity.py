@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import uuid
 from functools import partial
 from pathlib import Path
@@ -38,29 +39,33 @@ def judge_identity(judge: Any) -> Any:
     named = getattr(judge, "identity", None)
     if isinstance(named, str):
         return ["identity", _home(judge), named]
-    return _described(judge)
+    return _described(judge, ())
 
 
-def _described(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float | bool):
+def _described(value: Any, outer: tuple[int, ...]) -> Any:
+    """A value as plain data; ``outer`` are the values around it, which it may hold in a circle."""
+    if id(value) in outer:
+        return "itself"
+    describe = partial(_described, outer=(*outer, id(value)))
+    if value is None or isinstance(value, str | int | float | bool | re.Pattern):
         return repr(value)
     if isinstance(value, list | tuple):
-        return [type(value).__name__, *map(_described, value)]
+        return [type(value).__name__, *map(describe, value)]
     if isinstance(value, set | frozenset):
-        return [type(value).__name__, *sorted(map(repr, map(_described, value)))]
+        return [type(value).__name__, *sorted(map(repr, map(describe, value)))]
     if isinstance(value, dict):
-        return [[_described(key), _described(one)] for key, one in value.items()]
+        return [[describe(key), describe(one)] for key, one in value.items()]
     if isinstance(value, partial):
-        return ["partial", *map(_described, (value.func, value.args, value.keywords))]
+        return ["partial", *map(describe, (value.func, value.args, value.keywords))]
     if inspect.ismethod(value):
-        return ["method", _described(value.__func__), _described(value.__self__)]
+        return ["method", describe(value.__func__), describe(value.__self__)]
     if inspect.isfunction(value):
         held = [cell.cell_contents for cell in value.__closure__ or ()]
         place = value.__code__.co_firstlineno  # two functions of one name in one file
-        return [_home(value), place, _source(value), _described([held, value.__defaults__])]
+        return [_home(value), place, _source(value), describe([held, value.__defaults__])]
     plain = type(value).__module__ != "builtins" and not isinstance(value, nn.Module | torch.Tensor)
     if plain and hasattr(value, "__dict__") and callable(value):
-        return [_home(type(value)), _source(type(value)), _described(vars(value))]
+        return [_home(type(value)), _source(type(value)), describe(vars(value))]
     return uuid.uuid4().hex  # unlike everything
 
 

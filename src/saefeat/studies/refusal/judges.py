@@ -158,12 +158,12 @@ def verdicts(judge: Judge, requests: Sequence[str], answers: Sequence[str]) -> l
     """Judge every answer beside its request.
 
     Raises:
-        ValueError: if the judge says something that is no outcome.
+        UsageError: if the judge says something that is no outcome.
     """
     found = [judge(*pair) for pair in zip(requests, answers, strict=True)]
-    unknown = set(found) - set(OUTCOMES)
+    unknown = sorted({repr(one) for one in found if one not in OUTCOMES})
     if unknown:
-        raise ValueError(f"the judge said {sorted(unknown)}; wanted one of {OUTCOMES}")
+        raise UsageError(f"the judge said {', '.join(unknown)}; wanted one of {OUTCOMES}")
     return found
 
 

@@ -84,7 +84,7 @@ def real_lab(output: Path, options: Namespace, say: Say) -> Lab:
         raise UsageError(f"--model {options.model} also needs --{' and --'.join(missing)}")
     sets = load_folder(options.data)
     saes = _load_saes(options.saes, options.sae_ids)
-    module, tokenizer = _load(options.model, options.dtype, options.device)
+    module, tokenizer = _load(options.model, options.dtype or "bfloat16", options.device or "cpu")
     model = TransformersModel(module, tokenizer=tokenizer, task="text-generation")
     origin, calibrated = published(model.config)
     settings = settled(options, origin.settings)
@@ -95,8 +95,8 @@ def real_lab(output: Path, options: Namespace, say: Say) -> Lab:
         saes=saes,
         sets=sets,
         judge=substring_judge,
-        refusals=tuple(options.refusal_tokens),
-        answers=tuple(options.answer_tokens),
+        refusals=tuple(options.refusal_tokens or ["I"]),
+        answers=tuple(options.answer_tokens or ["Here"]),
         settings=settings,
         stages=_stages(output, model, saes, say),
         name=options.model,
@@ -104,10 +104,11 @@ def real_lab(output: Path, options: Namespace, say: Say) -> Lab:
         constants=constants,
         warnings=tuple(warning(constants, options.model)),
     )
-    for option in ("refusal", "answer"):
-        given = vars(options)[f"{option}_tokens"]
-        for line in shortened(tokenizer, given, f"--{option}-tokens"):
-            say(line)
+    for line in (
+        *shortened(tokenizer, lab.refusals, "--refusal-tokens"),
+        *shortened(tokenizer, lab.answers, "--answer-tokens"),
+    ):
+        say(line)
     return lab
 
 
