@@ -179,7 +179,7 @@ def test_a_changed_filter_judge_or_option_reuses_nothing(lab):
         replace(one, judge=AnswerOnly(lambda text: substring_judge("", text))),
         replace(one, refusals=("I", "As")),
         replace(one, answers=("Here",)),
-        replace(one, settings=replace(one.settings, skipped=3)),
+        replace(one, settings=replace(one.settings, steps=3)),
         replace(one, settings=replace(one.settings, max_new_tokens=7)),
     ):
         keep_typical(changed)

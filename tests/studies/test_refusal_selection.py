@@ -17,7 +17,8 @@ from saefeat.studies.refusal.direction import (
     steering,
     sweep_layers,
 )
-from saefeat.studies.refusal.filter import keep_typical
+from saefeat.studies.refusal.errors import UsageError
+from saefeat.studies.refusal.filter import keep_typical, require_room
 from saefeat.studies.refusal.selection import (
     active,
     attribution,
@@ -212,6 +213,18 @@ def test_the_skipped_positions_are_read_scored_and_edited_nowhere(lab, vector):
     site = lab.sites[1]
     later, every = peaks(skipping, prompts)[site], peaks(lab, prompts)[site]
     assert (every >= later).all() and (every > later).any()
+
+
+def test_prompts_within_the_skipped_positions_are_refused(lab):
+    """They would be edited nowhere, and counted as refused in spite of the edit."""
+    splits = [getattr(lab.sets, name) for name in lab.sets.sizes()]
+    lengths = [
+        len(hidden(lab, prompt, 0)[0]) for prompts in splits for prompt in dict.fromkeys(prompts)
+    ]
+    shortest = min(lengths)
+    require_room(replace(lab, settings=replace(lab.settings, skipped=shortest - 1)))
+    with pytest.raises(UsageError, match=rf"--skip {shortest}: .* has {shortest} tokens"):
+        keep_typical(replace(lab, settings=replace(lab.settings, skipped=shortest)))
 
 
 def test_a_layer_that_is_given_is_the_only_one_tried(lab):

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .data import Prompt
-from .errors import DataError
+from .data import Prompt, chats
+from .errors import DataError, UsageError
 from .judges import OUTCOMES, Outcomes
 from .lab import Lab
 from .tables import Table, table
@@ -40,7 +40,9 @@ def keep_typical(lab: Lab) -> tuple[Lab, dict[str, Any]]:
 
     Raises:
         DataError: for a split with fewer prompts than ``minimum``, or than ``limit`` if less.
+        UsageError: for prompts that end within the skipped positions.
     """
+    require_room(lab)
     rows = {name: _read(lab, name) for name in FITTED}
     found = {name: _counts(lab, name, rows[name]) for name in FITTED}
     _require_enough(lab, found)
@@ -48,6 +50,32 @@ def keep_typical(lab: Lab) -> tuple[Lab, dict[str, Any]]:
     kept = {name: tuple(_typical(lab, name, rows[name])) for name in FITTED}
     warnings = (*lab.warnings, *_few(lab, found), *_blunt(lab, found))
     return replace(lab, sets=replace(sets, **kept), warnings=warnings), found
+
+
+def require_room(lab: Lab) -> None:
+    """Refuse prompts, of any split, that end within the skipped positions.
+
+    They would be neither read nor edited, and count as prompts on which an edit does nothing.
+
+    Raises:
+        UsageError: naming the shortest.
+    """
+    skipped, tokenizer = lab.settings.skipped, lab.model.tokenizer
+    if skipped <= 1:  # a rendered chat is longer
+        return
+    prompts = [prompt for name in lab.sets.sizes() for prompt in getattr(lab.sets, name)]
+    lengths = [
+        len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        for chat in chats(prompts)
+    ]
+    shortest = min(lengths)
+    if shortest <= skipped:
+        request = prompts[lengths.index(shortest)].instruction
+        raise UsageError(
+            f"--skip {skipped}: the prompt {request!r:.80} has {shortest} tokens, template "
+            "included, wanted more than are skipped. Likely cause: positions of another model's "
+            f"system block. Try: --skip 1, or at most {shortest - 1}"
+        )
 
 
 def _wanted(name: str) -> str:
