@@ -101,7 +101,8 @@ def test_the_first_token_is_the_papers_option_and_stops_with_counts(lab):
     assert "its first token" in said
     assert "harmless_train 0 of 9 (refused 9, complied 0, broken 0)" in said
     assert "harmful_train 9 of 9 (refused 9, complied 0, broken 0)" in said
-    assert "--filter answer" in said and "--minimum 1" in said
+    assert "--filter answer" in said and "--minimum" not in said, "none is none"
+    assert "'request 0' with 'I'" in said
     better = lab(prompts(*[SORRY] * 9), prompts(*[SURE] * 9), filter="first-token")
     _, found = keep_typical(better)
     assert [found[name]["kept"] for name in FITTED] == [9] * 4
@@ -128,7 +129,7 @@ def test_few_prompts_go_on_with_a_warning_down_to_the_minimum(lab):
     (line,) = kept.warnings
     assert "few prompts are left" in line
     assert "harmful_train 9 of 39 (refused 9, complied 30, broken 0)" in line
-    with pytest.raises(DataError, match=r"at least 10 a split.*harmful_val 9 of 39"):
+    with pytest.raises(DataError, match=r"at least 10 .* harmful_val 9 of 39.*--minimum 9 to"):
         keep_typical(lab(weak, good, minimum=10))
     kept, _ = keep_typical(lab(prompts(SORRY, *[SURE] * 38), good, minimum=1))
     assert len(kept.sets.harmful_train) == 1

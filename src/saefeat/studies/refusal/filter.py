@@ -172,18 +172,23 @@ def _require_enough(lab: Lab, found: dict[str, Any]) -> None:
     short = [name for name, one in found.items() if one["kept"] < least]
     if not short:
         return
-    by_token = settings.filter == "first-token"
-    other = (
-        "--filter answer, which reads the answer, or --refusal-tokens this model's own"
-        if by_token
-        else "--filter first-token with --refusal-tokens this model's own"
+    other = {
+        "first-token": "--filter answer, or --refusal-tokens this model's own",
+        "answer": "--filter first-token with --refusal-tokens this model's own",
+    }
+    lowest = min(one["kept"] for one in found.values())
+    on = f", or --minimum {lowest} to go on with so few" if lowest else ""
+    record = next(
+        (r for r in found[short[0]]["records"] if r["outcome"] != _wanted(short[0])),
+        {"request": "", "answer": ""},
     )
     raise DataError(
         f"filter: {', '.join(short)} has too few prompts that the unedited model treats as labeled "
         f"(harmful refused, harmless answered), judged by {_judge(settings.filter)}, wanted at "
-        f"least {least} a split. Kept: {_spelled(found)}. Likely cause: a model that hardly "
-        f"refuses, or no chat model. Try: more prompts in --data, {other}, or --minimum "
-        f"{max(1, min(one['kept'] for one in found.values()))} to go on with so few"
+        f"least {least} a split. Kept: {_spelled(found)}. Left out is, for one, "
+        f"{record['request']!r:.80} with {record['answer']!r:.80}. Likely cause: a model that "
+        f"hardly refuses, or no chat model. Try: more prompts in --data, {other[settings.filter]}"
+        f"{on}"
     )
 
 
