@@ -315,12 +315,17 @@ def test_plots_and_pages_mark_what_is_beyond_the_scale():
 def test_the_study_counts_one_set_of_tokens():
     """Peaks, pool, attribution, checks and clamps leave the first token out."""
     from saefeat.studies.refusal.clamping import held, scaled, scaled_per_prompt
-    from saefeat.studies.refusal.lab import COUNTED
+    from saefeat.studies.refusal.lab import counted
 
     latents = sf.Neurons("resid_post.1", D).latents([1])
-    edits = (scaled(latents, -1.0), scaled_per_prompt([latents] * 3, -1.0), held(latents, 2.0))
+    where = counted(1)
+    edits = (
+        scaled(latents, -1.0, where),
+        scaled_per_prompt([latents] * 3, -1.0, where),
+        held(latents, 2.0, where),
+    )
     for edit in edits:
-        assert edit.where == COUNTED
+        assert edit.where == ~sf.Tokens.first(1)
         events = sf.run(wrapped(build("llama")), LONG, edit).receipt.rows[0].events
         assert int(events.position.min()) == 1
 
@@ -332,6 +337,7 @@ def test_peaks_of_the_study_do_not_see_the_first_token(tmp_path):
     with one_thread():
         settings = replace(TINY, limit=3, batch_size=3)
         lab = tiny_lab(tmp_path, settings, lambda text: None, quiet=True)
+        lab = replace(lab, sets=lab.sets.limited(3))
         site = sf.Site("resid_post", 1)
         neurons = sf.Neurons(site, lab.width)
         saes = sf.dictionaries.Dictionaries([neurons])

@@ -7,6 +7,7 @@ import pytest
 from test_refusal_report import check_page
 
 from saefeat.studies.refusal import cli, stages, tiny
+from saefeat.studies.refusal.constants import settled
 from saefeat.studies.refusal.data import OPTIONAL, SPLITS
 from saefeat.studies.refusal.lab import Settings
 from saefeat.studies.refusal.setup import TINY, one_thread, tiny_sets
@@ -36,6 +37,7 @@ def output(tmp_path_factory):
 def test_results_hold_every_table_and_their_provenance(output):
     results = json.loads((output / "results.json").read_text())
     assert list(results["tables"]) == [
+        "prompts",
         "dictionaries",
         "layers",
         "sets",
@@ -59,6 +61,26 @@ def test_results_hold_every_table_and_their_provenance(output):
     assert results["settings"] == json.loads(json.dumps(asdict(replace(SMALL, **{
         "limit": 4, "batch_size": 8, "max_new_tokens": 16,
     }))))  # fmt: skip
+
+
+def test_every_answer_is_kept_whole_beside_the_results(output):
+    results = json.loads((output / "results.json").read_text())
+    lines = [json.loads(one) for one in (output / results["answers"]).read_text().splitlines()]
+    row = results["data"]["suppression"]["held-out"]["rows"][2]
+    found = [
+        line
+        for line in lines
+        if line["section"] == "suppression/held-out" and line.get("method") == row["method"]
+    ]
+    assert [line["number"] for line in found] == list(range(row["n"]))
+    keys = ("request", "category", "outcome", "answer")
+    assert [{key: line[key] for key in keys} for line in found[:6]] == row["examples"]
+    for outcome in ("refused", "complied", "broken"):
+        assert sum(line["outcome"] == outcome for line in found) == row[outcome]
+        by_category = [one[outcome] for one in row["categories"].values()]
+        assert sum(by_category) == row[outcome]
+    assert "answers.jsonl, beside this file" in (output / "report.html").read_text()
+    assert "4b. The same by category" in (output / "report.html").read_text()
 
 
 def test_the_report_is_self_contained(output):
@@ -132,9 +154,9 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.slow  # the study once more
-def test_a_model_from_files_runs_the_same_study(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "Settings", lambda: replace(SMALL, scales=(-3.0,)))
+def test_a_model_from_files_runs_the_same_study(saved, tmp_path, capsys):
     arguments = ["--model", str(saved / "model"), "--data", str(saved / "data")]
+    arguments += ["--candidates", "4", "--budgets", "4", "--values", "4", "--steps", "2"]
     arguments += ["--saes", str(tiny.saes_folder("chat")), "--dtype", "float32"]
     arguments += ["--refusal-tokens", *tiny.REFUSAL_OPENINGS]
     arguments += ["--answer-tokens", *tiny.COMPLY_OPENINGS]
@@ -143,10 +165,16 @@ def test_a_model_from_files_runs_the_same_study(saved, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["data"]["sets"]["rows"] == []  # one setting: nothing to choose, nothing run
     assert str(saved / "model") in results["title"]
+    line = f"constants of gemma-2-2b-it, not calibrated for {saved / 'model'}: c = -3, skip = 1; "
+    assert results["warnings"][0].startswith(line + "options: --scales --skip")
+    assert f"warning: {line}" in capsys.readouterr().out
+    assert results["constants"]["given"] == {"candidates": [4], "budgets": [4], "values": [4.0]}
+    assert "Read this first" in (tmp_path / "report.html").read_text()
 
 
 def test_the_papers_constants_are_the_defaults_for_real_models():
-    found = cli.settings_of(cli.parser().parse_args(["--model", "google/gemma-2-2b-it"]))
+    options = cli.parser().parse_args(["--model", "google/gemma-2-2b-it"])
+    found = settled(options, Settings())
     assert found == Settings()
     assert (found.candidates, found.budgets, found.scales) == ((10,), (20,), (-3.0,))
     assert (found.values, found.steps, found.rule) == ((10.0, 15.0, 20.0, 25.0, 30.0), 10, "left")
@@ -157,6 +185,8 @@ def test_the_papers_constants_are_the_defaults_for_real_models():
     ("arguments", "message"),
     [
         (["--data", "x"], "--data without --model"),
+        (["--refusal-tokens", "I"], "--refusal-tokens without --model"),
+        (["--dtype", "float32", "--device", "cpu"], "--device, --dtype without --model"),
         (["--model", "x"], "also needs --saes and --data"),
         (
             ["--model", "x", "--saes", "y", "--data", "no/such/folder"],

@@ -22,15 +22,14 @@ def row(method, value=None, complied=3):
         "broken": 1,
         "jailbreak": rate,
         "refusal": rate,
-        "answers": [f"{method} {NASTY}"],
-        "verdicts": ["complied"],
+        "examples": [{"request": NASTY, "outcome": "complied", "answer": f"{method} {NASTY}"}],
     }
 
 
 @pytest.fixture
 def results():
     table = {"title": NASTY, "caption": NASTY, "columns": ["a"], "rows": [[NASTY]]}
-    population = {"n": 6, "requests": [NASTY], "rows": [row("base"), row("AS"), row("CosSim+AP")]}
+    population = {"n": 6, "rows": [row("base"), row("AS"), row("CosSim+AP")]}
     return {
         "title": NASTY,
         "tables": {name: [table] for name in ("layers", "suppression", "induction")},
@@ -44,7 +43,9 @@ def results():
             },
         },
         "notes": [NASTY],
-        **{key: {"k": NASTY} for key in ("provenance", "settings", "prompts", "timing")},
+        "warnings": [f"not calibrated {NASTY}"],
+        "answers": "answers.jsonl",
+        **{key: {"k": NASTY} for key in report.ORIGIN},
     }
 
 
@@ -62,6 +63,8 @@ def test_everything_is_escaped_and_inline(results):
     assert page.count("data:image/png;base64,") == 3
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;quoted&#34;" in page
     assert "<td class='complied'>base &lt;script" in page
+    assert "Read this first" in page and "not calibrated &lt;script" in page
+    assert "whole, with its request, category and outcome: answers.jsonl" in page
 
 
 def test_without_matplotlib_there_is_a_note_instead(results, monkeypatch):

@@ -10,8 +10,15 @@ import saefeat as sf
 from saefeat.studies.refusal import tiny
 from saefeat.studies.refusal.clamping import held, scaled, scaled_per_prompt
 from saefeat.studies.refusal.data import chats
-from saefeat.studies.refusal.direction import adding, last_token_mean, steering, sweep_layers
-from saefeat.studies.refusal.lab import keep_typical
+from saefeat.studies.refusal.direction import (
+    adding,
+    last_token_means,
+    layer_table,
+    steering,
+    sweep_layers,
+)
+from saefeat.studies.refusal.errors import UsageError
+from saefeat.studies.refusal.filter import keep_typical, require_room
 from saefeat.studies.refusal.selection import (
     active,
     attribution,
@@ -25,21 +32,23 @@ from saefeat.studies.refusal.selection import (
     top_per_layer,
 )
 from saefeat.studies.refusal.setup import TINY, one_thread, tiny_lab
+from saefeat.studies.refusal.suppression import category_table
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     settings = replace(TINY, limit=12, steps=2, batch_size=12)
     with one_thread():
-        yield tiny_lab(tmp_path_factory.mktemp("lab"), settings, lambda text: None, quiet=True)
+        lab = tiny_lab(tmp_path_factory.mktemp("lab"), settings, lambda text: None, quiet=True)
+        yield replace(lab, sets=lab.sets.limited(12))
 
 
 @pytest.fixture(scope="module")
 def vector(lab):
-    site = sf.Site("resid_post", 2)
-    return last_token_mean(lab, lab.sets.harmful_train, site) - last_token_mean(
-        lab, lab.sets.harmless_train, site
-    )
+    found = [
+        last_token_means(lab, part) for part in (lab.sets.harmful_train, lab.sets.harmless_train)
+    ]
+    return found[0][2] - found[1][2]
 
 
 def hidden(lab, prompt, layer):
@@ -133,9 +142,9 @@ def test_local_sets_in_one_batch_are_each_prompt_alone(lab):
     firing = [one for _, one in by_site(active(lab.saes, peaks(lab, prompts)))]
     sets = [firing[1].sample(6, seed=n) | firing[2].sample(6, seed=n) for n in range(2)]
     sets.append(sf.Latents(()))
-    together = lab.read(prompts, scaled_per_prompt(sets, -1.0)).logits
+    together = lab.read(prompts, scaled_per_prompt(sets, -1.0, lab.counted)).logits
     alone = [
-        lab.read([prompt], scaled(one, -1.0)).logits[0]
+        lab.read([prompt], scaled(one, -1.0, lab.counted)).logits[0]
         for prompt, one in zip(prompts, sets, strict=True)
     ]
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-3, atol=1e-3)
@@ -143,16 +152,16 @@ def test_local_sets_in_one_batch_are_each_prompt_alone(lab):
 
 
 def test_empty_sets_edit_nothing():
-    empty = sf.Latents(())
-    assert (
-        scaled(empty, -1.0) is scaled_per_prompt([empty, empty], -1.0) is held(empty, 3.0) is None
-    )
+    empty, where = sf.Latents(()), sf.Tokens.all()
+    assert scaled(empty, -1.0, where) is None
+    assert scaled_per_prompt([empty, empty], -1.0, where) is None
+    assert held(empty, 3.0, where) is None
 
 
 def test_steering_removes_most_refusals_and_adding_makes_them(lab):
     """The tiny model has what the study looks for: one direction that carries refusal."""
     lab, kept = keep_typical(lab)
-    assert all(count >= 0.8 * of for count, of in kept.values())
+    assert all(one["kept"] >= 0.8 * one["read"] for one in kept.values())
     layers = sweep_layers(lab)
     best = torch.tensor(layers["directions"][layers["best"]])
     base = lab.outcomes(lab.sets.harmful_test)
@@ -164,3 +173,79 @@ def test_steering_removes_most_refusals_and_adding_makes_them(lab):
     induced = lab.outcomes(lab.sets.harmless_test, adding(best, layers["best"]))
     # A direction from a dozen prompts; test_tiny_shipped holds the bar on all of them.
     assert induced["refusal"]["value"] >= 0.5
+
+
+def test_one_pass_reads_all_layers(lab, monkeypatch):
+    """The same numbers as a pass a layer; passes are counted, a pass being one batch."""
+    prompts, layers, passes = lab.sets.harmful_train, range(len(lab.sites)), []
+    handle = lab.model._module.model.layers[0].register_forward_hook(
+        lambda *_: passes.append(1) and None
+    )
+    many = replace(lab, settings=replace(lab.settings, batch_size=5))  # 12 prompts: 5, 5, 2
+    try:
+        means, found = last_token_means(many, prompts), peaks(many, prompts)
+    finally:
+        handle.remove()
+    assert len(passes) == 2 * 3
+    for n in layers:
+        neurons = sf.Neurons(lab.sites[n], lab.width).latents()
+        probe = sf.Probe(neurons, where=sf.Tokens.last(1), reduce="last")
+        alone = lab.read(prompts, probe).readings[0].values[:, 0].float().mean(0)
+        torch.testing.assert_close(means[n], alone, rtol=1e-6, atol=1e-6)
+    for site, dictionary in lab.saes.items():
+        probe = sf.Probe(dictionary.latents(), where=lab.counted, reduce="max")
+        alone = lab.read(prompts, probe).readings[0].values[:, 0].float().mean(0)
+        torch.testing.assert_close(found[site], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_the_skipped_positions_are_read_scored_and_edited_nowhere(lab, vector):
+    skipping = replace(lab, settings=replace(lab.settings, skipped=4))
+    prompts = lab.sets.harmful_train[:3]
+    scores = attribution(skipping, prompts, steering(lab, vector))
+    assert (
+        int(scores.position.min())
+        >= 4
+        > int(attribution(lab, prompts, steering(lab, vector)).position.min())
+    )
+    for edited, first in ((skipping, 4), (lab, 1)):
+        edit = held(lab.saes.latents({1: [3]}), 2.0, edited.counted)
+        assert int(edited.read(prompts, edit).receipt.rows[0].events.position.min()) == first
+    site = lab.sites[1]
+    later, every = peaks(skipping, prompts)[site], peaks(lab, prompts)[site]
+    assert (every >= later).all() and (every > later).any()
+
+
+def test_prompts_within_the_skipped_positions_are_refused(lab):
+    """They would be edited nowhere, and counted as refused in spite of the edit."""
+    splits = [getattr(lab.sets, name) for name in lab.sets.sizes()]
+    lengths = [
+        len(hidden(lab, prompt, 0)[0]) for prompts in splits for prompt in dict.fromkeys(prompts)
+    ]
+    shortest = min(lengths)
+    require_room(replace(lab, settings=replace(lab.settings, skipped=shortest - 1)))
+    with pytest.raises(UsageError, match=rf"--skip {shortest}: .* has {shortest} tokens"):
+        keep_typical(replace(lab, settings=replace(lab.settings, skipped=shortest)))
+
+
+def test_a_layer_that_is_given_is_the_only_one_tried(lab):
+    one = replace(lab, settings=replace(lab.settings, layer=2))
+    found = sweep_layers(one)
+    assert found["best"] == 2
+    assert [row["layer"] for row in found["rows"]] == [2]
+    assert len(found["directions"]) == len(lab.sites)
+    assert "The layer that was given, 2" in layer_table(found).caption
+
+
+def test_outcomes_keep_every_answer_and_count_by_category(lab):
+    prompts = lab.sets.harmful_test
+    found = lab.outcomes(prompts)
+    assert [row["request"] for row in found["records"]] == [p.instruction for p in prompts]
+    assert [row["answer"] for row in found["records"]] == list(lab.ask(prompts).texts)
+    assert sum(one["n"] for one in found["categories"].values()) == found["n"] == 12
+    assert set(found["categories"]) == {prompt.category for prompt in prompts}
+    for outcome in ("refused", "complied", "broken"):
+        assert sum(one[outcome] for one in found["categories"].values()) == found[outcome]
+    assert category_table({"x": {"rows": [{"method": "base", **found}]}}, "x", 4) is not None
+    bare = [replace(prompt, category="") for prompt in prompts]
+    none = lab.outcomes(bare[:2])
+    assert category_table({"x": {"rows": [{"method": "base", **none}]}}, "x", 4) is None

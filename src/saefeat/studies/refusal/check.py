@@ -16,7 +16,7 @@ import saefeat as sf
 
 from .data import chats
 from .direction import steering
-from .lab import COUNTED, Lab
+from .lab import Lab
 from .selection import attribution, cosines, restored, telling, top_per_layer
 from .stats import spearman
 from .tables import Table, table
@@ -42,12 +42,12 @@ def check_latents(lab: Lab, vector: Tensor, tuned: dict[str, Any]) -> dict[str, 
     known = [vector.tolist(), latents.to_dict()]
     singles = _singles(latents)
     exact = [
-        lab.stages.run(f"check/exact {n}", known, lambda s=single: _ablated(lab, s))
+        lab.stage(f"check/exact {n}", known, lambda s=single: _ablated(lab, s))
         for n, single in enumerate(lab.progress(singles, "exact ablation"))
     ]
-    base = lab.stages.run("check/base", None, lambda: _odds(lab, None))
+    base = lab.stage("check/base", None, lambda: _odds(lab, None))
     effects = [value - base for value in exact]
-    estimates = lab.stages.run("check/estimates", known, lambda: _estimates(lab, vector, latents))
+    estimates = lab.stage("check/estimates", known, lambda: _estimates(lab, vector, latents))
     rows = [
         {
             "latent": f"{site} {index}",
@@ -72,7 +72,7 @@ def _odds(lab: Lab, edit: sf.Intervention | None) -> float:
 
 
 def _ablated(lab: Lab, latent: sf.Latents) -> float:
-    return _odds(lab, sf.Ablate(latent, where=COUNTED))
+    return _odds(lab, sf.Ablate(latent, where=lab.counted))
 
 
 def _estimates(lab: Lab, vector: Tensor, latents: sf.Latents) -> dict[str, list[float]]:
@@ -81,10 +81,10 @@ def _estimates(lab: Lab, vector: Tensor, latents: sf.Latents) -> dict[str, list[
     size = lab.settings.batch_size
     found = {
         "gradient x activation": sf.Attribute(
-            latents, lab.odds(), method=sf.attribution.AtP(), where=COUNTED
+            latents, lab.odds(), method=sf.attribution.AtP(), where=lab.counted
         ),
         "integrated gradients": sf.Attribute(
-            latents, lab.odds(), method=sf.IG(lab.settings.steps, "midpoint"), where=COUNTED
+            latents, lab.odds(), method=sf.IG(lab.settings.steps, "midpoint"), where=lab.counted
         ),
     }
     scores = {name: job(lab.model, prompts, batch_size=size) for name, job in found.items()}
@@ -123,7 +123,7 @@ def check_completeness(lab: Lab, vector: Tensor) -> list[dict[str, Any]]:
         bases["SAE"] = lab.saes[last]
     jobs = [(name, rule) for name in bases for rule in ("left", "midpoint", "gauss")]
     return [
-        lab.stages.run(
+        lab.stage(
             f"check/completeness {name} {rule}",
             vector.tolist(),
             lambda b=bases[name], n=name, r=rule: _gap(lab, vector, b, n, r),
@@ -139,7 +139,7 @@ def _gap(
     kept, _ = telling(lab, lab.sets.harmful_val, baseline)
     scores = sf.Attribute(
         basis,
-        sf.logit_diff(sf.metrics.BASELINE_TOP, list(lab.refusals)),
+        sf.logit_diff(sf.metrics.BASELINE_TOP, list(lab.refusal_ids)),
         baseline=baseline,
         method=sf.IG(lab.settings.steps, rule),
     )(lab.model, chats(kept), batch_size=lab.settings.batch_size)

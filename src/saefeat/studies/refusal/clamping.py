@@ -8,24 +8,22 @@ import torch
 
 import saefeat as sf
 
-from .lab import COUNTED
+
+def scaled(latents: sf.Latents, factor: float, where: sf.Tokens) -> sf.Intervention | None:
+    """f ← c · f for one set at these tokens; None, which edits nothing, for an empty set."""
+    return sf.Clamp(latents, scale=factor, where=where) if len(latents) else None
 
 
-def scaled(latents: sf.Latents, factor: float) -> sf.Intervention | None:
-    """f ← c · f for one set, at every token but the first; None, which edits nothing, for an empty
-    set.
-    """
-    return sf.Clamp(latents, scale=factor, where=COUNTED) if len(latents) else None
-
-
-def scaled_per_prompt(sets: Sequence[sf.Latents], factor: float) -> sf.Intervention | None:
+def scaled_per_prompt(
+    sets: Sequence[sf.Latents], factor: float, where: sf.Tokens
+) -> sf.Intervention | None:
     """f ← c · f for one set a prompt, all prompts in one run: latents of others are scaled by 1."""
     latents, member = sf.values.per_prompt(list(sets))
     if not len(latents):
         return None
-    return sf.Clamp(latents, scale=torch.where(member, factor, 1.0), where=COUNTED)
+    return sf.Clamp(latents, scale=torch.where(member, factor, 1.0), where=where)
 
 
-def held(latents: sf.Latents, value: float) -> sf.Intervention | None:
-    """f ← v for one set, at every token but the first."""
-    return sf.Clamp(latents, value, where=COUNTED) if len(latents) else None
+def held(latents: sf.Latents, value: float, where: sf.Tokens) -> sf.Intervention | None:
+    """f ← v for one set at these tokens."""
+    return sf.Clamp(latents, value, where=where) if len(latents) else None

@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-
-class DataError(ValueError):
-    """A split is missing, empty or malformed; the message names the file and what was wanted."""
+from .errors import DataError
 
 
 @dataclass(frozen=True)

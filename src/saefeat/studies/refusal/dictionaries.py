@@ -20,7 +20,7 @@ def check_dictionaries(lab: Lab) -> dict[str, Any]:
     Returns:
         Plain data: ``tokens`` and one row a dictionary.
     """
-    return lab.stages.run("dictionaries", None, lambda: _checked(lab))
+    return lab.stage("dictionaries", None, lambda: _checked(lab))
 
 
 def _checked(lab: Lab) -> dict[str, Any]:

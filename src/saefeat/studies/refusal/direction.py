@@ -6,7 +6,9 @@ of the chat template. Activation steering (AS) removes one such direction at eve
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,21 +23,24 @@ from .stats import Estimate
 from .tables import Table, table
 
 
-def last_token_mean(lab: Lab, prompts: Sequence[Prompt], site: sf.Site) -> Tensor:
-    """[d_model]: the mean over prompts of the residual stream at the prompt's last token."""
-    stream = sf.Neurons(site, lab.width).latents()
-    reader = sf.Probe(stream, where=sf.Tokens.last(1), reduce="last")
-    return lab.read(prompts, reader).readings[0].values[:, 0].float().mean(0)
+def last_token_means(lab: Lab, prompts: Sequence[Prompt]) -> Tensor:
+    """[layers, d_model]: means over prompts of the residual stream at the prompt's last token.
+
+    One forward pass a prompt reads all layers.
+    """
+    readers = [
+        sf.Probe(sf.Neurons(site, lab.width).latents(), where=sf.Tokens.last(1), reduce="last")
+        for site in lab.sites
+    ]
+    found = lab.read(prompts, reduce(operator.or_, readers)).readings
+    return torch.stack([reading.values[:, 0].float().mean(0).cpu() for reading in found])
 
 
 def difference_of_means(
     lab: Lab, harmful: Sequence[Prompt], harmless: Sequence[Prompt]
 ) -> list[list[float]]:
     """V^l for every layer, d_model numbers each; not normalized, the length is the shift itself."""
-    return [
-        (last_token_mean(lab, harmful, site) - last_token_mean(lab, harmless, site)).tolist()
-        for site in lab.progress(lab.sites, "directions")
-    ]
+    return (last_token_means(lab, harmful) - last_token_means(lab, harmless)).tolist()
 
 
 def steering(lab: Lab, vector: Tensor) -> sf.Ablate:
@@ -53,22 +58,24 @@ def adding(vector: Tensor, layer: int) -> sf.Clamp:
 def sweep_layers(lab: Lab) -> dict[str, Any]:
     """Directions of all layers, what ablating each does on val, and the best layer l*.
 
-    The best layer jailbreaks most; ties go to the larger mean log-odds of an answer.
+    The best layer jailbreaks most; ties go to the larger mean log-odds of an answer. Where the
+    settings name a layer there is nothing to choose, and only its row is made.
 
     Returns:
         Plain data with ``directions``, ``rows`` and ``best``.
     """
     sets = lab.sets
-    found = lab.stages.run(
+    found = lab.stage(
         "directions",
         None,
         lambda: difference_of_means(lab, sets.harmful_train, sets.harmless_train),
     )
+    one = lab.settings.layer
     rows = [
-        lab.stages.run(
+        lab.stage(
             f"layers/{layer}", found, lambda n=layer: _layer_row(lab, n, torch.tensor(found[n]))
         )
-        for layer in lab.progress(range(len(found)), "layer sweep")
+        for layer in lab.progress(range(len(found)) if one is None else [one], "layer sweep")
     ]
     best = max(rows, key=lambda row: (row["complied"], row["odds"]))["layer"]
     return {"directions": found, "rows": rows, "best": best}
@@ -88,8 +95,8 @@ def layer_table(found: dict[str, Any]) -> Table:
         "1. Which layer's refusal direction counts",
         f"Each layer's difference of means (harmful minus harmless) is removed at all layers and "
         f"tokens while the model answers {rows[0]['n']} harmful val prompts. More complied is a "
-        f"stronger effect; broken answers are neither. The best layer, l* = {found['best']}, gives "
-        f"the direction V* of everything below.",
+        f"stronger effect; broken answers are neither. {_chosen(rows, found['best'])}, gives the "
+        f"direction V* of everything below.",
         (
             "layer",
             "norm of V",
@@ -110,3 +117,8 @@ def layer_table(found: dict[str, Any]) -> Table:
             for row in rows
         ],
     )
+
+
+def _chosen(rows: list[dict[str, Any]], best: int) -> str:
+    """How l* came about."""
+    return f"The best layer, l* = {best}" if len(rows) > 1 else f"The layer that was given, {best}"

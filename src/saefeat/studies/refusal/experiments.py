@@ -13,14 +13,22 @@ from torch import Tensor
 
 import saefeat as sf
 
+from .answers import FILE, answer_lines, shortened
 from .check import check_completeness, check_latents, check_tables
 from .dictionaries import check_dictionaries, dictionary_table
 from .direction import layer_table, sweep_layers
+from .filter import filter_table, keep_typical
 from .induction import induce, induction_table
-from .lab import Lab, keep_typical
+from .lab import Lab
 from .side_effects import side_effect_table, side_effects
 from .stages import Say, Stages, write_atomically
-from .suppression import POPULATIONS, global_edits, suppress, suppression_table
+from .suppression import (
+    POPULATIONS,
+    category_table,
+    global_edits,
+    suppress,
+    suppression_table,
+)
 from .tables import Table, render
 from .tuning import sets_table, tune, tuning_table
 
@@ -28,6 +36,8 @@ NOTES = (
     "Held-out prompts are added to the fitted ones, and global sets beside local ones: the paper "
     "compares per-prompt sets of its own method with shared sets of others, on prompts it fitted.",
     "Local sets are aligned with their prompts and attributions masked to real tokens.",
+    "Fitting prompts are filtered by the judge on a short answer; --filter first-token goes by the "
+    "first token, as published.",
     "The corrupt end of the path is the activation after steering, not before it.",
     "Broken answers are counted apart; every rate has an interval; random sets match in number, "
     "layer and being active.",
@@ -66,7 +76,9 @@ class Notebook:
         for one in self.tables[name]:
             self.say(render(one))
         whole = [render(one) for tables in self.tables.values() for one in tables]
-        write_atomically(self.stages.folder.parent / "tables.txt", "\n".join(whole))
+        folder = self.stages.folder.parent
+        write_atomically(folder / "tables.txt", "\n".join(whole))
+        write_atomically(folder / FILE, "".join(f"{line}\n" for line in answer_lines(self.data)))
         return found
 
 
@@ -78,7 +90,7 @@ def study(lab: Lab, say: Say) -> dict[str, Any]:
     """
     begun = time.perf_counter()
     book = Notebook(lab.stages, say)
-    lab, kept = keep_typical(lab)
+    lab = _filtered(lab, book)
     book.section("dictionaries", lambda: check_dictionaries(lab), lambda f: [dictionary_table(f)])
     layers = book.section("layers", lambda: sweep_layers(lab), lambda f: [layer_table(f)])
     vector = torch.tensor(layers["directions"][layers["best"]])
@@ -90,8 +102,11 @@ def study(lab: Lab, say: Say) -> dict[str, Any]:
     return {
         "title": f"Refusal in {lab.name}: a few latents that carry it",
         "tables": {name: [t.to_dict() for t in found] for name, found in book.tables.items()},
-        "data": book.data,
-        "prompts": {"sizes": lab.sets.sizes(), "kept by first token [kept, of]": kept},
+        "data": shortened(book.data, lab.settings.examples),
+        "answers": FILE,
+        "prompts": {"sizes": lab.sets.sizes(), "filter": lab.settings.filter},
+        "constants": lab.constants,
+        "warnings": list(lab.warnings),
         "provenance": provenance(lab, vector, tuned),
         "settings": lab.settings.to_dict(),
         "timing": {
@@ -104,13 +119,33 @@ def study(lab: Lab, say: Say) -> dict[str, Any]:
     }
 
 
+def _filtered(lab: Lab, book: Notebook) -> Lab:
+    """The lab with its fitting prompts filtered; its warnings are said."""
+    found: list[Lab] = []
+
+    def work() -> dict[str, Any]:
+        kept, counts = keep_typical(lab)
+        found.append(kept)
+        return counts
+
+    book.section("prompts", work, lambda f: [filter_table(f, lab)])
+    for line in found[0].warnings:
+        book.say(f"warning: {line}\n")
+    return found[0]
+
+
 def _effects(lab: Lab, book: Notebook, vector: Tensor, best: int, tuned: dict[str, Any]) -> None:
     """What the chosen sets do: suppression, induction, side effects, and the exact check."""
     book.section(
         "suppression",
         lambda: suppress(lab, vector, tuned),
         lambda f: [
-            suppression_table(f, name, 4 + n, tuned["budget"]) for n, name in enumerate(POPULATIONS)
+            one
+            for n, name in enumerate(POPULATIONS)
+            for one in (
+                suppression_table(f, name, 4 + n, tuned["budget"]),
+                category_table(f, name, 4 + n),
+            )
         ],
     )
     book.section(

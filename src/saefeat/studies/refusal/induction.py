@@ -27,7 +27,7 @@ def induce(lab: Lab, vector: Tensor, layer: int, tuned: dict[str, Any]) -> dict[
     sets |= {f"random {seed}": one for seed, one in list(tuned["random"].items())[:1]}
     jobs = [(name, value) for name in sets for value in lab.settings.values]
     rows = [
-        _row(lab, name, value, held(restored(lab.saes, sets[name]), value), sets[name])
+        _row(lab, name, value, held(restored(lab.saes, sets[name]), value, lab.counted), sets[name])
         for name, value in lab.progress(jobs, "induction")
     ]
     known = [vector.tolist(), layer]
@@ -43,7 +43,7 @@ def _row(
 ) -> dict[str, Any]:
     stage = f"induction/{name}" + ("" if value is None else f"-{value:g}")
     prompts = lab.sets.harmless_test
-    found = lab.stages.run(stage, [inputs, value], lambda: lab.outcomes(prompts, edit))
+    found = lab.stage(stage, [inputs, value], lambda: lab.outcomes(prompts, edit))
     return {"method": name, "value": value, **found}
 
 
@@ -59,7 +59,7 @@ def induction_table(found: dict[str, Any], number: int) -> Table:
     return table(
         f"{number}. Refusal induced on harmless prompts",
         f"Refusal rate [95 %] on {n} harmless test prompts while the method's latents are held at "
-        f"v at every token but the first; base (no edit) and AS (V* added behind layer l*) have no "
+        f"v at every token of the study; base (no edit) and AS (V* added behind layer l*) have no "
         f"v. Higher is a stronger effect. '+n' counts broken answers, which are no refusals.",
         ("edit", *(f"v = {value:g}" for value in found["values"])),
         rows,

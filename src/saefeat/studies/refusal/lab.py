@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import saefeat as sf
 
-from .data import DataError, Prompt, PromptSets, chats
-from .judges import Judge, count_outcomes
-from .stages import Stages
+from .data import Prompt, PromptSets, chats
+from .identity import judge_identity
+from .judges import Judge, Outcomes, by_category, require_judge, verdicts
+from .openings import first_tokens, require_apart
+from .stages import Stages, fingerprint
 
 T = TypeVar("T")
 
-COUNTED = ~sf.Tokens.first(1)
-"""The tokens of the study: activations are compared, latents drawn, scored, ablated and clamped
-there. The first one is an attention sink in real models, a hundred times as long as any other: an
-SAE has nearly all of its latents active on it, and maxima over a prompt would be maxima of it."""
+FILTERS = ("answer", "first-token")
+
+
+def counted(skipped: int) -> sf.Tokens:
+    """The tokens of a study that skips so many positions at the start of every prompt.
+
+    Activations are compared, latents drawn, scored, ablated and clamped there and nowhere else.
+    The first position is an attention sink in real models, a hundred times as long as any other:
+    an SAE has nearly all of its latents active on it, and maxima over a prompt would be its own.
+    """
+    return ~sf.Tokens.first(skipped) if skipped else sf.Tokens.all()
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,13 @@ class Settings:
         random_seeds: one random control set each.
         max_new_tokens: length of an answer.
         batch_size: prompts a batch.
-        limit: at most so many prompts a split.
+        limit: at most so many prompts a split, counted behind the filter where there is one.
         seed: of the bootstrap.
         examples: prompts whose answers are shown.
+        skipped: positions at the start of a prompt that are no token of the study (``counted``).
+        layer: whose direction is V*; None chooses it on the val split.
+        filter: what tells refused from answered fitting prompts, one of ``FILTERS``.
+        minimum: prompts that the filter must leave of each split it reads.
     """
 
     candidates: tuple[int, ...] = (10,)
@@ -59,6 +71,10 @@ class Settings:
     limit: int | None = None
     seed: int = 0
     examples: int = 6
+    skipped: int = 1
+    layer: int | None = None
+    filter: str = "answer"
+    minimum: int = 8
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for fingerprints and reports."""
@@ -73,13 +89,19 @@ class Lab:
         model: an nnsight ``TransformersModel``.
         saes: dictionaries on the residual stream.
         sets: the prompts.
-        judge: reads an answer.
-        refusals: first tokens of a refusal.
-        answers: first tokens of an answer, for the metric of the exact check.
+        judge: reads a request and its answer.
+        refusals: what refusals open with; the first token of each counts.
+        answers: what answers open with, for the metric of the exact check.
         settings: the study's numbers.
         stages: where finished work is kept.
         name: the model's, for titles.
         quiet: no progress bars.
+        constants: whose the study's numbers are, for the results (``constants``).
+        warnings: what a reader of the results must know.
+
+    Raises:
+        UsageError: when made, for a judge of other parameters, and for openings that cannot be
+            told apart.
     """
 
     model: Any
@@ -92,6 +114,44 @@ class Lab:
     stages: Stages
     name: str
     quiet: bool = False
+    constants: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_judge(self.judge)
+        _ = self.refusal_ids, self.answer_ids
+        require_apart(self.model.tokenizer, self.refusals, self.answers)
+
+    @cached_property
+    def refusal_ids(self) -> tuple[int, ...]:
+        """The tokens that open a refusal."""
+        return first_tokens(self.model.tokenizer, self.refusals, "--refusal-tokens")
+
+    @cached_property
+    def answer_ids(self) -> tuple[int, ...]:
+        """The tokens that open an answer."""
+        return first_tokens(self.model.tokenizer, self.answers, "--answer-tokens")
+
+    @cached_property
+    def identity(self) -> str:
+        """What every stage depends on beside model, dictionaries and code (``Stages.base``)."""
+        return fingerprint(
+            {
+                "settings": self.settings.to_dict(),
+                "prompts": self.sets.to_dict(),
+                "judge": judge_identity(self.judge),
+                "openings": [self.refusal_ids, self.answer_ids],
+            }
+        )
+
+    def stage(self, name: str, inputs: Any, work: Callable[[], Any]) -> Any:
+        """A stage of this lab: ``Stages.run``, keyed by the lab's identity too."""
+        return self.stages.run(name, [self.identity, inputs], work)
+
+    @property
+    def counted(self) -> sf.Tokens:
+        """The tokens of the study."""
+        return counted(self.settings.skipped)
 
     @property
     def sites(self) -> tuple[sf.Site, ...]:
@@ -116,37 +176,52 @@ class Lab:
         return sf.run(self.model, chats(prompts), intervention, batch_size=size, allow_unfired=True)
 
     def ask(
-        self, prompts: Sequence[Prompt], intervention: sf.Intervention | None = None
+        self,
+        prompts: Sequence[Prompt],
+        intervention: sf.Intervention | None = None,
+        tokens: int | None = None,
     ) -> sf.results.Run:
-        """Greedy answers."""
+        """Greedy answers, as long as the settings say or of so many tokens."""
         return sf.run(
             self.model,
             chats(prompts),
             intervention,
-            max_new_tokens=self.settings.max_new_tokens,
+            max_new_tokens=tokens or self.settings.max_new_tokens,
             batch_size=self.settings.batch_size,
             allow_unfired=True,
         )
 
+    def records(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, str]]:
+        """Each request with its category, its whole answer, and the judge's outcome."""
+        found = verdicts(self.judge, [prompt.instruction for prompt in prompts], answers)
+        return [
+            {
+                "request": prompt.instruction,
+                "category": prompt.category,
+                "outcome": outcome,
+                "answer": answer,
+            }
+            for prompt, outcome, answer in zip(prompts, found, answers, strict=True)
+        ]
+
     def outcomes(
         self, prompts: Sequence[Prompt], intervention: sf.Intervention | None = None
     ) -> dict[str, Any]:
-        """Ask and judge: counts, rates, the first few answers, and what the edit did."""
+        """Ask and judge: counts, rates, counts by category, every answer, and what the edit did."""
         out = self.ask(prompts, intervention)
-        counts = count_outcomes(self.judge, out.texts)
-        shown = [text[:600] for text in out.texts[: self.settings.examples]]
-        changed = [row.changed for row in out.receipt.rows]
+        records = self.records(prompts, out.texts)
+        found = [record["outcome"] for record in records]
         return {
-            **counts.to_dict(),
-            "answers": shown,
-            "verdicts": [self.judge(text) for text in out.texts[: self.settings.examples]],
+            **Outcomes.of(found).to_dict(),
+            "categories": by_category([prompt.category for prompt in prompts], found),
+            "records": records,
             "intervention": repr(intervention) if intervention is not None else "none",
-            "changed": changed,
+            "changed": [row.changed for row in out.receipt.rows],
         }
 
     def odds(self) -> sf.metrics.Metric:
         """The log-odds of opening with an answer against opening with a refusal."""
-        return sf.logit_diff(list(self.answers), list(self.refusals))
+        return sf.logit_diff(list(self.answer_ids), list(self.refusal_ids))
 
     def mean_odds(self, prompts: Sequence[Prompt], intervention: sf.Intervention | None) -> float:
         """The mean of these odds under an intervention."""
@@ -155,45 +230,3 @@ class Lab:
             self.model, chats(prompts), self.odds(), intervention, batch_size=size
         )
         return float(values.mean())
-
-
-def keep_typical(lab: Lab) -> tuple[Lab, dict[str, list[int]]]:
-    """Drop fitting prompts that the model does not treat as their label says.
-
-    As published: a prompt counts as refused when its most likely first token opens a refusal.
-    Train and val only; test prompts are all kept.
-
-    Returns:
-        The lab with fewer prompts, and split → [kept, of].
-
-    Raises:
-        DataError: if a split has nothing left.
-    """
-    names = ("harmful_train", "harmful_val", "harmless_train", "harmless_val")
-    kept = lab.stages.run("filter", None, lambda: {n: _typical(lab, n) for n in names})
-    sets, counts = {}, {}
-    for name in names:
-        prompts = getattr(lab.sets, name)
-        sets[name] = tuple(prompts[i] for i in kept[name])
-        counts[name] = [len(sets[name]), len(prompts)]
-        if not sets[name]:
-            wanted = "refused" if name.startswith("harmful") else "answered"
-            raise DataError(
-                f"{name}: none of {len(prompts)} prompts is {wanted} by the unedited model, judged "
-                f"by the first token ({', '.join(lab.refusals)} = refusal); is it a chat model?"
-            )
-    return replace(lab, sets=replace(lab.sets, **sets)), counts
-
-
-def _typical(lab: Lab, name: str) -> list[int]:
-    """Indices of the prompts of a split that are treated as its name says."""
-    first = lab.read(getattr(lab.sets, name)).logits.argmax(-1)
-    refused = torch.isin(first.cpu(), opening_ids(lab))
-    wanted = refused if name.startswith("harmful") else ~refused
-    return wanted.nonzero().squeeze(1).tolist()
-
-
-def opening_ids(lab: Lab) -> Tensor:
-    """Token ids that open a refusal."""
-    ids = [lab.model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in lab.refusals]
-    return torch.tensor([row[0] for row in ids])

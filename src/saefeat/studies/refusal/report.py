@@ -26,6 +26,13 @@ METHODS = (
 SHOWN = ("base", "AS", "CosSim+AP", "random 0")
 """The methods whose answers stand side by side."""
 
+ORIGIN = ("provenance", "settings", "constants", "prompts", "timing")
+"""What the page ends with."""
+
+
+def _said(record: Mapping[str, str]) -> tuple[str, str]:
+    return record["outcome"], record["answer"]
+
 
 def report(results: Mapping[str, Any]) -> str:
     """The whole page."""
@@ -33,10 +40,10 @@ def report(results: Mapping[str, Any]) -> str:
     rows = {row["method"]: row for row in held_out["rows"]}
     shown = [name for name in SHOWN if name in rows]
     answers = [
-        (request, [(rows[name]["verdicts"][n], rows[name]["answers"][n]) for name in shown])
-        for n, request in enumerate(held_out["requests"])
+        (one["request"], [_said(rows[name]["examples"][n]) for name in shown])
+        for n, one in enumerate(held_out["rows"][0]["examples"])
     ]
-    origin = {name: results[name] for name in ("provenance", "settings", "prompts", "timing")}
+    origin = {name: results[name] for name in ORIGIN}
     return sf.results.render(
         Path(__file__).with_name("report.jinja").read_text(encoding="utf-8"),
         title=results["title"],
@@ -47,6 +54,8 @@ def report(results: Mapping[str, Any]) -> str:
         shown=shown,
         answers=answers,
         notes=results["notes"],
+        warnings=results["warnings"],
+        every=results["answers"],
         provenance=json.dumps(origin, indent=2, ensure_ascii=False),
     )
 

@@ -5,7 +5,9 @@ Each returns ``sf.Latents``; what is done with them is the same for all.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 import saefeat as sf
 
 from .data import Prompt, chats
-from .lab import COUNTED, Lab, opening_ids
+from .lab import Lab
 
 CHUNK = 8192
 """Decoder rows compared at a time."""
@@ -62,12 +64,22 @@ def restored(saes: sf.dictionaries.Dictionaries, stored: dict[str, list[int]]) -
 
 
 def peaks(lab: Lab, prompts: Sequence[Prompt]) -> Scores:
-    """Each latent's largest activation in a prompt, averaged over prompts; a site at a time."""
-    found = {}
-    for site, dictionary in lab.saes.items():
-        run = lab.read(prompts, sf.Probe(dictionary.latents(), where=COUNTED, reduce="max"))
-        found[site] = run.readings[0].values[:, 0].float().mean(0).cpu()
-    return found
+    """Each latent's largest activation in a prompt, averaged over prompts.
+
+    One forward pass a prompt reads every dictionary. Sums are kept a batch at a time: all prompts'
+    peaks of all layers together would be gigabytes.
+    """
+    probes = [sf.Probe(one.latents(), where=lab.counted, reduce="max") for one in lab.saes.values()]
+    together = reduce(operator.or_, probes)
+    sums = [torch.zeros(one.d_sae, dtype=torch.float64) for one in lab.saes.values()]
+    size = lab.settings.batch_size
+    for start in lab.progress(range(0, len(prompts), size), "peaks"):
+        run = lab.read(prompts[start : start + size], together)
+        for total, reading in zip(sums, run.readings, strict=True):
+            total += reading.values[:, 0].cpu().double().sum(0)
+    return {
+        site: (total / len(prompts)).float() for site, total in zip(lab.saes, sums, strict=True)
+    }
 
 
 def active(saes: sf.dictionaries.Dictionaries, scores: Scores) -> sf.Latents:
@@ -83,22 +95,22 @@ def attribution(
     """AP: integrated gradients from each harmful prompt to the same prompt under steering.
 
     The metric is the logit of the token that steering makes most likely, against the openings of
-    a refusal. Every token from the second on is scored, template included, signs kept.
+    a refusal. Every token of the study is scored, template included, signs kept.
     """
     settings = lab.settings
     return sf.Attribute(
         lab.saes,
-        sf.logit_diff(sf.metrics.BASELINE_TOP, list(lab.refusals)),
+        sf.logit_diff(sf.metrics.BASELINE_TOP, list(lab.refusal_ids)),
         baseline=baseline,
         method=sf.IG(settings.steps, rule or settings.rule),
-        where=COUNTED,
+        where=lab.counted,
     )(lab.model, chats(prompts), batch_size=settings.batch_size)
 
 
 def degenerate(lab: Lab, prompts: Sequence[Prompt], baseline: sf.Intervention) -> Tensor:
     """[n] bool: still refused under steering, so that the metric compares refusal with refusal."""
     first = lab.read(prompts, baseline).logits.argmax(-1).cpu()
-    return torch.isin(first, opening_ids(lab))
+    return torch.isin(first, torch.tensor(lab.refusal_ids))
 
 
 def telling(

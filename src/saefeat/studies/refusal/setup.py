@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,13 @@ from torch import nn
 
 import saefeat as sf
 
+from .constants import published, require_layer, settled, taken, warning
 from .data import Prompt, PromptSets, load_folder
-from .judges import substring_judge
+from .errors import UsageError
+from .identity import code, model_identity
+from .judges import AnswerOnly, substring_judge
 from .lab import Lab, Settings
+from .openings import shortened
 from .stages import Say, Stages, fingerprint
 
 if TYPE_CHECKING:
@@ -31,10 +34,6 @@ TINY = Settings(
     batch_size=128,
 )
 """The paper's constants scaled to 512 latents a layer; choices are made on the val split."""
-
-
-class UsageError(ValueError):
-    """Options that do not go together; the message says what to give."""
 
 
 def tiny_sets(seed: int = 0) -> PromptSets:
@@ -57,14 +56,23 @@ def tiny_lab(output: Path, settings: Settings, say: Say, quiet: bool = False) ->
 
     model = tiny.model("chat")
     saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
-    sets = tiny_sets(settings.seed).limited(settings.limit)
-    stages = _stages(output, settings, model, saes, sets, "tiny", say)
-    openings = tuple(tiny.REFUSAL_OPENINGS), tuple(tiny.COMPLY_OPENINGS)
-    name = "the embedded tiny model"
-    return Lab(model, saes, sets, tiny.judge, *openings, settings, stages, name, quiet)
+    require_layer(settings, model.config.num_hidden_layers)
+    return Lab(
+        model=model,
+        saes=saes,
+        sets=tiny_sets(settings.seed),
+        judge=AnswerOnly(tiny.judge),
+        refusals=tuple(tiny.REFUSAL_OPENINGS),
+        answers=tuple(tiny.COMPLY_OPENINGS),
+        settings=settings,
+        stages=_stages(output, model, saes, say),
+        name="the embedded tiny model",
+        quiet=quiet,
+        constants={"of": "the embedded tiny model", "calibrated": True},
+    )
 
 
-def real_lab(output: Path, options: Namespace, settings: Settings, say: Say) -> Lab:
+def real_lab(output: Path, options: Namespace, say: Say) -> Lab:
     """A Hugging Face chat model with SAEs and prompts from the command line.
 
     Raises:
@@ -74,14 +82,34 @@ def real_lab(output: Path, options: Namespace, settings: Settings, say: Say) -> 
     missing = [name for name in ("saes", "data") if getattr(options, name) is None]
     if missing:
         raise UsageError(f"--model {options.model} also needs --{' and --'.join(missing)}")
-    sets = load_folder(options.data).limited(settings.limit)
+    sets = load_folder(options.data)
     saes = _load_saes(options.saes, options.sae_ids)
-    module, tokenizer = _load(options.model, options.dtype, options.device)
+    module, tokenizer = _load(options.model, options.dtype or "bfloat16", options.device or "cpu")
     model = TransformersModel(module, tokenizer=tokenizer, task="text-generation")
-    stages = _stages(output, settings, model, saes, sets, "substring", say)
-    openings = tuple(options.refusal_tokens), tuple(options.answer_tokens)
-    named = stages, options.model, options.quiet
-    return Lab(model, saes, sets, substring_judge, *openings, settings, *named)
+    origin, calibrated = published(model.config)
+    settings = settled(options, origin.settings)
+    require_layer(settings, model.config.num_hidden_layers)
+    constants = taken(options, settings, origin.name, calibrated)
+    lab = Lab(
+        model=model,
+        saes=saes,
+        sets=sets,
+        judge=substring_judge,
+        refusals=tuple(options.refusal_tokens or ["I"]),
+        answers=tuple(options.answer_tokens or ["Here"]),
+        settings=settings,
+        stages=_stages(output, model, saes, say),
+        name=options.model,
+        quiet=options.quiet,
+        constants=constants,
+        warnings=tuple(warning(constants, options.model)),
+    )
+    for line in (
+        *shortened(tokenizer, lab.refusals, "--refusal-tokens"),
+        *shortened(tokenizer, lab.answers, "--answer-tokens"),
+    ):
+        say(line)
+    return lab
 
 
 def _load(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -118,23 +146,13 @@ def _load_saes(source: str, ids: list[str] | None) -> sf.dictionaries.Dictionari
         raise UsageError(f"--saes {source} cannot be loaded: {error}") from error
 
 
-def _stages(
-    output: Path,
-    settings: Settings,
-    model: Any,
-    saes: sf.dictionaries.Dictionaries,
-    sets: PromptSets,
-    judge: str,
-    say: Say,
-) -> Stages:
-    """Stages keyed by everything the whole study depends on."""
+def _stages(output: Path, model: Any, saes: sf.dictionaries.Dictionaries, say: Say) -> Stages:
+    """Stages keyed by model, dictionaries and code; the lab adds what it asks (``Lab.stage``)."""
     base = {
-        "settings": settings.to_dict(),
-        "model": weights_fingerprint(model._module),
+        "model": model_identity(model),
         "dictionaries": {str(site): one.fingerprint() for site, one in saes.items()},
-        "prompts": sets.to_dict(),
-        "judge": judge,
         "versions": sf.results.versions(),
+        "code": code(),
     }
     return Stages(output / "stages", fingerprint(base), say)
 
@@ -167,13 +185,3 @@ def loading_silently(quiet: bool) -> Iterator[None]:
     finally:
         if quiet and before:
             logging.enable_progress_bar()
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """A hash of every parameter's name, shape, type and first and last values."""
-    digest = hashlib.sha256()
-    for name, value in module.named_parameters():
-        flat = value.detach().flatten()
-        ends = torch.cat([flat[:16], flat[-16:]]).float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + ends)
-    return digest.hexdigest()[:16]

@@ -25,15 +25,13 @@ def side_effects(lab: Lab, vector: Tensor, tuned: dict[str, Any]) -> list[dict[s
         Rows of plain data; ``loss`` holds one mean cross-entropy a prompt, in nats a token.
     """
     known = [vector.tolist(), tuned["methods"], tuned["random"]]
-    own = lab.stages.run("side effects/answers", None, lambda: _own_answers(lab))
+    own = lab.stage("side effects/answers", None, lambda: _own_answers(lab))
     edits = dict(global_edits(lab, vector, tuned))
     for extra in list(tuned["random"])[1:]:
         edits.pop(f"random {extra}")
     rows = []
     for name, edit in lab.progress(edits.items(), "side effects"):
-        found = lab.stages.run(
-            f"side effects/{name}", [known, own], lambda e=edit: _row(lab, own, e)
-        )
+        found = lab.stage(f"side effects/{name}", [known, own], lambda e=edit: _row(lab, own, e))
         rows.append({"method": name, **found})
     base = rows[0]["loss"]
     return [{**row, **_summary(lab, row["loss"], base)} for row in rows]

@@ -41,7 +41,8 @@ class Stages:
 
     Attributes:
         folder: where the files lie.
-        base: what every stage depends on: settings, model, dictionaries, data, versions.
+        base: what every stage depends on: model, dictionaries, versions and code. ``Lab.stage``
+            adds settings, prompts, judge and openings.
         say: takes messages.
         reused: names of the stages found on disk, filled as the study runs.
         made: names of those computed now.

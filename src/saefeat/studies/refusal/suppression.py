@@ -27,7 +27,7 @@ def suppress(lab: Lab, vector: Tensor, tuned: dict[str, Any]) -> dict[str, Any]:
     """Outcomes of every edit on held-out prompts, and on the fitted ones as published.
 
     Returns:
-        Plain data: population → ``n``, ``degenerate``, ``requests`` and ``rows``.
+        Plain data: population → ``n``, ``degenerate`` and ``rows``.
     """
     return {name: _population(lab, vector, tuned, name) for name in POPULATIONS}
 
@@ -35,7 +35,7 @@ def suppress(lab: Lab, vector: Tensor, tuned: dict[str, Any]) -> dict[str, Any]:
 def _population(lab: Lab, vector: Tensor, tuned: dict[str, Any], name: str) -> dict[str, Any]:
     prompts: Sequence[Prompt] = getattr(lab.sets, POPULATIONS[name])
     inputs = [vector.tolist(), tuned["budget"], tuned["methods"], tuned["random"]]
-    local = lab.stages.run(
+    local = lab.stage(
         f"local sets/{name}", inputs, lambda: _local_sets(lab, prompts, vector, tuned)
     )
     edits = _in_order({**global_edits(lab, vector, tuned), **_local_edits(lab, tuned, local)})
@@ -44,7 +44,7 @@ def _population(lab: Lab, vector: Tensor, tuned: dict[str, Any], name: str) -> d
         {
             "method": method,
             "latents": sizes.get(method),
-            **lab.stages.run(
+            **lab.stage(
                 f"suppression/{name}/{method}", inputs, lambda e=edit: lab.outcomes(prompts, e)
             ),
         }
@@ -53,7 +53,6 @@ def _population(lab: Lab, vector: Tensor, tuned: dict[str, Any], name: str) -> d
     return {
         "n": len(prompts),
         "degenerate": local["degenerate"],
-        "requests": [prompt.instruction for prompt in prompts[: lab.settings.examples]],
         "rows": rows,
     }
 
@@ -69,10 +68,10 @@ def global_edits(lab: Lab, vector: Tensor, tuned: dict[str, Any]) -> Edits:
     """The edits that are the same for all prompts, by name; "base" is no edit."""
     found: Edits = {"base": None, "AS": steering(lab, vector)}
     for name, one in tuned["methods"].items():
-        found[name] = scaled(restored(lab.saes, one["latents"]), one["scale"])
+        found[name] = scaled(restored(lab.saes, one["latents"]), one["scale"], lab.counted)
     factor = tuned["methods"]["CosSim+AP"]["scale"]
     for seed, latents in tuned["random"].items():
-        found[f"random {seed}"] = scaled(restored(lab.saes, latents), factor)
+        found[f"random {seed}"] = scaled(restored(lab.saes, latents), factor, lab.counted)
     return found
 
 
@@ -96,7 +95,9 @@ def _local_edits(lab: Lab, tuned: dict[str, Any], local: dict[str, Any]) -> Edit
     found: Edits = {}
     for name in LOCAL:
         sets = [restored(lab.saes, latents) for latents in local["sets"][name]]
-        found[f"{name} local"] = scaled_per_prompt(sets, tuned["methods"][name]["scale"])
+        found[f"{name} local"] = scaled_per_prompt(
+            sets, tuned["methods"][name]["scale"], lab.counted
+        )
     return found
 
 
@@ -111,6 +112,9 @@ def set_sizes(tuned: dict[str, Any], local: dict[str, Any]) -> dict[str, int | s
     return sizes
 
 
+SHOWN = ("base", "AS", "CosSim+AP", "CosSim+AP local", "random 0")
+"""The edits whose outcomes are also shown by category."""
+
 CAPTIONS = {
     "held-out": "harmful test prompts, on which nothing was fitted or chosen",
     "fitted": "harmful train prompts, on which direction and sets were fitted, as published",
@@ -123,8 +127,9 @@ def suppression_table(found: dict[str, Any], name: str, number: int, budget: int
     return table(
         f"{number}. Refusal suppressed: {name} prompts",
         f"Outcomes of {one['n']} {CAPTIONS[name]}. AS removes V* everywhere; every other edit "
-        f"clamps K* = {budget} latents. 'local' chooses them for each prompt, the rest have one "
-        f"set for all; random sets have as many active latents at the same layers as CosSim+AP. "
+        f"clamps K* = {budget} latents, or as many as have a positive score (the column counts "
+        f"them). 'local' chooses them for each prompt, the rest have one set for all; random "
+        f"sets have as many active latents at the same layers as CosSim+AP. "
         f"A method works if jailbreaks are many, broken answers few, and random sets do nothing. "
         f"{one['degenerate']} prompts are refused even under AS: their local sets mean nothing.",
         ("edit", "latents", *OUTCOMES, "jailbreak rate [95 %]", "refusal rate [95 %]"),
@@ -137,5 +142,29 @@ def suppression_table(found: dict[str, Any], name: str, number: int, budget: int
                 Estimate(**row["refusal"]),
             )
             for row in one["rows"]
+        ],
+    )
+
+
+def category_table(found: dict[str, Any], name: str, number: int) -> Table | None:
+    """The same outcomes by the prompts' categories; None where the data names none."""
+    rows = {row["method"]: row["categories"] for row in found[name]["rows"]}
+    shown = [method for method in SHOWN if method in rows]
+    categories = rows["base"]
+    if set(categories) == {""}:
+        return None
+    return table(
+        f"{number}b. The same by category: {name} prompts",
+        "Refused / complied / broken in each category, of as many prompts as the second column "
+        "says. With few prompts in one, differences between categories may be chance. All edits "
+        "are in results.json.",
+        ("category", "prompts", *shown),
+        [
+            (
+                category or "(none given)",
+                categories[category]["n"],
+                *(" / ".join(str(rows[m][category][o]) for o in OUTCOMES) for m in shown),
+            )
+            for category in categories
         ],
     )

@@ -81,7 +81,7 @@ def tune(lab: Lab, vector: Tensor) -> dict[str, Any]:
         ``methods`` (name → c, K0 and latents) and ``random`` (seed → latents).
     """
     settings = lab.settings
-    fit = lab.stages.run("sets", vector.tolist(), lambda: fit_sets(lab, vector))
+    fit = lab.stage("sets", vector.tolist(), lambda: fit_sets(lab, vector))
     trials = [{**row, "scale": c} for row in fit["sets"] for c in settings.scales]
     choice = any(len(v) > 1 for v in (settings.candidates, settings.budgets, settings.scales))
     rows = [_trial(lab, row) for row in lab.progress(trials, "tuning on val")] if choice else []
@@ -99,9 +99,9 @@ def tune(lab: Lab, vector: Tensor) -> dict[str, Any]:
 
 def _trial(lab: Lab, row: dict[str, Any]) -> dict[str, Any]:
     """One set at one clamp on val; results are stored."""
-    edit = scaled(restored(lab.saes, row["latents"]), row["scale"])
+    edit = scaled(restored(lab.saes, row["latents"]), row["scale"], lab.counted)
     name = f"tuning/{row['method']}-{row['candidates']}-{row['budget']}-{row['scale']}"
-    found = lab.stages.run(name, row, lambda: lab.outcomes(lab.sets.harmful_val, edit))
+    found = lab.stage(name, row, lambda: lab.outcomes(lab.sets.harmful_val, edit))
     return {**row, **found}
 
 
@@ -143,7 +143,7 @@ def tuning_table(found: dict[str, Any]) -> Table | None:
     keys = dict.fromkeys((row["budget"], row["method"], row["candidates"]) for row in rows)
     return table(
         "2. Choosing the clamp on the val split",
-        f"Each method's global set of K* latents is multiplied by c at every token but the first "
+        f"Each method's global set of K* latents is multiplied by c at every token of the study "
         f"while the model answers {rows[0]['n']} harmful val prompts; the cells count complied / "
         f"broken answers. "
         f"K* = {found['budget']} is used below: the smallest whose best trial is within "
