@@ -333,9 +333,12 @@ def _run_of(index: Tensor) -> slice | None:
 
 
 def _stamp_of(path: Path) -> tuple[object, ...]:
-    """A file's path, size, time of change and inode."""
+    """A file's path, size, times of change and inode.
+
+    The time of the inode's change cannot be set, as copying tools set that of the contents.
+    """
     about = path.stat()
-    return str(path), about.st_size, about.st_mtime_ns, about.st_ino
+    return str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
 _STATE = re.compile(
