@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import saefeat as sf
-from helpers import RAGGED, D, build, make_sae, wrapped
+from helpers import RAGGED, D, build, make_sae, tensors_for, wrapped
 from saefeat import arguments
 from test_house import PUBLIC
 
@@ -188,6 +188,31 @@ WRONG = {
     "a verb and a number": (lambda m: sf.Ablate(LATENTS) | 3, r"Ablate\(latents\)"),
     "a verb and latents": (lambda m: sf.Ablate(LATENTS) & LATENTS, r"Intervention & other"),
     "latents and a number": (lambda m: LATENTS | 3, r"Latents \| other"),
+    "latents less a number": (lambda m: LATENTS - 3, r"Latents - other"),
+    "a rule of no kind": (lambda m: sf.Tokens(("bogus",)), "Tokens: `rule`"),
+    "a rule of nothing": (lambda m: sf.Tokens(()), "Tokens: `rule`"),
+    "a rule with a word for a number": (lambda m: sf.Tokens(("last", "1")), "Tokens: `rule`"),
+    "a rule around none": (lambda m: sf.Tokens(("not", ("first",))), "Tokens: `rule`"),
+    "a rule that is no function": (lambda m: sf.Tokens.where(5), "wanted a function.$"),
+    "an imaginary value": (lambda m: sf.Clamp(LATENTS, 1j), "`value`"),
+    "imaginary values": (
+        lambda m: sf.Ablate(LATENTS, to=torch.ones(2, dtype=torch.complex64)),
+        "`to`",
+    ),
+    "an imaginary vector": (
+        lambda m: sf.Direction(torch.ones(D, dtype=torch.complex64), site="resid_post.1"),
+        "complex64",
+    ),
+    "a mask for a vector": (
+        lambda m: sf.Direction(torch.ones(D, dtype=torch.bool), site="resid_post.1"),
+        "bool",
+    ),
+    "tensors without numbers": (
+        lambda m: sf.SAE.from_tensors(
+            {n: t.to("meta") for n, t in tensors_for("standard").items()}, site="resid_post.1"
+        ),
+        "on meta",
+    ),
     "latents for an intervention": (lambda m: sf.run(m, RAGGED, LATENTS), "`intervention`"),
     "latents in a sweep": (lambda m: sf.sweep(m, RAGGED, {"a": LATENTS}), "`settings`"),
     "a list for a sweep": (lambda m: sf.sweep(m, RAGGED, [sf.Ablate(LATENTS)]), "`settings`"),

@@ -166,6 +166,7 @@ def test_keys_without_a_value_are_nothing():
         (None, [HI], "no chat template"),
         ("{{ messages[5].content }}", [HI], "cannot be rendered"),
         ("{{ messages[0].content + 3 }}", [HI], "cannot be rendered"),
+        ("{{ 1 // (messages | length - 1) }}", [HI], "cannot be rendered"),
         ("{% for m in messages %}{{ m.content", [HI], "cannot be rendered"),
         (STYLES["Gemma"], [turn("system", "x"), HI], "no system turn"),
     ],

@@ -81,6 +81,8 @@ def new(architecture: str = "standard", metadata: dict | None = None, **changes)
         ("d_sae", 2 * N),
         ("d_in", float("nan")),
         ("model_from_pretrained_kwargs", {"center_everything": True}),
+        ("apply_b_dec_to_input", "no"),
+        ("apply_b_dec_to_input", None),
     ],
 )
 def test_a_key_that_is_not_computed_with_is_refused_by_name(tmp_path, config, key, value):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import os
 from functools import partial
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -114,6 +116,20 @@ def test_a_file_and_its_tensors_have_one_fingerprint(architecture, dtype, tmp_pa
         assert in_memory.fingerprint() == on_disk.fingerprint()
         assert in_memory.fingerprint([5, 2]) == on_disk.fingerprint([5, 2])
         assert in_memory.fingerprint(range(D_SAE)) == on_disk.fingerprint()
+
+
+def test_a_file_written_over_in_place_is_read_anew(tmp_path):
+    """With its size, its inode and, by a copying tool, its time of change as they were."""
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(tensors_for("standard"), path)
+    dictionary, about = sf.SAE(OnDisk(path), site="resid_post.1"), path.stat()
+    before = dictionary.fingerprint()
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert dictionary.fingerprint() != before
 
 
 def test_files_that_differ_in_the_middle_are_told_apart(tmp_path):
@@ -279,6 +295,14 @@ PAIRS = {
     "a hook's tensor": (
         hooked("register_forward_hook", ONE), hooked("register_forward_hook", TWO)
     ),
+    "a hook's array": (
+        hooked("register_forward_hook", numpy.float32([1.0])),
+        hooked("register_forward_hook", numpy.float32([2.0])),
+    ),
+    "a setting in an object": (
+        lambda model: setattr(attention(model), "steer", SimpleNamespace(gain=1.0)),
+        lambda model: setattr(attention(model), "steer", SimpleNamespace(gain=2.0)),
+    ),
     "a hook at the input": (lambda model: None, hooked("register_forward_pre_hook", 1.0)),
     "a hook on gradients": (lambda model: None, hooked("register_full_backward_hook", 1.0)),
 }  # fmt: skip
@@ -293,6 +317,16 @@ def test_two_models_that_differ_in_code_or_hooks_are_told_apart(name):
         found.append(model_identity(model))
         assert model_identity(model) == found[-1]
     assert [key for key in found[0] if found[0][key] != found[1][key]] == ["computation"]
+
+
+def test_a_forward_put_over_nnsights_own_is_what_runs():
+    model = build("llama")
+    nn, mlp = wrapped(model), model.model.layers[1].mlp
+    found, inner = [model_identity(nn)], mlp.forward
+    for factor in (2.0, 3.0):
+        mlp.forward = lambda x, factor=factor: inner(x) * factor
+        found.append(model_identity(nn))
+    assert len({one["computation"] for one in found}) == 3
 
 
 def test_how_attention_is_computed_is_part_of_it():

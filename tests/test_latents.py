@@ -177,6 +177,24 @@ def test_indices_that_are_no_flat_list(indices):
         SAES[1].latents(indices)
 
 
+@pytest.mark.parametrize(
+    ("indices", "cause"),
+    [
+        (42, "one number"),
+        ("42", "one number or a word"),
+        ([True, False], "a mask"),
+        (np.ones(D_SAE, dtype=bool), "a mask"),
+        ([1.5], "no whole number"),
+        ([-1], "from the end"),
+        ([D_SAE], "another width"),
+    ],
+    ids=str,
+)
+def test_bad_indices_have_a_cause_of_their_own(indices, cause):
+    with pytest.raises(sf.errors.LatentError, match=f"cause: .*{cause}"):
+        SAES[1].latents(indices)
+
+
 def test_numpy_indices_are_whole_numbers():
     assert list(SAES[1].latents(np.array([4, 2]))) == list(SAES[1].latents([4, 2]))
 

@@ -522,6 +522,13 @@ def test_an_archive_of_objects_is_refused(tmp_path):
         sf.load_sae(tmp_path, site="resid_post.1")
 
 
+def test_a_file_in_place_of_its_folder_is_said_to_be_one(tmp_path):
+    path = tmp_path / "sae_weights.safetensors"
+    path.write_bytes(b"{}")
+    with pytest.raises(sf.errors.DictionaryError, match=r"is a file.*beside"):
+        sf.load_sae(path)
+
+
 def test_missing_files_and_tensors_are_named(tmp_path):
     with pytest.raises(sf.errors.DictionaryError, match="sae_weights"):
         dump(flat(), tmp_path / "a" / "cfg.json")

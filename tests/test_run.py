@@ -312,16 +312,22 @@ def test_held_conditions_follow_their_beam(threshold):
         assert torch.equal(found, wanted), way
 
 
-@pytest.mark.parametrize("way", ["run", "sweep", "generate"])
+@pytest.mark.parametrize("way", ["run", "sweep", "generate", "measure", "hooked"])
 def test_logits_that_are_no_numbers_are_refused(way):
     """A clamp that float16 cannot hold: all logits were NaN, the text '', and no word of it."""
     nn = wrapped(build("llama", torch.float16))
     step = sf.Clamp(direction(), 1e6)
     with pytest.raises(
-        sf.errors.ModelError, match=f"{way if way == 'sweep' else 'run'}.*: .*not finite"
+        sf.errors.ModelError, match=f"{'run' if way == 'generate' else way}.*: .*not finite"
     ):
         if way == "sweep":
             sf.sweep(nn, RAGGED, {"bare": None, "huge": step})
+        elif way == "measure":
+            sf.metrics.measure(nn, RAGGED, sf.logit_diff(5, 6), step)
+        elif way == "hooked":
+            with torch.no_grad(), sf.hooked(nn, step):
+                nn._module(**batch_of())
+                nn._module(**batch_of())
         else:
             sf.run(nn, RAGGED, step, max_new_tokens=2 if way == "generate" else 0)
 
@@ -331,7 +337,11 @@ def test_a_word_that_is_never_said_is_no_fault():
     model.lm_head.register_forward_hook(
         lambda m, args, out: out.index_fill(-1, torch.tensor([7]), -torch.inf)
     )
-    assert sf.run(wrapped(model), RAGGED).logits[:, 7].isinf().all()
+    nn, step = wrapped(model), sf.Clamp(direction(), 1.0)
+    assert sf.run(nn, RAGGED).logits[:, 7].isinf().all()
+    assert sf.metrics.measure(nn, RAGGED, sf.logit_diff(5, 6)).isfinite().all()
+    with torch.no_grad(), sf.hooked(model, step):
+        assert model(**batch_of()).logits[..., 7].isinf().all()
 
 
 def test_rules_over_the_text_follow_their_beam():

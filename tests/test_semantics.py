@@ -96,6 +96,38 @@ def test_the_two_semantics_differ_only_behind_another_site():
     torch.testing.assert_close(alone, attribute(model, batch, saes[0]))
 
 
+@pytest.mark.parametrize("semantics", ["pass_through", "through_sae"])
+@pytest.mark.parametrize("kind", ["standard", "transcoder"])
+def test_through_others_on_a_path_of_its_own(semantics, kind):
+    """With one_site, the dictionary behind was passed through at the first node alone."""
+    model, batch = build("llama", F64), batch_of()
+    early, late = make_sae(layer=0, dtype=F64), make_sae(kind, layer=1, seed=2, dtype=F64)
+    start, rule = sf.Ablate(early.latents([1, 5])), sf.IG(3, "gauss")
+    x, end = (grab(model, batch, [early.site], edit)[early.site] for edit in (None, start))
+    slope = torch.zeros_like(x)
+    for alpha, weight in rule.nodes():
+        node, held = ((1 - alpha) * x + alpha * end).requires_grad_(), {}
+
+        def read(value, held=held):
+            held["x"] = norm_input(late.site, value, model)
+            return value if kind == "transcoder" else splice(value, held)
+
+        def splice(value, held=held):
+            out = late.reconstruct(held["x"])
+            return out + (value - out).detach()
+
+        hooks = {early.site: lambda _, node=node: node}
+        if semantics == "through_sae":
+            hooks |= {late.write_site: splice, late.site: read}
+        metric = score_metric(run_with(model, batch, hooks)).sum()
+        slope += weight * torch.autograd.grad(metric, node)[0]
+    saes = sf.dictionaries.Dictionaries([early, late])
+    how = {"method": rule, "semantics": semantics, "one_site": True}
+    found = dense(sf.Attribute(saes, METRIC, start, **how)(wrapped(model), batch), batch)
+    wanted = (early.encode(end) - early.encode(x)) * (slope @ early.directions().to(F64).T)
+    close(found[:1], [wanted * batch["attention_mask"][..., None]])
+
+
 def test_input_norms_through_the_dictionary():
     model, batch = build("llama", F64), batch_of()
     early = make_sae(layer=0, dtype=F64)

@@ -269,6 +269,20 @@ def test_a_cache_under_another_name(rule, wanted):
         assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), traced)
 
 
+def test_a_state_without_a_length_is_refused():
+    """RWKV's is called state: every decoded token was a prompt of its own, and its first token."""
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=D, attention_hidden_size=D, num_hidden_layers=3
+    )
+    model = transformers.RwkvForCausalLM(config).eval()
+    step = sf.Clamp(sf.Direction(unit(5), site="rwkv.blocks.1.output"), add=0.0)
+    with sf.hooked(model, step) as log:
+        model(IDS)
+    assert step.receipt(log).rows[0].tokens == IDS.numel()
+    with pytest.raises(ValueError, match="does not say how many"), sf.hooked(model, step):
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
+
+
 # ---------------------------------------------------------------- stops and filling
 
 

@@ -1194,3 +1194,20 @@ def test_a_write_site_before_the_read_site_is_refused():
     with pytest.raises(sf.SaefeatError):
         step = sf.Ablate(make_sae("transcoder", "mlp_norm.1", write_site="attn_out.0"))
         trace(wrapped(build("llama")), batch_of(), step)
+
+
+@pytest.mark.parametrize(
+    "gives",
+    [
+        lambda ids, position: ids,
+        lambda ids, position: ids[:, :1] > 5,
+        lambda ids, position: (ids > 5).numpy(),
+        lambda ids, position: None,
+    ],
+    ids=["numbers", "a column", "an array", "nothing"],
+)
+def test_a_function_for_a_rule_gives_a_mask(gives):
+    """Numbers were taken for truths, and a column for every token of its row."""
+    step = sf.Ablate(make_sae().latents([1]), where=sf.Tokens.where(gives))
+    with pytest.raises(ValueError, match=r"a function of Tokens\.where gave"):
+        sf.run(wrapped(build("llama")), RAGGED, step)

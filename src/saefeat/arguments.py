@@ -76,7 +76,8 @@ KINDS = {
 
 NUMBERS = {bool: "True or False", int: "an integer", float: "a number", str: "text"}
 
-OPERATORS = {"__or__": " | other", "__and__": " & other", "__init__": "", "__call__": ""}
+OPERATORS = {"__or__": " | other", "__and__": " & other", "__sub__": " - other"}
+OPERATORS |= {"__init__": "", "__call__": ""}
 
 
 @overload
@@ -220,7 +221,7 @@ def _error(
         example = f"{value.__name__}(...)"
     elif inspect.isroutine(value) and not _takes_functions(hint):
         example = f"{value.__qualname__}(...)"
-    if name in ("__or__", "__and__"):
+    if " other" in OPERATORS.get(name, ""):
         call = f" Try: {owner.lower()}{OPERATORS[name].replace('other', example or 'another')}"
     else:
         call = "" if example is None else f" Try: {function}(..., {parameter}={example})"
@@ -246,6 +247,8 @@ def _classes(hint: Any) -> list[str]:
     """The names of the classes that an annotation speaks of, in order."""
     if isinstance(hint, type) and get_origin(hint) is None:
         return [hint.__name__]
+    if get_origin(hint) is Callable:
+        return []  # what it takes and gives is no class that is wanted here
     return [name for inner in get_args(hint) for name in _classes(inner)]
 
 

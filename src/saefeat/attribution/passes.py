@@ -255,7 +255,8 @@ class SitePasses:
                 number=number, plus=place.plus, copy=copy, gradient=number in gradient,
                 first=detach and number == first, target=targets.get(number), share=share,
             )  # fmt: skip
-            if keep.gradient and not keep.first and number in self.through:
+            # where no gradient is taken as well: one that is taken upstream passes here
+            if gradient and not keep.first and number in self.through:
                 source, passing = self.through[number]
                 keep = keep.replace(source=source, through=passing)
             visits.add(place, order, keep)

@@ -50,9 +50,12 @@ class Direction(Dictionary):
         rows = torch.atleast_2d(vector.detach()).to(
             torch.promote_types(vector.dtype, torch.float32)
         )
-        held = rows.ndim == 2 and 0 < len(rows) <= rows.shape[1]
+        # The imaginary part would be left out; a mask is no vector.
+        real = not vector.is_complex() and vector.dtype != torch.bool
+        held = real and rows.ndim == 2 and 0 < len(rows) <= rows.shape[1]
         if not held or not torch.isfinite(rows).all() or bool((rows.norm(dim=1) == 0).any()):
-            got = f"of shape {tuple(vector.shape)}" + (", zero or not finite" if held else "")
+            got = f"of shape {tuple(vector.shape)}" if real else f"of {vector.dtype}"
+            got += ", zero or not finite" if held else ""
             raise DictionaryError(
                 f"Direction: `vector` is {got}, wanted [d_model] or [k, d_model] with k <= d_model,"
                 " finite and not zero. Likely cause: a difference of means between identical prompt"

@@ -230,7 +230,7 @@ class Latents:
             return cls(((dictionary, chosen),) if chosen else ())
         got, cause = "a list with repeats", "one latent listed twice would be edited twice"
         if wrong:
-            got, cause = repr(wrong[0]), "an index from a dictionary of another width"
+            got, cause = repr(wrong[0]), _cause(wrong[0], indices)
         raise LatentError(
             f"latents of {dictionary.site}: `indices` is {got}, wanted distinct integers in"
             f" 0..{d_sae - 1}. Likely cause: {cause}. Try: dictionary.latents([0, 1])"
@@ -362,6 +362,17 @@ in_requests(Latents, stay_here)
 
 Table = dict[Dictionary, dict[int, None]]
 """Dictionary → its indices, in order and once each."""
+
+
+def _cause(wrong: object, indices: object) -> str:
+    """Why an index is none."""
+    if wrong is indices:
+        return "one number or a word, where a list of numbers belongs"
+    if isinstance(wrong, bool):
+        return "a mask, where the numbers of the latents belong: mask.nonzero().flatten()"
+    if not isinstance(wrong, int):
+        return "something that is no whole number, such as an activation in an index's place"
+    return "counting from the end" if wrong < 0 else "an index from a dictionary of another width"
 
 
 def _rows(table: Table) -> tuple[tuple[Dictionary, Sequence[int]], ...]:

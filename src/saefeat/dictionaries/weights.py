@@ -57,6 +57,13 @@ class InMemory(Weights):
     """Tensors already loaded."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.is_meta or tensor.layout != torch.strided:
+                raise DictionaryError(
+                    f"dictionary: `{name}` is a tensor on {tensor.device}, {tensor.layout}, wanted"
+                    " numbers in memory. Likely cause: a model that is not loaded yet, or a sparse"
+                    " tensor. Try: tensor.to_dense(), or load it first"
+                )
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
 
     def names(self) -> frozenset[str]:
@@ -316,11 +323,11 @@ def require_shape(name: str, got: tuple[int, ...], wanted: tuple[int | str, ...]
 
 def up(tensor: Tensor) -> Tensor:
     """float32 at least: latents flip in half precision, and float64 tests stay float64."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise DictionaryError(
-            f"dictionary: `weights` is of {tensor.dtype}, wanted floating-point numbers. Likely"
-            " cause: a damaged header, quantized weights, or another file. Try: fetch the file"
-            " again, or dequantize it"
+            f"dictionary: `weights` is of {tensor.dtype}, wanted floating-point numbers of 16 bits"
+            " or more. Likely cause: a damaged header, quantized weights, or another file. Try:"
+            " fetch the file again, or dequantize it"
         )
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -333,9 +340,12 @@ def _run_of(index: Tensor) -> slice | None:
 
 
 def _stamp_of(path: Path) -> tuple[object, ...]:
-    """A file's path, size, time of change and inode."""
+    """A file's path, size, times of change and inode.
+
+    The time of the inode's change cannot be set, as copying tools set that of the contents.
+    """
     about = path.stat()
-    return str(path), about.st_size, about.st_mtime_ns, about.st_ino
+    return str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
 _STATE = re.compile(

@@ -17,6 +17,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
+from numpy import generic, ndarray
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
@@ -98,8 +99,8 @@ def _content(value: Any) -> object:
         return [weights(value), computation(value)]
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    if callable(getattr(value, "item", None)):  # numpy's numbers
-        return value.item()
+    if isinstance(value, ndarray | generic):  # numpy's
+        return [str(value.dtype), value.shape, value.tolist()]
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
@@ -166,20 +167,27 @@ def _row_sums(tensor: Tensor) -> Tensor:
     return torch.cat([(chunk.long() * factors).sum(1).cpu() for chunk in chunks])
 
 
-_SKIPPED = {*nn.Module().__dict__, "forward", "name_or_path", "_name_or_path"}
-"""Attributes of a module that torch keeps for itself, or that only say where it was loaded from."""
+_ORIGINS = {"name_or_path", "_name_or_path"}
+"""Attributes that only say where a module, or its configuration, was loaded from."""
+
+_SKIPPED = {*nn.Module().__dict__, *_ORIGINS, "forward", "generation_config"}
+_SKIPPED |= {"__nnsight__", "_hf_hook"}
+"""Attributes of a module that libraries keep for themselves, or that are hashed elsewhere."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Tensor)
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None)),
+    *(torch.dtype, torch.device, Tensor, ndarray, generic),
+)
 
 
 def computation(module: nn.Module) -> str:
     """A hash of what a module computes with its weights.
 
     Settings are plain attributes and tensors (a norm's epsilon, attention's scaling, an active
-    adapter's name, a vector that is added); code is ``forward``, also one put in place of the
-    class's on one instance, and hooks, with all that they enclose.
+    adapter's name, a vector that is added), and those of objects among them; code is ``forward``,
+    also one put in place of the class's on one instance, and hooks, with all that they enclose.
 
     Raises:
         CheckpointError: inside a ``hooked`` block, whose edits are no part of the model.
@@ -189,10 +197,10 @@ def computation(module: nn.Module) -> str:
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if key not in _SKIPPED}
         plain = {key: value for key, value in settings.items() if _is_plain(value)}
-        functions = {key: _codes(value, own) for key, value in settings.items() if callable(value)}
+        others = {key: _codes(value, own) for key, value in settings.items() if key not in plain}
         kind = f"{type(part).__module__}.{type(part).__qualname__}"
         code = _codes(_forward(part), own)
-        parts.append([name, kind, plain, functions, code, _hooks(part, own)])
+        parts.append([name, kind, plain, others, code, _hooks(part, own)])
     return digest(parts)
 
 
@@ -230,9 +238,13 @@ def _is_plain(value: object) -> bool:
 
 
 def _forward(module: nn.Module) -> object:
-    """The function a module runs; under nnsight's wrapper, the one that was there before."""
-    state = vars(module).get("__nnsight__")
-    function = getattr(state, "original", None) or vars(module).get("forward")
+    """The function a module runs; under nnsight's wrapper, the one that was there before.
+
+    One that was put over the wrapper later is what runs.
+    """
+    state, function = (vars(module).get(name) for name in ("__nnsight__", "forward"))
+    if type(function).__module__.startswith("nnsight.") or "_hf_hook" in vars(module):
+        function = getattr(state, "original", function)
     if isinstance(function, FunctionType) and function.__module__.startswith("nnsight."):
         function = _enclosed(function).get("forward")
     return function or type(module).forward
@@ -287,7 +299,7 @@ def _inside(one: Any) -> Iterator[object]:
 
 def _attributes(one: object) -> Iterator[tuple[str, object]]:
     """An object's plain attributes and functions; what lies deeper is somebody else's state."""
-    skipped = _SKIPPED if isinstance(one, nn.Module) else ()
+    skipped = _SKIPPED if isinstance(one, nn.Module) else _ORIGINS
     for name, value in getattr(one, "__dict__", {}).items():
         simple = _is_plain(value) or isinstance(value, FunctionType | MethodType | partial)
         if simple and name not in skipped:

@@ -133,12 +133,17 @@ class Task:
         )
 
 
-def require_numbers(function: str, module: nn.Module, logits: Tensor) -> None:
-    """Refuse logits that are no numbers: the token they give is the first of the vocabulary.
+def no_numbers(logits: Tensor) -> Tensor:
+    """[...] bool, for logits [..., v]: whether they hold NaN or +inf, or nothing but −inf.
 
-    A model may give −inf to words it never says; NaN and +inf come from nothing that is meant.
+    A model may give −inf to words it never says; the others come from nothing that is meant.
     """
-    bad = (logits.isnan() | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1)
+    return ~logits.detach().amax(-1).isfinite()
+
+
+def require_numbers(function: str, module: nn.Module, logits: Tensor) -> None:
+    """Refuse logits that are no numbers: the token they give is the first of the vocabulary."""
+    bad = no_numbers(logits)
     if bool(bad.any()):
         row, dtype = int(bad.nonzero()[0]), next(module.parameters()).dtype
         raise ModelError(

@@ -264,6 +264,13 @@ def require_sequential(kwargs: dict[str, Any]) -> None:
             " lookup. Try: generate without assistant_model and prompt_lookup_num_tokens; in a"
             " loop of your own, call the model with return_dict=True."
         )
+    # RWKV's, XLNet's and Reformer's names: nothing in them says how many tokens came before.
+    if any(kwargs.get(name) is not None for name in ("state", "mems", "past_buckets_states")):
+        raise ValueError(
+            "saefeat: this forward pass goes on with a state that does not say how many tokens it"
+            " holds, so positions are not known. Likely cause: a recurrent model other than Mamba."
+            " Try: use_cache=False, or one forward pass over the whole text."
+        )
     places = kwargs.get("position_ids")
     packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
     if isinstance(places, Tensor) and places.ndim == 2 and places.shape[1] > 1 and not packed:

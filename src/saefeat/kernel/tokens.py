@@ -7,7 +7,7 @@ column is not position 0. A rule is a nested tuple, so that it travels as plain 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -90,7 +90,19 @@ def matches(rule: tuple, view: View) -> Bool[Tensor, "b t"]:
     if kind == "ids":
         wanted = torch.tensor(rest[0], dtype=view.ids.dtype, device=view.ids.device)
         return torch.isin(view.ids, wanted)
-    return rest[0](view.ids, position).to(torch.bool)
+    return as_mask(rest[0](view.ids, position), position)
+
+
+def as_mask(given: Any, position: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """What a function of ``Tokens.where`` gave: numbers are no truths, and a column is no mask."""
+    shape = tuple(getattr(given, "shape", ()))
+    if isinstance(given, Tensor) and given.dtype == torch.bool and shape == position.shape:
+        return given
+    raise ValueError(
+        f"saefeat: a function of Tokens.where gave a {type(given).__name__} of shape {shape},"
+        f" wanted a bool tensor {tuple(position.shape)}, as the ids it is given. Likely cause:"
+        " numbers, an array or a column in place of a mask. Try: lambda ids, position: ids > 5"
+    )
 
 
 def selected(rule: tuple, view: View, device: torch.device) -> tuple[Bool[Tensor, "b t 1"], bool]:

@@ -73,13 +73,14 @@ class Keep(Frozen):
             # in half precision x + (target - x) is not the target: 9984 + (3.7 - 9984) is 0 in
             # bfloat16.
             x = x + 0.0 if target is None else target + (x - x.detach())
-            if self.through is not None:
-                source = None if self.source is None else state.stash[self.source]
-                x = self.through(x + before, source) - before
-            x = x if x.requires_grad else x.requires_grad_()
-            state.log.nodes[self.number] = x
         elif target is not None:
             x = target
+        if self.through is not None:
+            source = None if self.source is None else state.stash[self.source]
+            x = self.through(x + before, source) - before
+        if self.gradient:
+            x = x if x.requires_grad else x.requires_grad_()
+            state.log.nodes[self.number] = x
         if self.copy:
             kept = state.log.before if self.before else state.log.kept
             kept[self.number] = (x + before).detach().clone()

@@ -153,6 +153,8 @@ def _no_sae(folder: Path) -> DictionaryError:
     state = [name for name in inside if _TRAINING.match(name)]
     holds = f"holds {', '.join(inside[:6])}" if inside else "is empty or not there"
     cause = "a wrong path, or an unknown layout"
+    if folder.is_file():
+        holds, cause = "is a file", "the weights alone; what they are stands in the files beside"
     if state:
         cause = f"a training checkpoint: {state[0]} is the state of a training, and no SAE"
     elif pickles:

@@ -7,6 +7,7 @@ activation function of a standard SAE, and a boolean for the normalization.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,10 @@ def _declared(config: dict[str, Any], label: object, path: str = "") -> Facts:
         transcoder=transcoder,
         architecture=architecture,
         norm=_norm_of_tokens(flat, architecture, label),
-        subtract_bias=not transcoder and bool(flat.get("apply_b_dec_to_input", True)),
-        centered=bool(pretrained.get("center_writing_weights", False)),
+        subtract_bias=not transcoder and _flag(flat, "apply_b_dec_to_input", True, label),
+        centered=_flag(pretrained, "center_writing_weights", False, label),
         k=k,
-        rescale=bool(flat.get("rescale_acts_by_decoder_norm", False)),
+        rescale=_flag(flat, "rescale_acts_by_decoder_norm", False, label),
         excluded=_excluded(flat, label),
         sizes={name: flat[name] for name in ("d_in", "d_sae", "d_out") if name in flat},
         width=flat.get("d_sae"),
@@ -270,6 +271,17 @@ def _require_k(flat: dict[str, Any], name: str, inner: dict[str, Any], label: ob
         return
     call = '"architecture": "topk" in its configuration, if that is what it is; or'
     raise refuse(label, got, wanted, cause, f"{call} sae.save_inference_model(folder) in sae-lens")
+
+
+def _flag(config: Mapping[str, Any], key: str, default: bool, label: object) -> bool:
+    """A key that is true or false. A word for it would be true whatever it says."""
+    value = config.get(key, default)
+    if isinstance(value, bool):
+        return value
+    if value is None and not default:  # as sae-lens reads it; of one that is true by default,
+        return False  # null may mean either
+    got = f"whose configuration has {key} = {value!r:.60}"
+    raise refuse(label, got, "true or false", "a file edited by hand", f'"{key}": true, or false')
 
 
 def _norm_of_tokens(flat: dict[str, Any], architecture: str, label: object) -> str:

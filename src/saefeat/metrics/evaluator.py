@@ -18,6 +18,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..checks import one_a_prompt, whole
 from ..errors import PromptError, SaefeatError, SiteError
+from ..generation.task import require_numbers
 from ..kernel.program import Program, whole_run
 from ..kernel.read import Norm, lift
 from ..kernel.state import Log, View
@@ -304,6 +305,7 @@ def measure(
         PromptError: for values made for another number of prompts.
         SaefeatError: for a metric that compares with a baseline run, of which there is none.
         FiringError: if an edit selected no token in the whole run.
+        ModelError: for logits that are not finite.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -325,6 +327,7 @@ def measure(
     for batch in data.batches(batch_size):
         run = evaluator.run(batch, edit)
         clean = evaluator.run(batch) if metric.reference == "clean" else run
+        require_numbers("measure", torch_module(model), torch.cat([run.last, clean.last]))
         references = References(run.last.argmax(-1), clean.last, run.last)
         with torch.no_grad():
             values.append(evaluator.read(run, batch.numbers, references).float().cpu())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..arguments import checked
-from ..errors import FiringError
+from ..errors import FiringError, ModelError
 from ..kernel.state import Log
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
@@ -79,7 +79,8 @@ def hooked(model: nn.Module | TransformersModel, intervention: Intervention) -> 
         SiteError: a layer the model lacks, a dictionary of another width, or a place that a
             tensor-parallel model has spread over processes.
         ModelError: an unknown family, or train mode with dropout; a forward pass that does not
-            reach every site; a part of the model called alone, or by two threads at once.
+            reach every site; a part of the model called alone, or by two threads at once; when
+            the block ends, for logits that are not finite.
         SaefeatError: for probes, or draws by prompt, in a generation that searches beams.
         FiringError: if no forward pass was made at all: results came from somewhere else.
 
@@ -107,4 +108,11 @@ def hooked(model: nn.Module | TransformersModel, intervention: Intervention) -> 
             "hooked: `model` is never called inside the block, wanted at least one forward pass."
             " Likely cause: results from a cache, or another copy of the model was called. Try:"
             " with hooked(model, intervention): model(...)"
+        )
+    if hooks.broken is not None and bool(hooks.broken):
+        raise ModelError(
+            f"hooked: `model`, a {type(module).__name__}, gave logits inside the block that are not"
+            " finite, wanted finite logits. Likely cause: a model trained in bfloat16 and run in"
+            " float16, an edit whose values its dtype cannot hold, or weights with a NaN. Try: the"
+            " same without the intervention, which tells the two apart; dtype=torch.bfloat16"
         )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..generation.decoding import require_beamable
+from ..generation.task import no_numbers
 from ..kernel.program import Program, Visit, generating
 from ..kernel.sequences import Sequences
 from ..kernel.state import Log, State, cache_of, require_sequential, window
@@ -33,10 +34,14 @@ class Hooks:
     Attributes:
         log: what the program's actions record.
         called: whether the model was called at all, also by a pass that was refused.
+        broken: whether any pass gave logits that are no numbers, a bool on the model's device; it
+            is looked at when the block ends, since a look at each pass would wait for it.
     """
 
+    broken: Tensor | None
+
     def __init__(self, module: nn.Module, intervention: Intervention, program: Program) -> None:
-        self.log, self.called = Log(), False
+        self.log, self.called, self.broken = Log(), False, None
         self._module, self._intervention, self._program = module, intervention, program
         self._sequences, self._ends = Sequences(), program.ends
         self._state: State | None = None  # of the forward pass that is under way
@@ -114,6 +119,15 @@ class Hooks:
                 " pass. Likely cause: skipped layers, or code compiled before the hooks were there."
                 " Try: hooked on the model as it was loaded"
             )
+        self._look(output, state.view.real)
+
+    def _look(self, output: Any, real: Tensor) -> None:
+        """Note whether a pass gives numbers, at its real tokens: a pad's may be none."""
+        logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.shape[1]:
+            return
+        bad = no_numbers(logits) & real[:, -logits.shape[1] :].to(logits.device)
+        self.broken = bad.any() if self.broken is None else self.broken | bad.any()
 
     def _on_input(self, visit: Visit, _: nn.Module, args: tuple, kwargs: Any) -> Any:
         if args:

@@ -20,6 +20,7 @@ ANSWERS = ("assistant", "model")
 _ROLES = ("system", "developer", "user", "tool", "function", *ANSWERS)
 
 Turn = dict[str, Any]
+_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def is_chat(prompt: object) -> bool:
@@ -66,7 +67,14 @@ def apply(tokenizer: Any, turns: Sequence[Turn], *, tokenize: bool = False, open
             options["return_dict"] = False
         return tokenizer.apply_chat_template([dict(turn) for turn in turns], **options)
     # A template is code: it indexes, adds and compares whatever a message holds.
-    except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         cause = "a role, an order of turns or a content that this template does not know"
         call = "turns of user and assistant in turn, with contents of text"
         if not getattr(tokenizer, "chat_template", None):

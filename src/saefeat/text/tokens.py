@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -37,6 +38,13 @@ class Tokens:
     """
 
     rule: tuple
+
+    def __post_init__(self) -> None:
+        if not _is_rule(self.rule):
+            raise PromptError(
+                f"Tokens: `rule` is {self.rule!r:.80}, wanted a rule made by one of its methods."
+                " Likely cause: a tuple written by hand. Try: Tokens.last(1)"
+            )
 
     @classmethod
     def all(cls) -> Tokens:
@@ -131,6 +139,26 @@ class Tokens:
 
     def __repr__(self) -> str:
         return _spell(self.rule)
+
+
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "all": (), "prompt": (), "special": (), "first": (int,), "last": (int,), "role": (str,),
+    "positions": (int, (int, NoneType)), "generated": (int, (int, NoneType)), "ids": (tuple,),
+    "where": (Callable,), "not": (tuple,), "and": (tuple, tuple), "or": (tuple, tuple),
+}  # fmt: skip
+"""Kinds of rules → what stands behind the kind. Of ``between``, which a role becomes, any number
+of tuples."""
+
+
+def _is_rule(rule: object) -> bool:
+    if not isinstance(rule, tuple) or not rule or not isinstance(rule[0], str):
+        return False
+    kind, *rest = rule
+    wanted = (tuple,) * len(rest) if kind == "between" else _ARGUMENTS.get(kind)
+    if wanted is None or len(rest) != len(wanted):
+        return False
+    nested = rest if kind in ("not", "and", "or") else ()
+    return all(map(isinstance, rest, wanted)) and all(map(_is_rule, nested))
 
 
 def _spell(rule: tuple, inner: bool = False) -> str:

@@ -297,8 +297,8 @@ def per_latent(function: str, parameter: str, value: Any, latents: Latents) -> A
         number = torch.as_tensor(value, dtype=torch.float32 if listed else None)
     except (TypeError, ValueError, RuntimeError):
         number = None
-    if number is not None and number.dtype == torch.bool:
-        number = None  # True is no 1.0
+    if number is not None and (number.dtype == torch.bool or number.is_complex()):
+        number = None  # True is no 1.0, and an imaginary part would be left out
     finite = number is None or bool(torch.isfinite(number).all())
     if number is not None and finite and number.ndim == 0:
         return float(value)  # not through a tensor: 0.7 stays 0.7
