@@ -454,7 +454,6 @@ class Custom(sf.Intervention):
         (lambda: sf.When(harm()), "When"),
         (lambda: sf.Ablate(harm(), when=sf.When(norm, site="resid_post.0")), "function"),
         (lambda: sf.Ablate(few("topk").reselect()), "reselect"),
-        (lambda: sf.Clamp(harm(), add=torch.ones(1, dtype=torch.complex64)), "complex64"),
         (lambda: sf.Ablate(harm(), where=~sf.Tokens.role("u" * 5000)), "a long role"),
         (
             lambda: sf.Ablate(sf.Direction(unit(), site="model." + "a" * 300 + ".output")),

@@ -150,15 +150,19 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 of tuples."""
 
 
-def _is_rule(rule: object) -> bool:
+def _is_rule(rule: object, inside: int = 1) -> bool:
+    """Whether this is a rule, and what stands so far inside it.
+
+    Deeper ones were looked at when they were made: a long chain is no long work.
+    """
     if not isinstance(rule, tuple) or not rule or not isinstance(rule[0], str):
         return False
     kind, *rest = rule
     wanted = (tuple,) * len(rest) if kind == "between" else _ARGUMENTS.get(kind)
     if wanted is None or len(rest) != len(wanted):
         return False
-    nested = rest if kind in ("not", "and", "or") else ()
-    return all(map(isinstance, rest, wanted)) and all(map(_is_rule, nested))
+    nested = rest if inside and kind in ("not", "and", "or") else ()
+    return all(map(isinstance, rest, wanted)) and all(_is_rule(r, inside - 1) for r in nested)
 
 
 def _spell(rule: tuple, inner: bool = False) -> str:
