@@ -246,6 +246,16 @@ class Scaled:
         return x * self.factor
 
 
+class Around:
+    """A callable around something that does the work."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
 def times(factor, x):
     return x * factor
 
@@ -302,6 +312,15 @@ PAIRS = {
     "a setting in an object": (
         lambda model: setattr(attention(model), "steer", SimpleNamespace(gain=1.0)),
         lambda model: setattr(attention(model), "steer", SimpleNamespace(gain=2.0)),
+    ),
+    "a setting in an object in an object": (
+        activated(Around(Scaled(2.0))), activated(Around(Scaled(3.0)))
+    ),
+    "a module in a list of an object": (
+        activated(Around([torch.nn.Linear(4, 4)])), activated(Around([torch.nn.Linear(4, 4)]))
+    ),
+    "a function of torch in an object": (
+        activated(Around(torch.tanh)), activated(Around(torch.relu))
     ),
     "a hook at the input": (lambda model: None, hooked("register_forward_pre_hook", 1.0)),
     "a hook on gradients": (lambda model: None, hooked("register_full_backward_hook", 1.0)),

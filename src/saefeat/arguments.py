@@ -216,6 +216,8 @@ def _error(
     owner, _, name = qualified.rpartition(".")
     function = owner + OPERATORS[name] if name in OPERATORS else qualified
     kinds = [KINDS[name] for name in _classes(hint) if name in KINDS]
+    if fits("", hint):  # text will do, which is plainer than a tensor
+        kinds = [kind for kind in kinds if kind is not KINDS["Tensor"]]
     cause, example = _cause(value, hint, bool(kinds)), kinds[0].example if kinds else None
     if isinstance(value, type) and _makes(value, hint):
         example = f"{value.__name__}(...)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -298,12 +299,26 @@ def _inside(one: Any) -> Iterator[object]:
 
 
 def _attributes(one: object) -> Iterator[tuple[str, object]]:
-    """An object's plain attributes and functions; what lies deeper is somebody else's state."""
+    """An object's attributes that it may compute with."""
     skipped = _SKIPPED if isinstance(one, nn.Module) else _ORIGINS
     for name, value in getattr(one, "__dict__", {}).items():
-        simple = _is_plain(value) or isinstance(value, FunctionType | MethodType | partial)
-        if simple and name not in skipped:
+        if name not in skipped and _computes(value):
             yield name, value
+
+
+_LIBRARIES = {"nnsight", "torch", "transformers", "tokenizers", "accelerate"}
+_LIBRARIES |= sys.stdlib_module_names - {"builtins", "collections", "functools", "types"}
+"""Whose objects are somebody else's state: a configuration, a tokenizer, a traced model, a lock."""
+
+
+def _computes(value: object) -> bool:
+    """Plain values, functions, modules, and objects of the user's own making; lists of these."""
+    if _is_plain(value) or isinstance(value, FunctionType | MethodType | partial | nn.Module):
+        return True
+    if isinstance(value, list | tuple | Mapping):
+        return all(map(_computes, value.values() if isinstance(value, Mapping) else value))
+    known = type(value).__module__.split(".")[0] in _LIBRARIES or isinstance(value, type)
+    return not known and (callable(value) or hasattr(value, "__dict__"))
 
 
 def _enclosed(function: FunctionType) -> dict[str, object]:
