@@ -294,6 +294,6 @@ def words(hint: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping, {words(inner[0])}: {words(inner[1])}"
     if isinstance(origin, type) and issubclass(origin, Iterable):
-        return f"a list, each {words(inner[0])}"
+        return "a list" if inner[0] is Any else f"a list, each {words(inner[0])}"
     name = getattr(hint if origin is None else origin, "__name__", str(hint))
     return KINDS[name].name if name in KINDS else name
