@@ -5,7 +5,7 @@
 * ``faithfulness``: curves over set size, with controls.
 * ``sets``: ``minimal_set`` and ``interactions``: what is left when nothing more can go, and how it
   combines.
-* ``edges``: which latents drive which, through the bare model.
+* ``edges``: which latents drive which, through the bare model; ``jacobian``, their gradients.
 * ``experiment``, ``ranking``, ``stats``: a metric under many edits, latents in order with sets
   drawn as controls, and the statistics of samples.
 """
