@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import saefeat as sf
-from helpers import RAGGED, D, build, make_sae, unit, wrapped
+from helpers import RAGGED, D, build, hook_count, make_sae, unit, wrapped
 from saefeat.files.hashing import digest
 from saefeat.kernel.frozen import Placed
 from saefeat.kernel.state import Log, Memory, State, window
@@ -414,6 +414,44 @@ def test_edges_refuse_such_a_kernel_too():
     down = make_sae("jumprelu", layer=1).latents([5])
     with pytest.raises(sf.errors.GradientError, match=r"edges: .*kernel that has no gradient"):
         sf.validation.edges(model, RAGGED, up, down, check=0)
+
+
+def cut_off(module):
+    """The module, in a forward pass that leaves no graph; the residual stream still has one."""
+    module.forward = torch.no_grad()(module.forward)
+
+
+@pytest.mark.parametrize(
+    "part", ["layers.1.mlp", "layers.1.mlp.act_fn", "norm", "layers.1.self_attn.o_proj"]
+)
+def test_a_module_that_gradients_do_not_cross_is_refused(part):
+    """Its part was missing from every score, without a word."""
+    hf, sae = build("llama"), make_sae("jumprelu", layer=0)
+    attribute, model = sf.Attribute(sae, sf.logit_diff(5, 6)), wrapped(hf)
+    with model.trace(RAGGED[0]):
+        scores = nnsight.save(attribute.watch(model).scores(model.output.logits))
+    assert scores.provenance.model == attribute(model, RAGGED).provenance.model
+    before = hook_count(hf)
+    cut_off(hf.model.get_submodule(part))
+    with pytest.raises(sf.errors.GradientError, match=rf"Attribute: .* end at model.{part}"):
+        attribute(model, RAGGED)
+    with (
+        pytest.raises(Exception, match=rf"Attribute.watch: .* end at model.{part}"),
+        model.trace(RAGGED[0]),
+    ):
+        watching = attribute.watch(model)
+        nnsight.save(watching.scores(model.output.logits))
+    assert hook_count(hf) == before
+    exact = sf.Attribute(sae.latents([3, 8]), sf.logit_diff(5, 6), method=sf.attribution.Exact())
+    assert exact(model, RAGGED).score.abs().max() > 0
+
+
+def test_edges_refuse_a_module_that_gradients_do_not_cross():
+    hf = build("llama")
+    up, down = (make_sae("jumprelu", layer=n).latents([3, 8]) for n in (0, 1))
+    cut_off(hf.model.layers[1].mlp)
+    with pytest.raises(sf.errors.GradientError, match=r"edges: .* end at model.layers.1.mlp"):
+        sf.validation.edges(wrapped(hf), RAGGED, up, down, check=0)
 
 
 def test_a_gradient_that_is_zero_everywhere_is_no_result():

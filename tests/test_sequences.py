@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import types
 from functools import partial
 
 import nnsight
@@ -423,6 +424,39 @@ def test_wrappers_and_parts_are_refused_by_name(wrap):
         sf.hooked(outer, step),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_of_a_wrapper_are_refused(kind):
+    """Prefix tuning: first(1) selected none of 3. Prompt tuning: the virtual tokens counted."""
+    model = build("llama")
+
+    class PeftModel(torch.nn.Module):
+        active_peft_config = types.SimpleNamespace(is_prompt_learning=True)
+
+        def __init__(self, inside):
+            super().__init__()
+            self.base_model = inside
+
+        def forward(self, ids):
+            virtual = torch.zeros(len(ids), 4, model.config.hidden_size)
+            if kind == "prompt":
+                text = model.get_input_embeddings()(ids)
+                return self.base_model(inputs_embeds=torch.cat([virtual, text], 1))
+            cache = self.base_model.model(inputs_embeds=virtual).past_key_values
+            return self.base_model(input_ids=ids, past_key_values=cache)
+
+    step = sf.Clamp(V(), add=1.0, where=sf.Tokens.first(1))
+    outer = PeftModel(model)
+    earlier = model(IDS).past_key_values
+    with torch.no_grad(), sf.hooked(model, step) as log:
+        with pytest.raises(sf.errors.ModelError, match="PeftModel that puts virtual tokens"):
+            outer(IDS)
+        model(IDS)
+        assert step.receipt(log).rows[0].tokens == len(IDS)
+        model(IDS, past_key_values=earlier)  # a cache of real tokens is none of a wrapper's
+        outer.active_peft_config.is_prompt_learning = False  # LoRA, say
+        model(inputs_embeds=model.get_input_embeddings()(IDS))
 
 
 def test_a_pass_that_failed_leaves_no_open_pass():

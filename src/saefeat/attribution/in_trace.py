@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -22,6 +22,7 @@ from ..verbs.base import Intervention
 from ..verbs.lower import lower
 from .baselines import Fixed
 from .convergence import Convergence, of_one_node
+from .crossing import crossed_now
 from .methods import AtP, plain_slopes
 from .passes import Job, SitePasses, require_scored, source
 from .path import joined, read_out, target_of
@@ -51,6 +52,7 @@ class Watching:
     job: Job
     passes: SitePasses
     log: Log
+    looking: ExitStack  # at modules that gradients do not cross, until scores are read
 
     def scores(self, values: Tensor) -> Attribution:
         """The scores of a metric computed from this trace.
@@ -68,6 +70,7 @@ class Watching:
         Raises:
             GradientError: for values without a gradient at the watched sites.
         """
+        self.looking.close()
         view, job = self.log.view, self.job
         rows = torch.arange(len(view.real))
         one_a_prompt("Attribute", "metric", job.metric.prompts, len(rows))
@@ -151,7 +154,8 @@ def watch(job: Job, model: TransformersModel, intervention: Intervention | None)
     # What came before the first site stays in the user's graph.
     program = passes.watched(program, way, passes.written, detach=False)
     whole_run(model, program, log, None)
-    return Watching(job, passes, log)
+    looking = crossed_now("Attribute.watch", torch_module(model), log)
+    return Watching(job, passes, log, looking)
 
 
 def _require_one_pass(job: Job) -> None:

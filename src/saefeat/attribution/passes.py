@@ -39,6 +39,7 @@ from ..text.tokens import Tokens, plain
 from ..verbs.base import Intervention, require_rows
 from ..verbs.lower import Visits, acts_at, lower
 from .baselines import Baseline, Fixed, Paired, require_pairs
+from .crossing import crossed
 from .methods import Backward, Method, Slopes, plain_slopes
 from .pairs import Part
 from .remote_passes import RemotePass, leaves_of, nodes_of, pull, require_plain, run_remote
@@ -207,6 +208,8 @@ class SitePasses:
         else:
             with ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(bool(gradient)))
+                if gradient:
+                    stack.enter_context(crossed("Attribute", evaluator.module))
                 slopes = plain_slopes
                 if self.backward is not None and gradient:
                     slopes = stack.enter_context(self.backward.applied(evaluator.module))

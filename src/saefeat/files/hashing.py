@@ -175,6 +175,7 @@ _SKIPPED = {*nn.Module().__dict__, *_ORIGINS, "forward", "generation_config"}
 _SKIPPED |= {"__nnsight__", "_hf_hook"}
 """Attributes of a module that libraries keep for themselves, or that are hashed elsewhere."""
 
+_LOOKING = ("nnsight.", "saefeat.attribution.crossing.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _PLAIN = (
@@ -206,19 +207,20 @@ def computation(module: nn.Module) -> str:
 
 
 def _hooks(part: nn.Module, own: set[int]) -> list[object]:
-    """Which hooks of somebody's making a module has; nnsight's only look."""
+    """Which hooks of somebody's making a module has; nnsight's, and some of ours, only look."""
     found: list[object] = []
     for kind in _HOOKS:
         for hook in (getattr(part, kind, None) or {}).values():
             place = _place(hook)
+            if place.startswith(_LOOKING):
+                continue
             if place.startswith("saefeat."):
                 raise CheckpointError(
                     "checkpoint: `model` is inside a `hooked` block, wanted the model itself."
                     " Likely cause: the block's edits would be taken for the model. Try: the call"
                     " outside the block, with the edits as its intervention"
                 )
-            if not place.startswith("nnsight."):
-                found.append([kind, place, _codes(hook, own)])
+            found.append([kind, place, _codes(hook, own)])
     return found
 
 

@@ -26,6 +26,7 @@ from ..kernel.sequences import Sequences
 from ..kernel.state import Log, State, cache_of, require_sequential, window
 from ..verbs.base import Intervention
 from ..verbs.lower import ends_of
+from .virtual import require_real_tokens
 
 
 class Hooks:
@@ -91,6 +92,8 @@ class Hooks:
             self._decodes or generating(module, named),
         )
         memory, past = self._sequences.at(cache, shape, ids, decodes, one=self._decodes)
+        if memory.seen is None and (past or ids is None):
+            require_real_tokens(module)
         if self._program.beams is not None:
             self._program.beams.follow(cache, memory)
         view = window(ids, mask, shape, past, memory, self._ends)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..attribution.crossing import crossed
 from ..checks import differentiated
 from ..dictionaries.latents import Latents, cast, index_tensor
 from ..kernel.encode import encode
@@ -16,6 +17,7 @@ from ..kernel.state import Log, View
 from ..kernel.tokens import select
 from ..kernel.watch import Keep
 from ..metrics.evaluator import Batch, forward
+from ..model.modules import torch_module
 from ..model.route import Route
 from ..model.sites import Order, Place, Site
 from ..text.tokens import Tokens, plain
@@ -101,7 +103,7 @@ class Jacobian:
             keep = Keep(number=number, plus=place.plus, gradient=gradient, first=first)
             visits.add(place, order, keep)
         program = program.replace(visits=visits.ordered())
-        with torch.enable_grad():
+        with torch.enable_grad(), crossed("edges", torch_module(self._model)):
             log, _ = forward(self._model, batch, program, columns=1)
         return log
 
