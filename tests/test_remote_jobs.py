@@ -445,7 +445,7 @@ def test_samples_are_those_of_a_run_here(model, server):
 def test_a_sample_that_the_seed_did_not_make_is_refused(model, monkeypatch):
     """Where the block runs apart from the model, seeding it there would change nothing."""
     monkeypatch.setattr(torch, "multinomial", lambda probs, **_: probs.argmax(-1, keepdim=True))
-    with pytest.raises(RuntimeError, match="process of their own"):
+    with pytest.raises(sf.SaefeatError, match="process of their own"):
         sf.run(model, RAGGED, on=Server("local"), **SAMPLE)
 
 
@@ -584,7 +584,7 @@ def test_a_program_for_another_model_is_refused_there(model, monkeypatch):
     bound = sf.Clamp(jumprelu(), 3.0).bind(other)
     with model.trace(batch, backend=backend):
         nnsight.save(bound(model))
-    with pytest.raises(RuntimeError, match="bound to the model somebody/another-model"):
+    with pytest.raises(sf.SaefeatError, match="bound to the model somebody/another-model"):
         executed(model, backend.raw, monkeypatch)
 
 

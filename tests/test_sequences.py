@@ -78,7 +78,7 @@ def test_a_generate_that_was_bound_before_the_block():
     calls = [lambda: go(IDS), lambda: go(out)]
     assert tokens_acted(model, sf.Tokens.prompt(), calls) == [8, 14]
     assert tokens_acted(model, sf.Tokens.generated(), calls) == [4, 4]
-    with pytest.raises(ValueError, match="length, which is not known"):
+    with pytest.raises(sf.SaefeatError, match="length, which is not known"):
         tokens_acted(model, sf.Tokens.prompt(), [lambda: go(IDS, use_cache=False)])
     assert tokens_acted(model, sf.Tokens.ids(5), [lambda: go(IDS, use_cache=False)]) == [3]
 
@@ -108,14 +108,14 @@ def test_readings_of_sequences_in_turns_are_refused():
     model = build("llama")
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match="run in turns"),
+        pytest.raises(sf.SaefeatError, match="run in turns"),
         sf.hooked(model, positions()),
     ):
         a, _ = (model(x, use_cache=True) for x in (IDS, IDS + 20))
         model(IDS[:, :1], past_key_values=a.past_key_values)
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match="run in turns"),
+        pytest.raises(sf.SaefeatError, match="run in turns"),
         sf.hooked(model, positions()),
     ):
         model.generate(IDS, max_new_tokens=3, do_sample=False, guidance_scale=1.5)
@@ -196,7 +196,7 @@ def test_copies_of_a_prefix_cache():
     assert reading.values.shape[1] == 3 and reading.starts.tolist() == [-2]
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match="length, which is not known"),
+        pytest.raises(sf.SaefeatError, match="length, which is not known"),
         sf.hooked(model, sf.Clamp(V(), add=1.0, where=sf.Tokens.prompt())),
     ):
         model(IDS[:1, 2:], past_key_values=copy.deepcopy(prefix))
@@ -207,7 +207,7 @@ def test_a_cropped_cache_is_refused_and_an_emptied_one_begins_anew():
     step = sf.Clamp(V(), add=0.0, where=sf.Tokens.prompt())
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match="have been taken back"),
+        pytest.raises(sf.SaefeatError, match="have been taken back"),
         sf.hooked(model, step),
     ):
         cache = model(IDS, use_cache=True).past_key_values
@@ -280,7 +280,7 @@ def test_a_state_without_a_length_is_refused():
     with sf.hooked(model, step) as log:
         model(IDS)
     assert step.receipt(log).rows[0].tokens == IDS.numel()
-    with pytest.raises(ValueError, match="does not say how many"), sf.hooked(model, step):
+    with pytest.raises(sf.SaefeatError, match="does not say how many"), sf.hooked(model, step):
         model.generate(IDS, max_new_tokens=3, do_sample=False)
 
 
@@ -612,7 +612,7 @@ def test_draws_and_readings_under_beams_are_refused_in_blocks_too(how, cache, sa
     else:
         nn._module.generation_config.num_beams = 3
     for step in (drawn, look)[: 1 if how == "edit" else 2]:
-        with pytest.raises(ValueError, match="searches 3 beams"):
+        with pytest.raises(sf.SaefeatError, match="searches 3 beams"):
             if how == "edit":
                 edited = sf.edit(nn, step)
                 with edited.generate(RAGGED, **args):

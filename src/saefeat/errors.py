@@ -7,6 +7,8 @@ can catch it; ``saefeat.checks`` holds the checks that many functions share.
 
 from __future__ import annotations
 
+from .kernel.errors import SaefeatError
+
 __all__ = [
     "CheckpointError",
     "ConvergenceWarning",
@@ -21,15 +23,6 @@ __all__ = [
     "SaefeatError",
     "SiteError",
 ]
-
-
-class SaefeatError(ValueError):
-    """Base of every error raised on purpose by saefeat.
-
-    Examples:
-        >>> issubclass(sf.errors.SiteError, sf.SaefeatError)
-        True
-    """
 
 
 class SiteError(SaefeatError):

@@ -162,8 +162,8 @@ def cast(columns: dict[str, Any], dtype: torch.dtype, device: torch.device) -> d
 def index_tensor(indices: Iterable[int]) -> Tensor:
     """Indices as a long tensor [k]."""
     if isinstance(indices, range):
-        return torch.arange(indices.start, indices.stop, indices.step)
-    return torch.tensor(list(indices), dtype=torch.long)
+        return torch.arange(indices.start, indices.stop, indices.step, device="cpu")
+    return torch.tensor(list(indices), dtype=torch.long, device="cpu")
 
 
 WRITTEN = ("frozen", "reselect", "span")

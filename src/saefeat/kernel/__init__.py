@@ -4,6 +4,7 @@ This package is the only code that travels to a server, so it imports torch and 
 everything in it is sent as its source: a request names no class that has to exist over there.
 Annotations are strings and are never evaluated when the code runs.
 
+* ``errors``: the base of all errors.
 * ``frozen``: typed values that travel, and their tensors where they are used.
 * ``state``: what one forward pass shows and has read, and what a run remembers and records.
 * ``sequences``: which sequence a forward pass belongs to, by its key-value cache.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import SaefeatError
 from .frozen import Frozen
 from .state import Memory, past_length
 
@@ -45,7 +46,7 @@ def moves(old: Tensor, now: Tensor) -> Tensor:
     """[b]: which of the old rows [b, d] each row is now."""
     same = (now[:, None] == old[None]).all(-1)
     if not bool(same.any(1).all()):
-        raise RuntimeError(
+        raise SaefeatError(
             "saefeat: rows have changed between two passes, and none of the key-value cache's rows"
             " is what it was. Likely cause: a cache that keeps its keys in another form, with a"
             " held condition, a chat role or a temporal SAE. Try: the default dynamic cache; greedy"
@@ -75,7 +76,7 @@ def column(cache: Any, layer: int, past: int, place: int) -> Tensor:
     # a static cache has room for more, at the right; a sliding window has dropped the oldest
     place = place if kept >= past else place - (past - kept)
     if place < 0:
-        raise RuntimeError(
+        raise SaefeatError(
             "saefeat: the key-value cache has dropped the token by which its rows are told apart."
             " Likely cause: a sliding window of one token. Try: generate without beams, or with a"
             " larger window."
@@ -86,7 +87,7 @@ def column(cache: Any, layer: int, past: int, place: int) -> Tensor:
 def require_single(memory: Memory) -> None:
     """Refuse several rows in a cache without keys: if they changed places, nobody could tell."""
     if memory.lengths is not None and len(memory.lengths) > 1:
-        raise RuntimeError(
+        raise SaefeatError(
             "saefeat: a held condition, a chat role or a temporal SAE looks back over its row, and"
             " this cache does not show whether rows have changed places, as beam search does."
             " Likely cause: a state-space model. Try: one prompt at a time."

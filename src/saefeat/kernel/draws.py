@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .errors import SaefeatError
+
 APART = "saefeat: the model drew no sample from the generators of this block"
 
 
@@ -37,7 +39,7 @@ def require_drawn(held: dict[str, Any] | None) -> None:
     if others:
         torch.cuda.set_rng_state_all(others)
     if not any(moved):
-        raise RuntimeError(
+        raise SaefeatError(
             f"{APART}, so the seed had no effect and nobody could draw this sample again. Likely"
             " cause: a server that runs blocks in a process of their own. Try: greedy decoding."
         )

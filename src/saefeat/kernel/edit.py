@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .encode import top
+from .errors import SaefeatError
 from .frozen import Frozen, plainly
 from .state import State, View
 from .values import ByToken
@@ -110,7 +111,7 @@ def require_batch(values: dict[str, Any], rows: int) -> None:
     """Values made for other prompts would broadcast into other rows without a word."""
     for name, value in values.items():
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] != rows:
-            raise ValueError(
+            raise SaefeatError(
                 f"saefeat: `{name}` holds values for {value.shape[0]} prompts, and the batch has"
                 f" {rows}. Likely cause: the prompts were filtered or split after the values were"
                 " made. Try: run, which splits both together."

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .errors import SaefeatError
 from .frozen import Frozen, plainly
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def scored(scorer: Any, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t 1"]:
         score = scorer(x.detach())
     if not isinstance(score, Tensor) or score.shape != x.shape[:2]:
         got = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else repr(score)
-        raise ValueError(
+        raise SaefeatError(
             f"saefeat: the scorer of a When gave a score {got} for x of shape {tuple(x.shape)},"
             f" wanted {tuple(x.shape[:2])}, one number a token. Likely cause: a last dimension of"
             " one, or a mean over tokens. Try: lambda x: probe(x).squeeze(-1)."

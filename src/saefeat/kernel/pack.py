@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import SaefeatError
 from .frozen import Frozen
 from .program import Program, whole_run
 from .state import Log, Memory, View, last_position
@@ -23,12 +24,12 @@ def applied(
     """What an intervention is on a server: its program, called with the model inside a block."""
     traced = getattr(model, "repo_id", None)
     if traced != repository:  # of the model that the program was made for
-        raise RuntimeError(
+        raise SaefeatError(
             f"saefeat: an intervention is bound to the model {repository}, and applied to {traced}."
             " Try: intervention.bind(model) with the model that the block traces."
         )
     if step is not None and program.beams is not None:
-        raise RuntimeError(
+        raise SaefeatError(
             "saefeat: `step` is given for an intervention with a held condition or a chat role,"
             " which look back over the whole sequence. Try: call it without step, once, before any"
             " loop."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .encode import AnyEncoder
+from .errors import SaefeatError
 from .state import View
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def remembered(
         shown = torch.cat([before[1].to(x.device), shown], 1)
     last = view.position[:, -1].to(x.device)
     if not torch.equal(shown.sum(1), last + 1):
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: a latent that depends on every earlier token cannot be read here: the cache"
             " holds tokens that were not seen. Likely cause: a cache filled before the"
             " intervention was there. Try: run the whole sequence under the intervention."

@@ -27,6 +27,7 @@ from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
 from .beams import Beams
+from .errors import SaefeatError
 from .frozen import Frozen, Placed, plainly
 from .state import Ends, Log, Memory, State, View, cache_of, past_length, require_sequential, window
 
@@ -86,7 +87,7 @@ class InputVisit(Visit):
         own = kwargs.get("past_key_values")
         copied = own is not None and type(own) is type(cache) and own is not cache
         if memory.copied or (copied and not first):
-            raise RuntimeError(
+            raise SaefeatError(
                 f"saefeat: the input of {envoy.path} is read in a generation, on a server that runs"
                 " blocks apart from the model and gives them copies. The module goes on with a copy"
                 " of the key-value cache, so later tokens would not see this one. Likely cause: an"
@@ -169,7 +170,7 @@ def whole_run(
     except OutOfOrderError as error:
         if step:  # a user's open loop has outrun the generation: how such loops end
             raise
-        raise RuntimeError(
+        raise SaefeatError(
             "saefeat: an intervention was applied after the block had already read a layer, or"
             " applied another, so the attention mask is gone. Call it before anything else in the"
             " block, and compose several with |."
@@ -213,7 +214,7 @@ def later_inputs(model: Any, program: Program, memory: Memory) -> Inputs:
     mask, ids = memory.mask, locate(model, program.embedding).input
     past = mask.shape[1] if ids.shape[1] <= mask.shape[1] else 0  # without a cache: all again
     if past and ids.shape[1] > 1:
-        raise ValueError(
+        raise SaefeatError(
             f"saefeat: this forward pass feeds {ids.shape[1]} tokens behind the first pass at once,"
             " which a block on a server cannot tell from guesses that are taken back. Likely cause:"
             " assisted generation, prompt lookup, or prefill_chunk_size. Try: generate without it."
@@ -294,7 +295,7 @@ def by_token(x: Float[Tensor, "*batch d"], rows: int, tokens: int) -> Float[Tens
         return x
     if x.ndim == 2 and x.shape[0] == rows * tokens:
         return x.reshape(rows, tokens, -1)
-    raise ValueError(  # fewer tokens than the pass has would broadcast against their mask
+    raise SaefeatError(  # fewer tokens than the pass has would broadcast against their mask
         f"saefeat: a site's value is of shape {tuple(x.shape)}, and this pass has {rows} rows of"
         f" {tokens} tokens. Likely cause: a module that sees only part of them, as the unembedding"
         " does in generate, or that is given all invokes' tokens in one row. Try: the input or"

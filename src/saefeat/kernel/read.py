@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .encode import AnyEncoder
+from .errors import SaefeatError
 from .frozen import Frozen
 from .prefix import encode_prefix
 from .state import Log, State, View, require_one_beam
@@ -139,7 +140,7 @@ def one_sequence(log: Log, view: View) -> None:
     if view.begins:
         log.read = view.memory
     elif log.read is not view.memory:
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: two sequences are run in turns, and a probe's readings are of one. Likely"
             " cause: guidance_scale, or loops over two caches. Try: generate without it, a"
             " block for each sequence, or both as rows of one batch."

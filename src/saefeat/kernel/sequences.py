@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .errors import SaefeatError
 from .frozen import Frozen
 from .state import Ends, Memory, past_length
 
@@ -118,7 +119,7 @@ def filled(cache: Any, memory: Memory | None) -> int:
             return memory.seen
         if not getattr(cache, "has_previous_state", lambda: True)():
             return 0
-    raise ValueError(
+    raise SaefeatError(
         "saefeat: the cache of this forward pass does not say how many tokens it holds, so"
         " positions are not known. Likely cause: a state-space model whose prompt was run before"
         " the intervention was there. Try: the whole prompt in the block."

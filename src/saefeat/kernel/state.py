@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .errors import SaefeatError
 from .frozen import Frozen, Placed
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Memory:
 def require_one_beam(memory: Memory, what: str) -> None:
     """Refuse what belongs to a prompt's only row, where beams change places between passes."""
     if memory.beams > 1:
-        raise ValueError(
+        raise SaefeatError(
             f"saefeat: this generation searches {memory.beams} beams, with {what}, which has a row"
             " for each prompt; beams are dropped and copied between passes. Likely cause: num_beams"
             " of generate. Try: generate greedily; to read completions, run on them once more."
@@ -193,13 +194,13 @@ def window(
         device = None if ids is None else ids.device
         mask = torch.ones(rows, past + columns, dtype=torch.long, device=device)
     if getattr(mask, "ndim", 0) != 2:
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: the attention mask of this forward pass is not [batch, sequence], so padding"
             " cannot be told from tokens. Likely cause: a compiled or static cache, or a 4-D mask"
             " of your own. Try: the default dynamic cache, and the tokenizer's own mask."
         )
     if past and memory.seen not in (None, past):
-        raise ValueError(
+        raise SaefeatError(
             f"saefeat: the key-value cache holds {past} columns where {memory.seen} have been"
             " seen, so tokens that were edited and read have been taken back. Likely cause:"
             " assisted generation, or a cache cropped between passes. Try: generate without an"
@@ -258,7 +259,7 @@ def require_sequential(kwargs: dict[str, Any]) -> None:
     # lookup, which feed guesses and take them back (5.23, tried).
     cached = kwargs.get("past_key_values") is not None and "use_cache" in kwargs
     if cached and "logits_to_keep" in kwargs and "return_dict" not in kwargs:
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: this forward pass may hold guessed tokens that are taken back later, which"
             " would be edited, read and counted. Likely cause: assisted generation or prompt"
             " lookup. Try: generate without assistant_model and prompt_lookup_num_tokens; in a"
@@ -266,7 +267,7 @@ def require_sequential(kwargs: dict[str, Any]) -> None:
         )
     # RWKV's, XLNet's and Reformer's names: nothing in them says how many tokens came before.
     if any(kwargs.get(name) is not None for name in ("state", "mems", "past_buckets_states")):
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: this forward pass goes on with a state that does not say how many tokens it"
             " holds, so positions are not known. Likely cause: a recurrent model other than Mamba."
             " Try: use_cache=False, or one forward pass over the whole text."
@@ -280,7 +281,7 @@ def require_sequential(kwargs: dict[str, Any]) -> None:
             falls = falls & (mask[:, -places.shape[1] :][:, :-1] != 0).to(falls.device)
         packed = bool(falls.any())
     if packed:
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: several texts lie in one row of this forward pass, and positions are counted"
             " along the row. Likely cause: packed sequences (position_ids that start again). Try:"
             " one text a row, padded, with an attention mask."

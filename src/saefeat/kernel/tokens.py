@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .errors import SaefeatError
 from .frozen import Frozen
 from .state import View
 
@@ -81,7 +82,7 @@ def matches(rule: tuple, view: View) -> Bool[Tensor, "b t"]:
         late = position >= lengths + start
         return late if stop is None else late & (position < lengths + stop)
     if view.ids is None:
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: this token rule looks at token ids, but the model was called with"
             " embeddings. Try: call it with input_ids, or use a rule over positions."
         )
@@ -98,7 +99,7 @@ def as_mask(given: Any, position: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     shape = tuple(getattr(given, "shape", ()))
     if isinstance(given, Tensor) and given.dtype == torch.bool and shape == position.shape:
         return given
-    raise ValueError(
+    raise SaefeatError(
         f"saefeat: a function of Tokens.where gave a {type(given).__name__} of shape {shape},"
         f" wanted a bool tensor {tuple(position.shape)}, as the ids it is given. Likely cause:"
         " numbers, an array or a column in place of a mask. Try: lambda ids, position: ids > 5"
@@ -127,7 +128,7 @@ def reads_turns(rule: tuple) -> bool:
 def whole_prompt(view: View) -> None:
     """Refuse a rule that counts from the prompt's end where that end is not known."""
     if view.memory.blocks:
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: this token rule needs the prompt's length, which is not known: several tokens"
             " came behind the first forward pass at once, or the first went on with a cache that"
             " was filled outside of the intervention. Likely cause: prefill_chunk_size, a second"
@@ -141,7 +142,7 @@ def whole_text(view: View) -> Int[Tensor, "b s"]:
     """All tokens so far; an error where those before this pass were never shown."""
     ids, seen = view.memory.ids, view.memory.seen
     if ids is None or (seen is not None and ids.shape[1] != seen):
-        raise ValueError(
+        raise SaefeatError(
             "saefeat: this token rule looks back over the whole text, but the model was given a"
             " key-value cache or embeddings for part of it. Try: run the whole text under the"
             " intervention, or use a rule over positions."

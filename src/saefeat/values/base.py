@@ -45,7 +45,7 @@ def numbers(function: str, parameter: str, given: object, dims: tuple[int, ...])
         LatentError: for another number of dimensions, none at all, NaN or infinity.
     """
     try:
-        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
+        values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         values = torch.empty(0, dtype=torch.float32)
     if isinstance(given, bool) or getattr(given, "dtype", None) is torch.bool:

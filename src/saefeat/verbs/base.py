@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, cast, final
 
 import torch
 from torch import Tensor
@@ -294,14 +294,15 @@ def per_latent(function: str, parameter: str, value: Any, latents: Latents) -> A
         return value
     try:
         listed = isinstance(value, (list, tuple))  # whose dtype would be torch's default
-        number = torch.as_tensor(value, dtype=torch.float32 if listed else None)
+        device = None if isinstance(value, Tensor) else "cpu"  # and the device also
+        number = torch.as_tensor(value, dtype=torch.float32 if listed else None, device=device)
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is not None and (number.dtype == torch.bool or number.is_complex()):
         number = None  # True is no 1.0, and an imaginary part would be left out
     finite = number is None or bool(torch.isfinite(number).all())
     if number is not None and finite and number.ndim == 0:
-        return float(value)  # not through a tensor: 0.7 stays 0.7
+        return float(cast("float", value))  # not through a tensor: 0.7 stays 0.7
     fits = number is not None and number.ndim in (1, 2) and number.shape[-1] == len(latents)
     if number is not None and finite and fits and len(number):
         return number.detach().clone()
