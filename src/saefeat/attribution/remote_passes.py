@@ -90,7 +90,7 @@ def remote_slopes(remote_pass: RemotePass, slopes: dict[str, Tensor]) -> dict[in
             with tracer.invoke():
                 logits = model.output.logits[:, -columns:]
                 found = nnsight.save(pulled_back(log, logits, slopes))
-    except (Refused, RuntimeError) as error:
+    except (Refused, SaefeatError) as error:
         if NO_GRADIENT in str(error):
             raise GradientError(_NO_GRADIENT) from error
         raise
