@@ -17,6 +17,7 @@ from nnsight.intervention.backends.remote import RemoteError as Refused
 from torch import Tensor
 
 from ..errors import GradientError, RemoteError, SaefeatError
+from ..kernel.pack import whereabouts
 from ..kernel.program import Program, whole_run
 from ..kernel.slopes import NO_GRADIENT, pack_pass, pulled_back, unpack_pass
 from ..kernel.state import Log
@@ -61,11 +62,11 @@ class RemotePass(NamedTuple):
         return own, batch
 
 
-def run_remote(remote_pass: RemotePass) -> tuple[Log, Tensor]:
-    """One pass without gradients: its log, and the logits."""
+def run_remote(remote_pass: RemotePass) -> tuple[Log, Tensor, dict[str, str]]:
+    """One pass without gradients: its log, the logits, and where it was made."""
     model, remote, program, _, lengths, columns, options, _ = remote_pass
     own, batch = remote_pass.packed(still(program))
-    log = logits = None
+    log = logits = there = None
     with model.trace(remote=remote, **options) as tracer:
         with tracer.invoke(batch):
             seen = Log()
@@ -73,8 +74,11 @@ def run_remote(remote_pass: RemotePass) -> tuple[Log, Tensor]:
         with tracer.invoke():
             logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
             log = nnsight.save(pack_pass(seen))
+            there = nnsight.save(whereabouts(model, logits))
     require_pass(remote_pass, log, logits)
-    return unpack_pass(log), logits
+    if not isinstance(there, dict) or not {"dtype", "device"} <= set(there):
+        raise unfit(f"{there!r:.80} for where it ran", "its dtype, device and versions")
+    return unpack_pass(log), logits, {name: f"{text:.200}" for name, text in there.items()}
 
 
 def remote_slopes(remote_pass: RemotePass, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
