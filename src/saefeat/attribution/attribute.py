@@ -157,8 +157,8 @@ class Attribute:
         if job.method.nodes() and not remote:
             gradients_on("Attribute", torch_module(model))
         _require_sizes(job, batch_size, steps_at_once)
-        limit = PAYLOAD_LIMIT if on is None else on.payload_limit
-        passes = SitePasses(job, model, remote, limit)
+        limits = (PAYLOAD_LIMIT, None) if on is None else (on.payload_limit, on.timeout)
+        passes = SitePasses(job, model, remote, *limits)
         prepared = prepare(job, model, prompts)
         who = {} if checkpoint is None else _identity(job, model, prepared, batch_size, remote)
         pieces, receipts = [], []

@@ -159,8 +159,10 @@ class SitePasses:
         model: TransformersModel,
         remote: bool | str = False,
         limit: int = PAYLOAD_LIMIT,
+        timeout: float | None = None,
     ) -> None:
-        self.backward, self.remote, self.limit = job.backward, remote, limit
+        self.backward, self.remote = job.backward, remote
+        self.limit, self.timeout = limit, timeout
         self.there: dict[str, str] = {}  # what the server said of itself in the last pass
         if remote:
             require_plain(job.semantics, job.backward)
@@ -237,7 +239,8 @@ class SitePasses:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         model, columns = self.evaluator.model, self.evaluator.columns(batch)
         place = (model, self.remote, program, batch.inputs, batch.lengths, columns)
-        remote_pass = RemotePass(*place, pass_options(model, columns), self.limit)
+        options = pass_options(model, columns)
+        remote_pass = RemotePass(*place, options, self.limit, self.timeout)
         log, logits, there = run_remote(remote_pass)
         self.there = {} if self.remote == "local" else {**called_there(model, self.remote), **there}
         if not gradient:

@@ -60,7 +60,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         if self.folder is None:
             return self
-        folder = self._path()
+        folder = self.path
         if folder.exists() and not folder.is_dir():
             raise _no_folder(self.function, folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +104,11 @@ class Checkpoint:
         write(self._file(number), pack(document, tensors, self.function), self.function)
 
     def _file(self, number: int) -> Path:
-        return self._path() / f"batch-{number:06d}.safetensors"
+        return self.path / f"batch-{number:06d}.safetensors"
 
-    def _path(self) -> Path:
+    @property
+    def path(self) -> Path:
+        """The folder."""
         return expanded(self.folder or "", self.function, "checkpoint", CheckpointError)
 
 

@@ -319,9 +319,9 @@ def model_key(model: TransformersModel) -> str:
         raise RemoteError(
             f"remote: `model` is {name!r}, which has no name on the Hub ({type(error).__name__}),"
             " wanted the model of a repository, by its id. Likely cause: a model in memory or in a"
-            " folder, which only `serve` knows, or no network. Try:"
-            ' nnsight.TransformersModel("organization/model", tokenizer=...), whose weights need'
-            " not be loaded; or `with serve(model) as server:` around the call"
+            " folder, a private repository, or no network. Try:"
+            ' remote.named(model, "organization/model"), with the name that the server knows; or'
+            ' nnsight.TransformersModel("organization/model"), whose weights need not be loaded'
         ) from error
 
 
