@@ -155,7 +155,7 @@ class SitePasses:
                 model_key(model)
         bases: list[tuple[Any, Any]] = list(job.target.parts)
         sites = [site for basis, _ in bases for site in (basis.site, basis.write_site)]
-        self.evaluator = Evaluator(model, job.metric, sites)
+        self.evaluator = Evaluator(model, job.metric, "Attribute", sites, GradientError)
         route = self.evaluator.route
         self._places: dict[Place, tuple[int, Site]] = {}
         self.parts: list[Part] = []
@@ -177,7 +177,7 @@ class SitePasses:
             self.parts.append(Part(basis, indices, read, write, norm, plain(rule.rule, model)))
         self.written = {part.write: part.dictionary.write_site for part in self.parts}
         self.through = through(self.parts) if job.semantics == "through_sae" else {}
-        self.evaluator.require_upstream("Attribute", self.written.values())
+        self.evaluator.require_upstream(self.written.values())
 
     def scored(self, view: View) -> tuple[Tensor, ...]:
         """[b, t] a part: which tokens of a pass are scored."""
