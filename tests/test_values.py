@@ -369,7 +369,7 @@ def test_only_tokens_at_which_all_latents_were_selected_are_drawn_from(traced):
     latents = V.latents() | sf.Neurons("resid_post.0", D).latents([1])
     values = torch.tensor([[[1.0, 1.0], [2.0, 9.0], [9.0, 2.0]]])
     mask = torch.tensor([[[True, True], [True, False], [False, True]]])
-    given = sf.results.Readings(latents, values, mask)
+    given = sf.results.Readings(latents, values, mask, torch.zeros(1, dtype=torch.long))
     out = sf.run(
         traced, RAGGED, sf.Ablate(latents, to=sf.values.Resample(given)) | sf.Probe(latents)
     )
@@ -836,6 +836,10 @@ BAD = {
     "draw from nothing": (lambda: sf.values.Resample(torch.ones(0, 1)), "at least one"),
     "draw from a line": (lambda: sf.values.Resample(torch.ones(4)), "2 dimensions"),
     "draw not finite": (lambda: sf.values.Resample(NAN[0]), "not finite"),
+    "draw from a reduced reading": (
+        lambda: sf.values.Resample(reading(torch.ones(2, 1, 1), starts=False)),
+        "Resample: `activations` is Readings without starts.*reduce",
+    ),
     "draw from readings not finite": (lambda: sf.values.Resample(reading(NAN)), "not finite"),
     "draw from no token": (
         lambda: sf.Ablate(
@@ -857,6 +861,15 @@ BAD = {
     "readings alone": (
         lambda: sf.Ablate(V, to=reading(torch.ones(1, 2, 1))),
         r"to=readings.mean\(\)\), or to=Patch\(readings\), or to=Resample",
+    ),
+    "an imaginary value": (
+        lambda: sf.Clamp(V, torch.ones(1, dtype=torch.complex64)),
+        r"`value` is Tensor of shape \(1,\), torch.complex64, wanted a finite real number",
+    ),
+    "a value of python's own": (lambda: sf.Clamp(V, add=1 + 2j), "`add` is complex"),
+    "a value a latent too many": (
+        lambda: sf.Clamp(V, [1.0, 2.0]),
+        r"`value` is list of shape \(2,\), 2 values for 1 latents, wanted",
     ),
     "the mean": (lambda: sf.Ablate(V, to="mean"), r"readings.mean\(\)"),
     "a bound": (lambda: sf.Clamp(V, low=sf.values.Schedule([1.0])), "bounds do not change"),

@@ -50,13 +50,6 @@ class Patch(Value):
 
     def __post_init__(self) -> None:
         require_readings("Patch", self.readings)
-        if self.readings.starts is None:
-            raise LatentError(
-                "Patch: `readings` is without starts, the column at which each prompt begins,"
-                " wanted one value a token, as Probe(latents) without reduce= reads them. Likely"
-                " cause: a reduced probe, or Readings made by hand. Try: Ablate(latents,"
-                " to=values), which takes [k] or [prompts, k]"
-            )
 
     def check(self, function: str, parameter: str, latents: Latents) -> None:
         columns_of(self.readings, latents, f"{function}, {parameter}=Patch")
