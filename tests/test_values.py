@@ -961,3 +961,26 @@ def test_a_value_keeps_what_it_was_given():
     rows += 1
     assert schedule == sf.values.Schedule([1.0, 2.0])
     assert draw == sf.values.Resample(torch.ones(2, 1))
+
+
+# ---------------------------------------------------------------- other prompts
+
+
+def test_a_patch_from_counterfactual_prompts_names_tokens_without_a_value(traced, recwarn):
+    site = sf.Neurons("resid_post.1", D)
+    short, long = [[1, 5, 6], [1, 7, 8]], [[1, 9, 10], [1, 7, 8, 11, 12]]
+    clean = sf.values.Patch(read(traced, short, site))
+    pairs = [[1, 9, 10], [1, 11, 12]]
+    taken = sf.run(traced, pairs, sf.Clamp(site, clean))
+    torch.testing.assert_close(taken.logits, sf.run(traced, short).logits, atol=2e-4, rtol=1e-4)
+    sf.run(traced, long, sf.Clamp(site, clean, where=sf.Tokens.first(3)))
+    sf.run(traced, pairs, sf.Clamp(site, clean), max_new_tokens=2)
+    assert not [w for w in recwarn if "no value" in str(w.message)]
+    said = r"2 tokens of 1 prompts \(prompt 1 the first\) have no value"
+    with pytest.warns(UserWarning, match=f"run: {said}"):
+        out = sf.run(traced, long, sf.Clamp(site, clean))
+    assert out.receipt.rows[0].tokens == 6
+    with pytest.warns(UserWarning, match=f"sweep: {said}"):
+        sf.sweep(traced, long, {"patched": sf.Clamp(site, clean)})
+    with pytest.raises(sf.errors.LatentError, match="values for 2 prompts"):
+        sf.run(traced, [*long, [1, 2]], sf.Clamp(site, clean))
