@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..checks import one_a_prompt
 from ..dictionaries.latents import Latents
-from ..errors import FiringError, GradientError
+from ..errors import CheckpointError, FiringError, GradientError
+from ..files.hashing import digest
 from ..kernel.program import Program
 from ..kernel.read import Norm
 from ..kernel.state import Log, View
@@ -32,7 +33,7 @@ from ..metrics.evaluator import (
 )
 from ..model.route import Route
 from ..model.sites import Place, Site
-from ..results.provenance import Provenance, model_key, provenance, told
+from ..results.provenance import HASH, Provenance, model_key, provenance, told
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
@@ -81,6 +82,8 @@ def source(job: Job, model: object) -> Provenance:
     asked = {name: getattr(job, name) for name in ("method", "where", "one_site", "backward")}
     settings = told(**asked, keep=job.keep)
     settings["baseline"] = "zero" if job.baseline is None else told(b=job.baseline)["b"]
+    with suppress(CheckpointError):  # of a baseline with a function that cannot be hashed
+        settings |= {} if job.baseline is None else {HASH: digest(job.baseline)}
     return provenance(model, job.target.parts, settings={**settings, "semantics": job.semantics})
 
 
