@@ -175,9 +175,10 @@ def test_another_default_device_is_refused(way):
 @pytest.mark.parametrize("value", [2.0, [1.0, 2.0], sf.values.Schedule([1.0, 2.0, 3.0])], ids=repr)
 def test_verbs_made_under_another_default_device_are_the_same(value):
     """A model is often built under ``torch.device("meta")``, and verbs beside it."""
+    basis = sae()
     with torch.device("meta"):
-        step = sf.Clamp(sae().latents([3, 8]), value) | sf.Ablate(sae().latents(range(2)))
-    plainly = sf.Clamp(sae().latents([3, 8]), value) | sf.Ablate(sae().latents(range(2)))
+        step = sf.Clamp(basis.latents([3, 8]), value) | sf.Ablate(basis.latents(range(2)))
+    plainly = sf.Clamp(basis.latents([3, 8]), value) | sf.Ablate(basis.latents(range(2)))
     assert torch.equal(sf.run(NN, RAGGED, step).logits, sf.run(NN, RAGGED, plainly).logits)
 
 

@@ -308,3 +308,51 @@ def test_every_argument_may_be_given_by_name():
 def test_signatures_and_types_stay_as_written():
     assert list(inspect.signature(sf.Ablate).parameters) == ["latents", "to", "where", "when"]
     assert sf.run.__name__ == "run" and sf.run.__doc__
+
+
+BEYOND = {
+    "an id": (lambda: sf.Tokens.ids(10**25), "Tokens.ids: `ids` is .*below 2"),
+    "a count from the start": (lambda: sf.Tokens.first(10**25), "Tokens.first: `n`"),
+    "a count from the end": (lambda: sf.Tokens.last(2**63), "Tokens.last: `n`"),
+    "a position": (lambda: sf.Tokens.positions(10**25), "`start and stop`"),
+    "a generated token": (lambda: sf.Tokens.generated(0, 10**25), "`start and stop`"),
+    "a stop": (lambda: sf.generation.Greedy(stop=(10**25,)), "Greedy: `stop` is 1"),
+    "a rule of one argument": (
+        lambda: sf.Tokens.where(lambda ids: ids > 3),
+        r"`function` is one of \(ids\), wanted one that is called with two",
+    ),
+    "a rule of three arguments": (lambda: sf.Tokens.where(lambda a, b, c: a > 3), "'c'"),
+    "a rule with a keyword to give": (lambda: sf.Tokens.where(lambda a, b, *, c: a > 3), "'c'"),
+    "an array among tensors": (
+        lambda: sf.SAE.from_tensors(weights(W_enc=torch.ones(8, 4).numpy()), site="resid_post.1"),
+        "`tensors` is a dict, whose entry 'W_enc' is",
+    ),
+    "a list among tensors": (
+        lambda: sf.SAE.from_tensors(weights(b_enc=[0.0] * 4), site="resid_post.1"),
+        "whose entry 'b_enc' is",
+    ),
+    "imaginary weights": (
+        lambda: sf.SAE.from_tensors(
+            weights(W_dec=torch.ones(4, 8, dtype=torch.complex64)), site="resid_post.1"
+        ),
+        "`W_dec` is of torch.complex64",
+    ),
+}
+
+
+def weights(**other):
+    tensors = {"W_enc": torch.ones(8, 4), "b_enc": torch.zeros(4)}
+    return tensors | {"W_dec": torch.ones(4, 8), "b_dec": torch.zeros(8)} | other
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_would_fail_in_another_library_is_refused_where_it_is_given(name):
+    call, said = BEYOND[name]
+    with pytest.raises(sf.SaefeatError, match=said):
+        call()
+
+
+def test_rules_of_two_arguments_in_any_form_are_taken():
+    for rule in (lambda ids, at: ids > at, lambda *both: both[0] > 3, lambda a, b, c=1: a > c):
+        assert sf.Tokens.where(rule)
+    assert sf.Tokens.where(torch.eq), "a function of C has no signature"

@@ -244,7 +244,7 @@ ERRORS = {
     "metric without gradient": (
         lambda nn: plainly(nn, metric=sf.metrics.custom(lambda logits: logits.argmax(-1))),
         sf.errors.GradientError,
-        "metric(lambda logits: logits[:, 5])",
+        "metrics.custom(lambda logits: logits[:, 5])",
     ),
     "no_grad context": (
         under_no_grad,

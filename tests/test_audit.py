@@ -362,7 +362,7 @@ def test_nothing_to_audit():
     assert len(scores) == 0
     with pytest.raises(sf.SaefeatError, match="something in it"):
         sf.audit(nothing, nn, RAGGED, scores)
-    zero = sf.Attribute(sae, sf.logit_diff(5, 5))
+    zero = sf.Attribute(sae, sf.metrics.custom(lambda logits: logits[:, 5] - logits[:, 5]))
     with pytest.raises(sf.SaefeatError, match="3 of 3 prompts degenerate"):
         sf.audit(zero, nn, RAGGED, zero(nn, RAGGED))
 

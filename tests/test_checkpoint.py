@@ -401,3 +401,12 @@ def test_edited_copies_have_no_checkpoint(tmp_path):
     with pytest.raises(sf.errors.ModelError, match="edited copy"):
         sf.run(edited, PROMPTS, checkpoint=tmp_path / "job")
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/job", "a\0b", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        sf.errors.FileError, match=r"run: `checkpoint` is .* cannot be made or read"
+    ):
+        sf.run(wrapped(build("llama")), PROMPTS, checkpoint=folder)

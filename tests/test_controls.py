@@ -191,3 +191,30 @@ def test_random_directions_are_uniform_on_the_sphere():
     )
     assert rows.mean(0).abs().max() < 0.12
     torch.testing.assert_close(rows.T @ rows / 400, torch.eye(3) / 3, atol=0.07, rtol=0)
+
+
+def test_random_directions_of_several_dictionaries_are_draws_of_their_own():
+    """By latent alone, latent 3 of every layer had one direction: ten controls were one."""
+    twins = [make_sae(site=f"resid_post.{layer}") for layer in (0, 1)]  # one SAE at two sites
+    saes = [*twins, make_sae(seed=1), make_sae("jumprelu", seed=2), make_sae("topk", seed=3)]
+    drawn = [
+        sf.controls.random_directions(sae.latents([3]), seed=0).parts[0][0].directions([3])[0]
+        for sae in saes
+    ]
+    cosine = torch.nn.functional.cosine_similarity
+    for n, one in enumerate(drawn):
+        for other in drawn[:n]:
+            assert cosine(one, other, dim=0).abs() < 0.9
+    again = sf.controls.random_directions(make_sae().latents([5, 3]), seed=0)
+    assert torch.equal(again.parts[0][0].directions([3])[0], drawn[1]), "by content, not by object"
+
+
+def test_random_directions_of_an_excerpt_are_the_dictionarys(tmp_path):
+    sae = make_sae("jumprelu")
+    path = sf.save(sf.Ablate(sae.latents([3, 8])), tmp_path / "edit.safetensors")
+    held = sf.load(path).parts()[0].latents
+    rows = [
+        sf.controls.random_directions(latents, seed=2).parts[0][0].directions([8])
+        for latents in (held, sae.latents([8]))
+    ]
+    assert torch.equal(*rows)

@@ -369,7 +369,7 @@ def test_only_tokens_at_which_all_latents_were_selected_are_drawn_from(traced):
     latents = V.latents() | sf.Neurons("resid_post.0", D).latents([1])
     values = torch.tensor([[[1.0, 1.0], [2.0, 9.0], [9.0, 2.0]]])
     mask = torch.tensor([[[True, True], [True, False], [False, True]]])
-    given = sf.results.Readings(latents, values, mask)
+    given = sf.results.Readings(latents, values, mask, torch.zeros(1, dtype=torch.long))
     out = sf.run(
         traced, RAGGED, sf.Ablate(latents, to=sf.values.Resample(given)) | sf.Probe(latents)
     )
@@ -836,6 +836,10 @@ BAD = {
     "draw from nothing": (lambda: sf.values.Resample(torch.ones(0, 1)), "at least one"),
     "draw from a line": (lambda: sf.values.Resample(torch.ones(4)), "2 dimensions"),
     "draw not finite": (lambda: sf.values.Resample(NAN[0]), "not finite"),
+    "draw from a reduced reading": (
+        lambda: sf.values.Resample(reading(torch.ones(2, 1, 1), starts=False)),
+        "Resample: `activations` is Readings without starts.*reduce",
+    ),
     "draw from readings not finite": (lambda: sf.values.Resample(reading(NAN)), "not finite"),
     "draw from no token": (
         lambda: sf.Ablate(
@@ -857,6 +861,15 @@ BAD = {
     "readings alone": (
         lambda: sf.Ablate(V, to=reading(torch.ones(1, 2, 1))),
         r"to=readings.mean\(\)\), or to=Patch\(readings\), or to=Resample",
+    ),
+    "an imaginary value": (
+        lambda: sf.Clamp(V, torch.ones(1, dtype=torch.complex64)),
+        r"`value` is Tensor of shape \(1,\), torch.complex64, wanted a finite real number",
+    ),
+    "a value of python's own": (lambda: sf.Clamp(V, add=1 + 2j), "`add` is complex"),
+    "a value a latent too many": (
+        lambda: sf.Clamp(V, [1.0, 2.0]),
+        r"`value` is list of shape \(2,\), 2 values for 1 latents, wanted",
     ),
     "the mean": (lambda: sf.Ablate(V, to="mean"), r"readings.mean\(\)"),
     "a bound": (lambda: sf.Clamp(V, low=sf.values.Schedule([1.0])), "bounds do not change"),
@@ -948,3 +961,26 @@ def test_a_value_keeps_what_it_was_given():
     rows += 1
     assert schedule == sf.values.Schedule([1.0, 2.0])
     assert draw == sf.values.Resample(torch.ones(2, 1))
+
+
+# ---------------------------------------------------------------- other prompts
+
+
+def test_a_patch_from_counterfactual_prompts_names_tokens_without_a_value(traced, recwarn):
+    site = sf.Neurons("resid_post.1", D)
+    short, long = [[1, 5, 6], [1, 7, 8]], [[1, 9, 10], [1, 7, 8, 11, 12]]
+    clean = sf.values.Patch(read(traced, short, site))
+    pairs = [[1, 9, 10], [1, 11, 12]]
+    taken = sf.run(traced, pairs, sf.Clamp(site, clean))
+    torch.testing.assert_close(taken.logits, sf.run(traced, short).logits, atol=2e-4, rtol=1e-4)
+    sf.run(traced, long, sf.Clamp(site, clean, where=sf.Tokens.first(3)))
+    sf.run(traced, pairs, sf.Clamp(site, clean), max_new_tokens=2)
+    assert not [w for w in recwarn if "no value" in str(w.message)]
+    said = r"2 tokens of 1 prompts \(prompt 1 the first\) have no value"
+    with pytest.warns(UserWarning, match=f"run: {said}"):
+        out = sf.run(traced, long, sf.Clamp(site, clean))
+    assert out.receipt.rows[0].tokens == 6
+    with pytest.warns(UserWarning, match=f"sweep: {said}"):
+        sf.sweep(traced, long, {"patched": sf.Clamp(site, clean)})
+    with pytest.raises(sf.errors.LatentError, match="values for 2 prompts"):
+        sf.run(traced, [*long, [1, 2]], sf.Clamp(site, clean))

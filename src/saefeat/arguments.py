@@ -223,12 +223,31 @@ def _error(
         example = f"{value.__name__}(...)"
     elif inspect.isroutine(value) and not _takes_functions(hint):
         example = f"{value.__qualname__}(...)"
+    odd = _misfit(value, hint)
+    entries: Any = value
+    if odd is not None and isinstance(value, Mapping) and example:
+        example = f"{{{odd!r}: {example}, ...}}"
     if " other" in OPERATORS.get(name, ""):
         call = f" Try: {owner.lower()}{OPERATORS[name].replace('other', example or 'another')}"
     else:
         call = "" if example is None else f" Try: {function}(..., {parameter}={example})"
-    said = f"{function}: `{parameter}` is {got(value)}, wanted {words(hint)}.{cause}{call}"
+    given = got(value) + ("" if odd is None else f", whose entry {odd!r} is {got(entries[odd])}")
+    said = f"{function}: `{parameter}` is {given}, wanted {words(hint)}.{cause}{call}"
     return (kinds[0].error if kinds and error is SaefeatError else error)(said)
+
+
+def _misfit(value: Any, hint: Any) -> Any:
+    """The key or number of the first entry that a mapping or list is refused for."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        origin, inner = get_origin(kind), get_args(kind)
+        if not isinstance(origin, type) or not isinstance(value, origin):
+            continue
+        if isinstance(value, Mapping) and len(inner) == 2:
+            return next((k for k, v in value.items() if not fits(v, inner[1])), None)
+        if isinstance(value, (list, tuple)) and inner:
+            return next((n for n, one in enumerate(value) if not fits(one, inner[0])), None)
+    return None
 
 
 def _cause(value: Any, hint: Any, object_wanted: bool) -> str:

@@ -45,7 +45,7 @@ from .in_trace import Watching, watch
 from .integrate import mean_gradients, tolerance_of
 from .methods import AtP, Backward, Method
 from .passes import AtOnce, Job, Prepared, SitePasses, prepare, require_scored, source
-from .path import Path, begin, joined, read_out, require_apart
+from .path import Path, begin, joined, read_out
 from .scores import Attribution
 
 if TYPE_CHECKING:
@@ -284,7 +284,8 @@ def _attribute(
     # A path that starts at zero has the clean pass for its first node.
     gradient = passes.written if nodes and nodes[0][0] == 0.0 else ()
     path = begin(job, passes, batch, other, at_once, gradient)
-    require_apart(path)
+    with torch.no_grad():  # now, so that what is no metric is refused before it costs passes
+        values = path.metric(path.clean, batch)
     slopes, convergence = mean_gradients(path) if nodes else ({}, None)
     with torch.no_grad():
         clean, of_parts = path.clean, (passes.parts, path.scored, path.targets)
@@ -298,7 +299,7 @@ def _attribute(
         scores = Attribution(
             tuple(part.dictionary for part in passes.parts),
             *columns,
-            clean=_finite(path.metric(clean, batch), batch, "clean"),
+            clean=_finite(values, batch, "clean"),
             baseline=_finite(path.metric(path.baseline, path.other), batch, "baseline"),
             tokens=scored.sum(1),
             scored=scored[batch.inputs["attention_mask"].bool()],

@@ -17,9 +17,11 @@ from ..arguments import checked
 from ..dictionaries.given import as_latents
 from ..dictionaries.latents import Latents
 from ..errors import LatentError, PromptError
+from ..files.hashing import digest
 from ..metrics.evaluator import Batch
 from ..text.prompts import Prompts
 from ..values.base import Value
+from ..values.declared import show
 from ..verbs.base import Intervention, per_latent
 
 Alignment = str | Sequence[Sequence[int | None]] | None
@@ -92,10 +94,7 @@ class Fixed:
         return self.values[prompt.cpu()[:, None], columns[None]]
 
     def __repr__(self) -> str:
-        shown = self.values
-        if isinstance(shown, Tensor):
-            shown = f"{list(shown.shape)} values"
-        return f"Fixed({self.latents!r}, {shown})"
+        return f"Fixed({self.latents!r}, {show(self.values)})"
 
 
 @checked
@@ -127,7 +126,9 @@ class Paired:
     align: Alignment = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        shown = f"{self.prompts!r:.60}" + ("..." if len(repr(self.prompts)) > 60 else "")
+        shown = repr(self.prompts)
+        if len(shown) > 60 or isinstance(self.prompts, Tensor):  # cut, by us or as torch prints
+            shown = f"{' '.join(shown.split()):.60}... {digest(self.prompts)[:8]}"
         align = "" if self.align is None else f", align={self.align!r}"
         return f"Paired({shown}{align})"
 

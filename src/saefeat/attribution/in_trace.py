@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -119,10 +120,18 @@ class Watching:
         rows = len(self.log.view.real)
         why = "without a gradient"
         if values.shape == (rows,) and values.requires_grad:
-            total, nodes = values.sum(), list(self.log.nodes.values())
-            slopes = torch.autograd.grad(total, nodes, retain_graph=True, allow_unused=True)
+            nodes = dict(sorted(self.log.nodes.items()))
+            # Powers of two scale exactly: a row's own slope is its share of the plain one, unless
+            # another row's number reaches it.
+            share = 0.5 ** (torch.arange(rows, device=values.device) % 3)
+            total = (values * share.to(values.dtype)).sum()
+            slopes = torch.autograd.grad(
+                total, list(nodes.values()), retain_graph=True, allow_unused=True
+            )
             if any(slope is not None for slope in slopes):
-                return plain_slopes(total, self.log.nodes, {}, keep=True)
+                plain = plain_slopes(values.sum(), self.log.nodes, {}, keep=True)
+                _require_own(share, dict(zip(nodes, slopes, strict=True)), plain)
+                return plain
             why = "which no watched site reaches"
         raise GradientError(
             f"Watching.scores: `values` is of shape {tuple(values.shape)}, {why}, wanted one"
@@ -133,6 +142,24 @@ class Watching:
 
     def __repr__(self) -> str:
         return f"Watching({self.job!r})"
+
+
+def _require_own(
+    share: Tensor, shared: Mapping[int, Tensor | None], plain: Mapping[int, Tensor]
+) -> None:
+    """Refuse values whose slopes, each row's number times its share, are not the plain ones so."""
+    for number, found in shared.items():
+        if found is None:
+            continue
+        slope = plain[number]
+        wanted = slope * share.to(slope).view(-1, *[1] * (slope.ndim - 1))
+        off = (found - wanted).abs().nan_to_num(0.0, 0.0, 0.0).amax()
+        if float(off) > 0.01 * float(found.abs().nan_to_num(0.0, 0.0, 0.0).amax()):
+            raise GradientError(
+                "Watching.scores: `values` is of numbers that depend on other prompts, wanted each"
+                " prompt's own. Likely cause: a mean, sum or normalization over the prompts. Try:"
+                " watching.scores(model.output.logits[:, -1, token])"
+            )
 
 
 def watch(job: Job, model: TransformersModel, intervention: Intervention | None) -> Watching:

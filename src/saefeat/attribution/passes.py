@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..checks import one_a_prompt
 from ..dictionaries.latents import Latents
-from ..errors import FiringError, GradientError
+from ..errors import CheckpointError, FiringError, GradientError
+from ..files.hashing import digest
 from ..kernel.program import Program
 from ..kernel.read import Norm
 from ..kernel.state import Log, View
@@ -33,6 +34,7 @@ from ..metrics.evaluator import (
 from ..model.route import Route
 from ..model.sites import Place, Site
 from ..results.provenance import (
+    HASH,
     Provenance,
     called_there,
     elsewhere,
@@ -92,6 +94,8 @@ def source(job: Job, model: object, there: dict[str, str] | None = None) -> Prov
     settings = told(**asked, keep=job.keep)
     settings["baseline"] = "zero" if job.baseline is None else told(b=job.baseline)["b"]
     settings["semantics"] = job.semantics
+    with suppress(CheckpointError):  # of a baseline with a function that cannot be hashed
+        settings |= {} if job.baseline is None else {HASH: digest(job.baseline)}
     found = provenance(model, job.target.parts, settings=settings)
     return elsewhere(found, there) if there else found
 
@@ -170,7 +174,7 @@ class SitePasses:
                 model_key(model)
         bases: list[tuple[Any, Any]] = list(job.target.parts)
         sites = [site for basis, _ in bases for site in (basis.site, basis.write_site)]
-        self.evaluator = Evaluator(model, job.metric, sites)
+        self.evaluator = Evaluator(model, job.metric, "Attribute", sites, GradientError)
         route = self.evaluator.route
         self._places: dict[Place, tuple[int, Site]] = {}
         self.parts: list[Part] = []
@@ -192,7 +196,7 @@ class SitePasses:
             self.parts.append(Part(basis, indices, read, write, norm, plain(rule.rule, model)))
         self.written = {part.write: part.dictionary.write_site for part in self.parts}
         self.through = through(self.parts) if job.semantics == "through_sae" else {}
-        self.evaluator.require_upstream("Attribute", self.written.values())
+        self.evaluator.require_upstream(self.written.values())
 
     def scored(self, view: View) -> tuple[Tensor, ...]:
         """[b, t] a part: which tokens of a pass are scored."""

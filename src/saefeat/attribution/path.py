@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 ON_CPU, ELSEWHERE = 128, 8192
 """Tokens a pass, when nobody says: a CPU gains nothing from more, a GPU would stand idle."""
-
-LARGE = 1 << 26
-"""Logits of a metric that reads every token may be gigabytes: more than these are not copied."""
 
 
 @dataclass(frozen=True)
@@ -165,37 +162,6 @@ def _moved(
 # ---------------------------------------------------------------- gradients
 
 
-def require_apart(path: Path) -> None:
-    """Refuse a metric whose number for one prompt depends on another of its batch.
-
-    Its shape is right, and a batch's gradient would still be no prompt's own.
-    """
-    clean, count = path.clean, len(path.batch.numbers)
-    if count < 2 or int(path.batch.numbers[0]) or torch.is_inference_mode_enabled():
-        return
-    if clean.logits.numel() > LARGE:
-        return
-    with torch.enable_grad():
-        read = {"logits": clean.logits, "site": clean.site}
-        leaves = {n: x.detach().requires_grad_() for n, x in read.items() if x is not None}
-        values = path.metric(replace(clean, **leaves), path.batch)
-        if values.shape != (count,) or not values.requires_grad:
-            return  # refused where its gradient is taken; without one, it may do for Exact
-        first, last = (
-            torch.autograd.grad(
-                one, list(leaves.values()), materialize_grads=True, retain_graph=True
-            )
-            for one in (values[0], values[-1])
-        )
-    crossed = [x for a, b in zip(first, last, strict=True) for x in (a[1:], b[:-1])]
-    if any(bool(x.nan_to_num(0.0, 0.0, 0.0).any()) for x in crossed):  # NaN is refused by name
-        raise GradientError(
-            f"Attribute: `metric` is {path.job.metric!r}, whose number for one prompt depends on"
-            " another prompt, wanted each prompt's own. Likely cause: a mean, sum or normalization"
-            " over the first dimension, the prompts. Try: logits.softmax(-1)[:, 5], or batch_size=1"
-        )
-
-
 def gradients(
     path: Path, group: Collection[int], rows: Tensor, share: Tensor
 ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -217,12 +183,12 @@ def gradients_of(
     prompts do not mix, so rows are the prompts' own.
     """
     values = path.metric(run, batch, rows)
-    if values.shape != run.logits.shape[:1] or not values.requires_grad:
+    if not values.requires_grad:
         raise GradientError(
-            f"Attribute: `metric` is of shape {tuple(values.shape)} with"
-            f" requires_grad={values.requires_grad}, wanted one differentiable number a prompt,"
-            " [batch]. Likely cause: an argmax, detach or mean over prompts in it. Try:"
-            " metric(lambda logits: logits[:, 5])"
+            f"Attribute: `metric` is of shape {tuple(values.shape)} with requires_grad=False,"
+            " wanted one differentiable number a prompt, [batch]. Likely cause: an argmax, a"
+            " threshold or a detach in it. Try: metrics.custom(lambda logits: logits[:, 5]), or"
+            " method=Exact(), which takes no gradient"
         )
     return values.detach(), run.slopes(values.sum(), run.nodes, path.passes.written)
 

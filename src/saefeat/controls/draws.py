@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -14,6 +15,7 @@ from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.given import as_latents
 from ..dictionaries.latents import Dictionary, Latents
 from ..errors import LatentError
+from ..files.hashing import digest
 from ..model.sites import Site
 from ..results.readings import Readings
 
@@ -170,7 +172,9 @@ def random_directions(latents: Latents | Dictionary | Dictionaries, *, seed: int
 
     Args:
         latents: the selection to be controlled for.
-        seed: of the directions; a latent's is the same in every selection.
+        seed: of the directions; a latent's is the same in every selection. The draw is by seed,
+            sites, dictionary (its fingerprint) and latent, so that the controls of several sites,
+            or of two dictionaries at one, are draws of their own.
 
     Examples:
         >>> sae = sf.SAE.from_tensors({"W_enc": torch.randn(8, 32), "b_enc": torch.zeros(32),
@@ -204,10 +208,15 @@ class _Redirected(Dictionary):
         drawn = drawn / drawn.norm(dim=1, keepdim=True) * rows.norm(dim=1, keepdim=True)
         return columns | {"directions": drawn}
 
+    @cached_property
+    def _identity(self) -> str:
+        """The dictionary's: by latent alone, latent 3 of every site would have one direction."""
+        return self._inner.fingerprint()
+
     def _drawn(self, index: int) -> Tensor:
         """[d_out]: of one latent, whatever else is selected."""
-        number = (self._seed * 1_000_003 + index) % 2**63
-        draw = torch.Generator().manual_seed(number)
+        word = digest(self._seed, str(self.site), str(self.write_site), self._identity, index)
+        draw = torch.Generator().manual_seed(int(word, 16) % 2**63)
         return torch.randn(self.d_out, generator=draw, dtype=torch.float32)
 
     def content(self, indices: Tensor) -> object:

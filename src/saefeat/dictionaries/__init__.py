@@ -2,6 +2,7 @@
 
 * ``latents``: what a dictionary must offer, and ``Latents``, a selection.
 * ``given``: what stands for latents where they are an argument.
+* ``twins``: when two dictionaries are one, loaded or made twice.
 * ``by_site``: ``Dictionaries``, one dictionary a site.
 * ``sae``, ``direction`` (with neurons and functions), ``excerpt``: the kinds.
 * ``finite``: numbers that are no numbers, refused when they are read.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import LatentError
-from ..model.sites import Site
 from .latents import Latents
+from .twins import shared
 
 
 def as_latents(subject: object, function: str) -> Latents:
@@ -37,17 +37,12 @@ def selection(subject: object, function: str = "latents") -> Latents:
 
 
 def _require_distinct(latents: Latents, function: str) -> None:
-    """Refuse one file's dictionary as two objects: its latents would be edited twice."""
-    seen: dict[tuple[object, Site], set[int]] = {}
-    for basis, indices in latents.parts:
-        origin = getattr(basis, "origin", None)
-        if origin is None:
-            continue
-        others = seen.setdefault((origin, basis.site), set())
-        if not others.isdisjoint(indices):
-            raise LatentError(
-                f"{function}: `latents` is latents of {origin} twice, wanted each latent once."
-                " Likely cause: the dictionary was loaded twice, and is two objects. Try: select"
-                " from one load_saes(...)"
-            )
-        others.update(indices)
+    """Refuse one dictionary as two objects: its latents would be edited twice."""
+    for n, (basis, indices) in enumerate(latents.parts):
+        for other, theirs in latents.parts[:n]:
+            if shared(other, theirs, basis, indices):
+                raise LatentError(
+                    f"{function}: `latents` is latents of {basis!r} twice, wanted each latent once."
+                    " Likely cause: the dictionary was loaded twice, and is two objects. Try:"
+                    " select from one load_saes(...)"
+                )

@@ -64,6 +64,7 @@ class InMemory(Weights):
                     " numbers in memory. Likely cause: a model that is not loaded yet, or a sparse"
                     " tensor. Try: tensor.to_dense(), or load it first"
                 )
+            _require_floats(name, tensor.dtype)
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
 
     def names(self) -> frozenset[str]:
@@ -330,6 +331,16 @@ def up(tensor: Tensor) -> Tensor:
             " fetch the file again, or dequantize it"
         )
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _require_floats(name: str, dtype: torch.dtype) -> None:
+    """Refuse at once what ``up`` refuses when it is read, with the tensor's name."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise DictionaryError(
+            f"dictionary: `{name}` is of {dtype}, wanted floating-point numbers of 16 bits or more."
+            " Likely cause: quantized or imaginary weights, counts, or a mask. Try: tensor.float(),"
+            " or dequantize it"
+        )
 
 
 def _run_of(index: Tensor) -> slice | None:

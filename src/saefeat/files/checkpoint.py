@@ -43,6 +43,7 @@ class Checkpoint:
     Raises:
         CheckpointError: for another job's folder, one that is no checkpoint, or a damaged
             ``identity.json``.
+        FileError: for a folder that cannot be made, read or written to.
 
     Examples:
         >>> from saefeat.files.checkpoint import Checkpoint
@@ -60,10 +61,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         if self.folder is None:
             return self
-        folder = self.path
-        if folder.exists() and not folder.is_dir():
-            raise _no_folder(self.function, folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._made()
         wanted = json.loads(json.dumps(dict(self.identity)))  # as it will be read
         name = folder / "identity.json"
         if name.exists():
@@ -73,6 +71,25 @@ class Checkpoint:
         else:
             write(name, json.dumps(wanted, indent=1).encode(), self.function)
         return self
+
+    def _made(self) -> Path:
+        """The folder, made if it is not there."""
+        folder = self.path
+        try:
+            taken = folder.exists() and not folder.is_dir()
+            if not taken:
+                folder.mkdir(parents=True, exist_ok=True)
+                next(folder.iterdir(), None)  # some that are there cannot be read
+        except (OSError, ValueError) as error:  # a ValueError: a path with a NUL
+            cause = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+            raise FileError(
+                f"{self.function}: `checkpoint` is {str(folder)!r:.200}, which cannot be made or"
+                f" read, wanted a folder that can be read and written to. Likely cause: {cause}."
+                ' Try: checkpoint="runs/job-1"'
+            ) from error
+        if taken:
+            raise _no_folder(self.function, folder)
+        return folder
 
     def __exit__(self, *_: object) -> None:
         """Nothing is held open: what is finished is on the disk already."""

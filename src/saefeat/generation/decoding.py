@@ -138,6 +138,11 @@ def _keep_stops(decode: Decode) -> None:
     """Make ``stop`` a tuple of ids, whatever sequence was given."""
     for token in decode.stop:
         whole(type(decode).__name__, "stop", token, 0)
+        if token >= 2**62:  # beyond the integers of a tensor of ids
+            raise SaefeatError(
+                f"{type(decode).__name__}: `stop` is {token}, wanted ids below 2**62. Likely cause:"
+                f" a number that is no token id. Try: stop=(tokenizer.eos_token_id,)"
+            )
     object.__setattr__(decode, "stop", tuple(decode.stop))
 
 

@@ -5,6 +5,7 @@ A metric never mixes prompts, so that one backward pass gives every prompt's own
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -121,6 +122,7 @@ class Metric:
         prompts: how many prompts it is made for; None if any.
         reference: the run it compares with, ``clean`` or ``baseline``, if any.
         baseline_top: whether ``BASELINE_TOP`` stands in it, so that it needs a baseline run.
+        apart: whether each row's number is known to be its own; otherwise that is checked.
 
     Examples:
         >>> sf.logit_diff(5, 7)
@@ -135,6 +137,7 @@ class Metric:
     prompts: int | None = None
     reference: str | None = None
     baseline_top: bool = False
+    apart: bool = False
 
     @property
     def needs_baseline(self) -> bool:
@@ -166,6 +169,22 @@ def same_count(function: str, *values: Any) -> int | None:
             f" {function}(PerPrompt(correct), PerPrompt(wrong))"
         )
     return counts.pop() if counts else None
+
+
+def require_takes(function: str, given: Callable[..., Any], names: Sequence[str]) -> None:
+    """Refuse a function that cannot be called with so many values, where that can be told."""
+    try:
+        takes = inspect.signature(given)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        takes.bind(*names)
+    except TypeError as error:
+        raise SaefeatError(
+            f"{function}: `function` is of {takes}, wanted one that is called with"
+            f" ({', '.join(names)}). Likely cause: another number of arguments: {error}. Try:"
+            f" {function}(..., lambda {', '.join(names)}: ...)"
+        ) from error
 
 
 def require_tokenwise(

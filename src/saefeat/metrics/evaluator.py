@@ -33,6 +33,7 @@ from ..text.padding import left_padded, pad_of
 from ..text.prompts import Prompts, encode_for
 from ..verbs.base import Chain, Intervention, require_fired, require_rows
 from ..verbs.lower import Visits, lower, sites_of
+from .apart import Asker, one_a_row, require_apart, require_in_order
 from .base import Metric, Reader, Seen
 
 if TYPE_CHECKING:
@@ -175,16 +176,25 @@ def pass_options(model: TransformersModel, columns: int) -> dict[str, Any]:
 
 
 class Evaluator:
-    """One model and a metric; ``sites`` are others that its passes will be asked for."""
+    """One model and a metric, read for a public function, whose name and error it says no with;
+    ``sites`` are others that its passes will be asked for.
+    """
 
     def __init__(
-        self, model: TransformersModel, metric: Metric, sites: Iterable[Site] = ()
+        self,
+        model: TransformersModel,
+        metric: Metric,
+        function: str,
+        sites: Iterable[Site] = (),
+        error: type[SaefeatError] = SaefeatError,
     ) -> None:
         self.model, self.metric, self.module = model, metric, torch_module(model)
+        self.asker = Asker(function, metric, error)
         self._sites = [*sites, *([] if metric.site is None else [metric.site])]
         self._routes: dict[frozenset[Site], Route] = {}
         self.route = self.route_with(NOTHING)
         self._reader: Reader = metric.reader(getattr(model, "tokenizer", None))
+        self._by_place = False if metric.apart else None  # None: not known yet
 
     def route_with(self, intervention: Intervention) -> Route:
         """The route past all sites asked for and all that an intervention visits."""
@@ -239,19 +249,28 @@ class Evaluator:
         return Pass(logits, site, log.view, receipt)
 
     def read(self, run: Pass, numbers: Tensor, references: References) -> Tensor:
-        """The metric of a pass, [b], whose rows are the prompts of these numbers [b]."""
+        """The metric of a pass, [b], whose rows are the prompts of these numbers [b]: one number
+        a row, each row's own, or an error.
+        """
         top, clean, base = references
-        return self._reader(Seen(run.logits, top, numbers, run.view, clean, base, run.site))
+        seen = Seen(run.logits, top, numbers, run.view, clean, base, run.site)
+        values = one_a_row(self.asker, self._reader, seen)
+        if self._by_place is None:
+            self._by_place = require_apart(self.asker, self._reader, seen, values)
+        if self._by_place:
+            require_in_order(self.asker, numbers)
+        return values
 
-    def require_upstream(self, function: str, written: Iterable[Site]) -> None:
+    def require_upstream(self, written: Iterable[Site]) -> None:
         """Refuse sites that the metric's own site does not depend on: zeros would say so badly."""
         at, orders = self.metric.site, self.route.orders
         late = [] if at is None else [site for site in written if orders[site] > orders[at]]
         if late:
             raise SiteError(
-                f"{function}: `metric` is at {at}, and latents written at {late[0]}, wanted latents"
-                " written no later than it. Likely cause: the model reaches these after what they"
-                " are to explain. Try: latents of sites before it: saes.latents({0: [3]})"
+                f"{self.asker.function}: `metric` is at {at}, and latents written at {late[0]},"
+                " wanted latents written no later than it. Likely cause: the model reaches these"
+                " after what they are to explain. Try: latents of sites before it:"
+                " saes.latents({0: [3]})"
             )
 
 
@@ -262,20 +281,15 @@ def require_finite(
     run: str,
     error: type[SaefeatError] = SaefeatError,
 ) -> Tensor:
-    """The metric of a run, [b] float32 on the CPU, if it is one finite number a prompt."""
-    if values.shape != numbers.shape:
-        raise error(
-            f"{function}: `metric` is of shape {tuple(values.shape)}, wanted one number a prompt,"
-            f" [{len(numbers)}]. Likely cause: a mean over prompts inside the metric. Try:"
-            " metric(lambda logits: logits[:, 5])"
-        )
+    """The metric of a run, [b] float32 on the CPU, if every prompt's is finite."""
     bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
     if not bad:
         return values.float().cpu()
     raise error(
         f"{function}: `metric` is {float(values[bad[0]])} for prompt {int(numbers[bad[0]])} in the"
-        f" {run} run, wanted a finite number for every prompt. Likely cause: the log of zero in it,"
-        " or a model that overflows. Try: measure(model, prompts, metric) to find such prompts"
+        f" {run} run, and for {len(bad)} of {len(numbers)} prompts, wanted a finite number for"
+        " every prompt. Likely cause: the log of zero in it, or a model that overflows. Try: the"
+        " other prompts alone, or a metric that is finite there"
     )
 
 
@@ -299,11 +313,12 @@ def measure(
         batch_size: prompts a batch.
 
     Returns:
-        [prompts] float32, on the CPU.
+        [prompts] float32, on the CPU, all finite. Truths are given as 0 and 1.
 
     Raises:
         PromptError: for values made for another number of prompts.
-        SaefeatError: for a metric that compares with a baseline run, of which there is none.
+        SaefeatError: for a metric that compares with a baseline run, of which there is none; for
+            one that is not one finite number a prompt, each prompt's own.
         FiringError: if an edit selected no token in the whole run.
         ModelError: for logits that are not finite.
 
@@ -323,14 +338,15 @@ def measure(
             ' it was made for Attribute(..., baseline=...). Try: kl("clean"), or kl(logits)'
         )
     require_rows(edit, data.prompts)
-    evaluator, values, receipts = Evaluator(model, metric), [], []
+    evaluator, values, receipts = Evaluator(model, metric, "measure"), [], []
     for batch in data.batches(batch_size):
         run = evaluator.run(batch, edit)
         clean = evaluator.run(batch) if metric.reference == "clean" else run
         require_numbers("measure", torch_module(model), torch.cat([run.last, clean.last]))
         references = References(run.last.argmax(-1), clean.last, run.last)
         with torch.no_grad():
-            values.append(evaluator.read(run, batch.numbers, references).float().cpu())
+            value = evaluator.read(run, batch.numbers, references)
+        values.append(require_finite("measure", value, batch.numbers, "measured"))
         receipts.append(run.receipt)
     require_fired(join_receipts(receipts), "measure")
     return torch.cat(values)

@@ -1,4 +1,4 @@
-"""Metrics of logits: of the last token, of what follows a prompt, and KL from another run."""
+"""Metrics of logits: of the last token, of what follows a prompt, and any function of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ..arguments import checked, fits, got
 from ..errors import PromptError, SaefeatError
-from .base import BaselineTop, Metric, PerPrompt, Reader, Seen, TokenSpec, real, same_count
+from .base import (
+    BaselineTop,
+    Metric,
+    PerPrompt,
+    Reader,
+    Seen,
+    TokenSpec,
+    real,
+    require_takes,
+    same_count,
+)
 
 
 @checked
@@ -30,7 +40,8 @@ def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
         A metric.
 
     Raises:
-        PromptError: for no token at all; when bound, for a string that is not one token.
+        PromptError: for no token at all; when bound, for a string that is not one token, and for a
+            token that is in a group twice, or on both sides.
 
     Examples:
         >>> sf.logit_diff([0, 1], 2)
@@ -42,10 +53,11 @@ def logit_diff(positive: TokenSpec, negative: TokenSpec) -> Metric:
 
     def reader(tokenizer: Any) -> Reader:
         up, down = _group(tokenizer, positive), _group(tokenizer, negative)
+        _require_two_sides(up, down)
         return lambda seen: _joined(seen, up) - _joined(seen, down)
 
-    count = same_count("logit_diff", positive, negative)
-    return Metric(name, reader, prompts=count, baseline_top=_has_top(positive, negative))
+    count, top = same_count("logit_diff", positive, negative), _has_top(positive, negative)
+    return Metric(name, reader, prompts=count, baseline_top=top, apart=True)
 
 
 @checked
@@ -54,6 +66,9 @@ def logit(token: TokenSpec) -> Metric:
 
     Args:
         token: as in ``logit_diff``.
+
+    Raises:
+        PromptError: as ``logit_diff``.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -69,24 +84,27 @@ def logit(token: TokenSpec) -> Metric:
         return lambda seen: _joined(seen, group)
 
     count = same_count("logit", token)
-    return Metric(f"logit({token!r})", reader, prompts=count, baseline_top=_has_top(token))
+    name, top = f"logit({token!r})", _has_top(token)
+    return Metric(name, reader, prompts=count, baseline_top=top, apart=True)
 
 
 @checked
 def custom(
     function: Callable[..., Tensor], name: str = "metric", *, tokens: str = "last"
 ) -> Metric:
-    """Any differentiable function of the logits, one number a prompt.
+    """Any function of the logits, one number a prompt, each prompt's own.
 
     Args:
         function: [b, vocabulary] → [b]; with ``tokens="all"`` it is given logits
-            [b, t, vocabulary] and the mask of real tokens [b, t], padding on the left. A sum over
-            prompts would mix them.
+            [b, t, vocabulary] and the mask of real tokens [b, t], padding on the left. Rows are
+            prompts, in batches, or one prompt many times: what mixes them is refused, also for one
+            prompt alone. Differentiable, unless the method takes no gradient. Truths count 0 and 1.
         name: how it prints.
         tokens: ``"last"``, so that no other logits are computed, or ``"all"``.
 
     Raises:
-        SaefeatError: for other ``tokens``.
+        SaefeatError: for other ``tokens``, or a function of other arguments; when it is read, for
+            anything but one number a prompt, or numbers that depend on other prompts.
 
     Examples:
         >>> sf.metrics.custom(lambda logits: logits.logsumexp(-1), "mass")
@@ -94,9 +112,11 @@ def custom(
     """
     if tokens not in ("last", "all"):
         raise SaefeatError(
-            f'metrics.custom: `tokens` is {tokens!r}, wanted "last" or "all". Try: metric(lambda'
-            ' logits, mask: ..., tokens="all")'
+            f'metrics.custom: `tokens` is {tokens!r}, wanted "last" or "all". Try:'
+            ' metrics.custom(lambda logits, mask: ..., tokens="all")'
         )
+    given = ("logits", "mask") if tokens == "all" else ("logits",)
+    require_takes("metrics.custom", function, given)
     if tokens == "all":
         return Metric(name, lambda _: lambda seen: function(seen.logits, real(seen)), "all")
     return Metric(name, lambda _: lambda seen: function(seen.logits[:, -1]))
@@ -141,61 +161,7 @@ def log_prob(continuation: str | Sequence[int] | PerPrompt) -> Metric:
         columns="continuation",
         continuation=ids,
         prompts=len(each) if isinstance(continuation, PerPrompt) else None,
-    )
-
-
-@checked
-def kl(to: str | Tensor = "clean") -> Metric:
-    """KL(reference ‖ this run) of the next token's distribution: how far a run has gone from it.
-
-    Against the clean run it is zero there and so is its gradient: use IG, or exact ablations. AtP,
-    which looks at that one point, is refused.
-
-    Args:
-        to: ``"clean"``, ``"baseline"``, or logits or log-probabilities [vocabulary] or
-            [prompts, vocabulary].
-
-    Returns:
-        A metric, in nats.
-
-    Raises:
-        SaefeatError: for another ``to``.
-
-    Examples:
-        >>> sf.metrics.kl()
-        kl('clean')
-    """
-    if isinstance(to, Tensor):
-        given: Tensor = to.detach()
-        shaped = given.is_floating_point() and given.ndim in (1, 2) and given.numel() > 0
-        name = f"kl({list(given.shape)})"
-    else:
-        given, shaped, name = (
-            torch.zeros(0, dtype=torch.float32),
-            to in ("clean", "baseline"),
-            f"kl({to!r})",
-        )
-    if not shaped:
-        got = f"of shape {tuple(to.shape)}" if isinstance(to, Tensor) else repr(to)
-        raise SaefeatError(
-            f'kl: `to` is {got}, wanted "clean", "baseline", or logits [vocabulary] or [prompts,'
-            ' vocabulary]. Likely cause: a token id, or logits of every position. Try: kl("clean")'
-        )
-
-    def read(seen: Seen) -> Tensor:
-        reference = seen.clean if isinstance(to, str) and to == "clean" else seen.base
-        if isinstance(to, Tensor):
-            reference = given if given.ndim == 1 else given[seen.numbers]
-        assert reference is not None
-        logits = seen.logits[:, -1]
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        wanted = reference.detach().to(logits.device, dtype).log_softmax(-1)
-        log_probs = logits.to(dtype).log_softmax(-1)
-        return (wanted.exp() * (wanted - log_probs)).sum(-1)
-
-    count = len(to) if isinstance(to, Tensor) and to.ndim == 2 else None
-    return Metric(
-        name, lambda _: read, prompts=count, reference=to if isinstance(to, str) else None
+        apart=True,
     )
 
 
@@ -231,7 +197,37 @@ def _group(tokenizer: Any, spec: Any) -> Any:
     if isinstance(spec, PerPrompt):
         return [_group(tokenizer, value) for value in spec.values]
     listed = [spec] if isinstance(spec, (str, int)) else list(spec)
-    return torch.tensor([_token(tokenizer, one) for one in listed])
+    ids = [_token(tokenizer, one) for one in listed]
+    twice = next((n for n, token in enumerate(ids) if token in ids[:n]), None)
+    if twice is not None:
+        first = listed[ids.index(ids[twice])]
+        raise PromptError(
+            f"metric: `token` is a group with token {ids[twice]} twice, as {first!r} and"
+            f" {listed[twice]!r}, wanted each token once. Likely cause: a list with repeats, or a"
+            " string beside its own id: the token would count twice. Try: logit(sorted(set(ids)))"
+        )
+    return torch.tensor(ids)
+
+
+def _require_two_sides(up: Any, down: Any) -> None:
+    """Refuse one token on both sides of a difference, in which it would say nothing."""
+    count = max(len(side) if isinstance(side, list) else 1 for side in (up, down))
+    for number in range(count):
+        a, b = (side[number] if isinstance(side, list) else side for side in (up, down))
+        if a is None and b is None:
+            both: Any = "BASELINE_TOP"
+        elif a is None or b is None:
+            continue  # known when the baseline is run, and reported as ``degenerate``
+        else:
+            shared = [token for token in a.tolist() if token in b.tolist()]
+            if not shared:
+                continue
+            both = f"token {shared[0]}"
+        raise PromptError(
+            f"logit_diff: `positive` is a group with {both}, which `negative` has as well, wanted"
+            " each token on one side. Likely cause: two lists with a word in common, or two words"
+            " that begin alike. Try: logit_diff([5, 7], 9)"
+        )
 
 
 def _token(tokenizer: Any, token: str | int) -> int:

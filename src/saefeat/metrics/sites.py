@@ -17,27 +17,31 @@ from ..kernel.encode import encode
 from ..kernel.tokens import select
 from ..model.sites import Site
 from ..text.tokens import Tokens, plain
-from .base import Metric, Reader, Seen, real, require_tokenwise
+from .base import Metric, Reader, Seen, real, require_takes, require_tokenwise
 
 
 @checked
 def at_site(
     site: Site | str, function: Callable[[Tensor, Tensor], Tensor], name: str | None = None
 ) -> Metric:
-    """Any differentiable function of a site's value, one number a prompt.
+    """Any function of a site's value, one number a prompt, each prompt's own.
 
     Gradients reach what lies before the site, so every watched site must: others are refused.
 
     Args:
         site: where to look.
         function: value [b, t, d] in at least float32, and the mask of real tokens [b, t], padding
-            on the left → [b].
+            on the left → [b], as in ``custom``.
         name: how it prints.
+
+    Raises:
+        SaefeatError: for a function of other arguments; when it is read, as ``custom``.
 
     Examples:
         >>> sf.metrics.at_site("resid_post.3", lambda x, mask: x[:, -1].norm(dim=-1))
         at_site('resid_post.3', <lambda>)
     """
+    require_takes("metrics.at_site", function, ("value", "mask"))
     place = Site.parse(site)
     label = getattr(function, "__name__", "function") if name is None else name
     shown = f"at_site('{place}', {label})" if name is None else name
@@ -84,7 +88,8 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
         bound = plain(rule.rule, SimpleNamespace(tokenizer=tokenizer))
         return lambda seen: _summed_latents(seen, chosen, bound)
 
-    return Metric(f"activation({chosen!r}, {rule!r})", reader, site=dictionary.site)
+    name = f"activation({chosen!r}, {rule!r})"
+    return Metric(name, reader, site=dictionary.site, apart=True)
 
 
 def _summed_latents(seen: Seen, chosen: Latents, rule: tuple) -> Tensor:

@@ -42,8 +42,8 @@ class Provenance(Result):
         generation: how tokens were chosen: ``run``'s settings, and under ``model`` those of the
             model's own generation configuration that are not transformers' defaults.
         settings: what else was asked, as it prints, cut at 300 characters: an attribution's
-            method, baseline, where, semantics, one_site, backward and keep; a validation's metric
-            and settings.
+            method, baseline (with a hash of its content, ``baseline_hash``), where, semantics,
+            one_site, backward and keep; a validation's metric and settings.
         adapters: names of the active adapters (PEFT), none for a plain model.
         quantization: how weights are quantized; empty where they are not.
         server: what a server said of itself, empty for a result made here: ``url``, ``repository``
@@ -100,7 +100,9 @@ class Provenance(Result):
         tuned += f", {self.quantization}" if self.quantization else ""
         plain = ("None", "False", "pass_through")  # the defaults: they go without saying
         said = [
-            (name, value) for name, value in sorted(self.settings.items()) if value not in plain
+            (name, value)
+            for name, value in sorted(self.settings.items())
+            if value not in plain and name != HASH
         ]
         asked = "".join(f"; {name} {value:.80}" for name, value in said)
         place = f" at {self.server['url']}" if self.server.get("url") else ""
@@ -132,6 +134,9 @@ class Sourced(Result):
         """A last line for what it prints."""
         return "" if self.provenance is None else f"\n  from {self.provenance.line}"
 
+
+HASH = "baseline_hash"
+"""Of a baseline's content: two directions print alike. It is compared, and not printed."""
 
 _TEXTS = ("model", "dtype", "device", "intervention", "created", "quantization")
 _KINDS = dict.fromkeys(_TEXTS, (str,)) | dict.fromkeys(("latents", "adapters"), (list, tuple))
@@ -209,9 +214,16 @@ def called_there(model: TransformersModel, remote: bool | str) -> dict[str, str]
 
 
 def told(**settings: object) -> dict[str, str]:
-    """Settings as they print, to 300 characters each and without addresses in memory."""
+    """Settings as they print, without addresses in memory; a long one is cut, its hash behind it.
+
+    So two records differ where the settings did.
+    """
     texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
-    return {name: f"{' '.join(text.split()):.300}" for name, text in texts.items()}
+    texts = {name: " ".join(text.split()) for name, text in texts.items()}
+    return {
+        name: text if len(text) <= 300 else f"{text:.288}... {digest(text)[:8]}"
+        for name, text in texts.items()
+    }
 
 
 def _name(module: nn.Module) -> str:

@@ -28,6 +28,7 @@ from ..results.run import Run
 from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_for, split
 from ..verbs.base import Chain, Intervention, require_fired, require_rows
+from ..verbs.gaps import warn_of_gaps
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -132,6 +133,7 @@ def run(
         )
     encoded = encode(prompts)
     require_rows(chosen, len(encoded["input_ids"]))
+    warn_of_gaps("run", chosen, model, encoded)
     finished = _checkpoint(task, on, checkpoint)
     return task.join(list(_pieces(task, on, finished, [split(encoded, batch_size)], progress)))
 

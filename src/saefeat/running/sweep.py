@@ -28,6 +28,7 @@ from ..results.run import Run
 from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_for, split
 from ..verbs.base import Chain, Intervention, require_rows
+from ..verbs.gaps import warn_of_gaps
 from ..verbs.lower import sites_of
 from ..verbs.placement import beside, taken_apart
 
@@ -93,6 +94,7 @@ def sweep(
     total = len(encoded["input_ids"])
     for one in chosen.values():
         require_rows(one, total)
+        warn_of_gaps("sweep", one, model, encoded)
     batches = split(encoded, min(batch_size, total))
     way = route(model, [site for one in chosen.values() for site in sites_of(one)])
     tasks = [

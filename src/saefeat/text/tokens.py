@@ -7,6 +7,7 @@ padding, and ``last(1)`` is the last token of the prompt at every step of a gene
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
@@ -21,6 +22,10 @@ from .roles import role_markers
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
+
+
+MOST = 2**62
+"""Ids and positions are below: a tensor's integers cannot be compared with more than 64 bits."""
 
 
 @checked(error=PromptError, own=("n", "start", "stop"))
@@ -101,12 +106,13 @@ class Tokens:
         """Tokens with one of these ids.
 
         Raises:
-            PromptError: for an id below 0.
+            PromptError: for an id below 0, or too large for any vocabulary.
         """
-        if ids and min(ids) < 0:
+        if ids and not 0 <= min(ids) <= max(ids) < MOST:
             raise PromptError(
-                f"Tokens.ids: `ids` is {list(ids)}, wanted ids from 0. Likely cause: an id counted"
-                " from the vocabulary's end. Try: Tokens.ids(tokenizer.eos_token_id)"
+                f"Tokens.ids: `ids` is {list(ids)!r:.80}, wanted ids from 0 and below 2**62. Likely"
+                " cause: an id counted from the vocabulary's end, or a number that is no id. Try:"
+                " Tokens.ids(tokenizer.eos_token_id)"
             )
         return cls(("ids", tuple(int(i) for i in ids)))
 
@@ -125,7 +131,12 @@ class Tokens:
 
     @classmethod
     def where(cls, function: Callable[[Tensor, Tensor], Tensor]) -> Tokens:
-        """Tokens for which ``function(ids [b, t], position [b, t])`` is true, a bool [b, t]."""
+        """Tokens for which ``function(ids [b, t], position [b, t])`` is true, a bool [b, t].
+
+        Raises:
+            PromptError: for a function that does not take the two.
+        """
+        require_pair("Tokens.where", function)
         return cls(("where", function))
 
     def __and__(self, other: Tokens) -> Tokens:
@@ -185,20 +196,36 @@ def _spell(rule: tuple, inner: bool = False) -> str:
     return f"Tokens.{kind}({', '.join(str(part) for part in rest)})"
 
 
+def require_pair(method: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with ids and positions, where that can be told."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise PromptError(
+            f"{method}: `function` is one of {signature}, wanted one that is called with two"
+            f" tensors, ids [b, t] and position [b, t] ({error}). Likely cause: a rule on ids"
+            f" alone. Try: {method}(lambda ids, position: ids == 5)"
+        ) from None
+
+
 def _count(name: str, n: int, least: int = 1) -> int:
-    if fits(n, int) and n >= least:
+    if fits(n, int) and least <= n < MOST:
         return int(n)
     raise PromptError(
-        f"Tokens.{name}: `n` is {n!r}, wanted an integer from {least}. Likely cause: positions are"
-        " counted from the prompt's ends; negative counts have no meaning. Try:"
-        f" Tokens.{name}({least})"
+        f"Tokens.{name}: `n` is {n!r}, wanted an integer from {least} and below 2**62. Likely"
+        " cause: positions are counted from the prompt's ends; negative counts have no"
+        f" meaning. Try: Tokens.{name}({least})"
     )
 
 
 def _require_span(name: str, start: int, stop: int | None, least: int) -> None:
     """Refuse what is no span of at least so many tokens, counted from the start."""
-    begins = fits(start, int) and start >= 0
-    if begins and (stop is None or (fits(stop, int) and stop >= start + least)):
+    begins = fits(start, int) and 0 <= start < MOST
+    if begins and (stop is None or (fits(stop, int) and start + least <= stop < MOST)):
         return
     raise PromptError(
         f"Tokens.{name}: `start and stop` is {start!r} and {stop!r}, wanted an integer from 0,"

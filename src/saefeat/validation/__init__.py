@@ -6,6 +6,7 @@
 * ``sets``: ``minimal_set`` and ``interactions``: what is left when nothing more can go, and how it
   combines.
 * ``edges``: which latents drive which, through the bare model; ``jacobian``, their gradients.
+* ``made``: whether scores are what an attribute makes.
 * ``experiment``, ``ranking``, ``stats``: a metric under many edits, latents in order with sets
   drawn as controls, and the statistics of samples.
 """

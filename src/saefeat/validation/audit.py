@@ -13,7 +13,6 @@ from torch import Tensor
 from ..arguments import checked
 from ..attribution.attribute import Attribute
 from ..attribution.columns import require
-from ..attribution.passes import source
 from ..attribution.scores import Attribution
 from ..checks import wholes
 from ..dictionaries.latents import Dictionary, Latents
@@ -22,6 +21,7 @@ from ..results.formats import frame
 from ..results.provenance import Sourced, added
 from ..text.prompts import Prompts
 from .experiment import Experiment, Folder, effects, require_movable
+from .made import require_made
 from .ranking import Ranking, by_prompt, ranking, singles
 from .stats import UNKNOWN, Agreement, Estimate, agreement, stratified_total, wilson
 
@@ -290,7 +290,8 @@ def audit(
     ``budget`` x prompts rows, each one forward pass of the bare model over its prompt.
 
     Args:
-        attribute: the verb that made the scores: its metric and baseline are used again.
+        attribute: the verb that made the scores; its method, backward, one_site and keep may be
+            others (the result names the scores' own), all else is used again.
         model: an nnsight ``TransformersModel``.
         prompts: the prompts that were attributed, in the same order.
         scores: what ``attribute(model, prompts)`` gave.
@@ -306,7 +307,8 @@ def audit(
         An ``Audit``.
 
     Raises:
-        PromptError: if the metric of these prompts is not the one in ``scores``.
+        PromptError: if another target, metric, where, baseline, semantics or model made
+            ``scores``, or other prompts.
         SaefeatError: for scores with nothing in them, of whole prompts (``Exact``, which needs no
             audit) or without a sign (``GradDrop``), a budget below two, k outside it, or a
             baseline on a dictionary whose directions move with the input.
@@ -334,15 +336,12 @@ def audit(
         scores=scores, k=wanted, budget=budget, seed=seed,
     )  # fmt: skip
     clean = experiment.under()
-    experiment.require_same(clean, scores)
+    origin = require_made(experiment, attribute.job, clean, scores)
     chosen, stratum, sizes = draw(len(ranked.keys), wanted, budget - wanted, seed)
     keys, place = ranked.keys[chosen], ranked.places(chosen)
     change, gap = _gaps(scores)
     return Audit(
-        scores.dictionaries,
-        keys,
-        stratum,
-        sizes,
+        *(scores.dictionaries, keys, stratum, sizes),
         by_prompt(scores, place, scores.score, len(keys)),
         effects(experiment, scores, keys, place, clean, progress=progress),
         change,
@@ -350,7 +349,7 @@ def audit(
         int(scores.degenerate.sum()),
         noise=float((clean - scores.clean).abs().max()),
         dropped=_dropped(scores),
-        provenance=added(source(attribute.job, model), k=wanted, budget=budget, seed=seed),
+        provenance=added(origin, k=wanted, budget=budget, seed=seed),
     )
 
 

@@ -101,7 +101,7 @@ class Experiment:
                 f" there is none here. Try: {function}(..., baseline=Ablate(latents))"
             )
         require_rows(edit, data.prompts)
-        evaluator = Evaluator(model, metric)
+        evaluator = Evaluator(model, metric, function)
         asked |= {"baseline": baseline}
         done = _opened(checkpoint, evaluator, data, function, batch_size, **asked)
         logits = (evaluator.run(batch, edit).last.cpu() for batch in data.batches(batch_size))
@@ -124,7 +124,7 @@ class Experiment:
         whole(function, "batch_size", batch_size)
         job = attribute.job
         data = prepare(job, model, prompts).data
-        evaluator = Evaluator(model, job.metric)
+        evaluator = Evaluator(model, job.metric, function)
         asked |= {"baseline": job.baseline, "tokens": job.where, "target": job.target}
         done = _opened(checkpoint, evaluator, data, function, batch_size, **asked)
         logits = baseline_logits(job, model, prompts, batch_size)
@@ -362,4 +362,4 @@ def require_upstream_of(
     """Refuse latents that the metric's own site does not depend on."""
     if metric.site is not None:
         written = [basis.write_site for basis, _ in latents.parts]
-        Evaluator(model, metric, written).require_upstream(function, written)
+        Evaluator(model, metric, function, written).require_upstream(written)

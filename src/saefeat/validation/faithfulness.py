@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..attribution.attribute import Attribute
-from ..attribution.passes import Job, source
+from ..attribution.passes import Job
 from ..attribution.scores import Attribution
 from ..checks import one_of, wholes
 from ..dictionaries.latents import Dictionary, Latents
@@ -25,6 +25,7 @@ from ..text.tokens import Tokens
 from ..verbs.edits import Ablate
 from ..verbs.probe import Probe
 from .experiment import Experiment, Folder
+from .made import require_made
 from .ranking import Ranking, matched_sets, members_mass, random_sets, ranking, selection
 from .stats import Estimate, cancelled, quantiles, resample
 
@@ -256,7 +257,7 @@ def faithfulness(
         A ``Faithfulness``.
 
     Raises:
-        PromptError: if the metric of these prompts is not the one in ``scores``.
+        PromptError: as in ``audit``.
         SaefeatError: for scores with nothing in them, sizes without controls, or a metric that
             does not move when every latent is ablated.
 
@@ -288,7 +289,7 @@ def faithfulness(
         checkpoint=checkpoint, scores=scores, sizes=ladder, controls=controls, to=to, seed=seed,
     )  # fmt: skip
     clean = experiment.under()
-    experiment.require_same(clean, scores)
+    source = require_made(experiment, attribute.job, clean, scores)
     sets = {"top": ranked.keys[None, : ladder[-1]]}
     if controls:
         sets["random"] = random_sets(ranked, ladder[-1], controls, seed)
@@ -301,7 +302,7 @@ def faithfulness(
         for name, drawn in sets.items()
     }
     tables = (*_run(circuit, chosen, progress), members_mass(scores, ranked, sets))
-    origin = added(source(attribute.job, model), controls=controls, to=to, seed=seed)
+    origin = added(source, controls=controls, to=to, seed=seed)
     return Faithfulness(scores.dictionaries, ladder, sets, clean, empty, *tables, provenance=origin)
 
 

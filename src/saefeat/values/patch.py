@@ -21,15 +21,18 @@ from .columns import columns_of, require_readings
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Patch(Value):
-    """What latents were at the same token of the same prompt in a clean run.
+    """What latents were at the same position of the same prompt in another run.
 
-    Tokens are matched by prompt and by position in the prompt's text, whatever the padding. Where
-    the readings hold no value (tokens behind the clean run, tokens its probe did not select)
-    nothing is edited.
+    Tokens are matched by the prompt's number and by position in its text, whatever the padding;
+    that the texts are the same is not asked, so the run may be of counterfactual prompts. Their
+    number must be that of the prompts edited, and position must mean the same in both of a pair:
+    they should have as many tokens. Where the readings hold no value (tokens behind the clean run,
+    tokens its probe did not select) nothing is edited; ``run`` and ``sweep`` warn of tokens of a
+    prompt that are edited and lie behind the text of the readings.
 
     Args:
-        readings: what a ``Probe`` read in the clean run, of the same prompts in the same order;
-            of all latents of the edit, in any order, and of others if you like.
+        readings: what a ``Probe`` read in the clean run, of as many prompts in the same
+            order; of all latents of the edit, in any order, and of others if you like.
 
     Raises:
         LatentError: for readings that were reduced, or hold values that are not finite.
@@ -50,13 +53,6 @@ class Patch(Value):
 
     def __post_init__(self) -> None:
         require_readings("Patch", self.readings)
-        if self.readings.starts is None:
-            raise LatentError(
-                "Patch: `readings` is without starts, the column at which each prompt begins,"
-                " wanted one value a token, as Probe(latents) without reduce= reads them. Likely"
-                " cause: a reduced probe, or Readings made by hand. Try: Ablate(latents,"
-                " to=values), which takes [k] or [prompts, k]"
-            )
 
     def check(self, function: str, parameter: str, latents: Latents) -> None:
         columns_of(self.readings, latents, f"{function}, {parameter}=Patch")

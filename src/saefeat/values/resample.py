@@ -43,7 +43,8 @@ class Resample(Value):
         seed: of the draw, 0 ≤ seed < 2³².
 
     Raises:
-        LatentError: for activations without a token, or values that are not finite.
+        LatentError: for activations without a token, readings that were reduced, or values that are
+            not finite.
 
     Examples:
         >>> v = sf.Direction(torch.ones(8), site="resid_post.1")

@@ -7,5 +7,6 @@
 * ``probe``: ``Probe``, the reader.
 * ``forms``: what an edit reads and writes.
 * ``lower``: verbs made into the kernel's program for one model.
+* ``gaps``: tokens of the prompts that a patch has no value for.
 * ``placement``: several programs side by side in one batch.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Self, cast, final
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..dictionaries.latents import Latents
+from ..dictionaries.twins import rivals, shared
 from ..errors import FiringError, LatentError, RemoteError
 from ..kernel.pack import unpack
 from ..kernel.program import whole_run
@@ -245,29 +247,36 @@ def _members(intervention: Intervention) -> tuple[Step, ...]:
 def _require_apart(steps: tuple[Step, ...]) -> None:
     """Refuse edits whose changes, added up, would not mean what each says alone."""
     edits = [step for step in steps if step.change is not None]
-    edited: set[tuple[int, int]] = set()
-    reselected = {
-        id(basis) for step in edits for basis, _ in step.latents.parts
-        if step.latents.written == "reselect"
-    }  # fmt: skip
     for number, step in enumerate(edits):
-        own = {(id(basis), index) for basis, indices in step.latents.parts for index in indices}
-        others = {basis for basis, _ in edited}
+        earlier = edits[:number]
         if len(edits) > 1 and step.latents.written == "span":
             got, call = "removes a span, of which another edit may write a part", "a | b"
-        elif edited & own:
+        elif any(_meet(step, other) for other in earlier):
             got, call = "has a latent that an earlier part edits", "one edit for each latent"
-        elif number and others & {basis for basis, _ in own} & reselected:
+        elif any(_compete(step, other) for other in earlier):
             got = "has a dictionary whose largest latents are selected anew"
             call = "one Clamp with values for all of the latents"
         else:
-            edited |= own
             continue
         raise LatentError(
             f"Joint: `steps` is one of which {step!r} {got}, wanted edits of latents of their own."
             " Likely cause: edits that overlap: added up, neither would have its value. Try:"
             f" {call}"
         )
+
+
+def _meet(one: Step, other: Step) -> bool:
+    """Whether two steps edit one latent, of one dictionary or of one that was loaded twice."""
+    pairs = product(one.latents.parts, other.latents.parts)
+    return any(shared(*part, *theirs) for part, theirs in pairs)
+
+
+def _compete(one: Step, other: Step) -> bool:
+    """Whether two steps edit one dictionary, of which one of them selects the largest anew."""
+    if "reselect" not in (one.latents.written, other.latents.written):
+        return False
+    pairs = product(one.latents.parts, other.latents.parts)
+    return any(rivals(*part, *theirs) for part, theirs in pairs)
 
 
 def _starts(log: Log, columns: int) -> Tensor:
@@ -298,26 +307,30 @@ def per_latent(function: str, parameter: str, value: Any, latents: Latents) -> A
         number = torch.as_tensor(value, dtype=torch.float32 if listed else None, device=device)
     except (TypeError, ValueError, RuntimeError):
         number = None
-    if number is not None and (number.dtype == torch.bool or number.is_complex()):
-        number = None  # True is no 1.0, and an imaginary part would be left out
+    # True is no 1.0, and an imaginary part would be left out
+    real = number is not None and number.dtype != torch.bool and not number.is_complex()
     finite = number is None or bool(torch.isfinite(number).all())
-    if number is not None and finite and number.ndim == 0:
+    if number is not None and real and finite and number.ndim == 0:
         return float(cast("float", value))  # not through a tensor: 0.7 stays 0.7
     fits = number is not None and number.ndim in (1, 2) and number.shape[-1] == len(latents)
-    if number is not None and finite and fits and len(number):
+    if number is not None and real and finite and fits and len(number):
         return number.detach().clone()
-    shape = "" if number is None else f" of shape {tuple(number.shape)}"
-    got = f"{type(value).__name__}{shape}" + ("" if finite else " and not finite")
-    cause = (
-        "readings without a word on how to use them"
-        if isinstance(value, Readings)
-        else "values made for another selection"
-    )
+    got = type(value).__name__
+    if number is not None:
+        got += f" of shape {tuple(number.shape)}" + ("" if real else f", {number.dtype}")
+        wide = number.shape[-1] if number.ndim else len(latents)
+        got += "" if wide == len(latents) else f", {wide} values for {len(latents)} latents"
+        got += "" if finite else " and not finite"
+    cause = "values made for another selection"
+    if isinstance(value, Readings):
+        cause = "readings without a word on how to use them"
+    elif number is not None and not real:
+        cause = "a mask, or numbers with an imaginary part, which would be left out"
     raise LatentError(
-        f"{function}: `{parameter}` is {got}, wanted a finite number, [{len(latents)}] or [prompts,"
-        f" {len(latents)}] values, or a Schedule, Patch or Resample. Likely cause: {cause}. Try:"
-        f" {function}(latents, {parameter}=readings.mean()), or {parameter}=Patch(readings), or"
-        f" {parameter}=Resample(readings)"
+        f"{function}: `{parameter}` is {got}, wanted a finite real number, [{len(latents)}] or"
+        f" [prompts, {len(latents)}] values, or a Schedule, Patch or Resample. Likely cause:"
+        f" {cause}. Try: {function}(latents, {parameter}=readings.mean()), or"
+        f" {parameter}=Patch(readings), or {parameter}=Resample(readings)"
     )
 
 

@@ -26,7 +26,8 @@ FILTERS = ("answer", "first-token")
 def counted(skipped: int) -> sf.Tokens:
     """The tokens of a study that skips so many positions at the start of every prompt.
 
-    Activations are compared, latents drawn, scored, ablated and clamped there and nowhere else.
+    Activations are compared, latents drawn, scored, ablated and clamped there and nowhere else;
+    the direction of activation steering is ablated at all tokens (``steering``).
     The first position is an attention sink in real models, a hundred times as long as any other:
     an SAE has nearly all of its latents active on it, and maxima over a prompt would be its own.
     """
