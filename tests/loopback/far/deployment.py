@@ -12,12 +12,14 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from ndif.services.ray.sandbox.host import Connection, Pool, Sandbox, spawn
 from ndif.services.ray.sandbox.model import SandboxModelDeployment
+from ndif.services.ray.sandbox.protocol import unpack
 from nnsight import TransformersModel
 from nnsight.intervention.interleaver import Pending
 from nnsight.modeling.huggingface import HuggingFaceModel
@@ -46,18 +48,13 @@ class Counted(Connection):
     def recv(self, timeout: float | None = None) -> Any:
         """Blocks park as ``Pending``; what they have read is sent back as a plain tuple."""
         data = self.recv_raw(timeout)
-        values, named = self._unpack(data)
+        values, named = unpack(data, self.map_location)
         kind, *rest = values
         if kind != "END":
             self.received += len(data)
         parks = {"INTERLEAVE": lambda: rest[1], "PARK": lambda: rest[1:2]}.get(kind, list)()
         self.parks += sum(isinstance(park, Pending) for park in parks)
         return values, named
-
-    def _unpack(self, data: bytes) -> Any:
-        from ndif.services.ray.sandbox.protocol import unpack
-
-        return unpack(data, self.map_location)
 
 
 class Box(Sandbox):
@@ -93,8 +90,8 @@ class Runners(Pool):
 class Deployment(SandboxModelDeployment):
     """The actor that runs requests; see ``loopback.serve`` for the set-up."""
 
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup = setup
+    def __init__(self, setup: dict[str, Any], crossed: Callable[[list[int]], None]) -> None:
+        self._setup, self._crossed = setup, crossed
         self.fault: str | None = None
         self.late = False
         torch.set_num_threads(setup["threads"])
@@ -159,11 +156,11 @@ class Deployment(SandboxModelDeployment):
         super().report(request, status, *rest, **more)
 
     def discard_sandbox(self) -> None:
-        """Count what crossed, and stop the runner unless it is kept."""
-        box, self.crossed = self.execution_sandbox, None
+        """Tell what crossed, before the client hears of the end; stop the runner unless kept."""
+        box = self.execution_sandbox
         if box is not None and box.last is not None:
             seen = box.last
-            self.crossed = (seen.parks, seen.trips, seen.sent, seen.received)
+            self._crossed([seen.parks, seen.trips, seen.sent, seen.received])
         if self._setup["fresh"]:
             super().discard_sandbox()
         self.execution_sandbox = None
