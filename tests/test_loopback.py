@@ -504,7 +504,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("sandbox", [True, False])
 def test_a_block_that_never_ends_is_ended(sandbox, model):
     """Not only waited for no longer: gone, and the next job has a worker."""
-    with loopback.serve(model, sandbox=sandbox, timeout=20.0) as server:
+    with loopback.serve(model, sandbox=sandbox, fresh=False, timeout=20.0) as server:
         pids = whereabouts(model, remote=server.url)[:1]
         with pytest.raises(RemoteError, match=r"exceeded the execution timeout of 20\.0s"):
             endless(model, server.url)
@@ -544,6 +544,23 @@ def test_nothing_is_left_behind(model, tmp_path, monkeypatch):
 def socket_of(path: Path, pid: int) -> bool:
     """Whether the process was started to listen there."""
     return str(path).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+SERVE = """
+import json, os, sys, threading, time
+sys.path.insert(0, {tests!r})
+import loopback, nnsight, saefeat as sf
+from helpers import RAGGED, build, wrapped
+from test_loopback import endless, eventually, running, whereabouts
+nnsight.CONFIG.APP.REMOTE_LOGGING = False
+model = wrapped(build("llama"))
+with loopback.serve(model, sandbox=True, fresh=False) as server:
+    pids = whereabouts(model, remote=server.url)[:2]
+    threading.Thread(target=endless, args=(model, server.url), daemon=True).start()
+    assert eventually(lambda: running(server))
+    print(json.dumps(pids), flush=True)
+    time.sleep(600)
+"""
 
 
 @linux

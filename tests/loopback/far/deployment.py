@@ -78,6 +78,10 @@ class Runners(Pool):
         box = spawn(self.python, self.quiet, STARTING, self.peers, self.model_key)
         return Box(box.path, box.process)
 
+    def warm(self) -> None:
+        """Wait until one is ready: a job's time is counted from before it has a runner."""
+        self.ready.put(self.ready.get(timeout=STARTING))
+
     def acquire(self, timeout: float = STARTING) -> Any:
         """A runner; it is the caller's to stop unless it is kept."""
         if self._fresh:
@@ -121,6 +125,7 @@ class Deployment(SandboxModelDeployment):
         self.execution_sandbox: Any = None
         if self._setup["sandbox"]:
             self.start_runners()
+            self.pool.warm()
 
     def start_runners(self) -> None:
         """Runners start as ``far/runner.py``, which blocks our packages and ends with us."""
