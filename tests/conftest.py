@@ -1,13 +1,11 @@
 """What test files share: one thread for tiny models, and a server to send jobs to."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from nnsight import CONFIG
 
 import loopback
+from helpers import MISSING, SKIPS
 
 
 @pytest.fixture(autouse=True)
@@ -21,18 +19,6 @@ def one_thread(request):
 
 
 # For the files that send jobs to a server, each of which has a ``model`` of its own.
-
-MISSING = "NDIF's released server is not installed: `make test` installs it where it can be had"
-# CI asks for it by the environment, so that nothing is left out there without a word.
-SKIPS = importlib.util.find_spec("ndif") is None and "SAEFEAT_REQUIRE_NDIF" not in os.environ
-
-
-@pytest.fixture(scope="session")
-def ndif():
-    """Skip what starts a server where there is no code to run in it."""
-    if SKIPS:
-        pytest.skip(MISSING)
-
 
 if SKIPS:
     loopback.serve = lambda *_, **__: pytest.skip(MISSING)

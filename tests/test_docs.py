@@ -29,13 +29,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from helpers import MISSING, SKIPS
 from outputs import Checker, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"docs/guide/remote-sizes.md", "docs/guide/remote.md", "saefeat.remote.jobs"}
 """Pages and modules whose examples start servers or take minutes: they run with ``make slow``."""
-LATER = [pytest.mark.slow, pytest.mark.usefixtures("ndif")]
+LATER = [pytest.mark.slow, pytest.mark.skipif(SKIPS, reason=MISSING)]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "src" / "saefeat").rglob("*.py")
