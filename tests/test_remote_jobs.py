@@ -454,7 +454,7 @@ def test_a_sample_that_the_seed_did_not_make_is_refused(model, monkeypatch):
 def test_a_sample_is_right_or_refused_where_values_are_copied(model):
     """Never a sample that only looks like one from the seed."""
     here = sf.run(model, RAGGED, edits(), **SAMPLE)
-    with loopback.serve(model, copies=True) as boundary:
+    with loopback.serve(model, sandbox=True) as boundary:
         try:
             there = sf.run(model, RAGGED, edits(), on=Server(boundary.url), **SAMPLE)
         except sf.errors.RemoteError as error:

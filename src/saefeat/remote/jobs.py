@@ -64,7 +64,7 @@ def submit(
         SiteError, ModelError, PromptError, LatentError: as ``run``.
 
     Examples:
-        >>> import loopback  # the repository's stand-in for a server, in its tests
+        >>> import loopback  # NDIF's server code on this machine, in the repository's tests
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
@@ -109,7 +109,7 @@ class Job:
     Awaiting it, in asyncio, gives the ``Run`` too.
 
     Examples:
-        >>> import loopback  # the repository's stand-in for a server, in its tests
+        >>> import loopback  # NDIF's server code on this machine, in the repository's tests
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
@@ -174,7 +174,7 @@ class Job:
                 its intervention.
 
         Examples:
-            >>> import loopback  # the repository's stand-in for a server, in its tests
+            >>> import loopback  # NDIF's server code on this machine, in the repository's tests
             >>> from saefeat.studies.refusal import tiny
             >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False
             >>> model = tiny.model("chat")
