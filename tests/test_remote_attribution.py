@@ -90,7 +90,6 @@ def test_local_requests(model):
     same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server("local")))
 
 
-@pytest.mark.xfail(strict=True, reason="zeros that come back are not known for what they are")
 @pytest.mark.parametrize("method", [sf.attribution.AtP(), sf.IG(steps=2)], ids=repr)
 def test_gradients_that_do_not_cross_are_an_error(method, model, boundary):
     """Not zeros, and not another method without a word."""

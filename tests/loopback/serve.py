@@ -28,7 +28,7 @@ def serve(
     *,
     sandbox: bool = False,
     fresh: bool = True,
-    skeleton: bool = True,
+    skeleton: bool = False,
     faults: Sequence[str | None] = (),
     dtype: str = "auto",
     device_map: str | None = None,
@@ -55,8 +55,8 @@ def serve(
         fresh: with a sandbox, a new process for each job, as NDIF has it; or one for all jobs,
             which saves some seconds each.
         skeleton: with a sandbox, give it the model's modules without weights, as NDIF means to. Its
-            code cannot build them with nnsight 0.8.1 and transformers 5.23, and blocks then find no
-            modules; False leaves it at that.
+            code cannot build them with nnsight 0.8.1 and transformers 5.23, so that blocks find no
+            modules there: False, and what runs.
         faults: what befalls the first jobs, one each: ``"slow"`` (by ``slow`` seconds), ``"fail"``,
             ``"die"`` (the worker does), ``"vanish"`` (the server forgets the job and hangs up),
             ``"truncate"`` (half the result arrives), ``"expire"`` (no result any more), or None.
