@@ -1,0 +1,73 @@
+"""Passes TCP connections on: into another network namespace, or with faults on the way."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+Fault = Callable[[bytes], bytes | None]
+"""What becomes of bytes on their way back to the client; None ends the connection."""
+
+
+class Relay:
+    """Listens on 127.0.0.1 and passes each connection on to another port there.
+
+    The listening socket stays in the network namespace it was opened in; the connections behind it
+    are made in that of the thread that calls ``start``.
+
+    Args:
+        port: to listen on; 0 is any free one.
+        fault: what becomes of the server's bytes, asked for each piece of them as it comes.
+    """
+
+    def __init__(self, port: int = 0, fault: Fault = lambda data: data) -> None:
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.fault = fault
+
+    def start(self, target: int) -> Relay:
+        """Pass connections on to a port, from now on."""
+        threading.Thread(target=self._accept, args=(target,), daemon=True).start()
+        return self
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _accept(self, target: int) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", target))
+            except OSError:  # nobody listens there at the moment
+                client.close()
+                continue
+            for one, other, fault in ((client, server, None), (server, client, self._changed)):
+                args = (one, other, fault)
+                threading.Thread(target=self._pass_on, args=args, daemon=True).start()
+
+    def _changed(self, data: bytes) -> bytes | None:
+        return self.fault(data)
+
+    def _pass_on(self, one: socket.socket, other: socket.socket, fault: Fault | None) -> None:
+        with suppress(OSError):
+            while data := one.recv(1 << 16):
+                changed = data if fault is None else fault(data)
+                if changed is None:
+                    break
+                other.sendall(changed)
+        for side in (one, other):
+            with suppress(OSError):
+                side.shutdown(socket.SHUT_RDWR)
