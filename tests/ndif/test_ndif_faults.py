@@ -67,7 +67,7 @@ def job(model, server, tmp_path):
 
 
 def parts(file: Path) -> list[dict]:
-    return json.loads(file.read_text())["parts"]
+    return json.loads(file.read_text())["batches"]
 
 
 def in_the_middle(job: sf.remote.Job) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import crossings
 import ray
 import torch
 from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
@@ -48,6 +49,11 @@ class Sandboxed(OnCPU, SandboxModelDeployment):
 
     Without authentication the API takes every request for a trusted one.
     """
+
+    def open_pool(self, *args: Any, **options: Any) -> None:
+        """Warm the released pool of runners; count what crosses to them if that is asked for."""
+        crossings.count()
+        super().open_pool(*args, **options)
 
     async def run(self, request: Any) -> None:
         """Run a request as one of an ordinary key."""
