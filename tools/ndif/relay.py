@@ -35,6 +35,8 @@ class Relay:
 
     def close(self) -> None:
         """Take no more connections."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # else accept goes on waiting
         self._listener.close()
 
     def __enter__(self) -> Relay:
@@ -54,20 +56,26 @@ class Relay:
             except OSError:  # nobody listens there at the moment
                 client.close()
                 continue
-            for one, other, fault in ((client, server, None), (server, client, self._changed)):
-                args = (one, other, fault)
-                threading.Thread(target=self._pass_on, args=args, daemon=True).start()
+            args = (client, server)
+            threading.Thread(target=self._connect, args=args, daemon=True).start()
 
-    def _changed(self, data: bytes) -> bytes | None:
-        return self.fault(data)
+    def _connect(self, client: socket.socket, server: socket.socket) -> None:
+        """Pass one connection's bytes on in both directions until either side ends it."""
+        with client, server:
+            there = threading.Thread(target=pass_on, args=(client, server, None), daemon=True)
+            there.start()
+            pass_on(server, client, lambda data: self.fault(data))
+            there.join()
 
-    def _pass_on(self, one: socket.socket, other: socket.socket, fault: Fault | None) -> None:
+
+def pass_on(one: socket.socket, other: socket.socket, fault: Fault | None) -> None:
+    """Pass bytes on in one direction until it ends, and end the connection."""
+    with suppress(OSError):
+        while data := one.recv(1 << 16):
+            changed = data if fault is None else fault(data)
+            if changed is None:
+                break
+            other.sendall(changed)
+    for side in (one, other):
         with suppress(OSError):
-            while data := one.recv(1 << 16):
-                changed = data if fault is None else fault(data)
-                if changed is None:
-                    break
-                other.sendall(changed)
-        for side in (one, other):
-            with suppress(OSError):
-                side.shutdown(socket.SHUT_RDWR)
+            side.shutdown(socket.SHUT_RDWR)
