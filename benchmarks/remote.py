@@ -1,6 +1,6 @@
 """What verbs cost on the released NDIF server: bytes sent, parks, crossings, seconds.
 
-    make ndif-up ARGS=--help               # makes the server's environment
+    make .venv-ndif/.stamp                 # the server's environment
     python benchmarks/remote.py            # a tiny random llama of 26 layers, and one of 80
 
 Each verb acts on 20 latents at every layer's residual stream, for two prompts in one forward pass.

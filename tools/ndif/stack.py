@@ -61,8 +61,11 @@ class Stack:
         self.environment = self._environment() | dict(settings or {})
         self.seconds: dict[str, float] = {}
         self._reaper: subprocess.Popen[bytes] | None = None
+        self._started: list[subprocess.Popen[bytes]] = []
         if not (venv / "bin" / "ndif").exists():
-            raise Missing(f"tools.ndif: {venv} has no NDIF server in it. Try: make {venv.name}")
+            raise Missing(
+                f"tools.ndif: {venv} has no NDIF server in it. Try: make {venv.name}/.stamp"
+            )
 
     def __enter__(self) -> Stack:
         for name in ("bin", "log", "ray", "home"):
@@ -89,6 +92,8 @@ class Stack:
         if self._reaper is not None and self._reaper.stdin is not None:
             self._reaper.stdin.close()
             self._reaper.wait()
+        for process in self._started:
+            process.wait()
 
     # ---------------------------------------------------------------- parts
 
@@ -187,10 +192,12 @@ class Stack:
 
     def _start(self, name: str, command: list[str | Path]) -> subprocess.Popen[bytes]:
         with (self.folder / "log" / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self._located(command), env=self.environment, cwd=self.folder, stdout=log,
                 stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
+        self._started.append(process)
+        return process
 
     def _start_stores(self) -> None:
         port = str(self._ports["redis"])
