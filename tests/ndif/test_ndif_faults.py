@@ -197,7 +197,13 @@ def test_answers_that_break_off(fault, stack, job, here):
         same(here, finished(lambda: job(on).wait(timeout=60)), 1e-4)
 
 
-@pytest.mark.parametrize("how", ["trace", "Attribute"])
+RAW = "an attribution waits at nnsight's websocket, and lets its WebSocketException through"
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["trace", pytest.param("Attribute", marks=pytest.mark.xfail(strict=True, reason=RAW))],
+)
 def test_a_websocket_that_is_dropped(how, stack, model):
     """A call that waits at a websocket must end with an error, and the same call again works."""
     seen: list[bytes] = []
@@ -214,7 +220,8 @@ def test_a_websocket_that_is_dropped(how, stack, model):
 
     with Relay(fault=breaks) as relay:
         relay.start(stack.published[0])
-        with pytest.raises(Exception, match=r"(?i)connection|closed|websocket"):
+        ours = sf.errors.RemoteError if how == "Attribute" else WebSocketException
+        with pytest.raises(ours, match=r"(?i)connection|closed|websocket"):
             call(relay.url)
     assert any(b"RUNNING" in piece for piece in seen)
     call(stack.url)
