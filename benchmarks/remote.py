@@ -23,6 +23,7 @@ from pathlib import Path
 
 import nnsight
 import torch
+import transformers
 from nnsight import TransformersModel
 from nnsight.modeling import huggingface
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-ndif")
     asked = parser.parse_args()
     nnsight.CONFIG.APP.REMOTE_LOGGING = False
+    transformers.utils.logging.disable_progress_bar()
     isolate()
     with tempfile.TemporaryDirectory(prefix="ndif-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
