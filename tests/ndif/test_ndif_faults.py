@@ -20,6 +20,7 @@ import pytest
 from cells import inline, latents, same
 from served import client
 from tools.ndif.relay import Relay
+from websocket import WebSocketException
 
 import saefeat as sf
 from helpers import eventually
