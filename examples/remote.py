@@ -2,7 +2,7 @@
 
     export PYTHONPATH=tests                                    # where loopback is
     python examples/remote.py                                  # starts a server on this machine
-    python examples/remote.py --remote http://127.0.0.1:8001   # a server that is running
+    python examples/remote.py --remote http://127.0.0.1:8001 --model FOLDER   # make ndif-up
     python examples/remote.py --remote ndif --model google/gemma-2-9b-it \\
         --saes gemma-scope-9b-it-res-canonical --layer 20 --latents 12 345
 
@@ -19,9 +19,10 @@ from pathlib import Path
 import nnsight
 import torch
 from nnsight import TransformersModel
+from nnsight.modeling import huggingface
 from transformers import AutoTokenizer
 
-import loopback  # the repository's own stand-in for a server, in tests/loopback
+import loopback  # NDIF's server code on this machine: the repository's tests/loopback
 import saefeat as sf
 from saefeat.studies.refusal import tiny
 
@@ -33,8 +34,8 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--remote", default="loopback", help='"loopback", "ndif" or a URL')
-    parser.add_argument("--model", help="a repository id; the embedded tiny model by default")
-    parser.add_argument("--saes", help="a release, with --model")
+    parser.add_argument("--model", help="a repository id, or a folder; the tiny model by default")
+    parser.add_argument("--saes", help="a release, with --model; the tiny model's by default")
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--latents", type=int, nargs="+", default=[0, 7])
     parser.add_argument("--value", type=float, default=4.0, help="what the latents are set to")
@@ -47,9 +48,12 @@ def load(asked: argparse.Namespace) -> tuple[TransformersModel, sf.dictionaries.
     if asked.model is None:
         saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         return tiny.model("chat"), saes
-    tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    tokenizer, where = AutoTokenizer.from_pretrained(asked.model), asked.saes
     model = TransformersModel(asked.model, tokenizer=tokenizer, task="text-generation")
-    return model, sf.load_saes(asked.saes, sites="resid_post")
+    if Path(asked.model).is_dir():  # what `make ndif-up` serves
+        where = where or tiny.saes_folder("chat")
+        huggingface._ID_CACHE[asked.model] = asked.model  # nnsight would look it up on the Hub
+    return model, sf.load_saes(where, sites="resid_post")
 
 
 def main() -> None:

@@ -29,12 +29,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from helpers import MISSING, SKIPS
 from outputs import Checker, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"docs/guide/remote-sizes.md", "docs/guide/remote.md", "saefeat.remote.jobs"}
 """Pages and modules whose examples start servers or take minutes: they run with ``make slow``."""
+LATER = [pytest.mark.slow, pytest.mark.skipif(SKIPS, reason=MISSING)]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "src" / "saefeat").rglob("*.py")
@@ -176,7 +178,7 @@ def execute(markdown: str, script: Path) -> None:
 def cases(values: Iterable[Any]) -> list[Any]:
     """Each value as a case of a test, by its path or its name; slow if that is in ``SLOW``."""
     named = {str(v.relative_to(ROOT)) if isinstance(v, Path) else v: v for v in values}
-    marks = {name: [pytest.mark.slow] if name in SLOW else [] for name in named}
+    marks = {name: LATER if name in SLOW else [] for name in named}
     return [pytest.param(value, id=name, marks=marks[name]) for name, value in named.items()]
 
 

@@ -1,4 +1,4 @@
-"""The loopback server itself: what it lets through, what it leaves behind, and its two processes.
+"""The loopback server itself: what it lets through, what it leaves behind, and its processes.
 
 That verbs give there what they give here is tests/test_remote.py's subject.
 """
@@ -18,12 +18,12 @@ import httpx
 import nnsight
 import pytest
 import torch
-from nnsight.intervention.backends.remote import RemoteError
+import websocket
+from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 
 import loopback
 import saefeat as sf
 from helpers import RAGGED, D, batch_of, build, eventually, make_sae, unit, wrapped
-from loopback.far.pipe import Gone, Pipe
 from saefeat.remote import Server
 
 NEW = 3
@@ -40,8 +40,15 @@ def model():
 
 @pytest.fixture(scope="module")
 def apart(model):
-    with loopback.serve(model, copies=True) as server:
+    # with a skeleton: what blocks of a user's own can do once NDIF's sandbox has one again
+    with loopback.serve(model, sandbox=True, fresh=False, skeleton=True) as server:
         whereabouts(model, remote=server.url)  # the first job starts the worker
+        yield server
+
+
+@pytest.fixture(scope="module")
+def fresh(model):
+    with loopback.serve(model, sandbox=True) as server:
         yield server
 
 
@@ -67,12 +74,17 @@ def whereabouts(model, **how):
     return found
 
 
-def test_each_block_has_a_fresh_process(model, apart):
-    first, second = (whereabouts(model, remote=apart.url) for _ in range(2))
-    worker = apart.worker._process.pid
-    assert len({first[0], second[0], first[1], worker, os.getpid()}) == 5
-    assert first[1] == second[1]  # children of one process that has run no block
+def test_each_block_has_a_fresh_process(model, fresh):
+    first, second = (whereabouts(model, remote=fresh.url) for _ in range(2))
+    worker = fresh.worker._process.pid
+    assert len({first[0], second[0], worker, os.getpid()}) == 4
+    assert first[1] == second[1] == worker
     assert not first[2] and not second[2]
+
+
+def test_one_process_serves_all_where_that_is_asked_for(model, apart):
+    first, second = (whereabouts(model, remote=apart.url) for _ in range(2))
+    assert first[:2] == second[:2] and second[2]
 
 
 def test_the_block_has_no_weights(model, apart):
@@ -104,7 +116,7 @@ def test_what_crosses_is_counted(model, apart):
         nnsight.save(intervention(model))
     crossed = apart.crossings[-1]
     assert crossed.parks == sf.remote.preflight(model, RAGGED, intervention).parks == 3
-    assert crossed.trips == 1 + 3 + 2  # to begin; what is asked for; what was read, sent back
+    assert crossed.trips == 3 + 2 + 1  # what is asked for; what was read, sent back; the end
     value = batch["input_ids"].numel() * D * 4
     assert crossed.to_block > value
     assert crossed.to_model > 2 * value  # as read, then as edited
@@ -114,10 +126,11 @@ def test_what_crosses_is_counted(model, apart):
     assert crossed.to_model - apart.crossings[-1].to_model > value
 
 
-def test_only_the_rows_of_an_invoke_cross(model, apart):
+def test_an_invoke_reads_its_rows_and_all_of_them_cross(model, apart):
+    """``torch.save``, the sandbox's wire, writes the storage that a view looks into."""
     with model.trace(remote=apart.url) as tracer:
         with tracer.invoke(RAGGED[0]):
-            nnsight.save(model.output.logits.shape)
+            own = nnsight.save(model.output.logits.shape)
         with tracer.invoke(RAGGED[1]):
             pass
     one = apart.crossings[-1].to_block
@@ -127,9 +140,9 @@ def test_only_the_rows_of_an_invoke_cross(model, apart):
         with tracer.invoke(RAGGED[1]):
             pass
         with tracer.invoke():
-            nnsight.save(model.output.logits.shape)
-    width = batch_of(RAGGED[:2])["input_ids"].shape[1]
-    assert apart.crossings[-1].to_block - one > 0.9 * width * 100 * 4
+            both = nnsight.save(model.output.logits.shape)
+    assert (own[0], both[0]) == (1, 2)
+    assert abs(apart.crossings[-1].to_block - one) < 0.1 * both.numel() * 4
 
 
 def nothing_crosses(model, apart):
@@ -143,6 +156,9 @@ def nothing_crosses(model, apart):
 def test_no_gradient_crosses(model, apart):
     with pytest.raises(RemoteError, match="does not require grad"):
         nothing_crosses(model, apart)
+
+
+def test_an_attribution_there_says_what_to_do(model, apart):
     attribute = sf.Attribute(latents(), sf.logit_diff(3, 5), method=sf.attribution.AtP())
     with pytest.raises(sf.errors.GradientError, match=r"Exact\(\) or FiniteDifference\(\)"):
         attribute(model, RAGGED, on=Server(apart.url))
@@ -221,7 +237,11 @@ def direct(model, **how):
     return tokens
 
 
-@pytest.mark.parametrize("do", [lens, cached, opened, met, stopped, stepped, skipped, direct])
+BARE = pytest.mark.xfail(strict=True, reason="ndif 0.1.2 takes no call without a block there")
+DIRECT = pytest.param(direct, marks=BARE)
+
+
+@pytest.mark.parametrize("do", [lens, cached, opened, met, stopped, stepped, skipped, DIRECT])
 def test_what_nnsight_can_do_it_can_do_apart(do, model, apart):
     here, there = do(model), do(model, remote=apart.url)
     assert torch.allclose(here.double(), there.double(), atol=1e-5)
@@ -237,30 +257,84 @@ def test_errors_in_a_block_point_at_its_line(model, apart):
             nnsight.save(layer(model, 0).output)
 
 
-def test_errors_of_the_model_reach_the_block(model, apart):
+def test_errors_of_the_model_reach_the_client(model, apart):
     with pytest.raises(RemoteError, match=r"size|shape"):  # noqa: SIM117
         with model.trace(batch_of(), remote=apart.url):
             layer(model, 0).output = torch.zeros(3, 2, D + 1)
-    with pytest.raises(RemoteError, match="hook=True"):  # noqa: SIM117
-        with model.trace(batch_of(), remote=apart.url):
-            model.lm_head(layer(model, 0).output, hook=True)
     assert torch.isfinite(sf.run(model, RAGGED, on=Server(apart.url)).logits).all()
 
 
 def test_a_block_that_dies_takes_nobody_along(model, apart):
     worker = apart.worker._process.pid
-    with pytest.raises(RemoteError, match=r"block's process died \(exit code 7\)"):  # noqa: SIM117
+    with pytest.raises(RemoteError, match="connection closed before message complete"):  # noqa: SIM117
         with model.trace(batch_of(), remote=apart.url):
             layer(model, 0).output  # noqa: B018
             os._exit(7)
-    apart.faults.append("die")
-    with pytest.raises(sf.errors.RemoteError, match=r"block's process died \(exit code 9\)"):
-        sf.run(model, RAGGED, on=Server(apart.url))
     there = sf.run(model, RAGGED, sf.Ablate(latents()), on=Server(apart.url))
-    assert torch.allclose(
-        there.logits, sf.run(model, RAGGED, sf.Ablate(latents())).logits, atol=1e-5
-    )
+    here = sf.run(model, RAGGED, sf.Ablate(latents()))
+    assert torch.allclose(there.logits, here.logits, atol=1e-5)
     assert apart.worker._process.pid == worker
+
+
+def test_a_deployment_that_dies_is_replaced(model, apart):
+    apart.faults.append("die")
+    with pytest.raises(sf.errors.RemoteError, match="Error submitting request to model"):
+        sf.run(model, RAGGED, on=Server(apart.url))
+    assert "exit code 9" in apart.worker.last_words
+    assert torch.isfinite(sf.run(model, RAGGED, on=Server(apart.url)).logits).all()
+
+
+@pytest.mark.parametrize("sandbox", [True, False])
+def test_what_a_block_says_reaches_the_client(sandbox, model, apart, request):
+    """In LOG statuses, as it says it: prints, and warnings."""
+    server = apart if sandbox else request.getfixturevalue("server")
+    said, backend = [], RemoteBackend(model.to_model_key(), host=server.url)
+    backend.display.update = lambda response: said.append((response.status, response.description))
+    with model.trace(batch_of(), backend=backend):
+        import warnings
+
+        print("here", tuple(layer(model, 1).output.shape))
+        warnings.warn("beware", stacklevel=1)
+    logs = [text for status, text in said if status == "LOG"]
+    assert logs[0] == f"here {(*batch_of()['input_ids'].shape, D)}"
+    assert any("beware" in text for text in logs)
+    states = [status for status, _ in said if status != "LOG"]
+    assert states == ["RECEIVED", "QUEUED", "DISPATCHED", "RUNNING", "COMPLETED"]
+    assert backend.meta["runtime"] > 0
+
+
+def test_a_large_result_comes_from_the_store_and_a_small_one_does_not(model, server):
+    for count, kind in ((1 << 20, bytes), (3 << 20, str)):
+        seen, backend = [], RemoteBackend(model.to_model_key(), host=server.url)
+        backend.display.update = lambda response, seen=seen: seen.append(response.data)
+        with model.trace(batch_of(), backend=backend):
+            shape = layer(model, 1).output.shape
+            kept = nnsight.save(torch.rand(count) * shape[0])
+        assert type(seen[-1]) is kind and kept.shape == (count,)
+
+
+def test_ones_own_classes_and_functions_come_back(model, server, apart):
+    for there in (server, apart):
+        with model.trace(batch_of(), remote=there.url):
+
+            class Pair:
+                left = 3
+
+            shape = layer(model, 1).output.shape
+            kept = nnsight.save([Pair(), lambda x: x + 1, shape])
+        assert kept[0].left == 3 and kept[1](2) == 3
+
+
+@pytest.mark.parametrize("new", [0, 3])
+def test_verbs_need_no_skeleton(new, model, apart, fresh):
+    """NDIF's code with nnsight 0.8.1 under transformers 5.23 has none: a block finds no module."""
+    here = sf.run(model, RAGGED, sf.Ablate(latents()), max_new_tokens=new)
+    for server in (apart, fresh):
+        there = sf.run(
+            model, RAGGED, sf.Ablate(latents()), max_new_tokens=new, on=Server(server.url)
+        )
+        assert torch.allclose(there.logits, here.logits, atol=1e-5)
+        assert there.completions == here.completions
 
 
 # ---------------------------------------------------------------- the cache beside a block's input
@@ -275,7 +349,7 @@ def site(name: str) -> sf.Intervention:
 @pytest.fixture(scope="module")
 def gpt2():
     nn = wrapped(build("gpt2"))
-    with loopback.serve(nn, copies=True) as server:
+    with loopback.serve(nn, sandbox=True, fresh=False) as server:
         yield nn, server
 
 
@@ -311,50 +385,54 @@ def test_only_those_who_know_the_secret_are_answered(apart):
     root = apart.url.rpartition("/")[0]
     assert len(apart.url.rpartition("/")[2]) > 20
     sent = len(apart.payloads)
-    headers = {"nnsight-version": apart.version}
     for secret in ("", "/wrong", "/" + "x" * 22):
         assert httpx.get(f"{root}{secret}/env").status_code == 404
-        answer = httpx.post(f"{root}{secret}/request", content=b"x", headers=headers)
-        assert answer.status_code == 404
+        assert httpx.post(f"{root}{secret}/request", content=b"x").status_code == 404
+        with pytest.raises(websocket.WebSocketBadStatusException):
+            websocket.create_connection(f"ws{root.removeprefix('http')}{secret}/subscribe")
     assert httpx.get(f"{apart.url}/env").status_code == 200
+    assert httpx.get(f"{apart.url}/ping").json() == "pong"
     assert len(apart.payloads) == sent
 
 
 @pytest.mark.parametrize(
-    "how, status",
+    "how",
     [
-        ({"data": {"data": "{}"}}, 400),  # no version: a page in a browser cannot say one
-        ({"data": {"data": "{}"}, "headers": {"nnsight-version": "HERE"}}, 400),
-        ({"content": b"\xff" * 99, "headers": {"nnsight-version": "HERE"}}, 400),
-        ({"files": {"data": "[1]", "blob": b""}, "headers": {"nnsight-version": "HERE"}}, 400),
-        ({"files": {"data": "{", "blob": b""}, "headers": {"nnsight-version": "HERE"}}, 400),
-        ({"content": iter([b"in chunks"]), "headers": {"nnsight-version": "HERE"}}, 411),
+        {"data": {"data": "{}"}},
+        {"content": b"\xff" * 99},
+        {"files": {"data": (None, "[1]"), "blob": b""}},
+        {"files": {"data": (None, "{"), "blob": b""}},
+        {"content": iter([b"in chunks"])},
     ],
 )
-def test_what_is_no_request_is_refused(how, status, apart, capfd):
-    headers = {k: apart.version if v == "HERE" else v for k, v in how.get("headers", {}).items()}
+def test_what_is_no_request_is_refused(how, apart, capfd):
     sent = len(apart.payloads)
-    answer = httpx.post(f"{apart.url}/request", **{**how, "headers": headers})
-    assert answer.status_code == status and answer.json()["detail"]
+    answer = httpx.post(f"{apart.url}/request", **how)
+    assert answer.status_code == 422 and answer.json()["detail"]
     assert len(apart.payloads) == sent
     assert capfd.readouterr().err == ""
 
 
-def test_a_client_that_hangs_up_is_no_news(apart, capfd, monkeypatch):
+def test_an_old_client_is_refused_where_a_version_is_asked_for(model):
+    with loopback.serve(model, version="0.9.0") as server:
+        for old in ("0.8.1", "", "?"):
+            answer = httpx.post(f"{server.url}/request", headers={"nnsight-version": old})
+            assert answer.status_code == 400 and answer.json()["detail"]
+        assert server.payloads == []
+
+
+def test_a_client_that_hangs_up_is_no_news(apart, capfd):
     import socket
 
-    over, close = threading.Event(), apart.shutdown_request
-
-    def closed(request):  # the last that is done for a caller, after any error was told
-        close(request)
-        over.set()
-
-    monkeypatch.setattr(apart, "shutdown_request", closed)
-    where = ("127.0.0.1", apart.server_address[1])
+    where = ("127.0.0.1", int(apart.url.rpartition("/")[0].rpartition(":")[2]))
     with socket.create_connection(where) as caller:
         caller.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n")
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    assert over.wait(120)
+    waiting = websocket.create_connection(f"ws{apart.url.removeprefix('http')}/subscribe")
+    name = json.loads(waiting.recv())["session_id"]
+    waiting.sock.close()
+    assert eventually(lambda: name not in apart.sessions.queues)
+    assert httpx.get(f"{apart.url}/ping").status_code == 200
     assert capfd.readouterr().err == ""
 
 
@@ -387,15 +465,6 @@ def test_a_skeleton_cannot_be_served(model, tmp_path):
         pass
 
 
-def test_blocks_apart_need_forks(model, monkeypatch):
-    monkeypatch.delattr("os.fork")
-    with (
-        pytest.raises(sf.errors.RemoteError, match=r"os\.fork"),
-        loopback.serve(model, copies=True),
-    ):
-        pass
-
-
 def test_a_folder_that_is_no_model_fails_the_job(model, tmp_path):
     with (
         loopback.serve(tmp_path) as server,
@@ -419,17 +488,9 @@ def ended(pids: list[int]) -> bool:
     return eventually(lambda: not any(map(alive, pids)))
 
 
-def parent(pid: str) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return -1
-
-
-def in_a_block(server, forker: int) -> bool:
-    """Whether the job runs, in a process of its own that the forker has made for it."""
-    running = any(job.response["status"] == "RUNNING" for job in server.jobs.values())
-    return running and any(parent(p.name) == forker for p in Path("/proc").glob("[0-9]*"))
+def running(server) -> bool:
+    """Whether the job runs in its process."""
+    return any(job.status == "RUNNING" for job in server.jobs.values())
 
 
 def endless(model, url):
@@ -443,15 +504,15 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
-def test_a_block_that_never_ends_is_ended(model, apart, monkeypatch):
+@pytest.mark.parametrize("sandbox", [True, False])
+def test_a_block_that_never_ends_is_ended(sandbox, model):
     """Not only waited for no longer: gone, and the next job has a worker."""
-    pids = [apart.worker._process.pid, *whereabouts(model, remote=apart.url)[:2]]
-    monkeypatch.setattr(apart.worker, "_limit", 3.0)
-    with pytest.raises(RemoteError, match="longer than 3 s"):
-        endless(model, apart.url)
-    assert ended(pids)
-    monkeypatch.undo()
-    assert torch.isfinite(sf.run(model, RAGGED, on=Server(apart.url)).logits).all()
+    with loopback.serve(model, sandbox=sandbox, fresh=False, timeout=20.0) as server:
+        pids = whereabouts(model, remote=server.url)[:1]
+        with pytest.raises(RemoteError, match=r"exceeded the execution timeout of 20\.0s"):
+            endless(model, server.url)
+        assert ended(pids)
+        assert torch.isfinite(sf.run(model, RAGGED, on=Server(server.url)).logits).all()
 
 
 @linux
@@ -467,18 +528,25 @@ def test_nothing_is_left_behind(model, tmp_path, monkeypatch):
         except Exception as error:
             failed.append(error)
 
-    with loopback.serve(model, copies=True) as server:
-        pids = whereabouts(model, remote=server.url)[1:2]
-        pids.append(server.worker._process.pid)
+    with loopback.serve(model, sandbox=True, fresh=False) as server:
+        pids = [whereabouts(model, remote=server.url)[0], server.worker._process.pid]
+        sockets = [path for path in Path("/tmp").glob("sbx-*.sock") if socket_of(path, pids[0])]
+        assert len(sockets) == 1
         waiting = threading.Thread(target=client)
         waiting.start()
-        assert eventually(lambda: in_a_block(server, pids[0]))
+        assert eventually(lambda: running(server))
     waiting.join(timeout=120)
     assert failed and not waiting.is_alive()
     assert ended(pids)
     # A thread that answered a caller ends with the connection, by itself.
     assert eventually(lambda: set(threading.enumerate()) <= before)
+    assert eventually(lambda: not sockets[0].exists())
     assert not list(tmp_path.glob("saefeat-*"))
+
+
+def socket_of(path: Path, pid: int) -> bool:
+    """Whether the process was started to listen there."""
+    return str(path).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 SERVE = """
@@ -486,14 +554,13 @@ import json, os, sys, threading, time
 sys.path.insert(0, {tests!r})
 import loopback, nnsight, saefeat as sf
 from helpers import RAGGED, build, wrapped
-from test_loopback import endless, eventually, in_a_block, whereabouts
+from test_loopback import endless, eventually, running, whereabouts
 nnsight.CONFIG.APP.REMOTE_LOGGING = False
 model = wrapped(build("llama"))
-with loopback.serve(model, copies=True) as server:
-    pids = [server.worker._process, *whereabouts(model, remote=server.url)[1:2]]
-    pids[0] = server.worker._process.pid
+with loopback.serve(model, sandbox=True, fresh=False) as server:
+    pids = whereabouts(model, remote=server.url)[:2]
     threading.Thread(target=endless, args=(model, server.url), daemon=True).start()
-    assert eventually(lambda: in_a_block(server, pids[1]))
+    assert eventually(lambda: running(server))
     print(json.dumps(pids), flush=True)
     time.sleep(600)
 """
@@ -512,40 +579,3 @@ def test_who_serves_takes_the_others_along(how):
         serving.send_signal(how)
         assert ended(pids)
         serving.wait(timeout=120)
-
-
-def test_half_a_message_is_the_end():
-    source, sink = os.pipe()
-    line = Pipe(source, sink)
-    os.write(sink, (100).to_bytes(8, "big") + b"half")
-    os.close(sink)
-    with pytest.raises(Gone):
-        line.receive()
-    os.close(source)
-
-
-def test_tensors_leave_without_what_is_behind_them():
-    from loopback.far.pipe import alone
-
-    whole = torch.zeros(1000, 8, requires_grad=True)
-    part = alone((whole * 2)[3:5])
-    assert part.untyped_storage().nbytes() == part.nbytes and not part.requires_grad
-    assert alone(whole).data_ptr() == whole.data_ptr()
-
-
-# ---------------------------------------------------------------- as deployed
-
-
-def test_a_half_precision_block_runs_under_autocast_and_the_kernel_does_not():
-    """NDIF's trusted keys: float32 products of a block would be bfloat16's, and latents flip."""
-    half = wrapped(build("llama").to(torch.bfloat16))
-    probe = sf.Probe(latents()).bind(half)
-    with loopback.serve(half) as server, half.trace(batch_of(), remote=server.url):
-        casts = nnsight.save(torch.is_autocast_enabled("cpu"))
-        log = nnsight.save(probe(half))
-        x = nnsight.save(layer(half, 1).output.clone())
-    assert casts
-    (read,), chosen = probe.readings(log), latents()
-    sae = chosen.parts[0][0]
-    exact = sae.encode(x.float(), [3, 40, 17])
-    assert torch.allclose(read.values[read.mask], exact[read.mask], atol=1e-5)

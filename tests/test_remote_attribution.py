@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def boundary(model):
-    with loopback.serve(model, copies=True) as server:
+    with loopback.serve(model, sandbox=True, fresh=False) as server:
         yield server
 
 

@@ -330,6 +330,7 @@ GARBAGE = {
     "events": (outside, "outside"),
     "a step nobody asked for": (unasked, "readings of steps"),
     "nothing": (gone, "a log, tokens and logits"),
+    "no place": (lambda saved: saved.pop("where"), "where it ran"),
 }
 
 
@@ -453,7 +454,7 @@ def test_a_sample_that_the_seed_did_not_make_is_refused(model, monkeypatch):
 def test_a_sample_is_right_or_refused_where_values_are_copied(model):
     """Never a sample that only looks like one from the seed."""
     here = sf.run(model, RAGGED, edits(), **SAMPLE)
-    with loopback.serve(model, copies=True) as boundary:
+    with loopback.serve(model, sandbox=True) as boundary:
         try:
             there = sf.run(model, RAGGED, edits(), on=Server(boundary.url), **SAMPLE)
         except sf.errors.RemoteError as error:
@@ -488,6 +489,119 @@ def test_a_checkpoint_keeps_batches_from_a_server(model, server, faulty, tmp_pat
     same_run(sf.run(model, RAGGED, edits(), max_new_tokens=2, batch_size=2), there)
     with pytest.raises(sf.errors.CheckpointError, match="differs in"):  # not those of a run here
         sf.run(model, RAGGED, edits(), checkpoint=tmp_path / "run", max_new_tokens=2, batch_size=2)
+
+
+def test_a_call_that_ran_out_of_time_takes_its_requests_up(model, server, faulty, tmp_path):
+    """Nothing is sent twice: ids of what is under way lie in the checkpoint's folder."""
+    faulty += ["slow", "slow"]
+    hasty = Server(server.url, timeout=0.3)
+    with pytest.raises(sf.errors.RemoteError, match=r"the same call again.*requests\.json"):
+        sf.run(model, RAGGED, edits(), batch_size=2, on=hasty, checkpoint=tmp_path / "c")
+    sent = len(server.payloads)
+    patient = Server(server.url)
+    there = sf.run(model, RAGGED, edits(), batch_size=2, on=patient, checkpoint=tmp_path / "c")
+    same_run(sf.run(model, RAGGED, edits(), batch_size=2), there)
+    assert len(server.payloads) == sent
+    assert json.loads((tmp_path / "c" / "requests.json").read_text())["requests"] == {}
+
+
+def test_requests_that_the_server_has_forgotten_are_sent_again(model, server, faulty, tmp_path):
+    faulty += ["slow", "slow"]
+    folder = tmp_path / "c"
+    with pytest.raises(sf.errors.RemoteError, match=r"requests\.json"):
+        sf.run(model, RAGGED, batch_size=2, on=Server(server.url, timeout=0.3), checkpoint=folder)
+    said = json.loads((folder / "requests.json").read_text())
+    said["requests"] = {number: "0" * 32 for number in said["requests"]}
+    (folder / "requests.json").write_text(json.dumps(said))
+    there = sf.run(model, RAGGED, batch_size=2, on=Server(server.url), checkpoint=folder)
+    assert torch.allclose(there.logits, sf.run(model, RAGGED).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "saefeat-requests"}'])
+def test_a_broken_list_of_requests_costs_no_result(text, model, server, tmp_path):
+    there = Server(server.url)
+    sf.run(model, RAGGED[:1], on=there, checkpoint=tmp_path / "c")
+    (tmp_path / "c" / "requests.json").write_text(text)
+    for batch in (tmp_path / "c").glob("batch-*"):
+        batch.unlink()
+    again = sf.run(model, RAGGED[:1], on=there, checkpoint=tmp_path / "c")
+    assert torch.allclose(again.logits, sf.run(model, RAGGED[:1]).logits, atol=1e-4)
+
+
+def test_every_call_that_waits_has_a_limit(model, server, faulty, tmp_path):
+    hasty = Server(server.url, timeout=0.3)
+    faulty += ["slow"]
+    with pytest.raises(sf.errors.RemoteError, match=r"not done after 0\.3 s"):
+        sf.remote.submit(model, RAGGED, on=hasty).wait()
+    faulty += ["slow"]
+    with pytest.raises(sf.errors.RemoteError, match=r"sweep: .* after 0.3 s"):
+        sf.sweep(model, RAGGED, {1: edits()}, on=hasty)
+    faulty += ["slow"]
+    attribute = sf.Attribute(jumprelu(), sf.logit_diff(3, 5))
+    with pytest.raises(sf.errors.RemoteError, match=r"Attribute: .* after 0.3 s"):
+        attribute(model, RAGGED, on=hasty)
+    with pytest.raises(sf.errors.RemoteError, match="`timeout` is 0"):
+        Server(server.url, timeout=0)
+
+
+def test_a_connection_that_is_lost_is_told(model, server, faulty):
+    faulty += ["vanish"]
+    attribute = sf.Attribute(jumprelu(), sf.logit_diff(3, 5))
+    with pytest.raises(sf.errors.RemoteError, match="connection was lost"):
+        attribute(model, RAGGED, on=Server(server.url))
+
+
+# ---------------------------------------------------------------- where it was made
+
+
+def test_a_result_says_where_it_was_made(model, tmp_path):
+    """It described the client: float32 on cpu, for a deployment in bfloat16."""
+    with loopback.serve(model, dtype="bfloat16") as half:
+        there, folder = Server(half.url), tmp_path / "c"
+        out = sf.run(model, RAGGED, edits(), batch_size=2, on=there, checkpoint=folder)
+        restored = sf.run(model, RAGGED, edits(), batch_size=2, on=there, checkpoint=folder)
+        job = sf.remote.submit(model, RAGGED, edits(), on=there, file=tmp_path / "job.json")
+        job.wait()
+        loaded = sf.remote.Job.load(tmp_path / "job.json", model, on=there).wait()
+        scores = sf.Attribute(jumprelu(), sf.logit_diff(3, 5))(model, RAGGED, on=there)
+    for origin in (x.provenance for x in (out, restored, loaded, scores)):
+        assert (origin.dtype, origin.device) == ("bfloat16", "cpu")
+        assert origin.server["url"] == half.url and origin.server["torch"] == torch.__version__
+        assert f"bfloat16 on cpu at {half.url}" in origin.line
+        assert sf.results.Provenance.from_dict(origin.to_dict()) == origin
+    here = sf.run(model, RAGGED)
+    assert here.provenance.server == {} and here.provenance.dtype == "float32"
+
+
+def test_preflight_warns_of_another_dtype(model, server, monkeypatch):
+    key = model.to_model_key()
+    answers = {"env": {"packages": {"nnsight": "0.8.1"}}}
+    answers["status"] = {"deployments": {"a": {"model_key": key, "dtype": "bfloat16"}, "b": {}}}
+
+    def get(address, **_):
+        request = httpx.Request("GET", address)
+        return httpx.Response(200, json=answers[address.rpartition("/")[2]], request=request)
+
+    monkeypatch.setattr(httpx, "get", get)
+    with pytest.warns(UserWarning, match="float32 here and bfloat16 on the server"):
+        report = sf.remote.preflight(model, RAGGED, edits(), on=Server(server.url))
+    assert report.dtype == ("float32", "bfloat16") and "bfloat16 there" in str(report)
+    answers["status"] = {"deployments": None}
+    assert sf.remote.preflight(model, RAGGED, on=Server(server.url)).dtype == ("float32", None)
+
+
+def test_a_model_has_the_name_that_it_is_given(monkeypatch):
+    """The Hub was asked for the name of a private model, and of one in memory."""
+    monkeypatch.setattr(nnsight.modeling.huggingface, "_ID_CACHE", {})
+    nn = wrapped(build("llama"))
+    assert sf.remote.named(nn, "my-lab/private", revision="v2") is nn
+    assert nn.to_model_key().endswith(
+        '{"repo_id": "my-lab/private", "revision": "v2", "task": "text-generation"}'
+    )
+    assert sf.run(nn, RAGGED, on=Server("local")).logits.shape[0] == len(RAGGED)
+    for wrong in ("", "/home/me/model", "https://x/y", "a/b/c"):
+        with pytest.raises(sf.errors.RemoteError, match="named: `repository`"):
+            sf.remote.named(nn, wrong)
 
 
 def test_nothing_new_is_sent_after_a_failure(model, server, faulty):

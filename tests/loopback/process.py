@@ -7,19 +7,14 @@ import os
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from .far.start import command
 
-
-class Outcome(NamedTuple):
-    """How a request ended: its result, or what went wrong, and what crossed between processes."""
-
-    ok: bool
-    error: str
-    result: bytes = b""
-    crossed: tuple[int, ...] | None = None
+Deliver = Callable[[str, str, bytes], None]
+"""Takes what a job publishes, stores or counts: which, the session or the name, the bytes."""
 
 
 class Worker:
@@ -27,41 +22,39 @@ class Worker:
 
     Args:
         setup: the first line it reads.
-        limit: seconds after which a request's process is killed.
+
+    Attributes:
+        last_words: what a process that died last had written, for whoever looks for the reason.
     """
 
-    def __init__(self, setup: dict[str, Any], limit: float) -> None:
-        self._setup, self._limit = setup, limit
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._setup = setup
         self._turn = threading.Lock()
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
+        self.last_words = ""
 
-    def run(self, job: dict[str, Any], blob: bytes) -> Outcome:
-        """Have one request answered."""
+    def run(self, job: dict[str, Any], blob: bytes, deliver: Deliver) -> str:
+        """Have one request answered; what it publishes and stores is delivered as it comes.
+
+        Returns:
+            An error that nobody else has told the client, or nothing.
+        """
         with self._turn:
             if self._closed:
-                return Outcome(False, "The server was closed before the job began.")
-            late, timer = threading.Event(), None
+                return "The server was closed before the job began."
+            told = UNDEPLOYED
             try:
                 process = self._running()
-
-                def end() -> None:
-                    late.set()  # before the end is seen: a thread's life would be told too late
-                    process.kill()
-
-                timer = threading.Timer(self._limit, end)
-                timer.start()
+                told = DIED
                 _write(process, json.dumps({**job, "bytes": len(blob)}).encode() + b"\n" + blob)
-                head = json.loads(_line(process))
-                result = _exactly(process, head["bytes"])
+                while (head := json.loads(_line(process)))["kind"] != "done":
+                    deliver(head["kind"], head["name"], _exactly(process, head["bytes"]))
             except (BrokenPipeError, EOFError):
-                return Outcome(False, self._obituary(late.is_set()))
-            finally:
-                if timer is not None:
-                    timer.cancel()
-            crossed = tuple(head["crossed"]) if "crossed" in head else None
-            return Outcome(head["ok"], head.get("error", ""), result, crossed)
+                self.last_words = self._obituary()
+                return told if told is DIED else f"{told} {self.last_words}"
+            return ""
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
@@ -89,13 +82,11 @@ class Worker:
             _line(process)  # ready
         return self._process
 
-    def _obituary(self, late: bool) -> str:
-        if self._process is not None and not late:
+    def _obituary(self) -> str:
+        if self._process is not None:
             with suppress(subprocess.TimeoutExpired):  # it is ending, with a reason of its own
                 self._process.wait(timeout=ENDING)
         code = self._bury()
-        if late:
-            return f"The job ran longer than {self._limit:g} s and was ended."
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - 2000))
         last = self._errors.read().decode(errors="replace").strip()
@@ -114,6 +105,13 @@ class Worker:
                     stream.close()
         return code
 
+
+UNDEPLOYED = "Could not deploy this model."
+DIED = (
+    "Error submitting request to model deployment. "
+    "Please try again later. Sorry for the inconvenience."
+)
+"""What NDIF's queue tells the client, in these words; of a death it does not tell the reason."""
 
 ENDING = 120.0
 """Seconds a process has to end by itself once it has closed its output."""

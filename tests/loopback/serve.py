@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from nnsight import __version__ as NNSIGHT
 from nnsight.modeling import huggingface
 from transformers.utils import logging
 
 from saefeat.errors import ModelError, RemoteError
 
 from .process import Worker
-from .server import Server
+from .server import Server, listening
 
 FAULTS = ("slow", "fail", "die", "vanish", "truncate", "expire")
 
@@ -27,33 +26,45 @@ FAULTS = ("slow", "fail", "die", "vanish", "truncate", "expire")
 def serve(
     model: Any,
     *,
-    copies: bool = False,
+    sandbox: bool = False,
+    fresh: bool = True,
+    skeleton: bool = False,
     faults: Sequence[str | None] = (),
     dtype: str = "auto",
     device_map: str | None = None,
-    version: str = NNSIGHT,
+    version: str | None = None,
     slow: float = 1.0,
     timeout: float = 600.0,
 ) -> Iterator[Server]:
-    """Run a server on this machine that treats requests as NDIF does: to check code before queues.
+    """Run NDIF's own server code on this machine: to check code before queues.
 
-    Jobs run one after another in a process of their own, on a copy of the model, with nnsight,
-    torch and transformers alone: saefeat, sae_lens, transformer_lens, jaxtyping and beartype cannot
-    be imported there. A request is code that runs as you, so the server listens on 127.0.0.1 only,
-    and answers only those who know its ``url``, which holds a secret; do not pass it on.
+    What runs a request is the released ``ndif`` package: reading it, running it on a deployment of
+    the model, answering. It does so in a process of its own, on a copy of the model. The HTTP and
+    websockets around it are ours, and speak as NDIF's API does; there is no Ray, Redis or object
+    store. saefeat, sae_lens, transformer_lens, jaxtyping and beartype cannot be imported there. A
+    request is code that runs as you, so the server listens on 127.0.0.1 only, and answers only
+    those who know its ``url``, which holds a secret; do not pass it on.
 
     Args:
         model: the nnsight model to serve, whose weights are written to a temporary folder, or a
             folder or repository id from which the worker loads it.
-        copies: run each block in a fresh process of its own, with the model in another and every
-            value a block reads or writes crossing between them, as NDIF does for ordinary keys.
-            Gradients do not cross. ``Server.crossings`` counts what does. Needs ``os.fork``.
+        sandbox: run each block in NDIF's sandbox, as it does for ordinary keys: a process apart,
+            with the model in another and every value a block reads or writes crossing between
+            them. Gradients do not cross. ``Server.crossings`` counts what does. Otherwise blocks
+            run beside the model, as for trusted keys.
+        fresh: with a sandbox, a new process for each job, as NDIF has it; or one for all jobs,
+            which saves some seconds each.
+        skeleton: with a sandbox, give it the model's modules without weights, as NDIF means to. Its
+            code cannot build them with nnsight 0.8.1 and transformers 5.23, so that blocks find no
+            modules there: False, and what runs.
         faults: what befalls the first jobs, one each: ``"slow"`` (by ``slow`` seconds), ``"fail"``,
             ``"die"`` (the worker does), ``"vanish"`` (the server forgets the job and hangs up),
             ``"truncate"`` (half the result arrives), ``"expire"`` (no result any more), or None.
-        dtype: as in ``from_pretrained``; ``"auto"`` takes the weights as they are.
-        device_map: as in ``from_pretrained``.
-        version: the nnsight version it claims; clients of another one are refused.
+        dtype: as in ``from_pretrained``; ``"auto"`` takes the weights as they are. NDIF's own
+            default is bfloat16.
+        device_map: as in ``from_pretrained``; the CPU by default.
+        version: the nnsight version it claims; older clients are refused. None claims the one
+            installed and refuses nobody, which is NDIF's default.
         slow: seconds that a slow job takes longer.
         timeout: seconds after which a job is ended: a block may never end by itself.
 
@@ -61,8 +72,7 @@ def serve(
         The ``Server``; pass its ``url`` as ``remote=``.
 
     Raises:
-        RemoteError: for an unknown fault, a timeout that is none, or where blocks cannot have
-            processes of their own.
+        RemoteError: for an unknown fault, a timeout that is none, or without the package ndif.
         ModelError: for something that is no nnsight model with weights.
 
     Examples:
@@ -78,22 +88,24 @@ def serve(
         True
     """
     require_faults(faults)
-    require_possible(model, copies, timeout)
+    require_possible(model, timeout)
+    require_ndif()
     with tempfile.TemporaryDirectory(prefix="saefeat-") as folder, named(model):
+        bound, url = listening()
+        setup = {"folder": str(model), "scratch": folder, "url": url, "timeout": timeout}
         if not isinstance(model, str | Path):
-            write(model, folder)
-        where = str(model) if isinstance(model, str | Path) else folder
-        setup = {"folder": where, "dtype": dtype, "device_map": device_map, "copies": copies}
-        worker = Worker({**setup, "threads": torch.get_num_threads()}, timeout)
-        server = Server(worker, version=version, slow=slow)
+            setup["folder"] = os.path.join(folder, "model")
+            write(model, setup["folder"])
+        setup |= {"dtype": dtype, "device_map": device_map, "sandbox": sandbox, "fresh": fresh}
+        setup["skeleton"] = skeleton
+        worker = Worker({**setup, "threads": torch.get_num_threads(), "slow": slow})
+        server = Server(bound, url, worker, trusted=not sandbox)
+        server.version = version
         server.faults += faults
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
         try:
             yield server
         finally:
             server.close()
-            thread.join()
 
 
 def write(model: Any, folder: str) -> None:
@@ -139,7 +151,7 @@ def require_faults(faults: Sequence[str | None]) -> None:
         raise RemoteError(refusal("faults", repr(unknown[0]), wanted, "a typing error", call))
 
 
-def require_possible(model: Any, copies: bool, timeout: float) -> None:
+def require_possible(model: Any, timeout: float) -> None:
     """Refuse what cannot be served.
 
     Raises:
@@ -158,9 +170,18 @@ def require_possible(model: Any, copies: bool, timeout: float) -> None:
     if not timeout > 0:
         wanted, call = "more than 0 seconds", "serve(model, timeout=60)"
         raise RemoteError(refusal("timeout", str(timeout), wanted, "a typing error", call))
-    if copies and not hasattr(os, "fork"):
-        wanted, cause = "copies=False on this system", "no os.fork, which gives blocks processes"
-        raise RemoteError(refusal("copies", "True", wanted, cause, "serve(model)"))
+
+
+def require_ndif() -> None:
+    """Refuse to serve without the code that would.
+
+    Raises:
+        RemoteError: saying how to install it.
+    """
+    if importlib.util.find_spec("ndif") is None:
+        call = "make test, which installs it into .venv"
+        wanted, cause = "NDIF's server code (the package ndif)", "it is no dependency of saefeat"
+        raise RemoteError(refusal("model", "given without a server", wanted, cause, call))
 
 
 def refusal(parameter: str, got: str, wanted: str, cause: str, call: str) -> str:

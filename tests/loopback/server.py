@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-import sys
+import socket
 import threading
-from contextlib import suppress
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
+
+import uvicorn
+from nnsight.schema.response import ResponseModel, Status
 
 from .far.start import NOT_THERE
 from .process import Worker
-from .wire import accept_key, form, text_frame, wait_closed
+from .wire import application
 
-ENDED = ("COMPLETED", "ERROR")
+if TYPE_CHECKING:
+    from ndif.common.schema.request import BackendRequestModel
+
+ENDED = (Status.COMPLETED, Status.ERROR)
 
 
 class Crossed(NamedTuple):
@@ -24,8 +29,9 @@ class Crossed(NamedTuple):
 
     Attributes:
         parks: how often blocks asked for a value or wrote one.
-        trips: round trips; a read takes two, since what was read is sent back.
-        to_block: bytes of messages to the block's process, values above all.
+        trips: messages that let the block run on; a read takes two, since what was read is sent
+            back. The last one brings the forward pass's result.
+        to_block: bytes of messages to the block's process, the request not counted.
         to_model: bytes from it, the job's result not counted.
     """
 
@@ -39,211 +45,152 @@ class Crossed(NamedTuple):
 class Job:
     """One request, as the server keeps it."""
 
-    id: str
-    session: str
-    url: str
-    response: dict[str, Any]
-    result: bytes | None = None
+    request: BackendRequestModel
+    fault: str | None
+    status: Status = Status.RECEIVED
+
+    @property
+    def id(self) -> str:
+        """The name a client polls it by."""
+        return self.request.id
 
 
-class Server(ThreadingHTTPServer):
+@dataclass
+class Sessions:
+    """The clients that wait at a websocket: what they are to be sent, and None to hang up."""
+
+    queues: dict[str, asyncio.Queue[bytes | None]] = field(default_factory=dict)
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def open(self) -> tuple[str, asyncio.Queue[bytes | None]]:
+        """A session's id and its queue; called from the loop."""
+        name, self.loop = uuid4().hex, asyncio.get_running_loop()
+        self.queues[name] = queue = asyncio.Queue()
+        return name, queue
+
+    def publish(self, name: str, data: bytes | None) -> None:
+        """Send something to a session, from any thread, if it is still there."""
+        queue = self.queues.get(name)
+        if queue is not None and self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(queue.put_nowait, data)
+
+
+class Server:
     """What ``serve`` yields: where it listens, and what it was asked to do.
 
     Attributes:
         url: what to pass as ``remote=``.
         faults: what happens to the next jobs, first in first out; None for nothing.
         payloads: the size of every request so far, in bytes as sent.
-        crossings: what crossed between processes in every finished job, with ``copies=True``:
+        crossings: what crossed between processes in every finished job, with ``sandbox=True``:
             ``parks``, ``trips``, ``to_block``, ``to_model``; the last two in bytes.
         most_at_once: the most jobs that were queued or running together.
 
     Examples:
-        >>> loopback.Server.__mro__[1].__name__
-        'ThreadingHTTPServer'
+        >>> loopback.Server.accept.__name__
+        'accept'
     """
 
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, worker: Worker, *, version: str, slow: float) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        # A request is code that runs as this user, and any user can reach a port of this machine.
-        # The path is the password: nnsight only ever appends to the address it was given.
-        self.secret = secrets.token_urlsafe(16)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/{self.secret}"
-        self.worker, self.version, self.slow = worker, version, slow
+    def __init__(self, listening: socket.socket, url: str, worker: Worker, trusted: bool) -> None:
+        self.url, self.worker, self.trusted = url, worker, trusted
+        self.version: str | None = None
         self.faults: list[str | None] = []
         self.payloads: list[int] = []
         self.crossings: list[Crossed] = []
         self.most_at_once = 0
         self.jobs: dict[str, Job] = {}
-        self.sessions: dict[str, Any] = {}
+        self.store: dict[str, bytes] = {}
+        self.sessions = Sessions()
         self._order = threading.Lock()
         self._working: list[threading.Thread] = []
+        app = application(self, "/" + url.rpartition("/")[2])
+        self._http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        self._thread = threading.Thread(target=self._http.run, args=([listening],), daemon=True)
+        self._thread.start()
 
-    def accept(self, request: dict[str, Any], blob: bytes) -> dict[str, Any]:
+    def accept(self, request: BackendRequestModel) -> ResponseModel:
         """Take a job in, and begin it in a thread of its own."""
-        name = uuid4().hex
-        job = Job(name, request["session_id"], f"{self.url}/result/{name}", {})
-        self.jobs[name] = job
-        self.payloads.append(len(blob))
-        fault = self.faults.pop(0) if self.faults else None
-        self.tell(job, "RECEIVED", "Your job has been received.", quiet=True)
-        received = job.response
-        waiting = [j for j in list(self.jobs.values()) if j.response["status"] not in ENDED]
+        if "trusted" not in request.model_fields_set:
+            request.trusted = self.trusted
+        assert request.payload is not None
+        self.payloads.append(len(request.payload))
+        job = Job(request, self.faults.pop(0) if self.faults else None)
+        self.jobs[job.id] = job
+        waiting = [j for j in list(self.jobs.values()) if j.status not in ENDED]
         self.most_at_once = max(self.most_at_once, len(waiting))
-        thread = threading.Thread(target=self.work, args=(job, request, blob, fault), daemon=True)
+        thread = threading.Thread(target=self.work, args=(job,), daemon=True)
         self._working = [other for other in self._working if other.is_alive()] + [thread]
         thread.start()
-        return received
+        text = "Your job has been received and is waiting to be queued."
+        return ResponseModel(id=job.id, status=Status.RECEIVED, description=text)
 
-    def work(self, job: Job, request: dict[str, Any], blob: bytes, fault: str | None) -> None:
+    def work(self, job: Job) -> None:
         """One job from the queue to its result."""
-        before = sum(other.response["status"] == "QUEUED" for other in list(self.jobs.values()))
-        self.tell(job, "QUEUED", f"Moved to position {before + 1} in Queue.")
+        before = sum(other.status == Status.QUEUED for other in list(self.jobs.values()))
+        self.tell(job, Status.QUEUED, f"Moved to position {before + 1} in Queue.")
         with self._order:
-            if fault == "vanish":
+            if job.fault == "vanish":
                 return self.vanish(job)
-            self.tell(job, "RUNNING", "Your job has started running.")
-            task = {"compress": request["compress"], "env": request["env"]}
-            done = self.worker.run(task | {"fault": fault, "slow": self.slow}, blob)
-        if done.crossed is not None:
-            self.crossings.append(Crossed(*done.crossed))
-        if not done.ok:
-            return self.tell(job, "ERROR", done.error)
-        if fault != "expire":
-            half = len(done.result) // 2
-            job.result = done.result[:half] if fault == "truncate" else done.result
-        self.tell(job, "COMPLETED", "Your job has been completed.", data=job.url)
+            self.tell(job, Status.DISPATCHED, "Your job has been sent to the model deployment.")
+            request = job.request.model_dump(mode="json", exclude={"payload"})
+            task, blob = {"request": request, "fault": job.fault}, job.request.payload or b""
+            error = self.worker.run(task, blob, lambda *sent: self.deliver(job, *sent))
+        if error:
+            self.tell(job, Status.ERROR, error)
 
-    def tell(
-        self, job: Job, status: str, text: str, *, data: str | None = None, quiet: bool = False
-    ) -> None:
-        """Record a status, and send it to the client that waits for it."""
-        job.response = {"id": job.id, "status": status, "description": text, "data": data}
-        connection = self.sessions.get(job.session)
-        if connection is not None and not quiet:
-            with suppress(OSError, ValueError):  # the client has gone
-                connection.write(text_frame(json.dumps(job.response)))
+    def tell(self, job: Job, status: Status, text: str) -> None:
+        """A status of the queue's: to the client that waits, or to the store for one that polls."""
+        told = ResponseModel(id=job.id, status=status, description=text).model_dump_json().encode()
+        session = job.request.session_id
+        kind = ("publish", session) if session else ("put", f"responses/{job.id}.json")
+        self.deliver(job, *kind, told)
+
+    def deliver(self, job: Job, kind: str, name: str, data: bytes) -> None:
+        """Do what Redis and the object store do with what a job publishes and stores."""
+        if kind == "crossed":
+            return self.crossings.append(Crossed(*json.loads(data)))
+        result = name == f"{job.id}.pt" or (kind == "publish" and data[:1] != b"{")
+        expired = result and job.fault == "expire"
+        if not name.endswith(".pt"):
+            said = Status.COMPLETED if result else Status(json.loads(data)["status"])
+            job.status = job.status if said == Status.LOG else said
+        if kind == "publish":  # NDIF closes a session whose result has expired
+            self.sessions.publish(name, None if expired else data)
+        elif not expired:
+            self.store[name] = data
 
     def vanish(self, job: Job) -> None:
         """As if the server had died: the job is forgotten, its connection cut."""
         del self.jobs[job.id]
-        handler = self.sessions.pop(job.session, None)
-        if handler is not None:
-            handler.cut()
+        self.store.pop(f"responses/{job.id}.json", None)
+        self.sessions.publish(job.request.session_id, None)
 
     def close(self) -> None:
-        """Stop listening, end the job that runs, hang up on those who wait; leave no thread."""
-        self.shutdown()
-        self.server_close()
+        """End the job that runs, hang up on those who wait, stop listening; leave no thread."""
         self.worker.stop()
-        for handler in list(self.sessions.values()):
-            handler.cut()
         for thread in self._working:
             thread.join()
+        for name in list(self.sessions.queues):
+            self.sessions.publish(name, None)
+        self._http.should_exit = True
+        self._thread.join()
 
     def environment(self) -> dict[str, Any]:
         """What ``/env`` says: Python's version and the packages of the worker."""
         from nnsight.ndif import get_local_env
 
         found = get_local_env()
-        installed = {n: v for n, v in found["packages"].items() if n not in NOT_THERE}
-        return {**found, "packages": {**installed, "nnsight": self.version}}
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is nothing to report; anything else is, as ever."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
+        packages = {n: v for n, v in found["packages"].items() if n not in NOT_THERE}
+        if self.version is not None:
+            packages["nnsight"] = self.version
+        return {**found, "packages": packages}
 
 
-class Handler(BaseHTTPRequestHandler):
-    """The endpoints that nnsight's clients call."""
+def listening() -> tuple[socket.socket, str]:
+    """A socket on this machine alone, and the address of a server there.
 
-    server: Server  # type: ignore[assignment]
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        """Statuses, results, the environment; or a subscription."""
-        kind, name = self.asked()
-        job = self.server.jobs.get(name)
-        if kind == "subscribe":
-            self.subscribe()
-        elif kind == "response" and job is not None:
-            self.reply(200, json.dumps(job.response).encode())
-        elif kind == "result" and job is not None and job.result is not None:
-            self.reply(200, job.result, "application/octet-stream")
-        elif kind == "env":
-            self.reply(200, json.dumps(self.server.environment()).encode())
-        else:
-            self.refuse(404, "Not Found")
-
-    def do_POST(self) -> None:
-        """A request, unless the client's nnsight is of another version."""
-        if self.asked() != ("request", ""):
-            return self.refuse(404, "Not Found")
-        size = self.headers.get("Content-Length", "")
-        if not size.isdecimal():
-            return self.refuse(411, "Length Required")
-        body = self.rfile.read(int(size))
-        theirs = self.headers.get("nnsight-version", "")
-        if theirs != self.server.version:
-            known = f"this server runs {self.server.version}."
-            return self.refuse(400, f"nnsight {theirs} is not supported: {known}")
-        try:
-            fields = form(self.headers.get("Content-Type", ""), body)
-            request, blob = json.loads(fields["data"]), fields["blob"]
-            envelope = {name: request[name] for name in ("session_id", "compress")}
-        except (KeyError, TypeError, ValueError) as error:
-            return self.refuse(400, f"not a request of nnsight's: {type(error).__name__} {error}")
-        received = self.server.accept({**envelope, "env": request.get("env") or {}}, blob)
-        self.reply(200, json.dumps(received).encode())
-
-    def refuse(self, status: int, detail: str) -> None:
-        """An error, and no more on this connection: what follows may be an unread body."""
-        self.close_connection = True
-        self.reply(status, json.dumps({"detail": detail}).encode())
-
-    def asked(self) -> tuple[str, str]:
-        """What is asked for, and of which job; nothing without the server's secret."""
-        secret, _, rest = self.path.strip("/").partition("/")
-        if not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
-            return "", ""
-        kind, _, name = rest.partition("/")
-        return kind, name
-
-    def subscribe(self) -> None:
-        """Become a websocket: send the session's id, then whatever the job's thread sends."""
-        session = uuid4().hex
-        self.send_response(101, "Switching Protocols")
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", accept_key(self.headers["Sec-WebSocket-Key"]))
-        self.end_headers()
-        self.server.sessions[session] = self
-        self.close_connection = True
-        with suppress(OSError):
-            self.write(text_frame(json.dumps({"session_id": session})))
-            wait_closed(self.rfile)  # type: ignore[arg-type]
-        self.server.sessions.pop(session, None)
-
-    def write(self, frame: bytes) -> None:
-        """Send one frame."""
-        self.wfile.write(frame)
-        self.wfile.flush()
-
-    def cut(self) -> None:
-        """Close the connection without a word."""
-        with suppress(OSError):
-            self.connection.shutdown(2)
-
-    def reply(self, status: int, body: bytes, kind: str = "application/json") -> None:
-        """One whole HTTP answer."""
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+    A request is code that runs as this user, and any user can reach a port of this machine. The
+    path is the password: nnsight only ever appends to the address it was given.
+    """
+    bound = socket.create_server(("127.0.0.1", 0))
+    return bound, f"http://127.0.0.1:{bound.getsockname()[1]}/{secrets.token_urlsafe(16)}"

@@ -157,8 +157,8 @@ class Attribute:
         if job.method.nodes() and not remote:
             gradients_on("Attribute", torch_module(model))
         _require_sizes(job, batch_size, steps_at_once)
-        limit = PAYLOAD_LIMIT if on is None else on.payload_limit
-        passes = SitePasses(job, model, remote, limit)
+        limits = (PAYLOAD_LIMIT, None) if on is None else (on.payload_limit, on.timeout)
+        passes = SitePasses(job, model, remote, *limits)
         prepared = prepare(job, model, prompts)
         who = {} if checkpoint is None else _identity(job, model, prepared, batch_size, remote)
         pieces, receipts = [], []
@@ -171,7 +171,7 @@ class Attribute:
                 if saved is None:
                     piece, receipt = _attribute(job, passes, batch, other, steps_at_once)
                     if checkpoint is not None:
-                        done.save(number, *_plain(piece, receipt))
+                        done.save(number, *_plain(piece, receipt, passes.there))
                 else:
                     piece, receipt = _restored(saved, passes, job)
                 pieces.append(piece)
@@ -182,7 +182,7 @@ class Attribute:
         warn_of(scores.convergence, [str(d.site) for d in scores.dictionaries], job.method)
         texts = texts_of(model, *prepared.data)
         signed = self.backward is None or self.backward.signed
-        said = {"metric": repr(self.metric), "provenance": source(job, model)}
+        said = {"metric": repr(self.metric), "provenance": source(job, model, passes.there)}
         return replace(scores, texts=texts, signed=signed, **said)
 
     def watch(self, model: TransformersModel, intervention: Intervention | None = None) -> Watching:
@@ -361,19 +361,22 @@ def _identity(
     }
 
 
-def _plain(piece: Attribution, receipt: Receipt) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A batch's scores as tensors, and its receipt as plain data."""
+def _plain(
+    piece: Attribution, receipt: Receipt, there: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A batch's scores as tensors; its receipt and where it was made as plain data."""
     names = [name for name in (*_ALWAYS, *_SOMETIMES) if getattr(piece, name) is not None]
     rows = [row.counts() for row in receipt.rows]
     tensors = {name: getattr(piece, name) for name in names}
     tensors |= {} if piece.convergence is None else piece.convergence.tensors()
-    return tensors, {"passes": receipt.passes, "rows": rows}
+    return tensors, {"passes": receipt.passes, "rows": rows, "where": there}
 
 
 def _restored(
     saved: tuple[dict[str, Any], dict[str, Any]], passes: SitePasses, job: Job
 ) -> tuple[Attribution, Receipt]:
     tensors, meta = saved
+    passes.there = passes.there or meta.get("where", {})
     convergence = taken(tensors, tolerance_of(job.method))
     parts = tuple(part.dictionary for part in passes.parts)
     piece = Attribution(parts, **tensors, convergence=convergence)

@@ -16,7 +16,7 @@ from ..errors import GradientError, SaefeatError
 from ..kernel.program import generating, whole_run
 from ..kernel.state import Log
 from ..metrics.evaluator import NOTHING, Pass, References, require_finite
-from ..model.modules import require_tracing, torch_module
+from ..model.modules import require_tracing, takes_logits_to_keep, torch_module
 from ..results.receipt import Receipt
 from ..text.texts import texts_of
 from ..verbs.base import Intervention
@@ -170,7 +170,7 @@ def watch(job: Job, model: TransformersModel, intervention: Intervention | None)
     # A generation runs without gradients and passes the sites many times.
     with suppress(OutOfOrderError):  # ``whole_run`` says what to do
         inputs = model.inputs  # from here on the model's own gradient mode holds
-        if generating(model._module, inputs[1]):
+        if generating(takes_logits_to_keep(torch_module(model)), inputs[1]):
             raise GradientError(
                 "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause: it"
                 " has no gradients. Try: model.trace(prompt + completion), or log_prob outside"

@@ -33,7 +33,15 @@ from ..metrics.evaluator import (
 )
 from ..model.route import Route
 from ..model.sites import Place, Site
-from ..results.provenance import HASH, Provenance, model_key, provenance, told
+from ..results.provenance import (
+    HASH,
+    Provenance,
+    called_there,
+    elsewhere,
+    model_key,
+    provenance,
+    told,
+)
 from ..shipping.payload import PAYLOAD_LIMIT
 from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
@@ -77,14 +85,19 @@ class Job(NamedTuple):
         return getattr(self.method, "endpoint", "") == "as_published"
 
 
-def source(job: Job, model: object) -> Provenance:
-    """Where an attribution comes from: the model, all dictionaries, and how they were scored."""
+def source(job: Job, model: object, there: dict[str, str] | None = None) -> Provenance:
+    """Where an attribution comes from: the model, all dictionaries, and how they were scored.
+
+    ``there`` is what a server said of itself.
+    """
     asked = {name: getattr(job, name) for name in ("method", "where", "one_site", "backward")}
     settings = told(**asked, keep=job.keep)
     settings["baseline"] = "zero" if job.baseline is None else told(b=job.baseline)["b"]
+    settings["semantics"] = job.semantics
     with suppress(CheckpointError):  # of a baseline with a function that cannot be hashed
         settings |= {} if job.baseline is None else {HASH: digest(job.baseline)}
-    return provenance(model, job.target.parts, settings={**settings, "semantics": job.semantics})
+    found = provenance(model, job.target.parts, settings=settings)
+    return elsewhere(found, there) if there else found
 
 
 class Prepared(NamedTuple):
@@ -150,8 +163,11 @@ class SitePasses:
         model: TransformersModel,
         remote: bool | str = False,
         limit: int = PAYLOAD_LIMIT,
+        timeout: float | None = None,
     ) -> None:
-        self.backward, self.remote, self.limit = job.backward, remote, limit
+        self.backward, self.remote = job.backward, remote
+        self.limit, self.timeout = limit, timeout
+        self.there: dict[str, str] = {}  # what the server said of itself in the last pass
         if remote:
             require_plain(job.semantics, job.backward)
             if remote != "local":
@@ -227,8 +243,10 @@ class SitePasses:
         """The pass on a server; with ``gradient``, slopes that are taken there."""
         model, columns = self.evaluator.model, self.evaluator.columns(batch)
         place = (model, self.remote, program, batch.inputs, batch.lengths, columns)
-        remote_pass = RemotePass(*place, pass_options(model, columns), self.limit)
-        log, logits = run_remote(remote_pass)
+        options = pass_options(model, columns)
+        remote_pass = RemotePass(*place, options, self.limit, self.timeout)
+        log, logits, there = run_remote(remote_pass)
+        self.there = {} if self.remote == "local" else {**called_there(model, self.remote), **there}
         if not gradient:
             return log, logits, log.nodes, plain_slopes
         nodes = dict.fromkeys(nodes_of(program))  # they are there, by number

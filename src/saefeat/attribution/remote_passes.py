@@ -17,10 +17,12 @@ from nnsight.intervention.backends.remote import RemoteError as Refused
 from torch import Tensor
 
 from ..errors import GradientError, RemoteError, SaefeatError
+from ..kernel.pack import whereabouts
 from ..kernel.program import Program, whole_run
 from ..kernel.slopes import NO_GRADIENT, pack_pass, pulled_back, unpack_pass
 from ..kernel.state import Log
 from ..kernel.watch import Keep
+from ..shipping.blocking import Waiting, refused
 from ..shipping.narrow import narrowed
 from ..shipping.payload import parts_of, require_fits, weight
 from ..shipping.program import register, require_known_functions
@@ -49,6 +51,13 @@ class RemotePass(NamedTuple):
     columns: int
     options: dict[str, Any]
     limit: int
+    timeout: float | None = None
+
+    def how(self) -> dict[str, Any]:
+        """The arguments of the trace."""
+        if self.remote == "local":
+            return {"remote": "local", **self.options}
+        return {"backend": Waiting(self.model, self.remote, self.timeout), **self.options}
 
     def packed(self, program: Program) -> tuple[Program, dict[str, Tensor]]:
         """The program and the inputs as they are sent."""
@@ -61,40 +70,48 @@ class RemotePass(NamedTuple):
         return own, batch
 
 
-def run_remote(remote_pass: RemotePass) -> tuple[Log, Tensor]:
-    """One pass without gradients: its log, and the logits."""
-    model, remote, program, _, lengths, columns, options, _ = remote_pass
-    own, batch = remote_pass.packed(still(program))
-    log = logits = None
-    with model.trace(remote=remote, **options) as tracer:
-        with tracer.invoke(batch):
-            seen = Log()
-            whole_run(model, own, seen, lengths)
-        with tracer.invoke():
-            logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
-            log = nnsight.save(pack_pass(seen))
+def run_remote(remote_pass: RemotePass) -> tuple[Log, Tensor, dict[str, str]]:
+    """One pass without gradients: its log, the logits, and where it was made."""
+    model, lengths, columns = remote_pass.model, remote_pass.lengths, remote_pass.columns
+    own, batch = remote_pass.packed(still(remote_pass.program))
+    log = logits = there = None
+    try:
+        with model.trace(**remote_pass.how()) as tracer:
+            with tracer.invoke(batch):
+                seen = Log()
+                whole_run(model, own, seen, lengths)
+            with tracer.invoke():
+                logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
+                log = nnsight.save(pack_pass(seen))
+                there = nnsight.save(whereabouts(model, logits))
+    except Refused as error:
+        raise refused(error) from error
     require_pass(remote_pass, log, logits)
-    return unpack_pass(log), logits
+    if not isinstance(there, dict) or not {"dtype", "device"} <= set(there):
+        raise unfit(f"{there!r:.80} for where it ran", "its dtype, device and versions")
+    return unpack_pass(log), logits, {name: f"{text:.200}" for name, text in there.items()}
 
 
 def remote_slopes(remote_pass: RemotePass, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
     """The gradient at each of the program's nodes, from the metric's slope at what it reads."""
-    model, remote, program, _, lengths, columns, options, _ = remote_pass
-    own, batch = remote_pass.packed(program)
+    model, lengths, columns = remote_pass.model, remote_pass.lengths, remote_pass.columns
+    own, batch = remote_pass.packed(remote_pass.program)
     found = None
     try:
-        with model.trace(remote=remote, **options) as tracer:
+        with model.trace(**remote_pass.how()) as tracer:
             log = Log()
             with tracer.invoke(batch):
                 whole_run(model, own, log, lengths)
             with tracer.invoke():
                 logits = model.output.logits[:, -columns:]
                 found = nnsight.save(pulled_back(log, logits, slopes))
-    except (Refused, RuntimeError) as error:
+    except (Refused, SaefeatError) as error:
         if NO_GRADIENT in str(error):
             raise GradientError(_NO_GRADIENT) from error
+        if isinstance(error, Refused):
+            raise refused(error) from error
         raise
-    require_values(remote_pass, "gradients", found, nodes_of(program))
+    require_values(remote_pass, "gradients", found, nodes_of(remote_pass.program))
     return found
 
 

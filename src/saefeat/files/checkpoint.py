@@ -74,7 +74,7 @@ class Checkpoint:
 
     def _made(self) -> Path:
         """The folder, made if it is not there."""
-        folder = self._path()
+        folder = self.path
         try:
             taken = folder.exists() and not folder.is_dir()
             if not taken:
@@ -121,9 +121,11 @@ class Checkpoint:
         write(self._file(number), pack(document, tensors, self.function), self.function)
 
     def _file(self, number: int) -> Path:
-        return self._path() / f"batch-{number:06d}.safetensors"
+        return self.path / f"batch-{number:06d}.safetensors"
 
-    def _path(self) -> Path:
+    @property
+    def path(self) -> Path:
+        """The folder."""
         return expanded(self.folder or "", self.function, "checkpoint", CheckpointError)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ..kernel.state import Ends, Log
 from ..model.alone import alone
 from ..model.modules import torch_module
 from ..model.route import Route
-from ..results.provenance import Provenance, provenance
+from ..results.provenance import Provenance, provenance, together
 from ..results.readings import Readings, stack_readings
 from ..results.receipt import Events, Fired, Receipt, join_receipts, without_events
 from ..results.run import Run
@@ -129,7 +129,7 @@ class Task:
             logits=torch.cat([run.logits for run in runs]),
             readings=tuple(stack_readings(list(batches), widths) for batches in readings),
             receipt=receipt,
-            provenance=runs[0].provenance,
+            provenance=together([run.provenance for run in runs]),
         )
 
 
@@ -217,7 +217,8 @@ def pack(piece: Piece) -> tuple[dict[str, Tensor], dict[str, Any]]:
         columns = {} if row.events is None else row.events.columns()
         rows.append([*row.counts()[1:], prompts])
         tensors |= {f"events.{n}.{name}": column for name, column in columns.items()}
-    meta = {"width": piece.width, "passes": run.receipt.passes, "rows": rows}
+    where = {name: getattr(run.provenance, name) for name in ("dtype", "device", "server")}
+    meta = {"width": piece.width, "passes": run.receipt.passes, "rows": rows, "where": where}
     return tensors, meta | {n: getattr(run, n) for n in ("prompts", "completions", "texts")}
 
 
@@ -243,5 +244,6 @@ def unpack(task: Task, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Piec
         rows.append(Fired.counted([repr(step), *counts], events))
     prompts, completions = (tuple(map(tuple, meta[key])) for key in ("prompts", "completions"))
     receipt = Receipt(tuple(rows), meta["passes"])
-    outputs = tuple(meta["texts"]), tensors["logits"], tuple(readings), receipt, task.provenance
+    origin = replace(task.provenance, **meta.get("where", {}))
+    outputs = tuple(meta["texts"]), tensors["logits"], tuple(readings), receipt, origin
     return Piece(Run(prompts, completions, *outputs), meta["width"])

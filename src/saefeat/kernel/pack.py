@@ -7,6 +7,8 @@ tensors and integers, which need no class of ours at either end.
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -59,6 +61,20 @@ def pack(log: Log) -> dict[str, Any]:
     view = {"position": last_position(log.view).clone()}
     found = {"passes": log.passes, "readings": readings, "masks": masks, "fired": fired}
     return found | {"events": events, "view": view}
+
+
+def whereabouts(model: Any, value: Tensor) -> dict[str, str]:
+    """Where a block runs, as texts: the model's dtype and device by a value of it, and versions.
+
+    What the server calls its model is not there in a block that has none of it.
+    """
+    dtype, device = str(value.dtype).removeprefix("torch."), str(value.device)
+    found = {"dtype": dtype, "device": device, "python": platform.python_version()}
+    for name in ("torch", "nnsight", "transformers"):
+        found[name] = version(name)
+    config = getattr(getattr(model, "_module", None), "config", None)
+    commit = getattr(config, "_commit_hash", None)
+    return found if commit is None else found | {"commit": str(commit)}
 
 
 class Unpacked(Frozen):

@@ -18,7 +18,6 @@ nnsight facts these few lines rest on (0.8.1, each tried before it was used):
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -139,6 +138,9 @@ class Program(Frozen):
     placed: Placed  # the actions' tensors where runs have needed them
     beside: AnyBeside | None = None  # what is known beside the model, and not on a server
     embedding: str | None = None  # the module that embeds tokens, if later passes are read there
+    # Whether the model's forward takes logits_to_keep. A block that runs apart from the model
+    # cannot look: there is no module there (ndif 0.1.2 with transformers 5.23, tried).
+    keeps: bool = True
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -176,7 +178,7 @@ def whole_run(
             " block, and compose several with |."
         ) from error
     memory, sequences = Memory(lengths, step or 0), None
-    decodes = generating(model._module, inputs[1])
+    decodes = generating(program.keeps, inputs[1])
     if program.beside is not None:
         sequences = program.beside.sequences(memory)
         if decodes:
@@ -224,14 +226,13 @@ def later_inputs(model: Any, program: Program, memory: Memory) -> Inputs:
     return (), {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
 
 
-def generating(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward pass was made by transformers' generate."""
+def generating(keeps: bool, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass was made by transformers' generate; ``keeps`` as in ``Program``."""
     # It passes the first two always, and the third to a model that takes it (5.23). The first two
     # alone may be a trace by somebody who wants no cache: waiting there for a second pass would
     # end their block.
     both = "return_dict" in kwargs and "use_cache" in kwargs
-    takes = inspect.signature(type(module).forward).parameters
-    return both and ("logits_to_keep" in kwargs or "logits_to_keep" not in takes)
+    return both and ("logits_to_keep" in kwargs or not keeps)
 
 
 def one_pass(
@@ -256,7 +257,7 @@ def one_pass(
     if sequences is None:
         past = past_length(cache)
     else:
-        decodes = not first or generating(model._module, kwargs)
+        decodes = not first or generating(program.keeps, kwargs)
         memory, past = sequences.at(cache, shape, ids, decodes)
     if program.beams is not None:
         program.beams.follow(cache, memory)

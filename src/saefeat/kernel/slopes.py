@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import SaefeatError
 from .pack import pack, unpack
 from .state import Log, Memory, View
 
@@ -37,13 +38,30 @@ def unpack_pass(packed: dict[str, Any]) -> Log:
 
 
 def pulled_back(log: Log, logits: Tensor, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
-    """The metric's gradient at each node, from its slopes at the logits and at its own site."""
+    """The metric's gradient at each node, from its slopes at the logits and at its own site.
+
+    A node without one must at least reach the logits: then the metric does not depend on it. One
+    that reaches neither was cut off. No flag tells: a block in a process of its own is given copies
+    that require a gradient and have no graph (ndif 0.1.2, tried), whose slopes would all be zero.
+    """
     outputs = {"logits": logits, **log.shown}
     ends = [outputs[name] for name in slopes]
-    if not all(end.requires_grad for end in ends):
-        raise RuntimeError(NO_GRADIENT)
     order = sorted(log.nodes)
-    there = [s.to(e.device, e.dtype) for s, e in zip(slopes.values(), ends, strict=True)]
     nodes = [log.nodes[number] for number in order]
-    found = torch.autograd.grad(ends, nodes, there, materialize_grads=True)
-    return dict(zip(order, found, strict=True))
+    there = [s.to(e.device, e.dtype) for s, e in zip(slopes.values(), ends, strict=True)]
+    found = pulled(ends, nodes, there)
+    if any(slope is None for slope in found):
+        reached = pulled([logits], nodes, [torch.ones_like(logits)])
+        if any(a is None and b is None for a, b in zip(found, reached, strict=True)):
+            raise SaefeatError(NO_GRADIENT)
+    full = [torch.zeros_like(x) if g is None else g for g, x in zip(found, nodes, strict=True)]
+    return dict(zip(order, full, strict=True))
+
+
+def pulled(ends: list[Tensor], nodes: list[Tensor], there: list[Tensor]) -> tuple[Any, ...]:
+    """Slopes at nodes, from those at ends; None where the graph does not lead."""
+    with_graph = [(end, slope) for end, slope in zip(ends, there, strict=True) if end.requires_grad]
+    if not with_graph:
+        return (None,) * len(nodes)
+    ends, there = map(list, zip(*with_graph, strict=True))
+    return torch.autograd.grad(ends, nodes, there, retain_graph=True, allow_unused=True)

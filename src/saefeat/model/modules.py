@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import Any, cast
 
 import torch
@@ -101,6 +102,11 @@ def _example(module: nn.Module) -> str:
     """A path site of this model: what its second block returns, if it has blocks."""
     lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList)]
     return f"{lists[0]}.1.output" if lists else "model.layers.1.output"
+
+
+def takes_logits_to_keep(module: nn.Module) -> bool:
+    """Whether a model can be told to give logits of its last tokens alone, as generate does."""
+    return "logits_to_keep" in inspect.signature(type(module).forward).parameters
 
 
 def blocks(module: nn.Module) -> nn.ModuleList:

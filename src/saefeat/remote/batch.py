@@ -9,6 +9,7 @@ and indices are all checked here, and that the tokens begin with the prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import nnsight
@@ -21,11 +22,11 @@ from ..errors import RemoteError
 from ..generation.decoding import Decoding
 from ..generation.task import Piece, Task, honoring
 from ..kernel.draws import require_drawn, seeded
-from ..kernel.pack import pack, unpack
+from ..kernel.pack import pack, unpack, whereabouts
 from ..kernel.program import Program, whole_run
 from ..kernel.state import Log
 from ..model.modules import torch_module
-from ..results.provenance import model_key
+from ..results.provenance import called_there, elsewhere, model_key
 from ..results.run import Run
 from ..shipping.narrow import narrowed
 from ..shipping.program import embedding, register
@@ -67,7 +68,8 @@ def remote_batch(
             logits = model.output.logits[:, -1].clone()
             tokens = tracer.result
             require_drawn(draws)
-            saved = nnsight.save({"log": pack(log), "tokens": tokens, "logits": logits})
+            found = {"log": pack(log), "tokens": tokens, "logits": logits}
+            saved = nnsight.save({**found, "where": whereabouts(model, logits)})
     return saved, tracer.backend
 
 
@@ -160,15 +162,21 @@ class Requests:
 
     def piece(self, number: int) -> Piece:
         """The result of a batch that was accepted."""
-        return self.task.piece(self.batches[number], *self._outputs[number])
+        log, tokens, logits, there = self._outputs[number]
+        piece = self.task.piece(self.batches[number], log, tokens, logits)
+        run = piece.run
+        if not self.on.is_local:
+            called = called_there(self.task.model, self.on.remote)
+            run = replace(run, provenance=elsewhere(run.provenance, {**called, **there}))
+        return piece._replace(run=run)
 
     def run(self) -> Run:
         """All batches as one result."""
         return self.task.join([self.piece(number) for number in range(len(self.batches))])
 
 
-Outputs = tuple[Log, Tensor, Tensor]
-"""A batch's log, all its token ids, and the logits after the prompt."""
+Outputs = tuple[Log, Tensor, Tensor, dict[str, str]]
+"""A batch's log, all its token ids, the logits after the prompt, and where it ran."""
 
 CHANGES = ("row", "latent", "before", "after", "norm", "position", "step", "token")
 
@@ -207,7 +215,12 @@ def received(
     for group, numbers in wanted.items():
         if set(log[group]) != numbers:
             wrong(where, f"{group} of steps {sorted(log[group])}", f"of {sorted(numbers)}")
-    return unpack(log), tokens if new else batch["input_ids"], logits.float().cpu()
+    there = saved.get("where")
+    if not isinstance(there, dict) or not {"dtype", "device"} <= set(there):
+        wrong(where, f"{there!r:.80} for where it ran", "its dtype, device and versions")
+    there = {str(name): f"{value:.200}" for name, value in there.items()}
+    tokens = tokens if new else batch["input_ids"]
+    return unpack(log), tokens, logits.float().cpu(), there
 
 
 def _tokens(where: str, tokens: Any, prompts: Tensor, new: int) -> Tensor:

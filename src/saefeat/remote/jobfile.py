@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from nnsight import CONFIG
 from nnsight.schema.response import Status
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from ..generation.decoding import Decode, Greedy, Sample, decoding
 from ..generation.task import Task
 from ..hub.files import load, packed
 from ..results.provenance import model_key, now, versions
-from ..shipping.server import Server
+from ..shipping.server import NDIF, Server
 from ..text.prompts import encode_prompts, split
 from ..verbs.base import Chain, Intervention, require_rows
 from .batch import Requests, require_plain, with_stops
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 FORMAT, VERSION = "saefeat-job", 3
-RESULT_FORMAT, RESULT_VERSION = "saefeat.job-result", 1
+RESULT_FORMAT, RESULT_VERSION = "saefeat.job-result", 2
 STATUSES = {"new", *(status.value for status in Status)}
 NAME = re.compile(r"[\w-]{1,200}")
 """What a job's id may be: it becomes part of an address."""
@@ -52,6 +53,7 @@ class Part:
     status: str = "new"
     error: str = ""
     missed: int = 0
+    taken_up: bool = False  # sent by an earlier call, which may be long ago
 
     @property
     def in_flight(self) -> bool:
@@ -180,6 +182,19 @@ def _part(entry: dict[str, Any]) -> Part:
     return Part(name, status, str(entry["error"]))
 
 
+def trusted(file: JobFile) -> Server:
+    """The configured host, to which the key belongs, if it is the file's."""
+    host = file.about.get("host")
+    if host == CONFIG.API.HOST:
+        return NDIF
+    raise RemoteError(
+        f"Job.load: `on` is not given, and {file.path} was sent to {host!r:.200}, wanted the"
+        f" configured host, {CONFIG.API.HOST}, or one that you name. Likely cause: a job on a"
+        " server of your own, or a file from somebody else. Try: Job.load(file, model,"
+        f" on=Server({host!r:.200})), if you trust that server"
+    )
+
+
 def not_ours(path: Path, got: str) -> RemoteError:
     """The error for a file that does not belong to the call."""
     return RemoteError(
@@ -274,9 +289,8 @@ def save_saved(file: Path, saved: dict[str, Any], job: str) -> None:
     flat["position"] = log["view"]["position"]
     flat |= _flat_events(log["events"])
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.items()}
-    document = seal(
-        RESULT_FORMAT, RESULT_VERSION, {"passes": log["passes"], "job": job}, flat, versions()
-    )
+    said = {"passes": log["passes"], "job": job, "where": saved["where"]}
+    document = seal(RESULT_FORMAT, RESULT_VERSION, said, flat, versions())
     write(file, pack(document, flat, "submit"), "submit")
 
 
@@ -321,7 +335,8 @@ def load_saved(file: Path, job: str) -> dict[str, Any]:
         for group in GROUPS:
             keys = [name for name in flat if name.startswith(f"{group}.")]
             log[group] = {int(name.partition(".")[2]): flat[name] for name in keys}
-        return {"log": log, "tokens": flat["tokens"], "logits": flat["logits"]}
+        outputs = {name: flat[name] for name in ("tokens", "logits")}
+        return {"log": log, **outputs, "where": spec["where"]}
     except (FileError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise RemoteError(
             f"submit: `file` is {file}, which cannot be read: {error}, wanted a result that arrived"

@@ -13,7 +13,6 @@ from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
 from ..arguments import checked
@@ -27,7 +26,9 @@ from ..shipping.server import NDIF, Server
 from ..text.prompts import Prompts, encode_for
 from ..verbs.base import Chain, Intervention
 from .batch import Requests, backend_of
-from .jobfile import Call, JobFile, Part, load_saved, not_ours, save_saved
+from .flight import Flight
+from .jobfile import Call, JobFile, Part, load_saved, not_ours, save_saved, trusted
+from .polling import passing, pauses
 from .preflight import require_sendable
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def submit(
         SiteError, ModelError, PromptError, LatentError: as ``run``.
 
     Examples:
-        >>> import loopback  # the repository's stand-in for a server, in its tests
+        >>> import loopback  # NDIF's server code on this machine, in the repository's tests
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
@@ -108,7 +109,7 @@ class Job:
     Awaiting it, in asyncio, gives the ``Run`` too.
 
     Examples:
-        >>> import loopback  # the repository's stand-in for a server, in its tests
+        >>> import loopback  # NDIF's server code on this machine, in the repository's tests
         >>> from saefeat.studies.refusal import tiny
         >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
         >>> model = tiny.model("chat")
@@ -120,13 +121,21 @@ class Job:
         (('COMPLETED',), 1)
     """
 
-    def __init__(self, requests: Requests, *, arrived: Collection[int] = ()) -> None:
-        """A job without a file; batches that have arrived are not asked for."""
-        self._requests = requests
+    def __init__(
+        self, requests: Requests, *, arrived: Collection[int] = (), flight: Flight | None = None
+    ) -> None:
+        """A job without a file; batches that have arrived are not asked for.
+
+        What ``flight`` knows to be under way is asked for first, and sent again if it is lost.
+        """
+        self._requests, self._flight = requests, flight
         self._parts = [Part() for _ in requests.batches]
         self._file: JobFile | None = None
+        for number, name in ({} if flight is None else flight.taken()).items():
+            if number < len(self._parts):
+                self._parts[number] = Part(name, "RECEIVED", taken_up=True)
         for number in arrived:
-            self._parts[number].status = "COMPLETED"
+            self._parts[number] = Part(status="COMPLETED")
 
     @classmethod
     def resumed(cls, requests: Requests, file: JobFile) -> Job:
@@ -165,7 +174,7 @@ class Job:
                 its intervention.
 
         Examples:
-            >>> import loopback  # the repository's stand-in for a server, in its tests
+            >>> import loopback  # NDIF's server code on this machine, in the repository's tests
             >>> from saefeat.studies.refusal import tiny
             >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False
             >>> model = tiny.model("chat")
@@ -179,7 +188,7 @@ class Job:
         job_file = JobFile.read(expanded(file, "Job.load", "file"))
         if job_file.about.get("model") != model_key(model):
             raise not_ours(job_file.path, f"of the model {job_file.about.get('model')!r:.200}")
-        server = _trusted(job_file) if on is None else on
+        server = trusted(job_file) if on is None else on
         chosen = intervention or job_file.intervention(model)
         call, prompts = Call.read(job_file.about.get("call"), server.url), job_file.prompts()
         requests = call.requests(model, prompts, chosen)
@@ -248,7 +257,7 @@ class Job:
         """Poll until the job is done. Batches in flight arrive before an error is raised.
 
         Args:
-            timeout: seconds; None waits as long as it takes.
+            timeout: seconds; None waits as long as the ``Server`` says, or as long as it takes.
 
         Raises:
             RemoteError, FiringError: as ``poll``, and when the time is over. The job goes on.
@@ -263,7 +272,8 @@ class Job:
         Raises:
             RemoteError: as ``wait``.
         """
-        for pause in pauses(timeout):
+        limit = self._requests.on.timeout if timeout is None else timeout
+        for pause in pauses(limit):
             yield from self.advance(self._requests.on.requests - self.in_flight)
             if self._arrived():
                 return
@@ -271,7 +281,7 @@ class Job:
                 self._raise_failed()
             if not self._requests.on.is_local:
                 time.sleep(pause)
-        raise self._error(f"not done after {timeout} s", "a queue; the job goes on", POLL)
+        raise self._error(f"not done after {limit} s", "a queue; the job goes on", self._again)
 
     def advance(self, most: int) -> list[int]:
         """Ask for what is in flight, and send at most so many batches; what has arrived.
@@ -314,9 +324,11 @@ class Job:
         except (Refused, RemoteError) as error:
             return self._note(part, "ERROR", f"failed: {error}")
         except Exception as error:  # an expired address, or what torch.load makes of half a file
-            if _passing(error):
+            if passing(error):
                 raise self._unreached(error) from error
             return self._note(part, "ERROR", f"without a readable result: {error!r}")
+        if status is None and part.taken_up:  # of long ago, and forgotten: no later poll will tell
+            return self._note(part, "ERROR", "unknown to the server")
         part.missed = 0 if status is not None else part.missed + 1
         if part.missed >= MISSED:
             return self._note(part, "ERROR", "unknown to the server")
@@ -341,6 +353,8 @@ class Job:
 
     def _note(self, part: Part, status: str, error: str) -> bool:
         """Keep how a batch stands, in the file too; no batch has arrived by that."""
+        if status == "ERROR" and part.taken_up:
+            part.id, part.taken_up, status, error = None, False, "new", ""
         if (part.status, part.error) != (status, error):
             part.status, part.error = status, error
             self._write()
@@ -349,6 +363,20 @@ class Job:
     def _write(self) -> None:
         if self._file is not None:
             self._file.write()
+        if self._flight is not None:
+            self._flight.write(self._parts)
+
+    @property
+    def _again(self) -> str:
+        """What to do when the time is over."""
+        if self._flight is not None:
+            return f"the same call again, which takes up what is under way ({self._flight.path})"
+        waited = self._file is None and self._requests.task.function != "submit"
+        return (
+            "a longer Server(timeout=...); checkpoint= or file= keep what is under way"
+            if waited
+            else POLL
+        )
 
     def _unreached(self, error: Exception) -> RemoteError:
         return self._error(f"not answered: {error}", "the network, or the host", POLL, Unreached)
@@ -365,34 +393,3 @@ MISSED = 20
 """Polls in a row without any status after which a job counts as lost."""
 POLL = "poll again: job.poll(), or Job.load(file, model) with the job's file"
 RESEND = "job.resubmit(), which sends again what failed and keeps what has arrived"
-
-
-def _trusted(file: JobFile) -> Server:
-    """The configured host, to which the key belongs, if it is the file's."""
-    host = file.about.get("host")
-    if host == CONFIG.API.HOST:
-        return NDIF
-    raise RemoteError(
-        f"Job.load: `on` is not given, and {file.path} was sent to {host!r:.200}, wanted the"
-        f" configured host, {CONFIG.API.HOST}, or one that you name. Likely cause: a job on a"
-        " server of your own, or a file from somebody else. Try: Job.load(file, model,"
-        f" on=Server({host!r:.200})), if you trust that server"
-    )
-
-
-def _passing(error: Exception) -> bool:
-    """Whether a failure to poll says nothing of the job: the network, a busy server, a bad key."""
-    import httpx  # nnsight's own client, as late as nnsight imports it
-
-    if isinstance(error, httpx.HTTPStatusError):
-        asked, code = "/response/" in error.request.url.path, error.response.status_code
-        return code >= 500 or code in (408, 429) or (asked and code in (401, 403))
-    return isinstance(error, httpx.TransportError)
-
-
-def pauses(timeout: float | None) -> Generator[float, None, None]:
-    """How long to wait between polls: a little at first, then five seconds."""
-    pause, start = 0.1, time.monotonic()
-    while timeout is None or time.monotonic() - start < timeout:
-        yield pause
-        pause = min(5.0, pause * 1.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ from ..text.prompts import Prompts, encode_for, split
 from ..verbs.base import Chain, Intervention, by_prompt, require_rows
 from ..verbs.lower import lower
 from ..verbs.steps import numbered
-from .batch import Requests, backend_of, remote_batch, with_stops
+from .asked import deployed
+from .batch import Requests, remote_batch, with_stops
 from .dry_run import Dry, Expected, dry_run, expected
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class Preflight:
         dtypes: of the tensors sent.
         device: where the model is here; ``"meta"`` if its weights are not loaded.
         nnsight: the version here and the server's, None if it was not asked or did not answer.
+        dtype: of the model here and of the server's, None as before.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -89,16 +92,17 @@ class Preflight:
     dtypes: tuple[str, ...]
     device: str
     nnsight: tuple[str, str | None]
+    dtype: tuple[str, str | None]
 
     def __str__(self) -> str:
-        here, there = self.nnsight
+        (here, there), (own, other) = self.nnsight, self.dtype
         shown = [
             ("payload", f"{self.payload:,} bytes a batch, {self.batches} in all"),
             *((f"  {name}", f"{size:,} bytes") for name, size in self.parts.items()),
             ("result", f"at most {self.result:,} bytes a batch"),
             ("parks", f"{self.parks} a forward pass, at most {self.passes} passes"),
-            ("dtype", ", ".join(self.dtypes) or "no tensors"),
-            ("model here", self.device),
+            ("sent as", ", ".join(self.dtypes) or "no tensors"),
+            ("model", f"{own} on {self.device} here, {other or 'unknown'} there"),
             ("nnsight", f"{here} here, {there or 'unknown'} there"),
             ("would fail", "; ".join((*self.strangers, *filter(None, [self.fails]))) or "nothing"),
             *([("not known", self.untried)] if self.untried else []),
@@ -123,12 +127,13 @@ def preflight(
     prompt). So the model needs no weights, and errors of sites, shapes and dtypes appear before
     anything queues. Tokens are counted over all batches. What depends on numbers (whether a
     condition is met, which token comes next, whether an index is in range) no dry run can know, and
-    neither the server's device and dtype. What is not listed here is as in ``run``.
+    neither the server's device. What is not listed here is as in ``run``.
 
     Args:
         model: an nnsight ``TransformersModel``, loaded or not.
-        on: as in ``run``: the server that is asked for its nnsight version. None, and
-            ``Server("local")``, ask nobody.
+        on: as in ``run``: the server that is asked for its nnsight version and the model's dtype
+            there; a warning says so where that is another. None, and ``Server("local")``, ask
+            nobody.
 
     Returns:
         A ``Preflight``.
@@ -151,7 +156,15 @@ def preflight(
     require_rows(chosen, len(encoded["input_ids"]))
     dtype = None if on is None else on.dtype
     report = inspected(model, split(encoded, batch_size), chosen, settings, dtype)
-    return replace(report, nnsight=(NNSIGHT, server_version(model, on)))
+    there = deployed(model, on)
+    own = report.dtype[0]
+    if there.dtype not in (None, own):
+        warnings.warn(
+            f"saefeat: preflight: the model is {own} here and {there.dtype} on the server, so the"
+            f" same call gives other numbers there. To compare, load it here in {there.dtype}",
+            stacklevel=3,
+        )
+    return replace(report, nnsight=(NNSIGHT, there.nnsight), dtype=(own, there.dtype))
 
 
 def inspected(
@@ -164,6 +177,7 @@ def inspected(
     """The report on batches that are encoded and settings that are checked; asks no server."""
     programs = _programs(model, batches, chosen, dtype)
     (program, batch), *_ = programs
+    first = next(torch_module(model).parameters())
     raw = captured(model, program, batch, settings)
     parts = {**parts_of(program), "inputs": weight(list(batch.values()))}
     parts["code"] = len(raw) - sum(parts.values())
@@ -182,8 +196,9 @@ def inspected(
         expected=acts,
         result=result_size(model, chosen, program, batch, settings),
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors(program)})),
-        device=str(next(torch_module(model).parameters()).device),
+        device=str(first.device),
         nnsight=(NNSIGHT, None),
+        dtype=(str(first.dtype).removeprefix("torch."), None),
     )
 
 
@@ -276,20 +291,3 @@ def result_size(
             total += EVENT * expects.most * sum(size for size in sizes if size <= MOST_LATENTS)
             total += 12 * max(new, 1) * len(numbers)
     return total + 8 * rows * (columns + new + 1)
-
-
-ANSWER = 120.0
-"""Seconds a server has to say what it runs: a busy one lists its packages slowly."""
-
-
-def server_version(model: TransformersModel, on: Server | None) -> str | None:
-    """The nnsight that a server runs, or None."""
-    if on is None or on.is_local:
-        return None
-    import httpx  # as late as nnsight imports it
-
-    try:
-        answer = httpx.get(f"{backend_of(model, on.remote).host}/env", timeout=ANSWER)
-        return answer.raise_for_status().json()["packages"].get("nnsight")
-    except (httpx.HTTPError, ValueError, KeyError):
-        return None

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Generic, TypeVar
 
-from ..errors import SaefeatError
+from ..errors import RemoteError, SaefeatError
 from ..results.run import Run
-from .jobs import Job, Unreached, pauses
+from .jobs import Job, Unreached
+from .polling import pauses
 
 Key = TypeVar("Key", bound=Hashable)
 STRIKES = 20
@@ -37,10 +38,21 @@ class Scheduler(Generic[Key]):
         self.results: dict[Key, Run] = {}
         self.failed: dict[Key, SaefeatError] = {}
 
-    def ended(self) -> Iterator[Key]:
-        """Every job's key, when it has ended, well or badly."""
-        pause = pauses(None)
+    def ended(self, timeout: float | None = None) -> Iterator[Key]:
+        """Every job's key, when it has ended, well or badly.
+
+        Raises:
+            RemoteError: if some have not after ``timeout`` seconds; they go on.
+        """
+        pause, begun = pauses(None), time.monotonic()
         while self._waiting or self._active:
+            if timeout is not None and time.monotonic() - begun > timeout:
+                count = len(self._waiting) + len(self._active)
+                raise RemoteError(
+                    f"sweep: `on` is a server with {count} settings left after {timeout:g} s,"
+                    " wanted all within Server(timeout=...). Likely cause: a queue. Try: a longer"
+                    " timeout; with folder= the same call takes up what is under way"
+                )
             before = len(self.results) + len(self.failed)
             yield from self._start()
             yield from self._poll()

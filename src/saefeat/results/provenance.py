@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,9 @@ class Provenance(Result):
             one_site, backward and keep; a validation's metric and settings.
         adapters: names of the active adapters (PEFT), none for a plain model.
         quantization: how weights are quantized; empty where they are not.
+        server: what a server said of itself, empty for a result made here: ``url``, ``repository``
+            and ``revision`` of the model, versions, and in a block beside the model its ``commit``.
+            ``dtype`` and ``device`` are the server's then, and ``versions`` those here.
 
     Examples:
         >>> origin = sf.results.Provenance("m", "float32", "cpu", {}, "", (), {}, "2026-01-01")
@@ -66,6 +70,7 @@ class Provenance(Result):
     settings: dict[str, str] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
     quantization: str = ""
+    server: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -78,9 +83,9 @@ class Provenance(Result):
         Raises:
             ValueError: for data of another form.
         """
-        if not isinstance(document, dict) or set(document) != {one.name for one in fields(cls)}:
+        values = {"server": {}, **document} if isinstance(document, dict) else {}
+        if set(values) != {one.name for one in fields(cls)}:
             raise ValueError("not the fields of a provenance")
-        values = dict(document)
         for name, kinds in _KINDS.items():
             if not isinstance(values[name], kinds):
                 raise ValueError(f"{name} is a {type(values[name]).__name__}")
@@ -100,7 +105,9 @@ class Provenance(Result):
             if value not in plain and name != HASH
         ]
         asked = "".join(f"; {name} {value:.80}" for name, value in said)
-        return " ".join(f"{self.model}, {self.dtype} on {self.device}{tuned}{asked}".split())
+        place = f" at {self.server['url']}" if self.server.get("url") else ""
+        where = f"{self.dtype} on {self.device}{place}"
+        return " ".join(f"{self.model}, {where}{tuned}{asked}".split())
 
     def __repr__(self) -> str:
         edited = [f"  intervention: {self.intervention:.200}"] if self.intervention else []
@@ -133,7 +140,7 @@ HASH = "baseline_hash"
 
 _TEXTS = ("model", "dtype", "device", "intervention", "created", "quantization")
 _KINDS = dict.fromkeys(_TEXTS, (str,)) | dict.fromkeys(("latents", "adapters"), (list, tuple))
-_KINDS |= dict.fromkeys(("dictionaries", "versions", "generation", "settings"), (dict,))
+_KINDS |= dict.fromkeys(("dictionaries", "versions", "generation", "settings", "server"), (dict,))
 """Fields → the types they may have."""
 
 
@@ -173,6 +180,37 @@ def added(source: Provenance | None, **settings: object) -> Provenance | None:
     if source is None:
         return None
     return replace(source, settings={**source.settings, **told(**settings)}, created=now())
+
+
+def elsewhere(source: Provenance, there: dict[str, str]) -> Provenance:
+    """The provenance of the same result, made on a server that said this of itself."""
+    rest = {name: text for name, text in there.items() if name not in ("dtype", "device")}
+    return replace(source, dtype=there["dtype"], device=there["device"], server=rest)
+
+
+def together(sources: Sequence[Provenance]) -> Provenance:
+    """The provenance of several batches as one: a server may differ from one to the next."""
+
+    def each(texts: Iterable[str]) -> str:
+        return "; ".join(dict.fromkeys(texts))
+
+    names = dict.fromkeys(name for source in sources for name in source.server)
+    return replace(
+        sources[0],
+        dtype=each(source.dtype for source in sources),
+        device=each(source.device for source in sources),
+        server={name: each(s.server[name] for s in sources if name in s.server) for name in names},
+    )
+
+
+def called_there(model: TransformersModel, remote: bool | str) -> dict[str, str]:
+    """What a server is asked for: its address, and the model's repository and revision there."""
+    from nnsight import CONFIG
+
+    asked = json.loads(model_key(model).partition(":")[2])
+    url = remote if isinstance(remote, str) else CONFIG.API.HOST
+    named = {name: asked.get(key) for name, key in (("repository", "repo_id"), ("revision",) * 2)}
+    return {"url": url} | {name: str(text) for name, text in named.items() if text is not None}
 
 
 def told(**settings: object) -> dict[str, str]:
@@ -293,9 +331,9 @@ def model_key(model: TransformersModel) -> str:
         raise RemoteError(
             f"remote: `model` is {name!r}, which has no name on the Hub ({type(error).__name__}),"
             " wanted the model of a repository, by its id. Likely cause: a model in memory or in a"
-            " folder, which only `serve` knows, or no network. Try:"
-            ' nnsight.TransformersModel("organization/model", tokenizer=...), whose weights need'
-            " not be loaded; or `with serve(model) as server:` around the call"
+            " folder, a private repository, or no network. Try:"
+            ' remote.named(model, "organization/model"), with the name that the server knows; or'
+            ' nnsight.TransformersModel("organization/model"), whose weights need not be loaded'
         ) from error
 
 

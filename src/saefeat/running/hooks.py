@@ -89,7 +89,7 @@ class Hooks:
         # a `generate` that was bound before the block is not watched, but its passes tell of it
         shape, decodes = (
             (shown.shape[0], shown.shape[1]),
-            self._decodes or generating(module, named),
+            self._decodes or generating(self._program.keeps, named),
         )
         memory, past = self._sequences.at(cache, shape, ids, decodes, one=self._decodes)
         if memory.seen is None and (past or ids is None):

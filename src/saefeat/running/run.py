@@ -18,7 +18,8 @@ from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..generation.decoding import Decode, decoding
 from ..generation.task import Piece, Task, pack, run_batch, unpack
-from ..remote.batch import Requests, require_plain, with_stops
+from ..remote.batch import Requests, backend_of, require_plain, with_stops
+from ..remote.flight import Flight
 from ..remote.jobs import Job
 from ..remote.preflight import require_sendable
 from ..results.provenance import model_identity, remote_identity
@@ -196,7 +197,8 @@ def _pieces(
             if on is None:
                 arriving = _run_here(task, batches, start, set(pieces))
             else:
-                arriving = _run_there(task, batches, start, set(pieces), on)
+                flight = _flight(task, on, finished, number)
+                arriving = _run_there(task, batches, start, set(pieces), on, flight)
             for n, piece in arriving:
                 tensors, meta = pack(piece)
                 finished.save(number + n, tensors, meta | {"identity": _identity(batches[n])})
@@ -218,14 +220,26 @@ def _run_here(
         start += size
 
 
+def _flight(task: Task, on: Server, finished: Checkpoint, number: int) -> Flight | None:
+    """Where the requests of a checkpointed call are kept while they are under way."""
+    if finished.folder is None or on.is_local:
+        return None
+    return Flight(finished.path / "requests.json", backend_of(task.model, on.remote).host, number)
+
+
 def _run_there(
-    task: Task, batches: list[Batch], start: int, done: Collection[int], server: Server
+    task: Task,
+    batches: list[Batch],
+    start: int,
+    done: Collection[int],
+    server: Server,
+    flight: Flight | None,
 ) -> Iterator[tuple[int, Piece]]:
     requests = Requests(task, batches, server, start)
     if start == 0:  # of a stream, the first batch stands for the others
         require_sendable(requests)
     # a batch that fails does not stop those in flight with it: they arrive, and are kept, first
-    for n in Job(requests, arrived=done).arrivals():
+    for n in Job(requests, arrived=done, flight=flight).arrivals():
         yield n, requests.piece(n)
 
 

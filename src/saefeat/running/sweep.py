@@ -147,7 +147,7 @@ def _on_server(
         )
         starts[key] = partial(submitted, intervention, on=one, file=file)
     jobs = Scheduler[Key](starts, on.requests)
-    for _ in tqdm(jobs.ended(), total=len(starts), disable=not progress, desc="sweep"):
+    for _ in tqdm(jobs.ended(on.timeout), total=len(starts), disable=not progress, desc="sweep"):
         pass
     if not jobs.failed:
         return {key: jobs.results[key] for key in settings}

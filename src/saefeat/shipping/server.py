@@ -25,10 +25,13 @@ class Server:
             exactly.
         payload_limit: the most bytes a request may have.
         requests: how many requests may be queued or running at once.
+        timeout: seconds that a call waits for the server's results; None waits as long as it takes.
+            When they are over the call is a ``RemoteError``. With ``checkpoint=``, ``folder=`` or
+            ``file=`` the same call takes up what was under way; without, requests go on unheard.
 
     Raises:
-        RemoteError: for an address without its scheme, a dtype that is not a floating one, or a
-            count below 1.
+        RemoteError: for an address without its scheme, a dtype that is not a floating one, a
+            count below 1, or a timeout that is not above 0.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -44,6 +47,7 @@ class Server:
     dtype: torch.dtype | None = None
     payload_limit: int = PAYLOAD_LIMIT
     requests: int = 4
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         known = self.url is None or self.is_local
@@ -55,6 +59,11 @@ class Server:
         require_floating(self.dtype)
         for name in ("payload_limit", "requests"):
             whole("Server", name, getattr(self, name), error=RemoteError)
+        if self.timeout is not None and not self.timeout > 0:
+            raise RemoteError(
+                f"Server: `timeout` is {self.timeout!r}, wanted seconds above 0, or None. Likely"
+                " cause: a count of minutes, or 0 for no limit. Try: timeout=600.0"
+            )
 
     @property
     def is_local(self) -> bool:

@@ -28,7 +28,7 @@ from ..kernel.sequences import Beside
 from ..kernel.state import Ends
 from ..kernel.tokens import Everywhere, Where, reads_turns
 from ..kernel.watch import Stash
-from ..model.modules import check_ready, torch_module
+from ..model.modules import check_ready, takes_logits_to_keep, torch_module
 from ..model.route import Route, route
 from ..model.sites import Order, Place, Site
 from ..text.tokens import Tokens, plain
@@ -83,6 +83,7 @@ def lower(
         beams=Beams() if builder.remembers else None,
         placed=Placed(),
         beside=Beside(),
+        keeps=takes_logits_to_keep(builder.module),
     )
 
 

@@ -1,60 +1,55 @@
-"""The process with the model: it answers requests as an NDIF server does.
+"""The process with the model: NDIF's own code answers requests in it.
 
 It speaks over its standard input and output: a line of JSON, then as many bytes as the line says.
-Ordinarily a block runs beside the model, as for the trusted keys of a server. With ``copies`` it
-runs in a process of its own, as for all other keys.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
-import time
-import traceback
-from typing import Any
+import threading
 
 from .start import Blocker, end_with, replies
+
+
+class Line:
+    """What goes to the server: ready; what is published, stored and counted; done."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file, self._turn = os.fdopen(descriptor, "wb"), threading.Lock()
+
+    def send(self, kind: str, name: str = "", data: bytes = b"") -> None:
+        """One message."""
+        head = json.dumps({"kind": kind, "name": name, "bytes": len(data)})
+        with self._turn:
+            self._file.write(head.encode() + b"\n" + data)
+            self._file.flush()
 
 
 def main() -> None:
     """Load the model, then answer requests until the input closes."""
     sys.meta_path.insert(0, Blocker())
-    sink = os.fdopen(replies(), "wb")
+    line = Line(replies())
     end_with(0)
     setup = json.loads(sys.stdin.buffer.readline())
-    import torch
 
-    from .host import Host
-    from .job import load
+    from .services import install
 
-    torch.set_num_threads(setup["threads"])
-    host = Host(setup["folder"]) if setup["copies"] else None
-    model = load(setup["folder"], setup["dtype"], setup["device_map"])
-    if host is not None:
-        host.wait()
-    sink.write(b'{"ready": true}\n')
-    sink.flush()
-    while line := sys.stdin.buffer.readline():
-        job = json.loads(line)
-        head, result = answer(model, host, sys.stdin.buffer.read(job["bytes"]), job)
-        sink.write(json.dumps({**head, "bytes": len(result)}).encode() + b"\n" + result)
-        sink.flush()
+    install(line.send, setup["url"])
+    from ndif.common.schema.request import BackendRequestModel
 
+    from .deployment import Deployment
 
-def answer(model: Any, host: Any, blob: bytes, job: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """The reply to one request: its result, or the error as text."""
-    from .job import as_deployed, run
-
-    if job["fault"] == "slow":
-        time.sleep(job["slow"])
-    try:
-        if job["fault"] == "fail":
-            raise RuntimeError("CUDA out of memory (the fault that was asked for)")
-        model._remoteable_set_env(job["env"])
-        if host is None:
-            with as_deployed(model):
-                return {"ok": True}, run(model, blob, job)
-        return host.run(model, blob, job)
-    except Exception:
-        return {"ok": False, "error": traceback.format_exc()}, b""
+    counted = lambda counts: line.send("crossed", data=json.dumps(counts).encode())  # noqa: E731
+    actor, loop = Deployment(setup, counted), asyncio.new_event_loop()
+    line.send("ready")
+    while text := sys.stdin.buffer.readline():
+        job = json.loads(text)
+        request = BackendRequestModel(**job["request"], payload=sys.stdin.buffer.read(job["bytes"]))
+        actor.fault = job["fault"]
+        loop.run_until_complete(actor.run(request))
+        line.send("done")
+        if actor.late:
+            os._exit(0)  # a new process takes the next job

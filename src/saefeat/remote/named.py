@@ -1,0 +1,54 @@
+"""A name for a model that the Hub does not list, or that nobody should ask it for."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from nnsight.modeling import huggingface
+
+from ..arguments import checked
+from ..errors import RemoteError
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@checked
+def named(
+    model: TransformersModel, repository: str, revision: str | None = None
+) -> TransformersModel:
+    """Say under which name servers know a model, without asking the Hub.
+
+    nnsight names a model in a request by its repository, spelled as the Hub spells it: it asks the
+    Hub once, which fails without a network, for a private repository and for a model in memory.
+
+    Args:
+        model: an nnsight ``TransformersModel``; its name is changed, nothing else.
+        repository: the repository's id as the server has it, such as "organization/model".
+        revision: the revision that was deployed, None for the repository's own default.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RemoteError: for something that is no repository's id.
+
+    Examples:
+        >>> from saefeat.studies.refusal import tiny
+        >>> model = sf.remote.named(tiny.model("chat"), "my-lab/tiny-chat")
+        >>> "my-lab/tiny-chat" in model.to_model_key()
+        True
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise RemoteError(
+            f"named: `repository` is {repository!r:.100}, wanted an id such as"
+            ' "organization/model". Likely cause: an address, or the path of a folder. Try: the id'
+            " under which the model was deployed, as nnsight.status() lists it"
+        )
+    model.repo_id, model.revision = repository, revision
+    # nnsight (0.8.1) keeps what the Hub has told it here, and has no other way to be told
+    huggingface._ID_CACHE[repository] = repository
+    return model
