@@ -599,7 +599,8 @@ def test_a_model_has_the_name_that_it_is_given(monkeypatch):
         '{"repo_id": "my-lab/private", "revision": "v2", "task": "text-generation"}'
     )
     assert sf.run(nn, RAGGED, on=Server("local")).logits.shape[0] == len(RAGGED)
-    for wrong in ("", "/home/me/model", "https://x/y", "a/b/c"):
+    assert "/home/me/model" in sf.remote.named(nn, "/home/me/model").to_model_key()
+    for wrong in ("", "https://x/y", "a b", "a//b", "org/"):
         with pytest.raises(sf.errors.RemoteError, match="named: `repository`"):
             sf.remote.named(nn, wrong)
 

@@ -13,7 +13,7 @@ from ..errors import RemoteError
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NAME = re.compile(r"/?[\w.-]+(/[\w.-]+)*")
 
 
 @checked
@@ -27,14 +27,15 @@ def named(
 
     Args:
         model: an nnsight ``TransformersModel``; its name is changed, nothing else.
-        repository: the repository's id as the server has it, such as "organization/model".
+        repository: the model's name as the server has it, such as "organization/model", or the
+            folder from which a server of your own has loaded it.
         revision: the revision that was deployed, None for the repository's own default.
 
     Returns:
         The same model.
 
     Raises:
-        RemoteError: for something that is no repository's id.
+        RemoteError: for something that is no such name.
 
     Examples:
         >>> from saefeat.studies.refusal import tiny
@@ -42,11 +43,11 @@ def named(
         >>> "my-lab/tiny-chat" in model.to_model_key()
         True
     """
-    if not _REPOSITORY.fullmatch(repository):
+    if not _NAME.fullmatch(repository):
         raise RemoteError(
             f"named: `repository` is {repository!r:.100}, wanted an id such as"
-            ' "organization/model". Likely cause: an address, or the path of a folder. Try: the id'
-            " under which the model was deployed, as nnsight.status() lists it"
+            ' "organization/model". Likely cause: a server\'s address, or a typing error. Try: the'
+            " name under which the model was deployed, as nnsight.status() lists it"
         )
     model.repo_id, model.revision = repository, revision
     # nnsight (0.8.1) keeps what the Hub has told it here, and has no other way to be told
