@@ -443,11 +443,10 @@ def test_virtual_tokens_of_a_wrapper_are_refused(kind):
             if kind == "prompt":
                 text = model.get_input_embeddings()(ids)
                 return self.base_model(inputs_embeds=torch.cat([virtual, text], 1))
-            cache = self.base_model.model(inputs_embeds=virtual).past_key_values
-            return self.base_model(input_ids=ids, past_key_values=cache)
+            return self.base_model(input_ids=ids, past_key_values=prefix)
 
     step = sf.Clamp(V(), add=1.0, where=sf.Tokens.first(1))
-    outer = PeftModel(model)
+    outer, prefix = PeftModel(model), model(IDS).past_key_values
     earlier = model(IDS).past_key_values
     with torch.no_grad(), sf.hooked(model, step) as log:
         with pytest.raises(sf.errors.ModelError, match="PeftModel that puts virtual tokens"):
