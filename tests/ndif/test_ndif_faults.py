@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -228,3 +229,27 @@ def test_the_queue_is_full(model, server):
     probe = sf.Probe(latents())
     theirs = sf.run(model, prompts, probe, batch_size=1, on=Server(server.url, requests=40))
     same(sf.run(model, prompts, probe, batch_size=1), theirs, 1e-4)
+
+
+def test_a_sweep_of_200_jobs_outlives_a_restart_of_the_api(stack, model, server, tmp_path):
+    """Throttled to 8 at once; the API dies in the middle, and no setting is run twice."""
+    chat, probe = CHATS[:1], sf.Probe(latents(2), reduce="max")
+    settings = {n / 100: sf.Clamp(latents(), n / 100) | probe for n in range(200)}
+    there = Server(server.url, requests=8)
+
+    def arrived() -> int:
+        return len(list(tmp_path.glob("*.0.safetensors")))
+
+    def restart() -> None:
+        assert eventually(lambda: arrived() > 40, 300)
+        stack.stop_api()
+        time.sleep(3)
+        stack.start_api()
+
+    breaker = threading.Thread(target=restart)
+    breaker.start()
+    found = finished(lambda: sf.sweep(model, chat, settings, on=there, folder=tmp_path))
+    breaker.join()
+    for value in (0.0, 0.5, 1.99):
+        same(sf.run(model, chat, settings[value]), found[value], 1e-4)
+    assert len(found) == 200

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -62,6 +64,7 @@ class Stack:
         self.seconds: dict[str, float] = {}
         self._reaper: subprocess.Popen[bytes] | None = None
         self._started: list[subprocess.Popen[bytes]] = []
+        self._apis: list[subprocess.Popen[bytes]] = []
         if not (venv / "bin" / "ndif").exists():
             raise Missing(
                 f"tools.ndif: {venv} has no NDIF server in it. Try: make {venv.name}/.stamp"
@@ -74,9 +77,9 @@ class Stack:
         self._reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._timed("redis and the object store", self._start_stores)
-            api = self._start_api()  # it waits for Ray, and takes as long to start
+            self._start_api()  # it waits for Ray, and takes as long to start
             self.start_ray()
-            self._timed("API", lambda: self._until(self.connected, "the API", [api]))
+            self._timed("API", self._wait_for_api)
             self.deploy(self.deployments)
         except BaseException:
             self.__exit__(None, None, None)
@@ -106,6 +109,21 @@ class Stack:
     def stop_ray(self) -> None:
         """End Ray, as a crash of its node would: controller and actors go with it."""
         self.run("ray-stop", ["ray", "stop", "--force"])
+
+    def stop_api(self) -> None:
+        """End the API, as a crash of its machine would: nobody is answered, jobs run on."""
+        for process in self._apis:
+            process.kill()
+            process.wait()
+        for pid in self.processes("ndif.services.api"):  # gunicorn's workers
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._apis.clear()
+
+    def start_api(self) -> None:
+        """Start the API again, and wait until it answers."""
+        self._start_api()
+        self._wait_for_api()
 
     def deploy(self, deployments: Iterable[Deployment]) -> None:
         """Deploy models by the released command, and wait until they are loaded."""
@@ -224,9 +242,12 @@ class Stack:
             f"--metrics-export-port={ports['metrics']}",
         ])  # fmt: skip
 
-    def _start_api(self) -> subprocess.Popen[bytes]:
+    def _start_api(self) -> None:
         config = ["--config", "python:ndif.services.api.gunicorn_conf"]
-        return self._start("api", ["gunicorn", *config, "ndif.services.api.app:app"])
+        self._apis.append(self._start("api", ["gunicorn", *config, "ndif.services.api.app:app"]))
+
+    def _wait_for_api(self) -> None:
+        self._until(self.connected, "the API", self._apis)
 
     def connected(self) -> bool:
         """Whether the API answers, and says that it reaches Ray."""
