@@ -25,7 +25,6 @@ import nnsight
 import torch
 import transformers
 from nnsight import TransformersModel
-from nnsight.modeling import huggingface
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import saefeat as sf
@@ -56,9 +55,9 @@ def write(layers: int, folder: Path) -> None:
 
 def client(deployment: Deployment) -> TransformersModel:
     name = str(deployment.folder)
-    huggingface._ID_CACHE[name] = name
     _, tokenizer = tiny.load("chat")
-    return TransformersModel(name, tokenizer=tokenizer, task="text-generation")
+    model = TransformersModel(name, tokenizer=tokenizer, task="text-generation")
+    return sf.remote.named(model, name)
 
 
 def latents(layers: int, count: int) -> sf.Latents:

@@ -19,7 +19,6 @@ from pathlib import Path
 import nnsight
 import torch
 from nnsight import TransformersModel
-from nnsight.modeling import huggingface
 from transformers import AutoTokenizer
 
 import loopback  # NDIF's server code on this machine: the repository's tests/loopback
@@ -52,7 +51,7 @@ def load(asked: argparse.Namespace) -> tuple[TransformersModel, sf.dictionaries.
     model = TransformersModel(asked.model, tokenizer=tokenizer, task="text-generation")
     if Path(asked.model).is_dir():  # what `make ndif-up` serves
         where = where or tiny.saes_folder("chat")
-        huggingface._ID_CACHE[asked.model] = asked.model  # nnsight would look it up on the Hub
+        sf.remote.named(model, asked.model)  # nnsight would look it up on the Hub
     return model, sf.load_saes(where, sites="resid_post")
 
 

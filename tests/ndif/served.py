@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import transformers
 from nnsight import TransformersModel
-from nnsight.modeling import huggingface
 from tools.ndif.deployments import Deployment
 
 from helpers import RAGGED, build, tokenizer
+from saefeat.remote import named
 
 ISOLATIONS = ("trusted", "sandbox")
 DTYPES = ("float32", "bfloat16")
@@ -47,9 +47,9 @@ def deployments(folder: Path) -> dict[tuple[str, str], Deployment]:
 def client(deployment: Deployment) -> TransformersModel:
     """The same weights here, in the same dtype, under the name by which the server knows them."""
     name = str(deployment.folder)
-    huggingface._ID_CACHE[name] = name  # nnsight would ask the Hub how it spells the name
     words = transformers.AutoTokenizer.from_pretrained(name)
     dtype = getattr(torch, deployment.dtype)
-    return TransformersModel(
+    model = TransformersModel(
         name, tokenizer=words, task="text-generation", dtype=dtype, dispatch=True
     )
+    return named(model, name)

@@ -143,22 +143,16 @@ def test_a_deployment_is_evicted(stack, job, here, served_models):
     resumed(job, here, first)
 
 
-def test_a_result_expires(stack, job, here):
-    under_way = job()
-    in_the_middle(under_way)
+@pytest.mark.parametrize("left", ["nothing", "half"])
+def test_a_result_that_is_lost_at_the_store(left, stack, job, here):
+    in_the_middle(job())
     first, second = parts(job.file)[:2]
     assert eventually(lambda: stored(stack, second["id"]) is not None)
-    at_store(stack, second["id"], "DELETE")
-    resumed(job, here, first)
-
-
-def test_half_a_result(stack, job, here):
-    under_way = job()
-    in_the_middle(under_way)
-    first, second = parts(job.file)[:2]
-    assert eventually(lambda: stored(stack, second["id"]) is not None)
-    whole = stored(stack, second["id"])
-    at_store(stack, second["id"], "PUT", whole[: len(whole) // 2])
+    if left == "nothing":
+        at_store(stack, second["id"], "DELETE")
+    else:
+        whole = stored(stack, second["id"])
+        at_store(stack, second["id"], "PUT", whole[: len(whole) // 2])
     resumed(job, here, first)
 
 

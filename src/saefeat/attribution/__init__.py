@@ -3,7 +3,8 @@
 * ``attribute``: ``Attribute``, what it refuses, its loop over batches, and batches kept and joined.
 * ``methods``, ``baselines``, ``semantics``, ``relp``, ``graddrop``: what can be chosen.
 * ``passes``: what is asked, the sites watched in a model, and passes past them; ``remote_passes``
-  are those on a server. ``crossing`` refuses modules that gradients do not cross.
+  are those on a server, ``waiting`` for each up to a limit. ``crossing`` refuses modules that
+  gradients do not cross.
 * ``path``: one batch's path from clean to baseline, and gradients on it.
 * ``integrate``: gradients averaged over the path, at given nodes or at ``adaptive`` ones; rules
   are in ``quadrature``. ``trail`` is what the nodes showed, ``convergence`` what it comes to.

@@ -22,10 +22,10 @@ from ..kernel.program import Program, whole_run
 from ..kernel.slopes import NO_GRADIENT, pack_pass, pulled_back, unpack_pass
 from ..kernel.state import Log
 from ..kernel.watch import Keep
-from ..shipping.blocking import Waiting, refused
 from ..shipping.narrow import narrowed
 from ..shipping.payload import parts_of, require_fits, weight
 from ..shipping.program import register, require_known_functions
+from .waiting import Waiting, refused
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

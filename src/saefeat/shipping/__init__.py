@@ -3,7 +3,6 @@
 * ``server``: ``Server``, where it runs and what its requests may be.
 * ``program``: what crosses: the kernel and a plain program.
 * ``narrow``: its matrices in the narrowest dtype that holds them.
-* ``blocking``: a request that is waited for, up to a limit.
 * ``upstream``: visits moved off the inputs of blocks, of which a server may hand out copies.
 * ``payload``: what a request weighs, and what in it a server does not have.
 """
