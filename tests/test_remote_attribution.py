@@ -38,6 +38,7 @@ def few() -> sf.Latents:
     return saes().latents({0: [3, 4], 1: [5]})
 
 
+EXACT = sf.attribution.Exact()
 CASES = {
     "atp": (saes, sf.attribution.AtP(), None),
     "ig": (saes, sf.IG(steps=3, rule="midpoint"), None),
@@ -111,6 +112,15 @@ def test_gradient_free_methods_work_there(method, model, boundary):
     same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server(boundary.url)))
 
 
+@pytest.mark.parametrize(("limit", "requests"), [(64 << 20, 1), (5_000, 2)])
+def test_passes_of_moved_latents_share_a_request(limit, requests, model, server):
+    """A sandboxed request starts an interpreter: beside the two ends of the path, one for all."""
+    attribute, sent = sf.Attribute(few(), METRIC, method=EXACT), len(server.payloads)
+    there = attribute(model, RAGGED, on=Server(server.url, payload_limit=limit), steps_at_once=1)
+    assert len(server.payloads) - sent == 2 + requests
+    same(attribute(model, RAGGED), there)
+
+
 @pytest.mark.parametrize("how", [{"semantics": "through_sae"}, {"backward": sf.attribution.RelP()}])
 def test_what_needs_modules_is_refused(how, model, server):
     sent = len(server.payloads)
@@ -163,19 +173,35 @@ def test_a_baseline_of_functions_a_server_lacks_is_refused(model, server):
 
 
 def fewer_places(found):
-    if "log" in found:
-        found["log"]["kept"].popitem()
+    if "made" in found:
+        found["made"][0][0]["kept"].popitem()
 
 
 def fewer_tokens(found):
-    if "log" in found:
-        kept = found["log"]["kept"]
+    if "made" in found:
+        kept = found["made"][0][0]["kept"]
         kept[0] = kept[0][:, 1:]
 
 
 def fewer_logits(found):
-    if "log" in found:
-        found["logits"] = found["logits"][1:]
+    if "made" in found:
+        log, logits, there = found["made"][0]
+        found["made"][0] = log, logits[1:], there
+
+
+def fewer_passes(found):
+    if "made" in found:
+        found["made"].pop()
+
+
+def another_form(found):
+    if "made" in found:
+        found["made"] = found["made"][0]
+
+
+def nowhere(found):
+    if "made" in found:
+        found["made"][0] = *found["made"][0][:2], {}
 
 
 def fewer_gradients(found):
@@ -183,7 +209,13 @@ def fewer_gradients(found):
         found["found"].popitem()
 
 
-@pytest.mark.parametrize("change", [fewer_places, fewer_tokens, fewer_logits, fewer_gradients])
+CHANGES = [
+    *(fewer_places, fewer_tokens, fewer_logits, fewer_passes, another_form, nowhere),
+    fewer_gradients,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_pass_that_does_not_fit_is_refused(change, model, server, monkeypatch):
     plain = RemoteBackend.finalize
 

@@ -292,8 +292,7 @@ def _attribute(
         if nodes:
             rows, dropped = read_out(*of_parts, clean.values, slopes, clean.view, job.keep)
         else:
-            parts = zip(*of_parts, strict=True)
-            rows, dropped = [effects(path, *part) for part in parts], None
+            rows, dropped = effects(path), None
         columns = joined(rows, batch.numbers)
         scored = torch.stack(path.scored).any(0).cpu()
         scores = Attribution(

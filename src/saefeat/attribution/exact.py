@@ -3,39 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dictionaries.latents import cast, index_tensor
 from ..kernel.encode import encode
+from ..metrics.evaluator import Batch
 from .pairs import Part, Rows, Target, score
 from .path import Path
 
 
-def effects(path: Path, part: Part, mask: Tensor, target: Target) -> tuple[Tensor, ...]:
-    """One part's scores, in six columns: what the metric does when each latent is moved alone."""
+class Plan(NamedTuple):
+    """What of one part is moved, in g groups of the m ``rows``.
+
+    ``group`` [m] is each row's, ``first`` [g] a row of each, ``owner`` [g] the prompt it is of;
+    ``before`` [n, d_in] is what is read at the scored tokens, ``cell`` [n, 2] their row and column.
+    """
+
+    part: Part
+    target: Target
+    before: Tensor
+    cell: Tensor
+    rows: Rows
+    group: Tensor
+    first: Tensor
+    owner: Tensor
+
+
+class Move(NamedTuple):
+    """A pass for the groups ``some`` of a plan: row g is prompt ``owner[g]`` of the batch again."""
+
+    plan: int
+    some: slice
+    weight: float
+    owner: Tensor
+    batch: Batch
+    targets: dict[int, Tensor]
+
+
+def effects(path: Path) -> list[tuple[Tensor, ...]]:
+    """Six columns of scores a part: what the metric does when each latent is moved alone."""
+    parts = zip(path.passes.parts, path.scored, path.targets, strict=True)
+    plans = [_plan(path, *part) for part in parts]
+    clean = path.metric(path.clean, path.batch).detach()
+    still = sum(weight for fraction, weight in path.job.method.moves() if fraction == 0)
+    scores = [still * clean[plan.owner.to(clean.device)] for plan in plans]
+    moves = (move for number, plan in enumerate(plans) for move in _moves(path, number, plan))
+    for move, run in path.passes.runs(moves):
+        values = path.metric(run, move.batch, move.owner)
+        scores[move.plan][move.some] += move.weight * values.detach()
+    return [_columns(path, *plan) for plan in zip(plans, scores, strict=True)]
+
+
+def _plan(path: Path, part: Part, mask: Tensor, target: Target) -> Plan:
     before = part.read_at(path.clean.values, mask)
     rows, _ = score(part, before, target, None)
-    cell = mask.nonzero().to(before.device)  # [n, 2]: row and column of each scored token
-    prompt, position = cell[:, 0], path.clean.view.position[mask].to(cell.device)
-    per_latent = getattr(path.job.method, "per", "latent") == "latent"
-    group, first = _groups(prompt[rows.token] * part.dictionary.d_sae + rows.latent, per_latent)
-    owner = prompt[rows.token[first]]
-    scores = [before.new_zeros(0).to(owner.device)]
-    for some, members in _batches(group, len(first), path.copies * len(path.batch.numbers)):
-        steps = _steps(part, before, target, rows.at(members))  # [m, d_out]
-        at = (group[members] - some.start, cell[rows.token[members], 1])
-        scores.append(_effect(path, part.write, owner[some], at, steps))
-    scored = torch.stack(path.scored).any(0).sum(1)  # the prompt's, whatever this part skips
-    count = scored.to(owner.device)[owner] if per_latent else torch.ones_like(owner)
-    activation, change = (
-        column.new_zeros(len(first)).index_add_(0, group, column) / count
-        for column in (rows.activation, rows.change)
-    )
-    place = torch.full_like(owner, -1) if per_latent else position[rows.token[first]]
-    numbers = (torch.cat(scores).float(), activation.float(), change.float())
-    return owner, place, rows.latent[first], *numbers
+    cell = mask.nonzero().to(before.device)
+    key = cell[:, 0][rows.token] * part.dictionary.d_sae + rows.latent
+    group, first = _groups(key, _per_latent(path))
+    return Plan(part, target, before, cell, rows, group, first, cell[rows.token[first], 0])
+
+
+def _per_latent(path: Path) -> bool:
+    return getattr(path.job.method, "per", "latent") == "latent"
 
 
 def _groups(key: Tensor, per_latent: bool) -> tuple[Tensor, Tensor]:
@@ -46,6 +78,21 @@ def _groups(key: Tensor, per_latent: bool) -> tuple[Tensor, Tensor]:
     unique, group = torch.unique(key, return_inverse=True)
     first = group.new_zeros(len(unique)).scatter_(0, group.flip(0), every.flip(0))
     return group, first
+
+
+def _moves(path: Path, number: int, plan: Plan) -> Iterator[Move]:
+    """A plan's passes; groups that share one are rows of it."""
+    write, size = plan.part.write, path.copies * len(path.batch.numbers)
+    for some, members in _batches(plan.group, len(plan.first), size):
+        rows, owner = plan.rows.at(members), plan.owner[some].cpu()
+        steps = _steps(plan.part, plan.before, plan.target, rows)  # [m, d_out]
+        start, many = path.clean.values[write][owner], path.batch.take(owner)
+        at = (plan.group[members] - some.start, plan.cell[rows.token, 1])
+        at, steps = (at[0].to(start.device), at[1].to(start.device)), steps.to(start.device)
+        for fraction, weight in path.job.method.moves():
+            if fraction:
+                moved = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
+                yield Move(number, some, weight, owner, many, {write: moved.to(start.dtype)})
 
 
 def _batches(group: Tensor, count: int, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -72,21 +119,17 @@ def _steps(part: Part, before: Tensor, target: Target, rows: Rows) -> Tensor:
     return (will - rows.activation[:, None] * scale[rows.token]) * directions
 
 
-def _effect(
-    path: Path, write: int, owner: Tensor, at: tuple[Tensor, Tensor], steps: Tensor
-) -> Tensor:
-    """[g]: the metric summed over the method's moves, weighted; row g is prompt owner[g] again."""
-    device, owner = owner.device, owner.cpu()
-    many = path.batch.take(owner)
-    start = path.clean.values[write][owner]
-    at, steps = (at[0].to(start.device), at[1].to(start.device)), steps.to(start.device)
-    total = torch.zeros(len(owner), dtype=torch.float32)
-    for fraction, weight in path.job.method.moves():
-        if fraction == 0:
-            values = path.metric(path.clean, path.batch)[owner]
-        else:
-            moved = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
-            run = path.passes.run(many, targets={write: moved.to(start.dtype)}, copy=False)
-            values = path.metric(run, many, owner)
-        total = total.to(values) + weight * values.detach()
-    return total.to(device)
+def _columns(path: Path, plan: Plan, scores: Tensor) -> tuple[Tensor, ...]:
+    """Six columns, a row a group; activation and change of a group are means over its tokens."""
+    rows, first, per_latent = plan.rows, plan.first, _per_latent(path)
+    scored = torch.stack(path.scored).any(0).sum(1)  # the prompt's, whatever this part skips
+    count = scored.to(plan.owner.device)[plan.owner] if per_latent else 1
+    activation, change = (
+        column.new_zeros(len(first)).index_add_(0, plan.group, column) / count
+        for column in (rows.activation, rows.change)
+    )
+    prompt, column = plan.cell[rows.token[first]].unbind(1)
+    place = path.clean.view.position.to(prompt.device)[prompt, column]
+    place = torch.full_like(place, -1) if per_latent else place
+    numbers = (scores.to(prompt.device).float(), activation.float(), change.float())
+    return plan.owner, place, rows.latent[first], *numbers

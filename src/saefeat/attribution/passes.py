@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,15 @@ from .baselines import Baseline, Fixed, Paired, require_pairs
 from .crossing import crossed
 from .methods import Backward, Method, Slopes, plain_slopes
 from .pairs import Part
-from .remote_passes import RemotePass, leaves_of, nodes_of, pull, require_plain, run_remote
+from .remote_passes import (
+    RemotePass,
+    leaves_of,
+    nodes_of,
+    pull,
+    requests,
+    require_plain,
+    run_remote,
+)
 from .semantics import through
 
 if TYPE_CHECKING:
@@ -59,6 +67,19 @@ if TYPE_CHECKING:
 
 
 AtOnce = str | int
+
+
+class Moving(Protocol):
+    """A pass to be made: a batch, and what written places are moved to, [b, t, d] each."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+    @property
+    def targets(self) -> Mapping[int, Tensor]: ...
+
+
+M = TypeVar("M", bound=Moving)
 
 
 class Job(NamedTuple):
@@ -223,7 +244,13 @@ class SitePasses:
         moves = {"targets": targets, "share": share}
         program = self.watched(program, way, gradient, **moves, before=before, copy=copy)
         if self.remote:
-            log, logits, nodes, slopes = self._remote(batch, program, bool(gradient))
+            asked = self._asked(batch, program)
+            ((log, logits),) = self._remote([asked])
+            nodes: dict[int, Any] = log.nodes
+            slopes: Slopes = plain_slopes
+            if gradient:  # the nodes are there, by number
+                nodes = dict.fromkeys(nodes_of(program))
+                slopes = partial(pull, asked, leaves_of(log, logits))
         else:
             with ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(bool(gradient)))
@@ -237,20 +264,40 @@ class SitePasses:
         run = evaluator.passed(log, logits, intervention.receipt(log))
         return SitePass(**vars(run), values=log.kept, before=log.before, nodes=nodes, slopes=slopes)
 
-    def _remote(
-        self, batch: Batch, program: Program, gradient: bool
-    ) -> tuple[Log, Tensor, dict[int, Any], Slopes]:
-        """The pass on a server; with ``gradient``, slopes that are taken there."""
+    def runs(self, moves: Iterable[M]) -> Iterator[tuple[M, SitePass]]:
+        """Passes with places moved, one after the other; those on a server share requests."""
+        if not self.remote:
+            for move in moves:
+                yield move, self.run(move.batch, targets=move.targets, copy=False)
+            return
+        evaluator, way = self.evaluator, self.evaluator.route
+        nothing = lower(NOTHING, evaluator.model, slice(0, 0), way)
+
+        def asked(move: M) -> tuple[M, RemotePass]:
+            program = self.watched(nothing, way, (), targets=move.targets, copy=False)
+            return move, self._asked(move.batch, program)
+
+        for group in requests(map(asked, moves)):
+            found = self._remote([one for _, one in group])
+            for (move, _), (log, logits) in zip(group, found, strict=True):
+                run = evaluator.passed(log, logits, NOTHING.receipt(log))
+                yield (
+                    move,
+                    SitePass(**vars(run), values={}, before={}, nodes={}, slopes=plain_slopes),
+                )
+
+    def _asked(self, batch: Batch, program: Program) -> RemotePass:
+        """A pass as a server is asked for it."""
         model, columns = self.evaluator.model, self.evaluator.columns(batch)
         place = (model, self.remote, program, batch.inputs, batch.lengths, columns)
-        options = pass_options(model, columns)
-        remote_pass = RemotePass(*place, options, self.limit, self.timeout)
-        log, logits, there = run_remote(remote_pass)
-        self.there = {} if self.remote == "local" else {**called_there(model, self.remote), **there}
-        if not gradient:
-            return log, logits, log.nodes, plain_slopes
-        nodes = dict.fromkeys(nodes_of(program))  # they are there, by number
-        return log, logits, nodes, partial(pull, remote_pass, leaves_of(log, logits))
+        return RemotePass(*place, pass_options(model, columns), self.limit, self.timeout)
+
+    def _remote(self, asked: Sequence[RemotePass]) -> list[tuple[Log, Tensor]]:
+        """Passes on a server, in one request, which says where it ran."""
+        found, there = run_remote(asked)
+        if self.remote != "local":
+            self.there = {**called_there(self.evaluator.model, self.remote), **there}
+        return found
 
     def watched(
         self,

@@ -8,8 +8,8 @@ travels, and any metric will do; a pass with gradients costs two jobs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import nnsight
 import torch
@@ -30,6 +30,8 @@ from .waiting import Waiting, refused
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
+
+M = TypeVar("M")
 
 _NO_GRADIENT = (
     "Attribute: `on` is a server that lets no gradient cross between the model and the block,"
@@ -53,11 +55,11 @@ class RemotePass(NamedTuple):
     limit: int
     timeout: float | None = None
 
-    def how(self) -> dict[str, Any]:
-        """The arguments of the trace."""
+    def where(self) -> dict[str, Any]:
+        """The arguments that send a trace or a session of traces to the server."""
         if self.remote == "local":
-            return {"remote": "local", **self.options}
-        return {"backend": Waiting(self.model, self.remote, self.timeout), **self.options}
+            return {"remote": "local"}
+        return {"backend": Waiting(self.model, self.remote, self.timeout)}
 
     def packed(self, program: Program) -> tuple[Program, dict[str, Tensor]]:
         """The program and the inputs as they are sent."""
@@ -69,27 +71,65 @@ class RemotePass(NamedTuple):
         require_fits("Attribute", parts, sum(parts.values()), self.limit)
         return own, batch
 
+    def size(self) -> int:
+        """About how many bytes the pass costs a request and its result."""
+        rows, tokens = self.inputs["input_ids"].shape
+        vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 0)
+        logits = rows * (self.columns or tokens) * vocabulary * 4
+        return sum(parts_of(self.program).values()) + logits
 
-def run_remote(remote_pass: RemotePass) -> tuple[Log, Tensor, dict[str, str]]:
-    """One pass without gradients: its log, the logits, and where it was made."""
-    model, lengths, columns = remote_pass.model, remote_pass.lengths, remote_pass.columns
-    own, batch = remote_pass.packed(still(remote_pass.program))
-    log = logits = there = None
+
+PASSES = 64
+"""The most passes in a request: what a server ends after its own limit is lost whole."""
+
+
+def requests(passes: Iterable[tuple[M, RemotePass]]) -> Iterator[list[tuple[M, RemotePass]]]:
+    """Passes in groups, each small enough for a request and its result."""
+    group: list[tuple[M, RemotePass]] = []
+    total = 0
+    for named in passes:
+        size, limit = named[1].size(), named[1].limit
+        if group and (total + size > limit or len(group) == PASSES):
+            yield group
+            group, total = [], 0
+        group.append(named)
+        total += size
+    if group:
+        yield group
+
+
+def run_remote(passes: Sequence[RemotePass]) -> tuple[list[tuple[Log, Tensor]], dict[str, str]]:
+    """Passes without gradients, in one request: each one's log and logits, and where it ran.
+
+    The block that runs a sandboxed request costs some seconds before its first pass.
+    """
+    model, made = passes[0].model, None
+    asked = [
+        (*one.packed(still(one.program)), one.lengths, one.columns, one.options) for one in passes
+    ]
     try:
-        with model.trace(**remote_pass.how()) as tracer:
-            with tracer.invoke(batch):
-                seen = Log()
-                whole_run(model, own, seen, lengths)
-            with tracer.invoke():
-                logits = nnsight.save(model.output.logits[:, -columns:].detach().clone())
-                log = nnsight.save(pack_pass(seen))
-                there = nnsight.save(whereabouts(model, logits))
+        with model.session(**passes[0].where()):
+            made = nnsight.save([])
+            for own, batch, lengths, columns, options in asked:
+                with model.trace(**options) as tracer:
+                    with tracer.invoke(batch):
+                        seen = Log()
+                        whole_run(model, own, seen, lengths)
+                    with tracer.invoke():
+                        logits = model.output.logits[:, -columns:].detach().clone()
+                        made.append((pack_pass(seen), logits, whereabouts(model, logits)))
     except Refused as error:
         raise refused(error) from error
-    require_pass(remote_pass, log, logits)
-    if not isinstance(there, dict) or not {"dtype", "device"} <= set(there):
-        raise unfit(f"{there!r:.80} for where it ran", "its dtype, device and versions")
-    return unpack_pass(log), logits, {name: f"{text:.200}" for name, text in there.items()}
+    right = isinstance(made, list) and all(type(one) is tuple and len(one) == 3 for one in made)
+    if not right or len(made) != len(passes):
+        raise unfit(f"{made!r:.80} for its passes", f"{len(passes)} of them")
+    there: dict[str, str] = {}
+    logs = []
+    for one, (log, logits, where) in zip(passes, made, strict=True):
+        require_pass(one, log, logits)
+        there = require_whereabouts(where)
+        logs.append((unpack_pass(log), logits))
+    return logs, there
 
 
 def remote_slopes(remote_pass: RemotePass, slopes: dict[str, Tensor]) -> dict[int, Tensor]:
@@ -98,7 +138,7 @@ def remote_slopes(remote_pass: RemotePass, slopes: dict[str, Tensor]) -> dict[in
     own, batch = remote_pass.packed(remote_pass.program)
     found = None
     try:
-        with model.trace(**remote_pass.how()) as tracer:
+        with model.trace(**remote_pass.where(), **remote_pass.options) as tracer:
             log = Log()
             with tracer.invoke(batch):
                 whole_run(model, own, log, lengths)
@@ -141,6 +181,13 @@ def require_pass(remote_pass: RemotePass, log: Any, logits: Any) -> None:
     for group in ("kept", "before"):
         numbers = [keep.number for keep in keeps if keep.before == (group == "before")]
         require_values(remote_pass, "values", log.get(group), numbers)
+
+
+def require_whereabouts(there: Any) -> dict[str, str]:
+    """What a server says of where a pass ran, each text of a limited length."""
+    if not isinstance(there, dict) or not {"dtype", "device"} <= set(there):
+        raise unfit(f"{there!r:.80} for where it ran", "its dtype, device and versions")
+    return {name: f"{text:.200}" for name, text in there.items()}
 
 
 def require_values(remote_pass: RemotePass, what: str, found: Any, numbers: list[Any]) -> None:
