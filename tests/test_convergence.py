@@ -359,6 +359,7 @@ def test_adaptive_nodes_are_each_prompts_own(one_site, model):
     assert (whole.convergence.shares <= 0.2).all()
 
 
+@pytest.mark.slow
 def test_adaptive_nodes_with_backward_rules(model):
     for rule in (sf.attribution.RelP(), sf.attribution.GradDrop()):
         asked = {"backward": rule}

@@ -130,6 +130,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_break_is_found_and_shrunk(name, monkeypatch):
     """Broken by hand, saefeat differs within some cases, and the smallest is a line or two."""

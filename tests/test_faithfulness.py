@@ -51,7 +51,7 @@ def under(model, batch, edits) -> torch.Tensor:
 
 @pytest.mark.parametrize("to", ["zero", "mean"])
 @pytest.mark.parametrize("where", [None, sf.Tokens.last(2)], ids=["all", "last"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_kept_removed_and_marginal_metrics(family, where, to):
     """Two sites, the later one read after the earlier one's ablation."""
     model, batch = build(family, F64), batch_of()

@@ -55,7 +55,13 @@ def computed(dictionary, indices=None):
     return dictionary.encode(X, indices), dictionary.directions(indices)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+LATER = [
+    pytest.param(name, marks=() if name in ("standard", "jumprelu") else pytest.mark.slow)
+    for name in ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize("architecture", LATER)
 @given(data=st.data())
 def test_what_changes_latents_changes_the_fingerprint(architecture, data):
     """One entry of one tensor, or one setting, of all latents and of a selection."""

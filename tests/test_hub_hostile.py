@@ -458,6 +458,7 @@ def test_values_that_lie(name):
     refused(rehashed(document, tensors), match)
 
 
+@pytest.mark.slow
 def test_a_small_file_is_no_long_work():
     """Many steps that name one long selection: a few bytes each, and all of it to be built."""
     big = sf.Neurons("resid_post.0", 2**16).latents(range(2**16))

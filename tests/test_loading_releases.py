@@ -122,6 +122,7 @@ def one(release: str, sae_id: str):
 # ------------------------------------------------------------------ the whole directory
 
 
+@pytest.mark.slow
 def test_every_sae_of_the_directory_is_planned_or_refused_with_a_reason():
     planned, refused, unplaced = 0, Counter(), Counter()
     for name in directory.names():
@@ -143,6 +144,7 @@ def test_every_sae_of_the_directory_is_planned_or_refused_with_a_reason():
     assert unplaced == {"hook_embed": 8}  # sites that this version has no place for
 
 
+@pytest.mark.slow
 def test_the_plan_is_sae_lenss_directory():
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 

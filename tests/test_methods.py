@@ -181,6 +181,7 @@ def test_steps_share_passes_without_a_difference(method, baseline):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_how_many_steps_share_a_pass():
     model, rows = build("llama"), []
     model.model.layers[0].register_forward_hook(lambda m, a, out: rows.append(len(out)))

@@ -97,8 +97,14 @@ def test_a_criterion_by_prompt_and_its_share(planted):
     torch.testing.assert_close(most.held, torch.tensor([1, 1, 2 / 3]))
 
 
-@pytest.mark.parametrize("where", [None, sf.Tokens.last(1)], ids=["all", "last"])
-@pytest.mark.parametrize("kept", [False, True])
+WAYS = [
+    pytest.param(where, kept, id=f"{name}-{kept}", marks=pytest.mark.slow if name == "all" else ())
+    for name, where in {"all": None, "last": sf.Tokens.last(1)}.items()
+    for kept in (False, True)
+]
+
+
+@pytest.mark.parametrize(("where", "kept"), WAYS)
 def test_greedy_pruning_written_out(where, kept):
     """Two sites of a random model, one run a candidate."""
     nn = wrapped(build("llama"))

@@ -602,6 +602,7 @@ def test_a_sweep_of_jobs_is_throttled(model, server):
     assert server.most_at_once <= 2
 
 
+@pytest.mark.slow
 def test_a_sweep_loses_nothing(model, server, faulty, tmp_path):
     """One setting fails: the others arrive, and the same call asks for that one alone."""
     call = {"on": Server(server.url, requests=1), "folder": tmp_path}
@@ -727,6 +728,7 @@ def test_a_model_without_weights(server, tmp_path):
     same_run(sf.run(full, RAGGED, intervention, max_new_tokens=NEW), there)
 
 
+@pytest.mark.slow
 def test_twenty_latents_at_26_sites_are_light(tmp_path):
     """DESIGN section 6: 20 latents at 26 sites, d 2304, bf16, in at most 5.2 MB and 64 KB."""
     from saefeat.dictionaries.weights import InMemory

@@ -142,6 +142,7 @@ def test_what_a_file_cannot_hold_is_said_and_may_be_given(model, server, tmp_pat
         sf.remote.Job.load(file, model, on=Server(server.url), intervention=other)
 
 
+@pytest.mark.slow
 def test_two_functions_of_one_name_are_two_runs(model, server, tmp_path):
     """Told apart by their names alone, one's results would be taken for the other's."""
     file = tmp_path / "job.json"
@@ -155,6 +156,7 @@ def test_two_functions_of_one_name_are_two_runs(model, server, tmp_path):
         sf.remote.submit(model, RAGGED, second, on=Server(server.url), file=file)
 
 
+@pytest.mark.slow
 def test_files_of_two_jobs_are_apart(model, server, tmp_path):
     """A number behind a dot is no suffix; a result of one job is never one of another."""
     jobs = {v: sf.Clamp(jumprelu(), v) for v in (0.5, 0.7)}
@@ -386,6 +388,7 @@ def test_a_refusal_to_answer_loses_nothing(code, model, server, monkeypatch):
     same_run(sf.run(model, RAGGED), job.wait())
 
 
+@pytest.mark.slow
 def test_a_sweep_outlives_a_server_that_is_busy(model, server, monkeypatch):
     settings = {v: sf.Clamp(jumprelu(), v) for v in (0.0, 2.0)}
     plain, refused = RemoteBackend._post, iter([True, False, True])
@@ -432,6 +435,7 @@ def test_an_edit_that_never_fired_is_named_by_its_setting(model, server):
 # ---------------------------------------------------------------- samples, stops, checkpoints
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_a_run_here(model, server):
     options = {**SAMPLE, "batch_size": 2}
     here = sf.run(model, RAGGED, edits(), **options)
@@ -505,6 +509,7 @@ def test_a_call_that_ran_out_of_time_takes_its_requests_up(model, server, faulty
     assert json.loads((tmp_path / "c" / "requests.json").read_text())["requests"] == {}
 
 
+@pytest.mark.slow
 def test_requests_that_the_server_has_forgotten_are_sent_again(model, server, faulty, tmp_path):
     faulty += ["slow", "slow"]
     folder = tmp_path / "c"
@@ -677,6 +682,7 @@ def generated(way, model, edit, **how):
     return {"log": log, "tokens": tokens} if not how else {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["inline", "edited"])
 def test_no_cache_crosses_in_a_users_own_block(way, model, monkeypatch):
     """After the first pass only the new tokens are read, not the inputs, which hold the cache."""
@@ -692,6 +698,7 @@ def test_no_cache_crosses_in_a_users_own_block(way, model, monkeypatch):
         assert mine.rows[0].tokens == theirs.rows[0].tokens > 13
 
 
+@pytest.mark.slow
 def test_a_program_for_another_model_is_refused_there(model, monkeypatch):
     """It would run, where the two models are alike, with the other's special tokens."""
     other, backend, batch = wrapped(build("gemma2")), Capture(), batch_of()
@@ -703,6 +710,7 @@ def test_a_program_for_another_model_is_refused_there(model, monkeypatch):
         executed(model, backend.raw, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hold", [False, True])
 def test_guessed_tokens_are_refused_there(hold, model, monkeypatch):
     when = sf.When(sf.Direction(unit(), site="resid_post.0"), above=0.2, hold=hold)

@@ -187,7 +187,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+# the others' requests are like these, and take another ten seconds
+LATER = [pytest.param(c, marks=pytest.mark.slow) for c in BAD if c in ("encoder", "scorer")]
+
+
+@pytest.mark.parametrize("case", [*(c for c in BAD if c not in ("encoder", "scorer")), *LATER])
 def test_what_would_fail_there_is_found_here(case, model, skeleton):
     made, said = BAD[case]
     for own in (model, skeleton):
@@ -250,6 +254,7 @@ def test_looking_into_a_request_keeps_sources_whole(model):
 # ---------------------------------------------------------------- weights and dtypes
 
 
+@pytest.mark.slow
 def test_the_result_is_no_larger_than_said(model):
     """Changes that edits made come back too, and are most of it."""
     edits = sf.Clamp(jumprelu(), 3.0) | sf.Probe(jumprelu(2)) | sf.Probe(jumprelu(), reduce="mean")

@@ -49,7 +49,10 @@ def same(a: sf.results.Run, b: sf.results.Run) -> None:
     assert a.receipt.passes == b.receipt.passes
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 9, 100])
+LATER = [pytest.param(size, marks=pytest.mark.slow) for size in (2, 9)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100, *LATER])
 @pytest.mark.parametrize("new", [0, NEW])
 def test_every_setting_gives_what_run_gives(batch_size, new):
     model = wrapped(build())
