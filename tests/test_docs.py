@@ -34,7 +34,12 @@ from outputs import Checker, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"docs/guide/remote-sizes.md", "docs/guide/remote.md", "saefeat.remote.jobs"}
+SLOW = {
+    "docs/guide/remote-sizes.md",
+    "docs/guide/remote.md",
+    "saefeat.remote.jobs",
+    "saefeat.remote.submit",
+}
 """Pages and modules whose examples start servers or take minutes: they run with ``make slow``."""
 LATER = [pytest.mark.slow, pytest.mark.skipif(SKIPS, reason=MISSING)]
 MODULES = sorted(

@@ -86,6 +86,22 @@ def test_a_metric_at_a_site(model, server):
     same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server(server.url)))
 
 
+@pytest.mark.parametrize("where", ["server", "local"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        sf.metrics.at_site("resid_post.2", lambda x, _: x[:, -1].square().sum(-1)),
+        sf.metrics.activation(make_sae("jumprelu", "resid_post.2").latents([7, 42])),
+    ],
+    ids=["at_site", "activation"],
+)
+def test_a_metric_at_a_site_of_moved_latents(metric, where, model, server):
+    """Each of the passes that share a request has the site of its own."""
+    attribute = sf.Attribute(few(), metric, method=EXACT)
+    on = Server("local" if where == "local" else server.url)
+    same(attribute(model, RAGGED), attribute(model, RAGGED, on=on, steps_at_once=1, batch_size=2))
+
+
 def test_local_requests(model):
     attribute = sf.Attribute(saes(), METRIC)
     same(attribute(model, RAGGED), attribute(model, RAGGED, on=Server("local")))

@@ -33,7 +33,7 @@ def serve(
     dtype: str = "auto",
     device_map: str | None = None,
     version: str | None = None,
-    slow: float = 1.0,
+    slow: float = 4.0,
     timeout: float = 600.0,
 ) -> Iterator[Server]:
     """Run NDIF's own server code on this machine: to check code before queues.
@@ -69,7 +69,7 @@ def serve(
         timeout: seconds after which a job is ended: a block may never end by itself.
 
     Yields:
-        The ``Server``; pass its ``url`` as ``remote=``.
+        The ``Server``; its ``url`` is what nnsight takes as ``remote=``, and ``sf.remote.Server``.
 
     Raises:
         RemoteError: for an unknown fault, a timeout that is none, or without the package ndif.
@@ -82,7 +82,8 @@ def serve(
         >>> saes = sf.load_saes(tiny.saes_folder("chat"), sites="resid_post")
         >>> edits = sf.Ablate(saes.latents({1: [3, 4]}))
         >>> with loopback.serve(model) as server:
-        ...     there = sf.run(model, ["how do i bake bread"], edits, remote=server.url)
+        ...     on = sf.remote.Server(server.url)
+        ...     there = sf.run(model, ["how do i bake bread"], edits, on=on)
         >>> here = sf.run(model, ["how do i bake bread"], edits)
         >>> torch.allclose(here.logits, there.logits, atol=1e-4)
         True

@@ -31,7 +31,6 @@ from ..metrics.evaluator import Batch, require_finite
 from ..model.modules import torch_module
 from ..results.provenance import model_identity, remote_identity
 from ..results.receipt import Fired, Receipt, join_receipts
-from ..shipping.payload import PAYLOAD_LIMIT
 from ..shipping.server import Server
 from ..text.prompts import Prompts
 from ..text.texts import texts_of
@@ -153,14 +152,13 @@ class Attribute:
                 fit it.
             SiteError, ModelError: as in ``run``.
         """
-        job, remote = self.job, on is not None and on.remote
-        if job.method.nodes() and not remote:
+        job = self.job
+        if job.method.nodes() and on is None:
             gradients_on("Attribute", torch_module(model))
         _require_sizes(job, batch_size, steps_at_once)
-        limits = (PAYLOAD_LIMIT, None) if on is None else (on.payload_limit, on.timeout)
-        passes = SitePasses(job, model, remote, *limits)
+        passes = SitePasses(job, model, on)
         prepared = prepare(job, model, prompts)
-        who = {} if checkpoint is None else _identity(job, model, prepared, batch_size, remote)
+        who = {} if checkpoint is None else _identity(job, model, prepared, batch_size, on)
         pieces, receipts = [], []
         with Checkpoint(checkpoint, who, "Attribute") as done:
             batches = tqdm(
@@ -347,12 +345,12 @@ _SOMETIMES = ("ends", "dropped", "scored")
 
 
 def _identity(
-    job: Job, model: TransformersModel, prepared: Prepared, batch_size: int, remote: bool | str
+    job: Job, model: TransformersModel, prepared: Prepared, batch_size: int, on: Server | None
 ) -> dict[str, Any]:
     """Everything that scores depend on; how many nodes share a pass is not among it."""
     names = ("metric", "baseline", "method", "where", "semantics", "one_site", "backward", "keep")
     return {
-        **(remote_identity(model, remote) if remote else model_identity(model)),
+        **(model_identity(model) if on is None else remote_identity(model, on.remote)),
         "target": digest(job.target),
         **{name: digest(getattr(job, name)) for name in names},
         "prompts": digest(prepared.data, prepared.others),
@@ -361,21 +359,22 @@ def _identity(
 
 
 def _plain(
-    piece: Attribution, receipt: Receipt, there: dict[str, str]
+    piece: Attribution, receipt: Receipt, there: Sequence[dict[str, str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A batch's scores as tensors; its receipt and where it was made as plain data."""
     names = [name for name in (*_ALWAYS, *_SOMETIMES) if getattr(piece, name) is not None]
     rows = [row.counts() for row in receipt.rows]
     tensors = {name: getattr(piece, name) for name in names}
     tensors |= {} if piece.convergence is None else piece.convergence.tensors()
-    return tensors, {"passes": receipt.passes, "rows": rows, "where": there}
+    return tensors, {"passes": receipt.passes, "rows": rows, "where": list(there)}
 
 
 def _restored(
     saved: tuple[dict[str, Any], dict[str, Any]], passes: SitePasses, job: Job
 ) -> tuple[Attribution, Receipt]:
     tensors, meta = saved
-    passes.there = passes.there or meta.get("where", {})
+    for there in meta["where"]:
+        passes.heard(there)
     convergence = taken(tensors, tolerance_of(job.method))
     parts = tuple(part.dictionary for part in passes.parts)
     piece = Attribution(parts, **tensors, convergence=convergence)

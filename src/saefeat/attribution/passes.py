@@ -40,9 +40,11 @@ from ..results.provenance import (
     elsewhere,
     model_key,
     provenance,
+    together,
     told,
 )
-from ..shipping.payload import PAYLOAD_LIMIT
+from ..shipping.client import Deadline
+from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
 from ..verbs.base import Intervention, require_rows
@@ -106,10 +108,10 @@ class Job(NamedTuple):
         return getattr(self.method, "endpoint", "") == "as_published"
 
 
-def source(job: Job, model: object, there: dict[str, str] | None = None) -> Provenance:
+def source(job: Job, model: object, there: Sequence[dict[str, str]] = ()) -> Provenance:
     """Where an attribution comes from: the model, all dictionaries, and how they were scored.
 
-    ``there`` is what a server said of itself.
+    ``there`` is what servers said of themselves.
     """
     asked = {name: getattr(job, name) for name in ("method", "where", "one_site", "backward")}
     settings = told(**asked, keep=job.keep)
@@ -118,7 +120,7 @@ def source(job: Job, model: object, there: dict[str, str] | None = None) -> Prov
     with suppress(CheckpointError):  # of a baseline with a function that cannot be hashed
         settings |= {} if job.baseline is None else {HASH: digest(job.baseline)}
     found = provenance(model, job.target.parts, settings=settings)
-    return elsewhere(found, there) if there else found
+    return together([elsewhere(found, said) for said in there]) if there else found
 
 
 class Prepared(NamedTuple):
@@ -182,16 +184,14 @@ class SitePasses:
         self,
         job: Job,
         model: TransformersModel,
-        remote: bool | str = False,
-        limit: int = PAYLOAD_LIMIT,
-        timeout: float | None = None,
+        on: Server | None = None,
     ) -> None:
-        self.backward, self.remote = job.backward, remote
-        self.limit, self.timeout = limit, timeout
-        self.there: dict[str, str] = {}  # what the server said of itself in the last pass
-        if remote:
+        self.backward, self.on = job.backward, on
+        self._deadline = Deadline(None if on is None else on.timeout)
+        self.there: list[dict[str, str]] = []  # what servers said of themselves, each once
+        if on is not None:
             require_plain(job.semantics, job.backward)
-            if remote != "local":
+            if not on.is_local:
                 model_key(model)
         bases: list[tuple[Any, Any]] = list(job.target.parts)
         sites = [site for basis, _ in bases for site in (basis.site, basis.write_site)]
@@ -243,9 +243,9 @@ class SitePasses:
         program = lower(intervention, evaluator.model, batch.rows(), way)
         moves = {"targets": targets, "share": share}
         program = self.watched(program, way, gradient, **moves, before=before, copy=copy)
-        if self.remote:
-            asked = self._asked(batch, program)
-            ((log, logits),) = self._remote([asked])
+        if self.on is not None:
+            asked = self._asked(batch, program, self.on)
+            ((log, logits),) = self._remote([asked], self.on)
             nodes: dict[int, Any] = log.nodes
             slopes: Slopes = plain_slopes
             if gradient:  # the nodes are there, by number
@@ -266,7 +266,7 @@ class SitePasses:
 
     def runs(self, moves: Iterable[M]) -> Iterator[tuple[M, SitePass]]:
         """Passes with places moved, one after the other; those on a server share requests."""
-        if not self.remote:
+        if (on := self.on) is None:
             for move in moves:
                 yield move, self.run(move.batch, targets=move.targets, copy=False)
             return
@@ -275,10 +275,10 @@ class SitePasses:
 
         def asked(move: M) -> tuple[M, RemotePass]:
             program = self.watched(nothing, way, (), targets=move.targets, copy=False)
-            return move, self._asked(move.batch, program)
+            return move, self._asked(move.batch, program, on)
 
         for group in requests(map(asked, moves)):
-            found = self._remote([one for _, one in group])
+            found = self._remote([one for _, one in group], on)
             for (move, _), (log, logits) in zip(group, found, strict=True):
                 run = evaluator.passed(log, logits, NOTHING.receipt(log))
                 yield (
@@ -286,18 +286,23 @@ class SitePasses:
                     SitePass(**vars(run), values={}, before={}, nodes={}, slopes=plain_slopes),
                 )
 
-    def _asked(self, batch: Batch, program: Program) -> RemotePass:
+    def _asked(self, batch: Batch, program: Program, on: Server) -> RemotePass:
         """A pass as a server is asked for it."""
         model, columns = self.evaluator.model, self.evaluator.columns(batch)
-        place = (model, self.remote, program, batch.inputs, batch.lengths, columns)
-        return RemotePass(*place, pass_options(model, columns), self.limit, self.timeout)
+        inputs = (batch.inputs, batch.lengths, columns, pass_options(model, columns))
+        return RemotePass(model, program, *inputs, on, self._deadline)
 
-    def _remote(self, asked: Sequence[RemotePass]) -> list[tuple[Log, Tensor]]:
+    def _remote(self, asked: Sequence[RemotePass], on: Server) -> list[tuple[Log, Tensor]]:
         """Passes on a server, in one request, which says where it ran."""
         found, there = run_remote(asked)
-        if self.remote != "local":
-            self.there = {**called_there(self.evaluator.model, self.remote), **there}
+        if not on.is_local:
+            self.heard({**called_there(self.evaluator.model, on.remote), **there})
         return found
+
+    def heard(self, there: dict[str, str]) -> None:
+        """Keep what a server said of itself."""
+        if there and there not in self.there:
+            self.there.append(there)
 
     def watched(
         self,

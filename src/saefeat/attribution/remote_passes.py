@@ -22,9 +22,11 @@ from ..kernel.program import Program, whole_run
 from ..kernel.slopes import NO_GRADIENT, pack_pass, pulled_back, unpack_pass
 from ..kernel.state import Log
 from ..kernel.watch import Keep
+from ..shipping.client import Deadline
 from ..shipping.narrow import narrowed
 from ..shipping.payload import parts_of, require_fits, weight
 from ..shipping.program import register, require_known_functions
+from ..shipping.server import Server
 from .waiting import Waiting, refused
 
 if TYPE_CHECKING:
@@ -46,29 +48,28 @@ class RemotePass(NamedTuple):
     """A pass to be made on a server; ``columns`` is how many last columns of logits, 0 for all."""
 
     model: TransformersModel
-    remote: bool | str
     program: Program
     inputs: Mapping[str, Tensor]
     lengths: Tensor | None
     columns: int
     options: dict[str, Any]
-    limit: int
-    timeout: float | None = None
+    on: Server
+    deadline: Deadline
 
     def where(self) -> dict[str, Any]:
         """The arguments that send a trace or a session of traces to the server."""
-        if self.remote == "local":
+        if self.on.is_local:
             return {"remote": "local"}
-        return {"backend": Waiting(self.model, self.remote, self.timeout)}
+        return {"backend": Waiting(self.model, self.on.remote, self.deadline)}
 
     def packed(self, program: Program) -> tuple[Program, dict[str, Tensor]]:
         """The program and the inputs as they are sent."""
         register()
-        own = narrowed(program)
+        own = narrowed(program, self.on.dtype)
         batch = {n: x.clone() for n, x in self.inputs.items()}  # a view ships what it is a view of
         require_known_functions("Attribute", own, self.model)
         parts = {**parts_of(own), "inputs": weight(list(batch.values()))}
-        require_fits("Attribute", parts, sum(parts.values()), self.limit)
+        require_fits("Attribute", parts, sum(parts.values()), self.on.payload_limit)
         return own, batch
 
     def size(self) -> int:
@@ -88,7 +89,7 @@ def requests(passes: Iterable[tuple[M, RemotePass]]) -> Iterator[list[tuple[M, R
     group: list[tuple[M, RemotePass]] = []
     total = 0
     for named in passes:
-        size, limit = named[1].size(), named[1].limit
+        size, limit = named[1].size(), named[1].on.payload_limit
         if group and (total + size > limit or len(group) == PASSES):
             yield group
             group, total = [], 0
@@ -107,13 +108,15 @@ def run_remote(passes: Sequence[RemotePass]) -> tuple[list[tuple[Log, Tensor]], 
     asked = [
         (*one.packed(still(one.program)), one.lengths, one.columns, one.options) for one in passes
     ]
+    # The log is made before each trace: made in an invoke, the next invoke of a later trace in the
+    # session would see that of the trace before (nnsight 0.8.1, tried).
     try:
         with model.session(**passes[0].where()):
             made = nnsight.save([])
             for own, batch, lengths, columns, options in asked:
+                seen = Log()
                 with model.trace(**options) as tracer:
                     with tracer.invoke(batch):
-                        seen = Log()
                         whole_run(model, own, seen, lengths)
                     with tracer.invoke():
                         logits = model.output.logits[:, -columns:].detach().clone()

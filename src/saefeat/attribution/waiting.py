@@ -6,15 +6,14 @@ nnsight's own wait has none (0.8.1), and a connection that was lost is websocket
 from __future__ import annotations
 
 import json
-import time
 from typing import TYPE_CHECKING, Any
 
-from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.backends.remote import RemoteError as Refused
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import Status
 
 from ..errors import RemoteError
+from ..shipping.client import Client, Deadline
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -23,27 +22,27 @@ REFRESH = 0.1
 """Seconds between two looks of nnsight's display of statuses, if that is on."""
 
 
-class Waiting(RemoteBackend):
-    """nnsight's blocking backend, which ends when ``timeout`` seconds are over, if not None."""
+class Waiting(Client):
+    """nnsight's blocking backend, which ends with the deadline of the call that sends requests."""
 
-    def __init__(self, model: TransformersModel, remote: bool | str, timeout: float | None) -> None:
-        host = remote if isinstance(remote, str) else None
-        super().__init__(model.to_model_key(), host=host)
-        self.timeout = timeout
+    def __init__(self, model: TransformersModel, remote: bool | str, deadline: Deadline) -> None:
+        super().__init__(model.to_model_key(), remote, deadline)
 
     def request(self, request: RequestModel, tracer: Any) -> Any:
         """The saved values of one request, statuses and LOG lines shown as nnsight shows them.
 
         Raises:
-            RemoteError: if the time is over, or the connection is lost.
+            RemoteError: if the time is over, the connection is lost, or an answer is not NDIF's.
         """
         import websocket  # as late as nnsight imports it
 
         blob = self._serialize(tracer)
         header = {"ndif-api-key": self.api_key} if self.api_key else None
+        if self.deadline.over:
+            raise self._late()
         try:
             connection = websocket.create_connection(
-                f"{self.ws_host}/subscribe", header=header, timeout=self.timeout
+                f"{self.ws_host}/subscribe", header=header, timeout=self.deadline.left
             )
             try:
                 request.session_id = json.loads(connection.recv())["session_id"]
@@ -51,25 +50,38 @@ class Waiting(RemoteBackend):
                 return self._await(connection)
             finally:
                 connection.close()
+        except (RemoteError, Refused):
+            raise
         except (websocket.WebSocketException, OSError) as error:
+            if self.deadline.over:
+                raise self._late() from error
             raise RemoteError(
                 f"Attribute: `on` is {self.host}, whose connection was lost ({error!r:.200}),"
                 " wanted a result. Likely cause: the network, or a server that was stopped. Try:"
                 " the same call again; with checkpoint= finished batches are kept"
             ) from error
+        except Exception as error:  # what json, pydantic, zstd or torch make of another's answer
+            raise RemoteError(
+                f"Attribute: `on` is {self.host}, whose answer cannot be read ({error!r:.200}),"
+                " wanted NDIF's protocol. Likely cause: an answer that was cut short, or an address"
+                " where no NDIF server is. Try: the same call again, or Server(url) with the API's"
+                " own address"
+            ) from error
+
+    def _late(self) -> RemoteError:
+        return RemoteError(
+            f"Attribute: `on` is {self.host}, without a result after {self.deadline.seconds:g} s,"
+            " wanted all within Server(timeout=...). Likely cause: a queue. Try: a longer timeout;"
+            " with checkpoint= finished batches are kept"
+        )
 
     def _await(self, connection: Any) -> Any:
         from websocket import WebSocketTimeoutException
 
-        begun = time.monotonic()
         while True:
-            left = None if self.timeout is None else self.timeout - (time.monotonic() - begun)
-            if left is not None and left <= 0:
-                raise RemoteError(
-                    f"Attribute: `on` is {self.host}, without a result after {self.timeout:g} s,"
-                    " wanted one within Server(timeout=...). Likely cause: a queue. Try: a longer"
-                    " timeout; with checkpoint= finished batches are kept"
-                )
+            left = self.deadline.left
+            if left == 0:
+                raise self._late()
             wait = [s for s in (left, REFRESH if self.display.enabled else None) if s is not None]
             connection.settimeout(min(wait, default=None))
             try:

@@ -1,7 +1,8 @@
 """Runs on a server: NDIF, or any that follows its protocol.
 
 * ``batch``: what one batch sends and saves there, and what came back, held against what was asked.
-* ``jobs``, ``jobfile``: jobs that can be polled, and taken up again from their files.
+* ``submit``: a run that is left with a server; ``jobs``, ``jobfile``: what it is then, to be
+  polled, and taken up again from its files.
 * ``polling``: how a server is asked again.
 * ``flight``: which requests of a checkpointed call are under way.
 * ``named``: the name by which a server knows a model that the Hub does not list.
@@ -11,9 +12,10 @@
 """
 
 from ..shipping.server import Server
-from .jobs import Job, submit
+from .jobs import Job
 from .named import named
 from .preflight import Preflight, preflight
+from .submit import submit
 
 __all__ = [
     "Job",

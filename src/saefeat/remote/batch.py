@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import nnsight
 import torch
-from nnsight.intervention.backends.remote import RemoteBackend
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -28,6 +27,7 @@ from ..kernel.state import Log
 from ..model.modules import torch_module
 from ..results.provenance import called_there, elsewhere, model_key
 from ..results.run import Run
+from ..shipping.client import Client, Deadline
 from ..shipping.narrow import narrowed
 from ..shipping.program import embedding, register
 from ..shipping.server import Server
@@ -73,12 +73,11 @@ def remote_batch(
     return saved, tracer.backend
 
 
-def backend_of(
-    model: TransformersModel, remote: bool | str, job: str | None = None
-) -> RemoteBackend:
-    """A backend to poll a job with, or to capture what would be sent."""
-    host = remote if isinstance(remote, str) else None
-    return RemoteBackend(model_key(model), host=host, blocking=False, job_id=job)
+def client(
+    model: TransformersModel, remote: bool | str, deadline: Deadline, job: str | None = None
+) -> Client:
+    """What sends a batch without waiting for it, or polls the ``job`` that was sent."""
+    return Client(model_key(model), remote, deadline, blocking=False, job_id=job)
 
 
 def with_stops(model: TransformersModel) -> None:
@@ -127,31 +126,36 @@ class Requests:
         self._start, self._run_here = start, dict[int, Any]()
         self._outputs: dict[int, Outputs] = {}
 
-    def send(self, number: int) -> str:
+    def send(self, number: int, deadline: Deadline) -> str:
         """Post a batch; the id of its request.
 
         A request to ``"local"`` has been run when this returns.
         """
         batch = self.batches[number]
         start = self._start + sum(len(b["input_ids"]) for b in self.batches[:number])
-        how = {} if self.on.is_local else {"blocking": False}
+        how: dict[str, Any] = {"remote": "local"}
+        if not self.on.is_local:
+            how = {"backend": client(self.task.model, self.on.remote, deadline)}
         program = self.task.program(start, len(batch["input_ids"]))
         saved, backend = remote_batch(
             self.task.model, program, batch, self.task.decoding.at(start), dtype=self.on.dtype,
-            remote=self.on.remote, **how,
+            **how,
         )  # fmt: skip
         if not self.on.is_local:
             return backend.job_id
         self._run_here[number] = saved
         return f"local-{number}"
 
-    def fetch(self, number: int, request: str) -> tuple[Any, str | None]:
+    def fetch(self, number: int, request: str, deadline: Deadline) -> tuple[Any, str | None]:
         """Ask for a batch once: what was saved there, if it has ended, and its status, if any."""
         if self.on.is_local:
             return self._run_here.pop(number), "COMPLETED"
-        backend = backend_of(self.task.model, self.on.remote, request)
+        backend = client(self.task.model, self.on.remote, deadline, request)
         answer = backend.poll()
         saved = answer.get("saved") if isinstance(answer, dict) else answer
+        if isinstance(saved, dict) and isinstance(saved.get("where"), dict):
+            # now: a job may be loaded from its file for another address of the server
+            saved["where"] |= called_there(self.task.model, self.on.remote)
         return saved, None if backend.status is None else backend.status.value
 
     def accept(self, number: int, saved: Any) -> None:
@@ -166,8 +170,7 @@ class Requests:
         piece = self.task.piece(self.batches[number], log, tokens, logits)
         run = piece.run
         if not self.on.is_local:
-            called = called_there(self.task.model, self.on.remote)
-            run = replace(run, provenance=elsewhere(run.provenance, {**called, **there}))
+            run = replace(run, provenance=elsewhere(run.provenance, there))
         return piece._replace(run=run)
 
     def run(self) -> Run:

@@ -78,17 +78,17 @@ class JobFile:
     parts: list[Part]
 
     @classmethod
-    def read(cls, path: Path) -> JobFile:
-        """The job as its file has it."""
+    def read(cls, path: Path, function: str = "submit") -> JobFile:
+        """The job as its file has it, for a public function."""
         try:
             about = json.loads(path.read_bytes())
             known = about.pop("format") == FORMAT and about.pop("version") == VERSION
             parts = [_part(entry) for entry in about.pop("batches")]
             fingerprint = about.pop("fingerprint")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise not_ours(path, f"not a job file ({type(error).__name__})") from error
+            raise not_ours(path, f"not a job file ({type(error).__name__})", function) from error
         if not known or not isinstance(fingerprint, str) or not parts:
-            raise not_ours(path, "not a job file of this version of saefeat")
+            raise not_ours(path, "not a job file of this version of saefeat", function)
         file = cls(path, fingerprint, about, parts)
         for number, part in enumerate(parts):
             if part.status == "COMPLETED" and not file.result(number).exists():
@@ -140,7 +140,7 @@ class JobFile:
             tensors = {name: torch.tensor(rows[name]) for name in ("input_ids", "attention_mask")}
         except (ValueError, KeyError, TypeError) as error:
             got = f"with prompts that are not rows of ids ({type(error).__name__})"
-            raise not_ours(self.path, got) from error
+            raise not_ours(self.path, got, "Job.load") from error
         return encode_prompts(None, tensors)
 
     def intervention(self, model: TransformersModel) -> Intervention:
@@ -195,12 +195,15 @@ def trusted(file: JobFile) -> Server:
     )
 
 
-def not_ours(path: Path, got: str) -> RemoteError:
+def not_ours(path: Path, got: str, function: str = "submit") -> RemoteError:
     """The error for a file that does not belong to the call."""
+    if function == "submit":
+        wanted, call = "a new file, or the file of this very run", "another file name"
+    else:
+        wanted, call = "the file of a job of this model", "submit(...) again, with a new file"
     return RemoteError(
-        f"submit: `file` is {path}, {got}, wanted a new file, or the file of this very run. Likely"
-        " cause: the prompts, the intervention, the model or an option has changed. Try: another"
-        " file name"
+        f"{function}: `file` is {path}, {got}, wanted {wanted}. Likely cause: the prompts, the"
+        f" intervention, the model or an option has changed. Try: {call}"
     )
 
 

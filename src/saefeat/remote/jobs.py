@@ -15,87 +15,20 @@ from typing import TYPE_CHECKING, Any, final
 
 from nnsight.intervention.backends.remote import RemoteError as Refused
 
-from ..arguments import checked
-from ..checks import whole
-from ..errors import PromptError, RemoteError
+from ..errors import RemoteError, SaefeatError
 from ..files.paths import expanded
-from ..generation.decoding import Decode, Greedy
-from ..results.provenance import model_key, require_unedited
+from ..results.provenance import model_key
 from ..results.run import Run
-from ..shipping.server import NDIF, Server
-from ..text.prompts import Prompts, encode_for
-from ..verbs.base import Chain, Intervention
-from .batch import Requests, backend_of
+from ..shipping.client import Deadline
+from ..shipping.server import Server, require_seconds
+from ..verbs.base import Intervention
+from .batch import Requests
 from .flight import Flight
 from .jobfile import Call, JobFile, Part, load_saved, not_ours, save_saved, trusted
-from .polling import passing, pauses
-from .preflight import require_sendable
+from .polling import STRIKES, passing, pauses
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
-
-
-@checked(own=("batch_size", "max_new_tokens", "on"))
-def submit(
-    model: TransformersModel, prompts: Prompts, intervention: Intervention | None = None, *,
-    max_new_tokens: int = 0, decode: Decode | None = None, batch_size: int = 32,
-    allow_unfired: bool = False, on: Server = NDIF, file: str | Path | None = None,
-) -> Job:  # fmt: skip
-    """Send a run to a server and return at once.
-
-    With ``file`` nothing is lost: the same call with the same file, in a new process too, polls
-    what is pending, sends again what failed, and keeps what has arrived. So does ``Job.load`` with
-    the file and the model alone. What is not listed here is as in ``run``.
-
-    Args:
-        model: an nnsight ``TransformersModel``; its weights need not be loaded.
-        batch_size: prompts a batch; each is a request.
-        on: the server, the NDIF host that nnsight is set to by default.
-        file: a JSON file for the job's state. Beside it lie the prompts, the intervention (unless
-            it has a function, which no file can hold) and results that have arrived.
-
-    Returns:
-        A ``Job``; its ``wait``, its ``poll`` or awaiting it gives the ``Run``.
-
-    Raises:
-        RemoteError: for a request too large or bound to fail, the file of another run, or a server
-            that does not answer.
-        CheckpointError: with ``file``, for a function that cannot be told from another.
-        SiteError, ModelError, PromptError, LatentError: as ``run``.
-
-    Examples:
-        >>> import loopback  # NDIF's server code on this machine, in the repository's tests
-        >>> from saefeat.studies.refusal import tiny
-        >>> nnsight.CONFIG.APP.REMOTE_LOGGING = False  # else statuses are shown as they come
-        >>> model = tiny.model("chat")
-        >>> with loopback.serve(model) as server:
-        ...     job = sf.remote.submit(model, ["hello"], on=sf.remote.Server(server.url))
-        ...     job.wait().receipt.passes
-        1
-    """
-    call = Call(max_new_tokens, decode or Greedy(), batch_size, allow_unfired, on)
-    chosen = intervention if intervention is not None else Chain(())
-    whole("submit", "max_new_tokens", max_new_tokens, 0, error=PromptError)
-    encoded = encode_for(model, prompts, max_new_tokens)
-    encoded = {name: tensor.long() for name, tensor in encoded.items()}  # as a file has them
-    requests = call.requests(model, encoded, chosen)
-    require_sendable(requests)
-    if file is None:
-        return Job(requests).resubmit()
-    require_unedited(model)
-    about = {"model": model_key(model), "call": call.to_dict()}
-    about["host"] = backend_of(model, on.remote).host
-    parts = [Part() for _ in requests.batches]
-    fingerprint = call.fingerprint(model, encoded, chosen)
-    job = JobFile(expanded(file, "submit", "file"), fingerprint, about, parts)
-    if job.path.exists():
-        old = JobFile.read(job.path)
-        if old.fingerprint != fingerprint or len(old.parts) != len(parts):
-            raise not_ours(job.path, "of another run")
-        old.about |= about  # this call's own address and limits
-        return Job.resumed(requests, old).resubmit()
-    job.keep_call(encoded, chosen, model)
-    return Job.resumed(requests, job).resubmit()
 
 
 class Unreached(RemoteError):
@@ -131,6 +64,7 @@ class Job:
         self._requests, self._flight = requests, flight
         self._parts = [Part() for _ in requests.batches]
         self._file: JobFile | None = None
+        self._silent = 0  # times in a row that the server did not answer
         for number, name in ({} if flight is None else flight.taken()).items():
             if number < len(self._parts):
                 self._parts[number] = Part(name, "RECEIVED", taken_up=True)
@@ -185,9 +119,10 @@ class Job:
             >>> out.receipt.passes
             1
         """
-        job_file = JobFile.read(expanded(file, "Job.load", "file"))
+        job_file = JobFile.read(expanded(file, "Job.load", "file"), "Job.load")
         if job_file.about.get("model") != model_key(model):
-            raise not_ours(job_file.path, f"of the model {job_file.about.get('model')!r:.200}")
+            got = f"of the model {job_file.about.get('model')!r:.200}"
+            raise not_ours(job_file.path, got, "Job.load")
         server = trusted(job_file) if on is None else on
         chosen = intervention or job_file.intervention(model)
         call, prompts = Call.read(job_file.about.get("call"), server.url), job_file.prompts()
@@ -195,7 +130,7 @@ class Job:
         given, parts = intervention is not None, len(job_file.parts)
         same = not given or call.fingerprint(model, prompts, chosen) == job_file.fingerprint
         if not same or len(requests.batches) != parts:
-            raise not_ours(job_file.path, "of another run")
+            raise not_ours(job_file.path, "of another run", "Job.load")
         return cls.resumed(requests, job_file)
 
     @property
@@ -226,7 +161,8 @@ class Job:
             if part.status == "ERROR":
                 part.id, part.status, part.error, part.missed = None, "new", "", 0
         self._write()  # before anything is sent: a job whose first request fails has its file too
-        self._send(self._requests.on.requests - self.in_flight)
+        on = self._requests.on
+        self._send(on.requests - self.in_flight, Deadline(on.timeout))
         return self
 
     def poll(self) -> Run | None:
@@ -241,7 +177,8 @@ class Job:
                 the job goes on, and may be polled again.
             FiringError: as ``run``.
         """
-        self.advance(self._requests.on.requests - self.in_flight)
+        on = self._requests.on
+        self.advance(on.requests - self.in_flight, Deadline(on.timeout))
         return self.result()
 
     def result(self) -> Run | None:
@@ -260,7 +197,8 @@ class Job:
             timeout: seconds; None waits as long as the ``Server`` says, or as long as it takes.
 
         Raises:
-            RemoteError, FiringError: as ``poll``, and when the time is over. The job goes on.
+            RemoteError, FiringError: as ``poll``, when the time is over, and when the server has
+                not answered 20 times in a row. The job goes on.
         """
         for _ in self.arrivals(timeout):
             pass
@@ -272,19 +210,38 @@ class Job:
         Raises:
             RemoteError: as ``wait``.
         """
-        limit = self._requests.on.timeout if timeout is None else timeout
-        for pause in pauses(limit):
-            yield from self.advance(self._requests.on.requests - self.in_flight)
+        require_seconds("Job.wait", timeout)
+        told = self._here()
+        for pause in self._rounds(timeout):
+            yield from sorted(self._here() - told)
+            told = self._here()
+            if not self._requests.on.is_local:
+                time.sleep(pause)
+
+    def _rounds(self, timeout: float | None = None) -> Iterator[float]:
+        """Ask and send until every batch is here; how long to wait before the next round."""
+        on = self._requests.on
+        deadline = Deadline(on.timeout if timeout is None else timeout)
+        for pause in pauses(deadline):
+            try:
+                self.advance(on.requests - self.in_flight, deadline)
+                self._silent = 0
+            except Unreached:
+                self._silent += 1
+                if deadline.over:
+                    break
+                if self._silent >= STRIKES or not any(part.id for part in self._parts):
+                    raise
+            yield 0.0 if self._arrived() else pause  # what has arrived is kept before an error
             if self._arrived():
                 return
             if not self.in_flight:
                 self._raise_failed()
-            if not self._requests.on.is_local:
-                time.sleep(pause)
-        raise self._error(f"not done after {limit} s", "a queue; the job goes on", self._again)
+        got, cause = f"not done after {deadline.seconds:g} s", "a queue; the job goes on"
+        raise self._error(got, cause, self._again)
 
-    def advance(self, most: int) -> list[int]:
-        """Ask for what is in flight, and send at most so many batches; what has arrived.
+    def advance(self, most: int, deadline: Deadline) -> None:
+        """Ask for what is in flight, and send at most so many batches.
 
         Nothing new is sent once a batch has failed.
 
@@ -292,13 +249,16 @@ class Job:
             RemoteError: if the server does not answer.
         """
         flying = [(number, part) for number, part in enumerate(self._parts) if part.in_flight]
-        arrived = [number for number, part in flying if self._ask(number, part)]
+        for number, part in flying:
+            self._ask(number, part, deadline)
         if not any(part.status == "ERROR" for part in self._parts):
-            self._send(most + len(flying) - self.in_flight)
-        return arrived
+            self._send(most + len(flying) - self.in_flight, deadline)
+
+    def _here(self) -> set[int]:
+        return {number for number, part in enumerate(self._parts) if part.status == "COMPLETED"}
 
     def _arrived(self) -> bool:
-        return all(part.status == "COMPLETED" for part in self._parts)
+        return len(self._here()) == len(self._parts)
 
     def _raise_failed(self) -> None:
         for part in self._parts:
@@ -309,16 +269,15 @@ class Job:
         return self._wait().__await__()
 
     async def _wait(self) -> Run:
-        pause = pauses(None)
-        while (result := self.poll()) is None:
-            await asyncio.sleep(next(pause))
-        return result
+        for pause in self._rounds():
+            await asyncio.sleep(pause)
+        return self._requests.run()
 
-    def _ask(self, number: int, part: Part) -> bool:
-        """Poll one batch and keep what came; whether it has arrived."""
+    def _ask(self, number: int, part: Part, deadline: Deadline) -> None:
+        """Poll one batch and keep what came."""
         assert part.id is not None
         try:
-            saved, status = self._requests.fetch(number, part.id)
+            saved, status = self._requests.fetch(number, part.id, deadline)
             if saved is not None:
                 self._requests.accept(number, saved)
         except (Refused, RemoteError) as error:
@@ -339,26 +298,30 @@ class Job:
         status = "COMPLETED" if saved is not None else status
         if status is not None:
             self._note(part, status, "")
-        return saved is not None
 
-    def _send(self, most: int) -> None:
+    def _send(self, most: int, deadline: Deadline) -> None:
         """Send batches that are not under way, in order, at most so many."""
         waiting = [(n, part) for n, part in enumerate(self._parts) if part.status == "new"]
         for number, part in waiting[: max(0, most)]:
             try:
-                part.id = self._requests.send(number)
+                part.id = self._requests.send(number, deadline)
             except Refused as error:
                 raise self._unreached(error) from error
+            except SaefeatError:
+                raise
+            except ValueError as error:  # pydantic's
+                got = f"answered by what is no NDIF server ({error!r:.200})"
+                call = "Server(url) with the address of the API itself"
+                raise self._error(got, "a login page, or another service", call) from error
             self._note(part, "RECEIVED", "")
 
-    def _note(self, part: Part, status: str, error: str) -> bool:
-        """Keep how a batch stands, in the file too; no batch has arrived by that."""
+    def _note(self, part: Part, status: str, error: str) -> None:
+        """Keep how a batch stands, in the file too."""
         if status == "ERROR" and part.taken_up:
             part.id, part.taken_up, status, error = None, False, "new", ""
         if (part.status, part.error) != (status, error):
             part.status, part.error = status, error
             self._write()
-        return False
 
     def _write(self) -> None:
         if self._file is not None:

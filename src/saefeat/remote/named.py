@@ -13,7 +13,8 @@ from ..errors import RemoteError
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
-_NAME = re.compile(r"/?[\w.-]+(/[\w.-]+)*")
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
 @checked
@@ -43,11 +44,18 @@ def named(
         >>> "my-lab/tiny-chat" in model.to_model_key()
         True
     """
-    if not _NAME.fullmatch(repository):
+    folder = repository.startswith("/") and repository.isprintable() and len(repository) < 4096
+    if not (folder or _ID.fullmatch(repository)) or ".." in repository.split("/"):
         raise RemoteError(
             f"named: `repository` is {repository!r:.100}, wanted an id such as"
-            ' "organization/model". Likely cause: a server\'s address, or a typing error. Try: the'
-            " name under which the model was deployed, as nnsight.status() lists it"
+            ' "organization/model", or a whole path from /. Likely cause: a server\'s address, or a'
+            " typing error. Try: the name under which the model was deployed, as nnsight.status()"
+            " lists it"
+        )
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise RemoteError(
+            f"named: `revision` is {revision!r:.100}, wanted a branch, a tag or a commit, or None"
+            " for the repository's own default. Try: revision=None"
         )
     model.repo_id, model.revision = repository, revision
     # nnsight (0.8.1) keeps what the Hub has told it here, and has no other way to be told

@@ -8,12 +8,11 @@ from typing import Generic, TypeVar
 
 from ..errors import RemoteError, SaefeatError
 from ..results.run import Run
+from ..shipping.client import Deadline
 from .jobs import Job, Unreached
-from .polling import pauses
+from .polling import STRIKES, pauses
 
 Key = TypeVar("Key", bound=Hashable)
-STRIKES = 20
-"""Times in a row that a server may not answer before a job is given up."""
 
 
 class Scheduler(Generic[Key]):
@@ -35,6 +34,7 @@ class Scheduler(Generic[Key]):
         self._requests = requests
         self._active: dict[Key, Job] = {}
         self._strikes: dict[Key, int] = {}
+        self._silence: SaefeatError | None = None  # the last time that it did not answer
         self.results: dict[Key, Run] = {}
         self.failed: dict[Key, SaefeatError] = {}
 
@@ -44,22 +44,28 @@ class Scheduler(Generic[Key]):
         Raises:
             RemoteError: if some have not after ``timeout`` seconds; they go on.
         """
-        pause, begun = pauses(None), time.monotonic()
+        deadline = Deadline(timeout)
+        pause = pauses(deadline)
         while self._waiting or self._active:
-            if timeout is not None and time.monotonic() - begun > timeout:
-                count = len(self._waiting) + len(self._active)
-                raise RemoteError(
-                    f"sweep: `on` is a server with {count} settings left after {timeout:g} s,"
-                    " wanted all within Server(timeout=...). Likely cause: a queue. Try: a longer"
-                    " timeout; with folder= the same call takes up what is under way"
-                )
             before = len(self.results) + len(self.failed)
             yield from self._start()
-            yield from self._poll()
+            yield from self._poll(deadline)
             if len(self.results) + len(self.failed) > before:
-                pause = pauses(None)
-            if self._waiting or self._active:
-                time.sleep(next(pause))
+                pause = pauses(deadline)
+            if not (self._waiting or self._active):
+                return
+            if deadline.over:
+                raise self._late(deadline) from self._silence
+            time.sleep(next(pause, 0.0))
+
+    def _late(self, deadline: Deadline) -> RemoteError:
+        count = len(self._waiting) + len(self._active)
+        cause = "a queue" if self._silence is None else f"a server that is gone ({self._silence})"
+        return RemoteError(
+            f"sweep: `on` is a server with {count} settings left after {deadline.seconds:g} s,"
+            f" wanted all within Server(timeout=...). Likely cause: {cause}. Try: a longer timeout;"
+            " with folder= the same call takes up what is under way"
+        )
 
     def _free(self) -> int:
         return self._requests - sum(job.in_flight for job in self._active.values())
@@ -85,11 +91,11 @@ class Scheduler(Generic[Key]):
                 yield key
             del self._waiting[key]
 
-    def _poll(self) -> Iterator[Key]:
+    def _poll(self, deadline: Deadline) -> Iterator[Key]:
         """Ask each job once; it may send what the limit leaves."""
         for key, job in list(self._active.items()):
             try:
-                job.advance(self._free())
+                job.advance(self._free(), deadline)
                 result = None if job.in_flight else job.result()
             except Unreached as error:
                 if not self._given_up(key, error):
@@ -98,6 +104,7 @@ class Scheduler(Generic[Key]):
                 self.failed[key] = error
             else:
                 self._strikes.pop(key, None)
+                self._silence = None
                 if result is None:
                     continue
                 self.results[key] = result
@@ -106,7 +113,7 @@ class Scheduler(Generic[Key]):
 
     def _given_up(self, key: Key, error: SaefeatError) -> bool:
         """Whether a server has not answered for so long that the job is given up."""
-        self._strikes[key] = self._strikes.get(key, 0) + 1
+        self._strikes[key], self._silence = self._strikes.get(key, 0) + 1, error
         if self._strikes[key] < STRIKES:
             return False
         self.failed[key] = error

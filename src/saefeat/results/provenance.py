@@ -205,12 +205,11 @@ def together(sources: Sequence[Provenance]) -> Provenance:
 
 def called_there(model: TransformersModel, remote: bool | str) -> dict[str, str]:
     """What a server is asked for: its address, and the model's repository and revision there."""
-    from nnsight import CONFIG
-
     asked = json.loads(model_key(model).partition(":")[2])
-    url = remote if isinstance(remote, str) else CONFIG.API.HOST
     named = {name: asked.get(key) for name, key in (("repository", "repo_id"), ("revision",) * 2)}
-    return {"url": url} | {name: str(text) for name, text in named.items() if text is not None}
+    return {"url": host_of(remote)} | {
+        name: str(text) for name, text in named.items() if text is not None
+    }
 
 
 def told(**settings: object) -> dict[str, str]:
@@ -317,7 +316,14 @@ def model_identity(model: object) -> dict[str, Any]:
 def remote_identity(model: TransformersModel, remote: bool | str) -> dict[str, Any]:
     """The same of a model on a server, whose weights nobody here can hash: its name, and where."""
     require_unedited(model)
-    return {"model": model_key(model), "remote": str(remote), "versions": versions()}
+    return {"model": model_key(model), "remote": host_of(remote), "versions": versions()}
+
+
+def host_of(remote: bool | str) -> str:
+    """The address of nnsight's ``remote=``: True is the host that it is set to."""
+    from nnsight import CONFIG
+
+    return remote if isinstance(remote, str) else CONFIG.API.HOST
 
 
 def model_key(model: TransformersModel) -> str:

@@ -18,11 +18,11 @@ from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
 from ..generation.decoding import Decode, decoding
 from ..generation.task import Piece, Task, pack, run_batch, unpack
-from ..remote.batch import Requests, backend_of, require_plain, with_stops
+from ..remote.batch import Requests, require_plain, with_stops
 from ..remote.flight import Flight
 from ..remote.jobs import Job
 from ..remote.preflight import require_sendable
-from ..results.provenance import model_identity, remote_identity
+from ..results.provenance import host_of, model_identity, remote_identity
 from ..results.receipt import Receipt, without_events
 from ..results.run import Run
 from ..shipping.server import Server
@@ -224,7 +224,7 @@ def _flight(task: Task, on: Server, finished: Checkpoint, number: int) -> Flight
     """Where the requests of a checkpointed call are kept while they are under way."""
     if finished.folder is None or on.is_local:
         return None
-    return Flight(finished.path / "requests.json", backend_of(task.model, on.remote).host, number)
+    return Flight(finished.path / "requests.json", host_of(on.remote), number)
 
 
 def _run_there(

@@ -22,8 +22,9 @@ from ..files.paths import expanded
 from ..generation.decoding import decoding, until_stop
 from ..generation.task import Piece, Task, require_passes, run_batch
 from ..model.route import route
-from ..remote.jobs import Job, submit
+from ..remote.jobs import Job
 from ..remote.scheduler import Scheduler
+from ..remote.submit import submit
 from ..results.run import Run
 from ..shipping.server import Server
 from ..text.prompts import Prompts, encode_for, split

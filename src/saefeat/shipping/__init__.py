@@ -4,5 +4,6 @@
 * ``program``: what crosses: the kernel and a plain program.
 * ``narrow``: its matrices in the narrowest dtype that holds them.
 * ``upstream``: visits moved off the inputs of blocks, of which a server may hand out copies.
+* ``client``: how a server is asked, up to a deadline.
 * ``payload``: what a request weighs, and what in it a server does not have.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from urllib.parse import urlsplit
 
 import torch
 
@@ -50,20 +51,17 @@ class Server:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        known = self.url is None or self.is_local
-        if not (known or str(self.url).startswith(("http://", "https://"))):
-            raise RemoteError(
-                f"Server: `url` is {self.url!r}, wanted an address with http:// or https://,"
-                ' "local", or None for NDIF. Try: Server("http://127.0.0.1:8001")'
-            )
+        if not (self.url is None or self.is_local):
+            if not _address(self.url):
+                raise RemoteError(
+                    f"Server: `url` is {self.url!r}, wanted an address with http:// or https://,"
+                    ' "local", or None for NDIF. Try: Server("http://127.0.0.1:8001")'
+                )
+            object.__setattr__(self, "url", self.url.rstrip("/"))
         require_floating(self.dtype)
         for name in ("payload_limit", "requests"):
             whole("Server", name, getattr(self, name), error=RemoteError)
-        if self.timeout is not None and not self.timeout > 0:
-            raise RemoteError(
-                f"Server: `timeout` is {self.timeout!r}, wanted seconds above 0, or None. Likely"
-                " cause: a count of minutes, or 0 for no limit. Try: timeout=600.0"
-            )
+        require_seconds("Server", self.timeout)
 
     @property
     def is_local(self) -> bool:
@@ -74,6 +72,34 @@ class Server:
     def remote(self) -> bool | str:
         """The same for nnsight's ``remote=``."""
         return True if self.url is None else self.url
+
+
+def require_seconds(where: str, timeout: float | None) -> None:
+    """Refuse a time limit that is none.
+
+    Raises:
+        RemoteError: for anything but seconds above 0 and at most a year, or None.
+    """
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if timeout is None or (number and 0 < timeout <= 366 * 24 * 3600):
+        return
+    raise RemoteError(
+        f"{where}: `timeout` is {timeout!r}, wanted seconds above 0, or None for no limit. Likely"
+        " cause: 0 or infinity for no limit. Try: timeout=600.0"
+    )
+
+
+def _address(url: object) -> bool:
+    """Whether a text names a host, and a port only if there is such a one."""
+    try:
+        parts = urlsplit(url) if isinstance(url, str) else None
+        return (
+            parts is not None
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname and (parts.port is None or parts.port > 0))
+        )
+    except ValueError:  # a port above 65,535, brackets that do not match
+        return False
 
 
 NDIF = Server()
