@@ -99,7 +99,8 @@ def test_a_metric_at_a_site_of_moved_latents(metric, where, model, server):
     """Each of the passes that share a request has the site of its own."""
     attribute = sf.Attribute(few(), metric, method=EXACT)
     on = Server("local" if where == "local" else server.url)
-    same(attribute(model, RAGGED), attribute(model, RAGGED, on=on, steps_at_once=1, batch_size=2))
+    how = {"steps_at_once": 1, "batch_size": 2}
+    same(attribute(model, RAGGED, **how), attribute(model, RAGGED, on=on, **how))
 
 
 def test_local_requests(model):
