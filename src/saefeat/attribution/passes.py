@@ -206,8 +206,8 @@ class SitePasses:
             numbers = {}
             for site in (basis.site, basis.write_site):
                 place = route.places[site]
-                key = Place(place.path, place.end, plus=place.plus)
-                numbers[site] = self._places.setdefault(key, (len(self._places), site))[0]
+                entry = (len(self._places), site)
+                numbers[site] = self._places.setdefault(place.plain(), entry)[0]
             place = route.places[basis.site]
             norm = Norm(kind=place.transform, eps=place.eps)
             rule = acts_at(job.where, basis, model)

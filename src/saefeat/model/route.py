@@ -155,7 +155,10 @@ def _tried(model: TransformersModel, module: nn.Module, places: dict[Site, Place
     return Route(
         module,
         places,
-        widths={site: width for site, (_, width) in found.items()},
+        widths={
+            site: width if (part := places[site].part) is None else part[1] * part[2]
+            for site, (_, width) in found.items()
+        },
         # several kinds of site may lie at one place: then as the table has them
         orders={site: (0, moment, site.order[2], "") for site, (moment, _) in found.items()},
         starts={block: (0, moment, 0, "") for block, moment in starts.items()},

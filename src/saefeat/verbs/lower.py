@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from ..kernel.beams import Beams
 from ..kernel.edit import Write
 from ..kernel.encode import encoder_of, scored
 from ..kernel.frozen import Placed
-from ..kernel.program import Action, Program, Visit, visit_at
+from ..kernel.program import Action, Part, Program, Visit, visit_at
 from ..kernel.read import Collect, LookingBack, Norm, Read, Source, Test
 from ..kernel.sequences import Beside
 from ..kernel.state import Ends
@@ -270,10 +271,11 @@ class Visits:
 
     def __init__(self, visits: Iterable[Visit] = ()) -> None:
         self._orders: dict[tuple[str, str], Order] = {}
-        self._actions: dict[tuple[str, str], list[Action]] = {}
+        self._actions: dict[tuple[str, str], list[tuple[Part | None, Action]]] = {}
         for visit in visits:
             self._orders[visit.path, visit.end] = visit.order
-            self._actions[visit.path, visit.end] = list(visit.actions)
+            actions = self._actions.setdefault((visit.path, visit.end), [])
+            actions += ((visit.part, action) for action in visit.actions)
 
     def add(self, place: Place, order: Order, action: Action, *, first: bool = False) -> None:
         """An action at a place, behind those that are there, or ``first`` of all.
@@ -283,25 +285,30 @@ class Visits:
         key = (place.path, place.end)
         self._orders.setdefault(key, order)
         actions = self._actions.setdefault(key, [])
-        actions.insert(0 if first else len(actions), action)
+        actions.insert(0 if first else len(actions), (place.part, action))
 
     def stash(self, block: str, order: Order) -> None:
         """Keep a block's input until its attention's output is there, for resid_mid."""
         there = self._actions.get((block, "input"), ())
-        if not any(map(_stashes, there)):
+        if not any(_stashes(action) for _, action in there):
             self.add(Place(block, "input"), order, Stash(name=block))
 
     def ordered(self) -> tuple[Visit, ...]:
         """As a forward pass reaches them; stashing comes last: what is kept is what edits left."""
         visits = [
-            visit_at(*key, self._orders[key], tuple(sorted(actions, key=_stashes)))
+            visit_at(*key, self._orders[key], tuple(action for _, action in some), part)
             for key, actions in self._actions.items()
+            for part, some in groupby(sorted(actions, key=_late), key=itemgetter(0))
         ]
         return tuple(sorted(visits, key=lambda visit: visit.order))
 
 
 def _stashes(action: Action) -> bool:
     return isinstance(action, Stash)
+
+
+def _late(entry: tuple[Part | None, Action]) -> bool:
+    return _stashes(entry[1])
 
 
 def acts_at(where: Tokens | None, dictionary: Dictionary, model: TransformersModel) -> Tokens:
