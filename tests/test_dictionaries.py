@@ -491,8 +491,8 @@ def test_no_hook_name(folder):
 
 
 def test_a_hook_without_a_place(folder):
-    rewrite(folder, lambda config: config["metadata"].update(hook_name="blocks.0.attn.hook_q"))
-    with pytest.raises(sf.errors.SiteError, match="hook_q"):
+    rewrite(folder, lambda config: config["metadata"].update(hook_name="blocks.0.attn.hook_rot_q"))
+    with pytest.raises(sf.errors.SiteError, match="hook_rot_q"):
         sf.load_sae(folder)
 
 
