@@ -9,6 +9,8 @@
 * ``finite``: numbers that are no numbers, refused when they are read.
 * ``exclusion``: which tokens a dictionary was not trained on.
 * ``weights``: tensors in memory or on disk, read a slice at a time.
+* ``derived``: an SAE's first latents, or its latents in units of their directions' lengths.
+* ``planes``: the decoders of several sites in one tensor.
 * ``contract``: ``check_dictionary``, which holds your own dictionary against what is promised.
 """
 
