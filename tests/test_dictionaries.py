@@ -491,8 +491,8 @@ def test_no_hook_name(folder):
 
 
 def test_a_hook_without_a_place(folder):
-    rewrite(folder, lambda config: config["metadata"].update(hook_name="blocks.0.attn.hook_q"))
-    with pytest.raises(sf.errors.SiteError, match="hook_q"):
+    rewrite(folder, lambda config: config["metadata"].update(hook_name="blocks.0.attn.hook_rot_q"))
+    with pytest.raises(sf.errors.SiteError, match="hook_rot_q"):
         sf.load_sae(folder)
 
 
@@ -761,10 +761,44 @@ def test_ablating_latents_of_z_is_the_hand_written_edit(family, tmp_path, monkey
     assert (wanted - forward(model, batch)[:, -1]).abs().max() > 1e-3
 
 
-def test_an_sae_of_one_head_is_refused(folder):
-    rewrite(folder, lambda c: c["metadata"].update(hook_head_index=3, hook_name="blocks.1.attn.x"))
-    text = refused(folder)
-    assert "head 3" in text and "all heads" in text
+def test_a_head_of_what_has_none_is_refused(folder):
+    for hook in ("blocks.1.attn.x", "blocks.1.hook_resid_post"):
+        rewrite(folder, lambda c, h=hook: c["metadata"].update(hook_head_index=3, hook_name=h))
+        assert "hook_q, hook_k, hook_v or hook_z" in refused(folder, names="head 3")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_sae_of_one_head_reads_and_writes_that_head(tmp_path, named):
+    """sae-lens names the head beside the hook, or in it."""
+    model, batch, width = build("llama"), batch_of(RAGGED), D // 4
+    g = torch.Generator().manual_seed(3)
+    tensors = {
+        "W_enc": torch.randn(width, 24, generator=g), "b_enc": torch.randn(24, generator=g),
+        "W_dec": torch.randn(24, width, generator=g), "b_dec": torch.randn(width, generator=g),
+    }  # fmt: skip
+    hook = {"hook_name": "blocks.1:2.attn.hook_z"} if named else {
+        "hook_name": "blocks.1.attn.hook_z", "hook_head_index": 2,
+    }  # fmt: skip
+    (tmp_path / "cfg.json").write_text(json.dumps(
+        {"architecture": "standard", "d_in": width, "d_sae": 24, "metadata": hook}
+    ))  # fmt: skip
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    sae = sf.load_sae(tmp_path)
+    assert sae.site == sf.Site("z", 1, head=2)
+
+    def changed(_, args):
+        x = args[0].clone()
+        own = x[..., 2 * width : 3 * width]
+        f = ((own - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]).relu()
+        own -= f[..., [1, 5, 8]] @ tensors["W_dec"][[1, 5, 8]]
+        return (x,)
+
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(changed)
+    wanted = forward(model, batch)[:, -1]
+    handle.remove()
+    out = sf.run(wrapped(model), RAGGED, sf.Ablate(sae.latents([1, 5, 8])))
+    assert torch.allclose(out.logits, wanted, atol=1e-5)
+    assert not torch.allclose(forward(model, batch)[:, -1], wanted, atol=1e-3)
 
 
 # ---------------------------------------------------------------- centered writing weights

@@ -127,9 +127,7 @@ def test_every_sae_of_the_directory_is_planned_or_refused_with_a_reason():
     planned, refused, unplaced = 0, Counter(), Counter()
     for name in directory.names():
         release = directory.release(name)
-        assert release.conversion in {*directory.REFUSED, "sae_lens"} or files(
-            release, release.entries[0]
-        )
+        assert release.conversion == "sae_lens" or files(release, release.entries[0])
         for entry in release.entries:
             if entry.problem:
                 refused[release.conversion] += 1
@@ -140,7 +138,7 @@ def test_every_sae_of_the_directory_is_planned_or_refused_with_a_reason():
                 planned += 1
     assert len(directory.names()) == 170
     assert planned + refused.total() + unplaced.total() == 13_857
-    assert refused == {"mntss_clt_layer_transcoder": 26}
+    assert refused == {}
     assert unplaced == {"hook_embed": 8}  # sites that this version has no place for
 
 
@@ -203,6 +201,7 @@ assert not {"sae_lens", "transformer_lens"} & set(sys.modules)
         ("qwen-scope-3-1.7b-base-w32k-l50", {"width": "32k"}, 28),
         ("sae_bench_pythia70m_sweep_topk_ctx128_0730", {"ids": "*trainer_0"}, 2),
         ("gemma-2-2b-res-matryoshka-dc", {"width": 32768, "l0": 40}, 25),
+        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer", {}, 26),
     ],
 )  # fmt: skip
 def test_releases_are_chosen_from(release, choice, sites):
@@ -222,7 +221,6 @@ def test_releases_are_chosen_from(release, choice, sites):
         ("gemma-scope-2b-pt-res", {"width": "4k"}, "hook_embed"),
         ("gpt2-small-attn-out-v5-32k", {"l0": 30}, "no L0"),
         ("gemma-scope-2-4b-pt-res", {"width": "262k", "l0": 60}, r"medium_seed_1.*\*_big"),
-        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer", {}, "every later layer"),
         ("some/repository", {"ids": ["folder"]}, "ids={"),
     ],
 )
@@ -497,3 +495,44 @@ def test_what_a_release_declares_is_kept_for_verify(cache):
     said = one(release, sae_id).declared
     assert (said.model, said.l0, said.explained) == ("gpt2-small", 15.0, 0.999)
     assert said.prepend_bos is True
+
+
+def layer_of_a_clt(n: int, layers: int) -> tuple[dict, dict, dict]:
+    """A cross-layer transcoder's configuration, and the files of one layer."""
+    g = torch.Generator().manual_seed(n)
+    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+    config = {"model_name": "google/gemma-2-2b", "model_kind": "cross_layer_transcoder", **hooks}
+    encoder = {
+        f"W_enc_{n}": torch.randn(N, D, generator=g), f"b_enc_{n}": torch.randn(N, generator=g),
+        f"b_dec_{n}": torch.randn(D, generator=g),
+    }  # fmt: skip
+    return config, encoder, {f"W_dec_{n}": torch.randn(N, layers - n, D, generator=g)}
+
+
+def test_a_released_cross_layer_transcoder_writes_at_every_later_layer(cache):
+    name = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
+    config, encoder, decoder = layer_of_a_clt(1, 4)
+    cache.fill(name, "layer_1", config, encoder, decoder)
+    ours = one(name, "layer_1")
+    assert [str(site) for site in ours.write_sites] == ["mlp_out.1", "mlp_out.2", "mlp_out.3"]
+    assert str(ours.site) == "resid_mid.1" and ours.origin.revision == REVISION
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sae_lens.loading import pretrained_sae_loaders as loaders
+
+        shapes = {key: list(tensor.shape) for key, tensor in encoder.items()}
+        original, loaders.get_safetensors_tensor_shapes = (
+            loaders.get_safetensors_tensor_shapes, lambda *_: shapes,
+        )  # fmt: skip
+        try:
+            theirs = converted(name, "layer_1")
+        finally:
+            loaders.get_safetensors_tensor_shapes = original
+    x = values()
+    assert torch.allclose(ours.encode(x), theirs.encode(x), atol=1e-5)
+    # what sae-lens sums over layers, which belongs to no site
+    assert torch.allclose(sum(ours.writes().values()), theirs.W_dec, atol=1e-5)
+    config |= {"feature_input_hook": "mlp.hook_in"}
+    cache.put("mntss/clt-gemma-2-2b-2.5M", "config.yaml", config)
+    with pytest.raises(sf.errors.DictionaryError, match=r"resid_mid\.1 by its name and at mlp_in"):
+        one(name, "layer_1").columns(torch.tensor([0]))

@@ -328,7 +328,7 @@ def _require_slope(job: Job, slopes: dict[int, Tensor], scores: Attribution) -> 
 def _metric_by_site(path: Path) -> Tensor:
     """[b, dictionaries]: the metric with each dictionary's written site alone at the baseline."""
     by_place = {n: _finite(value, path.batch, "baseline") for n, value in path.alone.items()}
-    return torch.stack([by_place[part.write] for part in path.passes.parts], 1)
+    return torch.stack([by_place[part.writes[0]] for part in path.passes.parts], 1)
 
 
 def _finite(values: Tensor, batch: Batch, run: str) -> Tensor:

@@ -33,7 +33,11 @@ class Plan(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A pass for the groups ``some`` of a plan: row g is prompt ``owner[g]`` of the batch again."""
+    """A pass for the groups ``some`` of a plan: row g is prompt ``owner[g]`` of the batch again.
+
+    A place written alone has a target. Of several each has steps, on top of what those before it
+    have done to it.
+    """
 
     plan: int
     some: slice
@@ -41,6 +45,7 @@ class Move(NamedTuple):
     owner: Tensor
     batch: Batch
     targets: dict[int, Tensor]
+    steps: dict[int, Tensor]
 
 
 def effects(path: Path) -> list[tuple[Tensor, ...]]:
@@ -82,17 +87,33 @@ def _groups(key: Tensor, per_latent: bool) -> tuple[Tensor, Tensor]:
 
 def _moves(path: Path, number: int, plan: Plan) -> Iterator[Move]:
     """A plan's passes; groups that share one are rows of it."""
-    write, size = plan.part.write, path.copies * len(path.batch.numbers)
+    part, size = plan.part, path.copies * len(path.batch.numbers)
     for some, members in _batches(plan.group, len(plan.first), size):
         rows, owner = plan.rows.at(members), plan.owner[some].cpu()
-        steps = _steps(plan.part, plan.before, plan.target, rows)  # [m, d_out]
-        start, many = path.clean.values[write][owner], path.batch.take(owner)
-        at = (plan.group[members] - some.start, plan.cell[rows.token, 1])
-        at, steps = (at[0].to(start.device), at[1].to(start.device)), steps.to(start.device)
+        steps = _steps(part, plan.before, plan.target, rows)  # [m, d_out]
+        many, at = path.batch.take(owner), (plan.group[members] - some.start, rows.token)
+        at = (at[0], plan.cell[at[1], 1])
         for fraction, weight in path.job.method.moves():
             if fraction:
-                moved = start.to(steps.dtype).index_put(at, fraction * steps, accumulate=True)
-                yield Move(number, some, weight, owner, many, {write: moved.to(start.dtype)})
+                moved = _put(path, part, owner, at, fraction * steps)
+                yield Move(number, some, weight, owner, many, *moved)
+
+
+def _put(
+    path: Path, part: Part, owner: Tensor, at: tuple[Tensor, Tensor], steps: Tensor
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Targets and steps [g, t, d] a written place, of steps [m, d_out] at rows and columns."""
+    targets, added = {}, {}
+    for place, own in part.by_place(steps).items():
+        start = path.clean.values[place][owner]
+        where, own = (at[0].to(start.device), at[1].to(start.device)), own.to(start.device)
+        if len(part.writes) == 1:
+            moved = start.to(own.dtype).index_put(where, own, accumulate=True)
+            targets[place] = moved.to(start.dtype)
+        else:
+            still = own.new_zeros(start.shape)
+            added[place] = still.index_put_(where, own, accumulate=True)
+    return targets, added
 
 
 def _batches(group: Tensor, count: int, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -110,7 +131,7 @@ def _steps(part: Part, before: Tensor, target: Target, rows: Rows) -> Tensor:
     columns = cast(one, before.dtype, before.device)
     scale = encode(columns, before)[1]
     unique, place = torch.unique(rows.latent, return_inverse=True)
-    directions = part.dictionary.directions(unique.cpu()).to(before)[place]
+    directions = part.directions(unique.cpu()).to(before)[place]
     if scale is None:
         return rows.change[:, None] * directions
     then = scale if target.after is None else encode(columns, target.after)[1]

@@ -104,10 +104,14 @@ def _convergence(path: Path, settled: Mapping[int, Settled], tolerance: float) -
     rounding = 1e-5 * (1 + _clean(path).abs())
     columns = []
     for part in path.passes.parts:
-        said, change = settled[part.write], changes[part.write]
-        against = torch.maximum(held_against(change, said.reach), rounding)
-        gap = said.total - change if known else torch.full_like(change, torch.nan)
-        columns.append(torch.stack([against, said.lost, gap]))
+        said, change = [settled[n] for n in part.writes], changes[part.writes[0]]
+        reach = torch.stack([one.reach for one in said]).amax(0)
+        against = torch.maximum(held_against(change, reach), rounding)
+        total, lost = (
+            torch.stack([getattr(one, name) for one in said]).sum(0) for name in ("total", "lost")
+        )
+        gap = total - change if known else torch.full_like(change, torch.nan)
+        columns.append(torch.stack([against, lost, gap]))
     moved, lost, gap = torch.stack(columns, -1).float()
     nodes = torch.stack([said.nodes for said in settled.values()]).amax(0)
     return Convergence(nodes, moved, lost, gap, tolerance)

@@ -32,19 +32,45 @@ Span = tuple[int, int]
 
 
 class Part(NamedTuple):
-    """One dictionary's latents, the places it reads and writes, and which tokens are scored."""
+    """One dictionary's latents, the places it reads and writes, and which tokens are scored.
+
+    What it writes at several places lies side by side: directions [k, d_out · places], and so do
+    the places' values and gradients. So one product sums a latent's effect over all of them.
+    """
 
     dictionary: Dictionary
     indices: Sequence[int]
-    read: int
-    write: int
-    norm: Norm
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    norms: tuple[Norm, ...]
     rule: tuple
 
     def read_at(self, values: Mapping[int, Tensor], mask: Tensor) -> Tensor:
         """[n, d_in]: what is read of values [b, t, d] a place, where the mask [b, t] holds."""
-        x = values[self.read]  # where its block is; the mask is where the model's inputs are
-        return lift(x[mask.to(x.device)], self.norm)
+        found = []
+        for place, norm in zip(self.reads, self.norms, strict=True):
+            x = values[place]  # where its block is; the mask is where the model's inputs are
+            found.append(lift(x[mask.to(x.device)], norm))
+        return _beside(found)
+
+    def written_at(self, values: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+        """[n, ..., d_out · places]: the same of places that are written."""
+        return _beside([values[n][mask.to(values[n].device)] for n in self.writes])
+
+    def directions(self, latents: Tensor) -> Tensor:
+        """[k, d_out · places]."""
+        return _beside(list(self.dictionary.writes(latents).values()))
+
+    def by_place(self, values: Tensor) -> dict[int, Tensor]:
+        """Values [..., d_out · places] at each written place."""
+        return dict(zip(self.writes, values.chunk(len(self.writes), -1), strict=True))
+
+
+def _beside(values: Sequence[Tensor]) -> Tensor:
+    """Side by side, where the last one is."""
+    if len(values) == 1:
+        return values[0]
+    return torch.cat([value.to(values[-1].device) for value in values], -1)
 
 
 class Rows(NamedTuple):
@@ -78,7 +104,8 @@ class Block(NamedTuple):
 
     ``span`` is where the latents lie among the part's. ``token`` [m] counts from the block's first,
     ``column`` [m] in its latents, whose ``directions`` are [k, d_out]. ``scale`` and ``then``
-    [t, 1 or d_out] are what directions carry before and after, if anything.
+    [t, 1 or d_out] are what directions carry before and after, if anything. ``own`` [m] are the
+    columns among the span's, where ``latents`` are only those that move.
     """
 
     tokens: slice
@@ -91,6 +118,7 @@ class Block(NamedTuple):
     will: Tensor
     scale: Tensor | None
     then: Tensor | None
+    own: Tensor
 
     def step(self, tokens: int) -> Tensor:
         """[t, d_out]: what moving all pairs adds to the written site; ``tokens`` is t."""
@@ -179,10 +207,22 @@ def blocks(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
     everything, scales = slice(0, len(before)), (pairs.scale, pairs.then)
     for span, stop in pairs.ends.items():
         latents = index_tensor(part.indices[slice(*span)])
-        directions = part.dictionary.directions(latents).to(before.device, dtype)
-        token, column, was, will = (rows[start:stop] for rows in pairs.columns)
-        yield Block(everything, span, latents, directions, token, column, was, will, *scales)
+        token, own, was, will = (rows[start:stop] for rows in pairs.columns)
+        latents, column = _moving(part, latents, own)
+        directions = part.directions(latents).to(before.device, dtype)
+        moves = (token, column, was, will)
+        yield Block(everything, span, latents, directions, *moves, *scales, own)
         start = stop
+
+
+def _moving(part: Part, latents: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's latents and the pairs' columns in them: for a dictionary written at several places
+    only those that move, since its directions are as many times as wide.
+    """
+    if len(part.writes) == 1:
+        return latents, column
+    used, column = torch.unique(column, return_inverse=True)
+    return latents[used.cpu()], column
 
 
 def _encoded(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
@@ -211,8 +251,12 @@ def _encoded(part: Part, before: Tensor, target: Target) -> Iterator[Block]:
             token, column = moved.nonzero(as_tuple=True)
             # The caller works while this waits: nothing of the block's whole size is held.
             was, will = was[token, column], will[token, column]
+            used, own, directions = latents, column, columns["directions"]
+            if len(part.writes) > 1:
+                used, column = _moving(part, latents, own)
+                directions = part.directions(used).to(before.device, dtype)
             moves = (token, column, was, will)
-            yield Block(tokens, span, latents, columns["directions"], *moves, scale, then)
+            yield Block(tokens, span, used, directions, *moves, scale, then, own)
 
 
 def _activations(columns: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -227,7 +271,7 @@ def _activations(columns: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor | N
 
 
 def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[Tensor, Target]:
-    """The written site's value ``out`` [n, d_out] with everything moved, and the target with pairs.
+    """The written places' value ``out`` [n, d_out] with everything moved; the target with pairs.
 
     The pairs are remembered unless they are many, so that scores need not encode again.
     """
@@ -241,7 +285,7 @@ def moved_by(part: Part, before: Tensor, target: Target, out: Tensor) -> tuple[T
             scales[block.tokens.start] = block.scale, block.then
         if kept.size <= limit:
             token = block.token + block.tokens.start
-            kept.add((token, block.column, block.was, block.will))
+            kept.add((token, block.own, block.was, block.will))
             ends[block.span] = kept.size
     if kept.size > limit or not ends:
         return out, target

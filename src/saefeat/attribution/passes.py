@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..checks import one_a_prompt
-from ..dictionaries.latents import Latents
-from ..errors import CheckpointError, FiringError, GradientError
+from ..dictionaries.latents import Dictionary, Latents
+from ..errors import CheckpointError, FiringError, GradientError, SiteError
 from ..files.hashing import digest
 from ..kernel.program import Program
 from ..kernel.read import Norm
+from ..kernel.spread import Added
 from ..kernel.state import Log, View
 from ..kernel.tokens import select
 from ..kernel.watch import Keep, Show
@@ -49,6 +50,7 @@ from ..text.prompts import Prompts, encode_for
 from ..text.tokens import Tokens, plain
 from ..verbs.base import Intervention, require_rows
 from ..verbs.lower import Visits, acts_at, lower
+from ..verbs.reach import require_behind, require_reached
 from .baselines import Baseline, Fixed, Paired, require_pairs
 from .crossing import crossed
 from .methods import Backward, Method, Slopes, plain_slopes
@@ -72,13 +74,16 @@ AtOnce = str | int
 
 
 class Moving(Protocol):
-    """A pass to be made: a batch, and what written places are moved to, [b, t, d] each."""
+    """A pass to be made: a batch, and what written places are moved to or by, [b, t, d] each."""
 
     @property
     def batch(self) -> Batch: ...
 
     @property
     def targets(self) -> Mapping[int, Tensor]: ...
+
+    @property
+    def steps(self) -> Mapping[int, Tensor]: ...
 
 
 M = TypeVar("M", bound=Moving)
@@ -194,30 +199,51 @@ class SitePasses:
             if not on.is_local:
                 model_key(model)
         bases: list[tuple[Any, Any]] = list(job.target.parts)
-        sites = [site for basis, _ in bases for site in (basis.site, basis.write_site)]
+        sites = [site for basis, _ in bases for site in (*basis.read_sites, *basis.write_sites)]
         self.evaluator = Evaluator(model, job.metric, "Attribute", sites, GradientError)
-        route = self.evaluator.route
         self._places: dict[Place, tuple[int, Site]] = {}
         self.parts: list[Part] = []
         for basis, indices in bases:
-            route.check(basis, "dictionary")
-            route.writable(basis.write_site, "Attribute")
             require_tokenwise("Attribute", "target", basis, GradientError)
-            numbers = {}
-            for site in (basis.site, basis.write_site):
-                place = route.places[site]
-                key = Place(place.path, place.end, plus=place.plus)
-                numbers[site] = self._places.setdefault(key, (len(self._places), site))[0]
-            place = route.places[basis.site]
-            norm = Norm(kind=place.transform, eps=place.eps)
+            reads, writes, norms = self._sites_of(basis, job)
             rule = acts_at(job.where, basis, model)
             if job.where is None and job.metric.continuation is not None:
                 rule &= Tokens.prompt()  # a continuation is not scored, unless asked for
-            read, write = numbers[basis.site], numbers[basis.write_site]
-            self.parts.append(Part(basis, indices, read, write, norm, plain(rule.rule, model)))
-        self.written = {part.write: part.dictionary.write_site for part in self.parts}
+            own = plain(rule.rule, model)
+            self.parts.append(Part(basis, indices, reads, writes, norms, own))
+        pairs = (zip(part.writes, part.dictionary.write_sites, strict=True) for part in self.parts)
+        self.written: dict[int, Site] = {n: site for every in pairs for n, site in every}
         self.through = through(self.parts) if job.semantics == "through_sae" else {}
         self.evaluator.require_upstream(self.written.values())
+
+    def _sites_of(
+        self, basis: Dictionary, job: Job
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Norm, ...]]:
+        """The places a dictionary reads and writes, by number, and the norms of those it reads."""
+        route = self.evaluator.route
+        route.check(basis, "dictionary")
+        if len(basis.write_sites) > 1 and job.one_site:
+            raise SiteError(
+                f"Attribute: `one_site` is True, with {basis!r}, wanted False, or dictionaries that"
+                " write at one site. Likely cause: a cross-layer transcoder moves all its write"
+                " sites at once. Try: one_site=False, or"
+                f' dictionary.written_at("{basis.write_site}")'
+            )
+        require_reached("Attribute", basis, route.orders)
+        if len(basis.read_sites) > 1 or len(basis.write_sites) > 1:
+            require_behind("Attribute", basis, route.orders)
+        for site in basis.write_sites:
+            route.writable(site, "Attribute")
+        numbers: dict[Site, int] = {}
+        for site in (*basis.read_sites, *basis.write_sites):
+            entry = (len(self._places), site)
+            numbers[site] = self._places.setdefault(route.places[site].plain(), entry)[0]
+        reads, writes = (
+            tuple(numbers[site] for site in sites)
+            for sites in (basis.read_sites, basis.write_sites)
+        )
+        read = [route.places[site] for site in basis.read_sites]
+        return reads, writes, tuple(Norm(kind=place.transform, eps=place.eps) for place in read)
 
     def scored(self, view: View) -> tuple[Tensor, ...]:
         """[b, t] a part: which tokens of a pass are scored."""
@@ -230,6 +256,7 @@ class SitePasses:
         *,
         gradient: Collection[int] = (),
         targets: Mapping[int, Tensor] = {},
+        steps: Mapping[int, Tensor] = {},
         share: Tensor | None = None,
         before: bool = False,
         copy: bool = True,
@@ -237,11 +264,11 @@ class SitePasses:
         """One forward pass; ``gradient`` numbers the places whose values are nodes of the graph.
 
         The values are kept as the intervention left them. Each goes to its target first, or a
-        ``share`` [b, 1, 1] of the way from where this pass has it.
+        ``share`` [b, 1, 1] of the way from where this pass has it; ``steps`` are added to it.
         """
         evaluator, way = self.evaluator, self.evaluator.route_with(intervention)
         program = lower(intervention, evaluator.model, batch.rows(), way)
-        moves = {"targets": targets, "share": share}
+        moves = {"targets": targets, "steps": steps, "share": share}
         program = self.watched(program, way, gradient, **moves, before=before, copy=copy)
         if self.on is not None:
             asked = self._asked(batch, program, self.on)
@@ -268,13 +295,15 @@ class SitePasses:
         """Passes with places moved, one after the other; those on a server share requests."""
         if (on := self.on) is None:
             for move in moves:
-                yield move, self.run(move.batch, targets=move.targets, copy=False)
+                run = self.run(move.batch, targets=move.targets, steps=move.steps, copy=False)
+                yield move, run
             return
         evaluator, way = self.evaluator, self.evaluator.route
         nothing = lower(NOTHING, evaluator.model, slice(0, 0), way)
 
         def asked(move: M) -> tuple[M, RemotePass]:
-            program = self.watched(nothing, way, (), targets=move.targets, copy=False)
+            moves = {"targets": move.targets, "steps": move.steps}
+            program = self.watched(nothing, way, (), **moves, copy=False)
             return move, self._asked(move.batch, program, on)
 
         for group in requests(map(asked, moves)):
@@ -311,6 +340,7 @@ class SitePasses:
         gradient: Collection[int],
         *,
         targets: Mapping[int, Tensor] = {},
+        steps: Mapping[int, Tensor] = {},
         share: Tensor | None = None,
         before: bool = False,
         copy: bool = True,
@@ -327,6 +357,8 @@ class SitePasses:
             if before:
                 keep = Keep(number=number, plus=place.plus, before=True, copy=copy)
                 visits.add(place, order, keep, first=True)
+            if number in steps:
+                visits.add(place, order, Added(step=steps[number]))
             keep = Keep(
                 number=number, plus=place.plus, copy=copy, gradient=number in gradient,
                 first=detach and number == first, target=targets.get(number), share=share,

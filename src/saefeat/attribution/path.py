@@ -63,7 +63,7 @@ class Path:
     def chosen(self, place: int) -> Tensor:
         """[b, t] bool: the tokens that are scored at a written place, by any dictionary there."""
         masks = zip(self.passes.parts, self.scored, strict=True)
-        return torch.stack([mask for part, mask in masks if part.write == place]).any(0)
+        return torch.stack([mask for part, mask in masks if place in part.writes]).any(0)
 
     @cached_property
     def alone(self) -> dict[int, Tensor]:
@@ -151,11 +151,12 @@ def _moved(
     for part, mask in zip(passes.parts, scored, strict=True):
         target = target_of(job.baseline, part, batch.numbers[mask.nonzero()[:, 0].cpu()])
         before = part.read_at(clean.values, mask)
-        out = ends.get(part.write, clean.values[part.write]).clone()
-        on_site = mask.to(out.device)
-        out[on_site], target = moved_by(part, before, target, out[on_site])
+        for n in part.writes:
+            ends[n] = ends[n] if n in ends else clean.values[n].clone()
+        out, target = moved_by(part, before, target, part.written_at(ends, mask))
+        for n, value in part.by_place(out).items():
+            ends[n][mask.to(ends[n].device)] = value.to(ends[n].device)
         targets.append(target)
-        ends[part.write] = out
     return ends, targets
 
 
@@ -208,8 +209,8 @@ def read_out(
     """Six columns of scores a part, and the sums [b, 2] of what ``keep`` left out."""
     rows, left_out = [], torch.zeros(len(view.real), 2, dtype=torch.float32)
     for part, mask, target in zip(parts, masks, targets, strict=True):
-        before, slope = part.read_at(values, mask), slopes[part.write]
-        kept, dropped = score(part, before, target, slope[mask.to(slope.device)], keep)
+        before, slope = part.read_at(values, mask), part.written_at(slopes, mask)
+        kept, dropped = score(part, before, target, slope, keep)
         prompt = mask.nonzero()[:, 0].to(before.device)
         position = view.position[mask].to(before.device)[kept.token]
         numbers = (kept.score.float(), kept.activation.float(), kept.change.float())

@@ -29,17 +29,20 @@ def through(parts: Sequence[Part]) -> dict[int, tuple[int | None, Passing]]:
     """Written place → the place its dictionary reads (None if the same), and how it passes."""
     passing: dict[int, tuple[int | None, Passing]] = {}
     for part in parts:
-        reconstruct = _reconstruction(part.dictionary)
-        if part.write in passing or reconstruct is None:
-            second = ", a second one there" if part.write in passing else ""
+        (read, *_), (write, *_) = part.reads, part.writes
+        alone = len(part.reads) == len(part.writes) == 1
+        reconstruct = _reconstruction(part.dictionary) if alone else None
+        if write in passing or reconstruct is None:
+            second = ", a second one there" if write in passing else ""
+            second = second if alone else ", which has several sites"
             raise DictionaryError(
                 f"Attribute: `semantics` is 'through_sae' with {part.dictionary!r}{second}, wanted"
                 " one dictionary with a reconstruction at each place. Likely cause: an error term,"
                 " a function, or two dictionaries that write there. Try: semantics='pass_through'"
             )
-        source = None if part.read == part.write else part.read
+        source = None if read == write else read
         step = max(1, _NUMBERS // part.dictionary.d_sae)
-        passing[part.write] = (source, partial(_pass, part.norm, reconstruct, step))
+        passing[write] = (source, partial(_pass, part.norms[0], reconstruct, step))
     return passing
 
 

@@ -14,6 +14,7 @@ from ..arguments import checked
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.given import as_latents
 from ..dictionaries.latents import Dictionary, Latents
+from ..dictionaries.places import lengths, require_one_site
 from ..errors import LatentError
 from ..files.hashing import digest
 from ..model.sites import Site
@@ -83,7 +84,7 @@ def matched(
 
 def _statistics(basis: Dictionary, given: Sequence[Statistic]) -> Tensor:
     """[s, d_sae]: the decoder norm and each statistic; NaN where a latent has none."""
-    rows = [basis.directions().norm(dim=1).double()]
+    rows = [lengths(basis)]
     for statistic in given:
         rows += _of_readings(basis, statistic) if isinstance(statistic, Readings) else []
         if isinstance(statistic, Mapping):
@@ -186,6 +187,7 @@ def random_directions(latents: Latents | Dictionary | Dictionaries, *, seed: int
         1.0
     """
     chosen = as_latents(latents, "random_directions")
+    require_one_site("random_directions", "latents", chosen, reads=True, writes=True)
     return Latents(tuple((_Redirected(basis, seed), ix) for basis, ix in chosen.parts))
 
 

@@ -58,6 +58,11 @@ def _shapes(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:
     _require(fits, dictionary, f"encode gives [..., k], not {tuple(f.shape)}")
     fits = directions.shape == (len(index), dictionary.d_out)
     _require(fits, dictionary, f"directions gives [k, d_out], not {tuple(directions.shape)}")
+    writes = dictionary.writes(index)
+    fits = tuple(writes) == dictionary.write_sites and dictionary.site == dictionary.read_sites[-1]
+    fits = fits and torch.equal(writes[dictionary.write_site], directions)
+    fits = fits and all(rows.shape == directions.shape for rows in writes.values())
+    _require(fits, dictionary, "writes gives [k, d_out] a write site, directions first")
 
 
 def _selection(dictionary: Dictionary, x: Tensor, index: Tensor) -> None:

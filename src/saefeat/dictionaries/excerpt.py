@@ -13,6 +13,7 @@ from ..kernel.encode import NORMS
 from ..model.sites import Site
 from .exclusion import Excluded
 from .latents import Dictionary, Latents
+from .places import require_one_site
 from .weights import require_shape
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -114,7 +115,10 @@ class Excerpt(Dictionary):
 
         Raises:
             DictionaryError: for a dictionary that is a Python function.
+            SiteError: for one of several sites, of which a file knows one alone.
         """
+        chosen = dictionary.latents([i for some in selections for i in some][:1])
+        require_one_site("save", "intervention", chosen, reads=True, writes=True)
         found = {}
         for indices in selections:
             columns = dictionary.columns(torch.tensor(indices, dtype=torch.long))

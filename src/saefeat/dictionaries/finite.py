@@ -23,7 +23,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def guard(kind: type) -> None:
     """Have a class of dictionaries compute plainly, and give finite numbers alone."""
     own = vars(kind)
-    for name in {"columns", "directions"} & set(own):
+    for name in {"columns", "directions", "writes"} & set(own):
         setattr(kind, name, only_finite(own[name]))
     if "reconstruct" in own:
         setattr(kind, "reconstruct", computed_plainly(own["reconstruct"]))  # noqa: B010

@@ -26,6 +26,7 @@ from ..model.requests import in_requests, stay_here
 from ..model.sites import Site
 from .exclusion import Excluded, untrained
 from .finite import guard
+from .places import named
 
 
 @checked(error=LatentError, own=("indices",))
@@ -34,13 +35,13 @@ class Dictionary(ABC):
 
     Subclasses are final and give ``columns``; everything else follows. ``site`` is where latents
     are read, ``write_site`` where their directions are added: the same place except for
-    transcoders.
+    transcoders. Of several (``CrossLayer``) these are the last read site and the first write site.
 
     Attributes:
         site: where values are read.
         write_site: where edits are written.
-        d_in: width of the read site.
-        d_out: width of the write site.
+        d_in: width of the read site, of several together.
+        d_out: width of the write site, of each of several.
         d_sae: number of latents.
         name: a short label for reports.
         excluded: tokens it was not trained on, which edits and readings skip by default: token
@@ -94,7 +95,19 @@ class Dictionary(ABC):
         others, so it costs as much as an edit of them.
         """
         where = (str(self.site), str(self.write_site), self.excluded, self.prefix)
+        others = [str(site) for site in (*self.read_sites[:-1], *self.write_sites[1:])]
+        where += (len(self.read_sites), *others) if others else ()
         return digest(where, self.content(self._index(indices)))
+
+    @property
+    def read_sites(self) -> tuple[Site, ...]:
+        """Where values are read, in the order in which the model reaches them; mostly one."""
+        return (self.site,)
+
+    @property
+    def write_sites(self) -> tuple[Site, ...]:
+        """Where edits are written, in the order in which the model reaches them; mostly one."""
+        return (self.write_site,)
 
     @property
     def source(self) -> str:
@@ -138,13 +151,18 @@ class Dictionary(ABC):
         """What one unit of each chosen latent adds to the write site: [k, d_out], float32."""
         return self.columns(self._index(indices))["directions"]
 
+    def writes(self, indices: Iterable[int] | Tensor | None = None) -> dict[Site, Tensor]:
+        """The directions at every write site: [k, d_out] each, float32."""
+        return {self.write_site: self.directions(indices)}
+
     def _index(self, indices: Iterable[int] | Tensor | None) -> Tensor:
         """Indices as a tensor, refused as ``latents`` refuses them."""
         parts = self.latents(indices).parts
         return index_tensor(parts[0][1] if parts else ())
 
     def __repr__(self) -> str:
-        at = f"{self.site}" if self.site == self.write_site else f"{self.site} → {self.write_site}"
+        read, written = named(self.read_sites), named(self.write_sites)
+        at = read if read == written else f"{read} → {written}"
         skips = f", without {untrained(self.excluded)}" if self.excluded else ""
         return f"{type(self).__name__}({self.name!r}, {at}, {self.d_in} x {self.d_sae}{skips})"
 

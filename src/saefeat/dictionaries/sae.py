@@ -12,6 +12,7 @@ What was checked against sae-lens 6.54, one architecture at a time:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -23,6 +24,7 @@ from ..errors import DictionaryError
 from ..files.hashing import digest
 from ..kernel.encode import decoder_of, encode
 from ..model.sites import Site
+from .derived import First, UnitNorms, require_first, require_separate, unit_rows
 from .exclusion import Excluded, untrained
 from .finite import require_finite
 from .latents import Dictionary, cast
@@ -45,7 +47,7 @@ _EXTRA = {"relu": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 
-@checked(own=("excluded",))
+@checked(own=("excluded", "count"))
 @final
 class SAE(Dictionary):
     """A sparse autoencoder or transcoder; nothing is read until latents are selected.
@@ -159,12 +161,12 @@ class SAE(Dictionary):
         if self._rescaled:
             norms = weights.read("W_dec").norm(dim=1)  # [d_sae]
             encoder, columns["bias"] = encoder * norms, columns["bias"] * norms
-            directions = _unit(directions)
+            directions = unit_rows(directions)
         return columns | {"encoder": encoder, "directions": directions}
 
     def directions(self, indices: Iterable[int] | Tensor | None = None) -> Tensor:
         rows = self._weights.take("W_dec", self._index(indices))  # without touching the encoder
-        return _unit(rows) if self._rescaled else rows
+        return unit_rows(rows) if self._rescaled else rows
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """The SAE's own reconstruction of x (or of the write site's value, for a transcoder).
@@ -196,6 +198,46 @@ class SAE(Dictionary):
             DictionaryError: for a transcoder, whose error lies at another site than its input.
         """
         return ErrorTerm(self)
+
+    def prefix_of(self, count: int) -> SAE:
+        """The first latents as an SAE of its own, as Matryoshka SAEs are nested.
+
+        Raises:
+            DictionaryError: for a count outside 1..d_sae, or a topk SAE, whose latents depend on
+                those that would be left out.
+
+        Examples:
+            >>> from saefeat.studies.refusal import tiny
+            >>> sf.load_sae(tiny.saes_folder("chat") / "resid_post_1").prefix_of(64).d_sae
+            64
+        """
+        require_first(count, self.d_sae)
+        return self._derived("prefix_of", First(self._weights, count), f"first {count} of")
+
+    def fold_norms(self) -> SAE:
+        """The same SAE in other units: every direction has length 1, and f is as much larger.
+
+        f · direction, and so every ablation, is as before to rounding; values that are set, added
+        or compared with are in the new units, and the fingerprint is another.
+
+        Raises:
+            DictionaryError: for a topk SAE, of which other latents would be the largest.
+
+        Examples:
+            >>> from saefeat.studies.refusal import tiny
+            >>> sae = sf.load_sae(tiny.saes_folder("chat") / "resid_post_1").fold_norms()
+            >>> torch.allclose(sae.directions([1, 2]).norm(dim=1), torch.ones(2))
+            True
+        """
+        return self._derived("fold_norms", UnitNorms(self._weights), "unit norms of")
+
+    def _derived(self, function: str, weights: Weights, what: str) -> SAE:
+        """This SAE with other tensors."""
+        require_separate(function, self)
+        found = copy.copy(self)
+        found._weights, found._hashed = weights, None
+        found.d_sae, found.name = weights.shape("W_enc")[1], f"{what} {self.name}"
+        return found
 
     def _whole(self) -> dict[str, Any]:
         """All columns, with the decoder and its bias."""
@@ -340,12 +382,6 @@ class ErrorTerm(Dictionary):
 def norm_of(norm: str, centered: bool) -> str:
     """The kernel's norm. A mean folds into the encoder, but a length must be taken without it."""
     return "centered_norm_rescale" if centered and norm == "constant_norm_rescale" else norm
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Rows of length 1; a row of zeros is a latent without a direction, and stays one."""
-    norms = rows.norm(dim=1, keepdim=True)
-    return rows / torch.where(norms == 0, 1.0, norms)
 
 
 def _one_of(parameter: str, got: str, wanted: Iterable[str]) -> None:

@@ -60,13 +60,15 @@ def rivals(
 
 
 def _form(basis: Dictionary) -> tuple[object, ...]:
-    return basis.site, basis.write_site, basis.d_in, basis.d_out, basis.d_sae
+    return basis.read_sites, basis.write_sites, basis.d_in, basis.d_out, basis.d_sae
 
 
 def _columns(
     basis: Dictionary, indices: Sequence[int], but: Collection[str] = ()
 ) -> dict[str, Any]:
     columns = basis.columns(index_tensor(indices))
+    if len(basis.write_sites) > 1 and "directions" not in but:
+        columns["directions"] = torch.cat(tuple(basis.writes(indices).values()), 1)
     aside = {"local", *but}  # what is local is a sentence with the dictionary's name
     return {name: value for name, value in columns.items() if name not in aside}
 

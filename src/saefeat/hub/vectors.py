@@ -57,10 +57,10 @@ def steering_vector(
                 step,
                 f"{dictionary!r}, whose directions scale with the activations",
             )
-            rows: Tensor = columns["directions"]  # [k, d_out]
-            part = add[start : start + len(indices)].to(rows.dtype)
-            site = dictionary.write_site
-            found[site] = found.get(site, rows.new_zeros(rows.shape[1])) + part @ rows
+            part = add[start : start + len(indices)]
+            for site, rows in dictionary.writes(indices).items():  # [k, d_out]
+                before = found.get(site, rows.new_zeros(rows.shape[1]))
+                found[site] = before + part.to(rows.dtype) @ rows
             start += len(indices)
     _require(bool(found), intervention, "no edit at all")
     ordered = {site: found[site] for site in sorted(found, key=lambda site: site.order)}

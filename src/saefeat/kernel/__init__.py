@@ -14,6 +14,7 @@ Annotations are strings and are never evaluated when the code runs.
 * ``values``: what a value is at each token, where it is no plain number.
 * ``read``, ``edit``, ``watch``, ``split``: the actions, each with one method, ``apply``: latents
   read, latents edited, values watched, and several programs in one pass, each for its rows.
+* ``spread``: the same for dictionaries that read or write at several sites.
 * ``beams``: what an action remembers of a row, where beam search moves rows.
 * ``program``: visits and their actions, applied in an nnsight block to every forward pass.
 * ``pack``, ``slopes``: what leaves a server.

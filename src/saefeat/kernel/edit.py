@@ -15,7 +15,7 @@ from torch import Tensor
 from .encode import top
 from .errors import SaefeatError
 from .frozen import Frozen, plainly
-from .state import State, View
+from .state import Log, State, View
 from .values import ByToken
 
 if TYPE_CHECKING:
@@ -190,12 +190,15 @@ class Write(Frozen):
             mask, everywhere = mask & change.known.any(-1, keepdim=True), False
         steps = change.steps(f)
         if state.log is not None:
-            acted = Acted(steps, mask, directions, scale, state.view)
-            entries, budget = state.log.acted.setdefault(self.number, []), state.log.budget
-            budget.pairs += acted.written.numel()
-            few = acted.step.shape[-1] <= MOST_LATENTS and budget.pairs <= PAIRS
-            entries.append(acted if few else acted.counts())
+            self.note(state.log, Acted(steps, mask, directions, scale, state.view))
         return moved(x, steps[2], directions, scale, None if everywhere else mask)
+
+    def note(self, log: Log, acted: Acted) -> None:
+        """Put what was done on record."""
+        entries, budget = log.acted.setdefault(self.number, []), log.budget
+        budget.pairs += acted.written.numel()
+        few = acted.step.shape[-1] <= MOST_LATENTS and budget.pairs <= PAIRS
+        entries.append(acted if few else acted.counts())
 
 
 # ---------------------------------------------------------------- the record

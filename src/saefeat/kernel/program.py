@@ -48,12 +48,33 @@ class Action(Protocol):
         ...
 
 
+Part = tuple[int, int, int]
+"""Some of a value's columns, one head's or the queries of a joint projection: the value is
+``groups`` equal spans side by side, and of each these are ``width`` columns from ``start`` on.
+(start, width, groups)"""
+
+
+def taken(x: Float[Tensor, "b t d"], part: Part) -> Float[Tensor, "b t part"]:
+    """These columns of a value, as a tensor of their own."""
+    start, width, groups = part
+    return x.unflatten(-1, (groups, -1)).narrow(-1, start, width).flatten(-2).clone()
+
+
+def put(x: Float[Tensor, "b t d"], part: Part, new: Tensor) -> Float[Tensor, "b t d"]:
+    """The value with other numbers in these columns."""
+    start, width, groups = part
+    spans = x.clone().unflatten(-1, (groups, -1))
+    spans.narrow(-1, start, width).copy_(new.unflatten(-1, (groups, -1)))
+    return spans.flatten(-2)
+
+
 class Visit(Frozen):
     """What is done at a place: the output of a module, or its input (``InputVisit``)."""
 
     path: str  # the module
     order: tuple[int, int, int, str]  # sorts visits as a forward pass reaches them
     actions: tuple[Action, ...]
+    part: Part | None = None  # the columns that the actions see; all of them by default
     end: ClassVar[str] = "output"
 
     def arrive(self, envoy: Any, cache: Any, memory: Memory, first: bool) -> Any:
@@ -62,11 +83,14 @@ class Visit(Frozen):
 
     def act(self, x: Float[Tensor, "*batch d"], state: State) -> Float[Tensor, "*batch d"]:
         """Apply the actions to the place's value x; return the value to leave behind."""
-        new = before = by_token(x, *state.view.real.shape)
+        whole = by_token(x, *state.view.real.shape)
+        new = before = whole if self.part is None else taken(whole, self.part)
         with plainly(x.device.type):
             for action in self.actions:
                 new = action.apply(new, state)
-        return x if new is before else new.reshape(x.shape)  # x itself need not be written back
+        if new is before:
+            return x  # it need not be written back
+        return (new if self.part is None else put(whole, self.part, new)).reshape(x.shape)
 
     def leave(self, envoy: Any, value: Any) -> None:
         """Put another value in its place."""
@@ -102,11 +126,15 @@ class InputVisit(Visit):
 
 
 def visit_at(
-    path: str, end: str, order: tuple[int, int, int, str], actions: tuple[Action, ...]
+    path: str,
+    end: str,
+    order: tuple[int, int, int, str],
+    actions: tuple[Action, ...],
+    part: Part | None = None,
 ) -> Visit:
     """The visit of a module's input or output."""
     kind = InputVisit if end == "input" else Visit
-    return kind(path=path, order=order, actions=actions)
+    return kind(path=path, order=order, actions=actions, part=part)
 
 
 @runtime_checkable

@@ -4,6 +4,8 @@
 * ``layouts``: which layout a folder is in. ``native``, ``dictionary_learning``, ``gemma_scope``,
   ``llama_scope``, ``sparsify`` and ``transcoders`` are one each, and say what its files declare and
   where the tensors lie in them.
+* ``clt``: cross-layer transcoders, a dictionary a layer in one folder.
+* ``own``: a layout of the user's, by two functions.
 * ``keys``: which keys of a configuration are known.
 * ``declaration``: what a folder declares, and the SAE made from it.
 * ``whole``: SAEs of which no latent can be computed alone.

@@ -14,21 +14,24 @@ from ..dictionaries.sae import SAE
 from ..errors import DictionaryError, SaefeatError
 from ..files.paths import expanded
 from ..model.sites import Site
-from . import directory, native
-from .declaration import Origin, Source
+from . import clt, directory, native
+from .declaration import Origin, Source, refuse
 from .directory import Entry, choose
 from .layouts import detect, folders, read, whole
 from .native import from_object
+from .own import load_own
 from .released import Released
 from .whole import Whole
 
 
-@checked
+@checked(own=("layout",))
 def load_sae(
     folder: str | Path | Any,
     *,
     site: Site | str | None = None,
     write_site: Site | str | None = None,
+    layout: Any = None,
+    fold_norms: bool = False,
 ) -> SAE | Whole:
     """An SAE or transcoder from a folder, or from a sae-lens object.
 
@@ -45,6 +48,11 @@ def load_sae(
         folder: holds the files of one SAE; or a ``sae_lens.SAE``, also one just trained.
         site: overrides the hook name the files declare; needed where they declare none.
         write_site: overrides the output hook a transcoder declares.
+        layout: for a layout of your own, two functions of the folder: the first gives arguments
+            of ``SAE`` (``site``, ``architecture``, ``subtract_bias`` and whatever else), the second
+            the tensors under the names that ``SAE`` documents.
+        fold_norms: scale latents so that every direction has length 1. Activations and whatever
+            is set or added are then in other units; see ``SAE.fold_norms``.
 
     Raises:
         DictionaryError: for a missing, truncated or inconsistent file, a pickle, or what cannot
@@ -57,9 +65,28 @@ def load_sae(
         >>> sae.site.hook, sae.d_sae
         ('blocks.1.hook_resid_post', 512)
     """
+    found = _loaded(folder, site, write_site, layout)
+    if not fold_norms:
+        return found
+    if isinstance(found, SAE):
+        return found.fold_norms()
+    cause = "a matching-pursuit or temporal SAE, which sae-lens encodes"
+    got, wanted = "whose latents cannot be scaled", "an SAE of another architecture"
+    raise refuse(folder, got, wanted, cause, "load_sae(folder), without fold_norms")
+
+
+def _loaded(
+    folder: Any, site: Site | str | None, write_site: Site | str | None, layout: Any
+) -> SAE | Whole:
     if not isinstance(folder, str | os.PathLike):
         return from_object(folder, site=site, write_site=write_site)
     folder = expanded(folder, "load_sae", "folder", DictionaryError)
+    if layout is not None:
+        return load_own(folder, layout, site, write_site)
+    if folder.is_dir() and clt.found(folder):
+        got, cause = "a cross-layer transcoder, a dictionary a layer", "the whole of it"
+        call = "load_saes(folder)[3]"
+        raise refuse(folder, f"which is {got}", "the folder of one SAE", cause, call)
     name = folder.name
     if name.startswith("average_l0"):  # one of many of that name: with its parents
         name = "/".join(folder.absolute().parts[-3:])
@@ -76,6 +103,8 @@ def load_saes(
     ids: str | Mapping[Site | str, str] | Iterable[str] | None = None,
 ) -> Dictionaries:
     """One dictionary a site, from a folder of folders or from a release sae-lens lists.
+
+    A folder of a cross-layer transcoder (circuit-tracer's, or Gemma Scope 2's) gives one a layer.
 
     A release is planned from sae-lens's directory alone: nothing is imported, fetched or read
     until a dictionary is used. Files come from the Hugging Face cache where they are there.
@@ -104,6 +133,13 @@ def load_saes(
         'gemma-scope-2b-pt-res/layer_15/width_65k/average_l0_127'
     """
     if (folder := expanded(source, "load_saes", "source", DictionaryError)).is_dir():
+        if clt.found(folder):
+            listed = whole(lambda at: clt.entries(at.folder), Source(folder))
+            chosen = choose(listed, folder, sites=sites, width=width, l0=l0, ids=ids)
+            return Dictionaries(
+                whole(lambda at, entry=entry: clt.read(at.folder, entry), Source(folder))
+                for entry in chosen
+            )
         entries = [_entry(path, folder) for path in folders(folder)]
         if not entries:
             raise _no_sae(folder)

@@ -23,7 +23,7 @@ from ..errors import DictionaryError
 from ..model.sites import Site
 from ..text.tokens import Tokens
 
-_UNCENTERED = ("z", "mlp_norm", "mlp_in", "mlp_post")
+_UNCENTERED = ("q", "k", "v", "z", "mlp_norm", "mlp_in", "mlp_post")
 """Sites that TransformerLens's center_writing_weights leaves alone: nothing there is written to
 the residual stream, or a LayerNorm has taken the mean out already."""
 

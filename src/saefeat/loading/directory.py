@@ -28,11 +28,8 @@ Ids = str | Mapping[Site | str, str] | Iterable[str] | None
 
 
 FILE = "pretrained_saes.yaml"
-REFUSED = {
-    "mntss_clt_layer_transcoder": "a cross-layer transcoder writes at every later layer; "
-    "sae-lens sums its decoders, which is no direction of any site",
-}
-"""sae-lens conversion → why its releases are not loaded."""
+CLT = "mntss_clt_layer_transcoder"
+"""sae-lens's conversion of a cross-layer transcoder."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,6 @@ def _entry(name: str, repo: str, conversion: str, sae: dict[str, Any]) -> Entry:
         l0=float(sae["l0"]) if sae.get("l0") else l0_in(path),
         explained=sae.get("variance_explained"),
         scale=sae.get("norm_scaling_factor"),
-        problem=REFUSED.get(conversion),
     )
 
 
@@ -177,10 +173,13 @@ def _hooks(conversion: str, repo: str, path: str, sae_id: str) -> tuple[str | No
     if conversion in _LAYER:
         found = re.search(_LAYER[conversion], path)
         return (f"blocks.{found[1]}.hook_resid_post" if found else None), None
-    if conversion in ("mwhanna_transcoder", "mntss_clt_layer_transcoder"):
+    if conversion in ("mwhanna_transcoder", CLT):
         layer = re.search(r"\d+", sae_id)
         block = f"blocks.{layer[0]}." if layer else ""
-        return block + "mlp.hook_in", block + "hook_mlp_out"
+        # circuit-tracer's default; the release's config.yaml is held to it when it is read
+        return block + ("hook_resid_mid" if conversion == CLT else "mlp.hook_in"), (
+            block + "hook_mlp_out"
+        )
     found = re.search(r"blocks\.\d+\.(?:\w+\.)?hook_[a-z]+(?:_[a-z]+)*", sae_id)
     hook = found[0] if found else None
     if hook and conversion == "connor_rob_hook_z":

@@ -6,6 +6,7 @@ activation function of a standard SAE, and a boolean for the normalization.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..arguments import got
 from ..dictionaries.exclusion import Excluded, either, not_on, untrained
 from ..dictionaries.sae import NORMS, SAE
 from ..dictionaries.weights import InMemory, Mapped, OnDisk, View, Weights
-from ..errors import DictionaryError
+from ..errors import DictionaryError, SiteError
 from ..model.sites import Site
 from .declaration import Facts, Origin, Source, assemble, l0_in, read_json, refuse
 from .keys import Known
@@ -62,7 +63,8 @@ _KNOWN = Known(
         *("jumprelu_ste_to_input", "topk_threshold_lr", "matryoshka_widths"),
         *("use_matryoshka_aux_loss",),
     ),
-    # An SAE of hook_z reads the heads side by side: reshaping is of no consequence here.
+    # An SAE of hook_z reads the heads side by side, unless it names one: reshaping is of no
+    # consequence here.
     fixed={
         "reshape_activations": ("none", "hook_z"),
         "is_sparse_connection": (False,),
@@ -153,20 +155,15 @@ def _config(source: Source) -> dict[str, Any]:
 def _declared(config: dict[str, Any], label: object, path: str = "") -> Facts:
     """The facts in a sae-lens configuration dictionary."""
     flat = _flat(config, label)
-    for name in ("hook_head_index", "hook_head_index_out"):
-        if flat.get(name) is not None:
-            got = f"which reads head {flat[name]} of {flat.get('hook_name')} alone"
-            cause = "SAEs of one attention head have no site in this version"
-            call = "an SAE trained on all heads of the layer"
-            raise refuse(label, got, "an SAE that reads a whole site", cause, call)
     architecture, k = _architecture(flat, label)
+    hook, hook_out = _hook(flat, "", label), _hook(flat, "_out", label)
     transcoder = "transcoder" in architecture
     pretrained = flat.get("model_from_pretrained_kwargs") or {}
     l0 = flat.get("l0") if k is None else k
     return Facts(
         layout="sae_lens",
-        hook=flat.get("hook_name"),
-        hook_out=flat.get("hook_name_out") if transcoder else None,
+        hook=hook,
+        hook_out=hook_out if transcoder else None,
         transcoder=transcoder,
         architecture=architecture,
         norm=_norm_of_tokens(flat, architecture, label),
@@ -181,6 +178,22 @@ def _declared(config: dict[str, Any], label: object, path: str = "") -> Facts:
         model=flat.get("model_name"),
         prepend_bos=flat.get("prepend_bos"),
     )
+
+
+def _hook(flat: dict[str, Any], end: str, label: object) -> str | None:
+    """The name of a hook, with the one head that is read of it, if it is one."""
+    hook, head = flat.get(f"hook_name{end}"), flat.get(f"hook_head_index{end}")
+    if head is None:
+        return hook
+    of_head = re.sub(r"^blocks\.(\d+)\.", rf"blocks.\1:{head}.", str(hook))
+    try:
+        Site.parse(of_head)
+    except SiteError as error:
+        got = f"which reads head {head} of {hook}"
+        cause = "a hook whose value is not made of heads, or an index that is none"
+        call = "an SAE of hook_q, hook_k, hook_v or hook_z"
+        raise refuse(label, got, "a head of a hook that has heads", cause, call) from error
+    return of_head
 
 
 def _flat(config: dict[str, Any], label: object) -> dict[str, Any]:

@@ -8,20 +8,22 @@ network and gives the same dictionaries every time.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 
+from ..dictionaries.cross_layer import CrossLayer
 from ..dictionaries.exclusion import Excluded
 from ..dictionaries.latents import Dictionary
 from ..dictionaries.sae import SAE
 from ..errors import DictionaryError
 from ..model.sites import Site
-from . import gemma_scope, llama_scope, native, transcoders
+from . import clt, gemma_scope, llama_scope, native, transcoders
 from .declaration import Declared, Origin, Source
-from .directory import Entry, Release
+from .directory import CLT, Entry, Release
 from .layouts import Layout, read, whole
 from .native import from_object
 from .whole import Whole
@@ -60,7 +62,7 @@ class Released(Dictionary):
         self._release, self._entry = release, entry
 
     @cached_property
-    def sae(self) -> SAE | Whole:
+    def sae(self) -> SAE | Whole | CrossLayer:
         """The dictionary itself."""
         release, entry = self._release, self._entry
         found = _open(release, entry, self.name)
@@ -101,8 +103,19 @@ class Released(Dictionary):
     def origin(self) -> Any:  # type: ignore[override]
         return self.sae.origin
 
+    @property
+    def read_sites(self) -> tuple[Site, ...]:
+        return self.sae.read_sites if self._release.conversion == CLT else (self.site,)
+
+    @property
+    def write_sites(self) -> tuple[Site, ...]:
+        return self.sae.write_sites if self._release.conversion == CLT else (self.write_site,)
+
     def columns(self, indices: Tensor) -> dict[str, Any]:
         return self.sae.columns(indices)
+
+    def writes(self, indices: Iterable[int] | Tensor | None = None) -> dict[Site, Tensor]:
+        return self.sae.writes(indices)
 
     def content(self, indices: Tensor) -> object:
         return self.sae.content(indices)
@@ -127,13 +140,16 @@ class Released(Dictionary):
 
 def files(release: Release, entry: Entry) -> list[str]:
     """The files of the repository that an SAE is made of."""
+    if release.conversion == CLT:
+        tensors = [f"{kind}_{entry.path}.safetensors" for kind in ("W_enc", "W_dec")]
+        return [clt.CONFIG, *tensors]
     if release.conversion == "connor_rob_hook_z":
         return [entry.path.split(".pt")[0] + "_cfg.json", entry.path]
     endings = _READ[release.conversion][1] if release.conversion in _READ else ("",)
     return [entry.path + ending for ending in _THROUGH.get(release.conversion, endings)]
 
 
-def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
+def _open(release: Release, entry: Entry, name: str) -> SAE | Whole | CrossLayer:
     paths = [_fetched(release.repo, file) for file in files(release, entry)]
     parts = paths[0].parts  # a cached file lies below snapshots/<commit>
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
@@ -146,6 +162,8 @@ def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
         repo=release.repo,
         revision=commit,
     )
+    if release.conversion == CLT:
+        return _cross_layer(paths[0].parent, entry, origin, name)
     if layout is None:
         return _converted(release, entry, origin, name)
     path = f"{release.repo}/{entry.path}"
@@ -153,6 +171,19 @@ def _open(release: Release, entry: Entry, name: str) -> SAE | Whole:
     facts = whole(layout.facts, source)
     site = entry.hook if entry.given else facts.hook or entry.hook
     return read(layout, source, facts, origin, name=name, site=site, write_site=entry.hook_out)
+
+
+def _cross_layer(folder: Path, entry: Entry, origin: Origin, name: str) -> CrossLayer:
+    """One layer of a cross-layer transcoder, at the site that its configuration declares."""
+
+    def read_layer(source: Source) -> CrossLayer:
+        told = next(one for one in clt.entries(source.folder) if one.id == entry.id)
+        hook = entry.hook if entry.given else told.hook
+        return clt.read(source.folder, replace(entry, hook=hook), origin)
+
+    found = whole(read_layer, Source(folder))
+    found.name = name
+    return found
 
 
 def _converted(release: Release, entry: Entry, origin: Origin, name: str) -> SAE | Whole:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..arguments import checked
 from ..dictionaries.given import as_latents
 from ..dictionaries.latents import Dictionary, Latents, cast, index_tensor
+from ..dictionaries.places import require_one_site
 from ..errors import LatentError
 from ..kernel.encode import encode
 from ..kernel.tokens import select
@@ -80,6 +81,7 @@ def activation(latents: Any, where: Tokens | None = None) -> Metric:
             f"activation: `latents` is of {len(chosen.parts)} dictionaries, wanted latents of one."
             " Likely cause: several sites. Try: one attribution a site, activation(latents.at(s))"
         )
+    require_one_site("activation", "latents", chosen, reads=True)
     dictionary: Dictionary = chosen.parts[0][0]
     require_tokenwise("activation", "latents", dictionary)
 

@@ -7,8 +7,14 @@ entry, if there is one, says how the site's value is made of what is found there
 from __future__ import annotations
 
 SKIP = "plus the block's input"
+NORMS = ("rms", "layer")
+JOINT = "queries, keys, values side by side"
+HEADWISE = "for each key: its queries, it, its value"
 _LLAMA = {
     "resid_pre": ("", "input"),
+    "q": ("self_attn.q_proj", "output"),
+    "k": ("self_attn.k_proj", "output"),
+    "v": ("self_attn.v_proj", "output"),
     "z": ("self_attn.o_proj", "input"),
     "attn_out": ("self_attn", "output"),
     "resid_mid": ("self_attn", "output", SKIP),
@@ -28,6 +34,9 @@ _GEMMA2 = {**_SANDWICH, "mlp_norm": ("pre_feedforward_layernorm", "input", "rms"
 _OLMO2 = {kind: place for kind, place in _SANDWICH.items() if kind != "mlp_norm"}  # no norm before
 _GPT2 = {
     "resid_pre": ("", "input"),
+    "q": ("attn.c_attn", "output", JOINT),
+    "k": ("attn.c_attn", "output", JOINT),
+    "v": ("attn.c_attn", "output", JOINT),
     "z": ("attn.c_proj", "input"),
     "attn_out": ("attn", "output"),
     "resid_mid": ("attn", "output", SKIP),
@@ -39,6 +48,9 @@ _GPT2 = {
 }
 _NEOX = {  # attention and MLP in parallel: there is no resid_mid
     "resid_pre": ("", "input"),
+    "q": ("attention.query_key_value", "output", HEADWISE),
+    "k": ("attention.query_key_value", "output", HEADWISE),
+    "v": ("attention.query_key_value", "output", HEADWISE),
     "z": ("attention.dense", "input"),
     "attn_out": ("attention", "output"),
     "mlp_norm": ("post_attention_layernorm", "input", "layer"),
@@ -47,6 +59,7 @@ _NEOX = {  # attention and MLP in parallel: there is no resid_mid
     "mlp_out": ("mlp", "output"),
     "resid_post": ("", "output"),
 }
+_PHI3 = _LLAMA | {kind: ("self_attn.qkv_proj", "output", JOINT) for kind in ("q", "k", "v")}
 FAMILIES: dict[str, tuple[str, dict[str, tuple]]] = {
     "gpt2": ("transformer.h", _GPT2),
     "gpt_neox": ("gpt_neox.layers", _NEOX),
@@ -54,7 +67,7 @@ FAMILIES: dict[str, tuple[str, dict[str, tuple]]] = {
     "mistral": ("model.layers", _LLAMA),
     "qwen2": ("model.layers", _LLAMA),
     "qwen3": ("model.layers", _LLAMA),
-    "phi3": ("model.layers", _LLAMA),
+    "phi3": ("model.layers", _PHI3),
     "gemma": ("model.layers", _LLAMA),
     "olmo2": ("model.layers", _OLMO2),
     "gemma2": ("model.layers", _GEMMA2),

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, SiteError
-from .families import FAMILIES, NESTED, SKIP, TEXT
-from .sites import Place, Site
+from .families import FAMILIES, NESTED, NORMS, SKIP, TEXT
+from .heads import heads_of, part_of
+from .sites import HEADS, Place, Site
 
 
 def torch_module(model: object) -> nn.Module:
@@ -141,14 +142,18 @@ def find(module: nn.Module, site: Site) -> Place:
             " dictionary trained on one of these sites, or a site by its module's path"
         )
     block = f"{container}.{site.layer}"
-    name, end, *how = places[site.kind]
+    name, end, *rest = places[site.kind]
+    how = rest[0] if rest else None
     path = f"{block}.{name}" if name else block
     _check_eager(module, path)
-    if SKIP in how:
+    if how == SKIP:
         return Place(path, end, plus=block)
-    return (
-        Place(path, end, how[0], _epsilon(module.get_submodule(path))) if how else Place(path, end)
-    )
+    if how in NORMS:
+        return Place(path, end, how, _epsilon(module.get_submodule(path)))
+    if site.kind not in HEADS:
+        return Place(path, end)
+    width, heads = _width(module, path, end), heads_of(text_config(module))
+    return Place(path, end, part=part_of(site, how, heads, width))
 
 
 def _module_at(module: nn.Module, site: Site) -> Place:
@@ -203,13 +208,21 @@ def _epsilon(norm: nn.Module) -> float:
 
 
 def width_at(module: nn.Module, site: Site) -> int:
-    """How wide a table's site is: d_model, or the projection's input for z and mlp_post."""
+    """How wide a table's site is: d_model, or what a projection takes or gives."""
     place = find(module, site)
-    if site.kind in ("z", "mlp_post"):
-        projection: Any = module.get_submodule(place.path)
-        # nn.Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out] and has no in_features
-        return int(getattr(projection, "in_features", 0) or projection.weight.shape[0])
+    if place.part is not None:
+        return place.part[1] * place.part[2]
+    if site.kind in (*HEADS, "mlp_post"):
+        return _width(module, place.path, place.end)
     return int(text_config(module).hidden_size)
+
+
+def _width(module: nn.Module, path: str, end: str) -> int:
+    """What a projection takes or gives."""
+    projection: Any = module.get_submodule(path)
+    if hasattr(projection, "in_features"):
+        return int(projection.in_features if end == "input" else projection.out_features)
+    return int(projection.weight.shape[0 if end == "input" else 1])  # GPT-2's Conv1D: [in, out]
 
 
 def check_ready(module: nn.Module, where: str) -> None:

@@ -39,7 +39,10 @@ class Fits(Protocol):
     def site(self) -> Site: ...
 
     @property
-    def write_site(self) -> Site: ...
+    def read_sites(self) -> tuple[Site, ...]: ...
+
+    @property
+    def write_sites(self) -> tuple[Site, ...]: ...
 
     @property
     def d_in(self) -> int: ...
@@ -73,8 +76,9 @@ class Route:
             SiteError: naming both widths.
             ModelError: for an SAE of centered values where the model does not center.
         """
-        ends = ((dictionary.site, dictionary.d_in), (dictionary.write_site, dictionary.d_out))
-        for site, width in ends:
+        reads = dictionary.read_sites
+        ends = [(site, dictionary.d_in // len(reads)) for site in reads]
+        for site, width in (*ends, *((site, dictionary.d_out) for site in dictionary.write_sites)):
             if width != self.widths[site]:
                 raise SiteError(
                     f"saefeat: `{what}` is {width} wide at {site}, wanted {self.widths[site]}, as"
@@ -155,7 +159,10 @@ def _tried(model: TransformersModel, module: nn.Module, places: dict[Site, Place
     return Route(
         module,
         places,
-        widths={site: width for site, (_, width) in found.items()},
+        widths={
+            site: width if (part := places[site].part) is None else part[1] * part[2]
+            for site, (_, width) in found.items()
+        },
         # several kinds of site may lie at one place: then as the table has them
         orders={site: (0, moment, site.order[2], "") for site, (moment, _) in found.items()},
         starts={block: (0, moment, 0, "") for block, moment in starts.items()},

@@ -19,9 +19,13 @@ from typing import NamedTuple
 
 from ..arguments import checked
 from ..errors import SiteError
+from ..kernel.program import Part
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
     "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
@@ -37,7 +41,14 @@ HOOKS = {
 _ORDER = {kind: order for order, kind in enumerate(HOOKS)}
 
 
-_NAME = re.compile(r"(?:blocks\.(\d+)\.([\w.]+)|([a-z_]+)\.(\d+))")
+HEADS = ("q", "k", "v", "z")
+"""The kinds that are heads side by side."""
+
+
+_NAME = re.compile(
+    r"blocks\.(?P<at>\d+)(?::(?P<its>\d+))?\.(?P<hook>[\w.]+)"
+    r"|(?P<kind>[a-z_]+)\.(?P<layer>\d+)(?::(?P<head>\d+))?"
+)
 
 
 _PATH = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)\.(input|output)")
@@ -53,20 +64,26 @@ class Site:
     """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer, or a module.
 
     Args:
-        kind: one of ``resid_pre``; ``z``, all heads side by side before the output projection;
-            ``attn_out``; ``resid_mid``; ``mlp_norm``, the MLP's input normalized without the
-            norm's weight; ``mlp_in``, what the MLP is given; ``mlp_post``, after its activation;
-            ``mlp_out``; ``resid_post``. Or, without a layer, a module's path as the model names
-            it and ``.input`` or ``.output``: the first thing it is given or returns, which must
-            be [batch, tokens, width] and come once a forward pass.
+        kind: one of ``resid_pre``; ``q``, ``k`` and ``v``, what attention projects, all heads side
+            by side, before any norm or rotation of theirs; ``z``, all heads side by side before
+            the output projection; ``attn_out``; ``resid_mid``; ``mlp_norm``, the MLP's input
+            normalized without the norm's weight; ``mlp_in``, what the MLP is given; ``mlp_post``,
+            after its activation; ``mlp_out``; ``resid_post``. Or, without a layer, a module's path
+            as the model names it and ``.input`` or ``.output``: the first thing it is given or
+            returns, which must be [batch, tokens, width] and come once a forward pass.
         layer: 0-based; None for a module's path.
+        head: one head of ``q``, ``k``, ``v`` or ``z``, 0-based; None for all of them. Where
+            queries share keys and values, these have fewer heads.
 
     Raises:
-        SiteError: for an unknown kind, a negative layer, or a path with a layer.
+        SiteError: for an unknown kind, a negative layer or head, a path with a layer, or a head
+            of what has none.
 
     Examples:
         >>> sf.Site("resid_post", 15).hook
         'blocks.15.hook_resid_post'
+        >>> print(sf.Site("z", 15, head=3))
+        z.15:3
         >>> sf.Site.parse("blocks.15.hook_resid_post") == sf.Site.parse("resid_post.15")
         True
         >>> print(sf.Site.parse("model.layers.3.mlp.gate_proj.output"))
@@ -75,6 +92,7 @@ class Site:
 
     kind: str
     layer: int | None = None
+    head: int | None = None
 
     def __post_init__(self) -> None:
         path = _PATH.fullmatch(self.kind)
@@ -94,6 +112,13 @@ class Site:
                 f"Site: `layer` is {self.layer!r}, wanted an integer from 0. Likely cause: layers"
                 ' are counted from the first, never from the last. Try: Site("resid_post", 3)'
             )
+        counted = type(self.head) is int and self.head >= 0
+        if self.head is not None and not (counted and self.kind in HEADS):
+            raise SiteError(
+                f"Site: `head` is {self.head!r} for {self.kind}, wanted an integer from 0 beside"
+                f" one of {', '.join(HEADS)}. Likely cause: only these are heads side by side."
+                ' Try: Site("z", 3, head=5)'
+            )
 
     @classmethod
     def parse(cls, name: str | Site) -> Site:
@@ -101,7 +126,8 @@ class Site:
 
         Args:
             name: ``"blocks.3.hook_resid_post"``, ``"resid_post.3"`` or
-                ``"model.layers.3.mlp.output"``.
+                ``"model.layers.3.mlp.output"``; ``"blocks.3:5.attn.hook_z"`` or ``"z.3:5"`` is
+                head 5 alone.
 
         Raises:
             SiteError: if the name is none of them.
@@ -110,10 +136,9 @@ class Site:
             return name
         match = _NAME.fullmatch(name)
         kinds = {hook: kind for kind, hook in HOOKS.items()}
-        if match and match[1] and match[2] in kinds:
-            return cls(kinds[match[2]], int(match[1]))
-        if match and match[3] in HOOKS:
-            return cls(match[3], int(match[4]))
+        if match and (kind := kinds.get(match["hook"]) or match["kind"]) in HOOKS:
+            layer, head = match["at"] or match["layer"], match["its"] or match["head"]
+            return cls(kind, int(layer), None if head is None else int(head))
         if _PATH.fullmatch(name):
             return cls(name)
         raise SiteError(
@@ -126,7 +151,9 @@ class Site:
     @property
     def hook(self) -> str:
         """The TransformerLens hook name; a module's path as it is."""
-        return self.kind if self.layer is None else f"blocks.{self.layer}.{HOOKS[self.kind]}"
+        if self.layer is None:
+            return self.kind
+        return f"blocks.{self.layer}{self._ending()}.{HOOKS[self.kind]}"
 
     @property
     def order(self) -> Order:
@@ -138,8 +165,11 @@ class Site:
             return (1, 0, 0, re.sub(r"\d+", lambda number: number[0].zfill(6), self.kind))
         return (0, self.layer, _ORDER[self.kind], "")
 
+    def _ending(self) -> str:
+        return "" if self.head is None else f":{self.head}"
+
     def __str__(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}{self._ending()}"
 
 
 def _meant(name: str) -> str:
@@ -170,6 +200,7 @@ class Place(NamedTuple):
         eps: that norm's epsilon.
         plus: the path of the block whose input is added to the value found here. resid_mid has no
             module: it is the block's input plus the attention's output, and is written there.
+        part: the columns that are the site's, if they are not all.
     """
 
     path: str
@@ -177,3 +208,8 @@ class Place(NamedTuple):
     transform: str | None = None
     eps: float = 0.0
     plus: str | None = None
+    part: Part | None = None
+
+    def plain(self) -> Place:
+        """Where the value itself lies, which sites with and without a norm share."""
+        return self._replace(transform=None, eps=0.0)

@@ -21,10 +21,10 @@ def upstream(visits: Iterable[Visit]) -> list[Visit]:
     for visit in visits:
         path, end = before(visit.path, visit.end)
         last = merged[-1] if merged else None
-        if last is not None and (last.path, last.end) == (path, end):
+        if last is not None and (last.path, last.end, last.part) == (path, end, visit.part):
             merged[-1] = last.replace(actions=last.actions + visit.actions)
         else:
-            merged.append(visit_at(path, end, visit.order, visit.actions))
+            merged.append(visit_at(path, end, visit.order, visit.actions, visit.part))
     return merged
 
 

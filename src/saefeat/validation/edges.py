@@ -17,6 +17,7 @@ from ..checks import gradients_on, whole, wholes
 from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.given import as_latents
 from ..dictionaries.latents import Dictionary, Latents
+from ..dictionaries.places import require_one_site
 from ..errors import FiringError, SiteError
 from ..files.checkpoint import Checkpoint
 from ..files.hashing import digest
@@ -192,6 +193,7 @@ def edges(
     wholes("edges", check=(check, 0), batch_size=(batch_size, 1))
     gradients_on("edges")
     up, down = as_latents(upstream, "edges"), as_latents(downstream, "edges")
+    require_one_site("edges", "upstream and downstream", up | down, reads=True, writes=True)
     bases = [basis for basis, _ in (*up.parts, *down.parts)]
     way = route(model, [site for basis in bases for site in (basis.site, basis.write_site)])
     ordered = _ordered(up, down, way)

@@ -65,9 +65,9 @@ class Jacobian:
         norm, columns = Norm(kind=at.transform, eps=at.eps), basis.columns(index_tensor(indices))
         return SiteLatents(columns, self._place(basis.site, at), norm, rule)
 
-    def _place(self, site: Site, at: Any) -> Place:
+    def _place(self, site: Site, at: Place) -> Place:
         """The site's place, to be kept under a number of its own."""
-        place = Place(at.path, at.end, plus=at.plus)
+        place = at.plain()
         self._numbers.setdefault(place, (len(self._numbers), self._route.orders[site]))
         if place.plus is not None:  # resid_mid: the block's input is the other half of its value
             entry = (len(self._numbers), self._route.starts[place.plus])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..attribution.scores import Attribution
 from ..dictionaries.latents import Dictionary, Latents
+from ..dictionaries.places import lengths
 from ..errors import SaefeatError
 
 
@@ -123,7 +124,7 @@ def mass(scores: Attribution, ranked: Ranking) -> Tensor:
     for n, dictionary in enumerate(scores.dictionaries):
         own = ranked.keys[:, 0] == n
         if bool(own.any()):
-            size[own] *= dictionary.directions(ranked.keys[own, 1]).norm(dim=1).double()
+            size[own] *= lengths(dictionary, ranked.keys[own, 1])
     return size.clamp(min=torch.finfo(torch.float64).tiny)
 
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dictionaries.latents import Dictionary, index_tensor
+from ..dictionaries.latents import Dictionary, Latents, index_tensor
+from ..dictionaries.places import require_one_site
 from ..dictionaries.sae import ErrorTerm
 from ..errors import LatentError
 from ..kernel.edit import AnyChange, Change, ChangeByRow, Reselect
@@ -31,10 +32,11 @@ OPEN = {"topk": "relu", "abstopk": "identity"}
 class Form(NamedTuple):
     """Where one dictionary of a step is read, with what columns, and what is written.
 
-    ``top`` is a topk kind, its k, and which latents are edited, where all compete anew.
+    ``directions`` are those at the first write site. ``top`` is a topk kind, its k, and which
+    latents are edited, where all compete anew.
     """
 
-    site: Site
+    sites: tuple[Site, ...]
     columns: dict[str, Any]
     directions: Tensor
     top: tuple[str, int, Tensor] | None = None
@@ -46,11 +48,18 @@ class Form(NamedTuple):
         kind, k, selected = self.top
         return Reselect(change=change, kind=kind, k=k, selected=selected)
 
+    def further(self, dictionary: Dictionary, indices: Sequence[int]) -> dict[Site, Tensor]:
+        """Directions at the write sites behind the first."""
+        if len(dictionary.write_sites) == 1:
+            return {}
+        rows = dictionary.writes(None if self.top is not None else index_tensor(indices))
+        return {site: rows[site] for site in dictionary.write_sites[1:]}
+
 
 def frozen(dictionary: Dictionary, indices: Sequence[int]) -> Form:
     """The selected latents: all that most edits and every probe need."""
     columns = dictionary.columns(index_tensor(indices))
-    return Form(dictionary.site, columns, columns.pop("directions"))
+    return Form(dictionary.read_sites, columns, columns.pop("directions"))
 
 
 def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
@@ -79,7 +88,7 @@ def reselect(dictionary: Dictionary, indices: Sequence[int]) -> Form:
             " file, which holds only the latents that were saved. Try: load the dictionary itself,"
             " or the latents as they are, which are written frozen"
         )
-    return Form(dictionary.site, columns, directions, top)
+    return Form(dictionary.read_sites, columns, directions, top)
 
 
 def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -> Form:
@@ -87,7 +96,9 @@ def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -
 
     Raises:
         LatentError: for an SAE's error term, whose direction is another at every token.
+        SiteError: for latents that are written at several sites: each has a span of its own.
     """
+    require_one_site("span", "latents", Latents.of(dictionary, indices), writes=True)
     if isinstance(dictionary, ErrorTerm):
         raise LatentError(
             f"span: `latents` is of {dictionary!r}, wanted latents with directions of their own."
@@ -101,7 +112,7 @@ def orthogonal(dictionary: Dictionary, indices: Sequence[int], before: Tensor) -
         "bias": basis.new_zeros(len(basis)),
         "norm": "none",
     }
-    return Form(dictionary.write_site, columns, basis)
+    return Form((dictionary.write_site,), columns, basis)
 
 
 def span(rows: Tensor, before: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import count, groupby, islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,9 +23,10 @@ from ..kernel.beams import Beams
 from ..kernel.edit import Write
 from ..kernel.encode import encoder_of, scored
 from ..kernel.frozen import Placed
-from ..kernel.program import Action, Program, Visit, visit_at
+from ..kernel.program import Action, Part, Program, Visit, visit_at
 from ..kernel.read import Collect, LookingBack, Norm, Read, Source, Test
 from ..kernel.sequences import Beside
+from ..kernel.spread import Gather, Gathered, WriteOn
 from ..kernel.state import Ends
 from ..kernel.tokens import Everywhere, Where, reads_turns
 from ..kernel.watch import Stash
@@ -33,6 +35,7 @@ from ..model.route import Route, route
 from ..model.sites import Order, Place, Site
 from ..text.tokens import Tokens, plain
 from .forms import Form, frozen, orthogonal, reselect
+from .reach import apart, require_behind, require_reached
 from .steps import StepBase, numbered
 from .when import When
 
@@ -107,8 +110,8 @@ def sites_of(intervention: HasParts) -> Iterator[Site]:
     for step in intervention.parts():
         when = step.condition
         for basis, _ in (*step.latents.parts, *(() if when is None else when.latents.parts)):
-            yield basis.site
-            yield basis.write_site
+            yield from basis.read_sites
+            yield from basis.write_sites
         if when is not None and when.site is not None:
             yield when.site
 
@@ -134,7 +137,7 @@ class _Builder:
         self._edited: dict[int, set[int]] = {}
         self._spans: dict[Site, tuple[Tokens, Tensor]] = {}  # of the step at hand
         self._when: dict[int, str] = {}  # a step's first number → its condition's name
-        self._reads = 0
+        self._sources = count()
         check_ready(self.module, "saefeat")
 
     def read(
@@ -142,8 +145,9 @@ class _Builder:
     ) -> None:
         """Where one dictionary of a step is read."""
         self.route.check(dictionary, "dictionary")
+        require_reached(repr(step), dictionary, self.route.orders)
         how = "frozen" if step.change is None else step.change.how
-        if dictionary.site != dictionary.write_site and how != "orthogonal":
+        if apart(dictionary) and how != "orthogonal":
             self._once(step, dictionary, indices)
         rule = acts_at(step.rule, dictionary, self.model)
         if how == "orthogonal":
@@ -156,8 +160,8 @@ class _Builder:
         wanted = plain(rule.rule, self.model)
         tokens = Everywhere() if wanted == ("all",) else Where(rule=wanted)
         self.remembers |= isinstance(tokens, Where) and reads_turns(wanted)
-        place, order = self.route.places[form.site], self.route.orders[form.site]
-        source = self._source(form.site, form.columns)
+        place, order = self.route.places[form.sites[-1]], self.route.orders[form.sites[-1]]
+        source = self._source(form.sites, form.columns)
         self.visits.add(place, order, Read(number=number, source=source, tokens=tokens))
         if step.change is None:
             self.visits.add(place, order, Collect(number=number, reduce=step.reduction))
@@ -171,12 +175,16 @@ class _Builder:
                 continue
             form = self._forms[number]
             change = form.changed(step.change.take(step.latents, span, self.rows))
-            write = Write(number=number, change=change, directions=form.directions, when=when)
             if step.condition is not None:
                 self._early(step, step.condition, dictionary)
-            place = self._writable(step, dictionary)
-            self.visits.add(place, self.route.orders[dictionary.write_site], write)
-            if dictionary.site != dictionary.write_site:
+            require_behind(repr(step), dictionary, self.route.orders)
+            first = {dictionary.write_site: form.directions}
+            for site, rows in (first | form.further(dictionary, indices)).items():
+                kind = Write if site in first else WriteOn
+                write = kind(number=number, change=change, directions=rows, when=when)
+                place = self.route.writable(site, step)
+                self.visits.add(place, self.route.orders[site], write)
+            if apart(dictionary):
                 self._edited.setdefault(id(dictionary), set()).update(indices)
 
     def _before(self, step: StepBase, rule: Tokens, dictionary: Dictionary) -> Tensor:
@@ -207,38 +215,27 @@ class _Builder:
                 " earlier one's change. Try: one edit for each of its latents, and probes before it"
             )
 
-    def _writable(self, step: StepBase, dictionary: Dictionary) -> Place:
-        """Where the dictionary's directions are added, or an error if they cannot be."""
-        orders = self.route.orders
-        if orders[dictionary.write_site] < orders[dictionary.site]:
-            raise SiteError(
-                f"{step!r}: `latents` is read at {dictionary.site} and written at"
-                f" {dictionary.write_site}, wanted a write site the model reaches no earlier than"
-                " the read site. Likely cause: read and write sites swapped, or of different"
-                ' layers. Try: load_sae(folder, site="mlp_norm.3", write_site="mlp_out.3")'
-            )
-        return self.route.writable(dictionary.write_site, step)
-
     def condition(self, step: StepBase, number: int) -> None:
         """Test actions for a step's condition, after its reads and before anything is written."""
         when, self._spans = step.condition, {}
         if when is None:
             return
         name = self._when[number] = f"when-{number}"
-        tests: list[tuple[Site, dict[str, Any]]] = []
+        tests: list[tuple[tuple[Site, ...], dict[str, Any]]] = []
         if when.site is not None:
             own = {"activation": partial(scored, when.scorer), "norm": "none"}
-            tests.append((when.site, own))
+            tests.append(((when.site,), own))
         for dictionary, indices in when.latents.parts:
             self.route.check(dictionary, "dictionary")
-            tests.append((dictionary.site, frozen(dictionary, indices).columns))
+            require_reached("when", dictionary, self.route.orders)
+            tests.append((dictionary.read_sites, frozen(dictionary, indices).columns))
         self.remembers |= when.hold
-        for site, columns in tests:
+        for sites, columns in tests:
             test = Test(
-                name=name, source=self._source(site, columns), above=when.above, below=when.below,
+                name=name, source=self._source(sites, columns), above=when.above, below=when.below,
                 every=when.match == "all", hold=when.hold, of=len(tests),
             )  # fmt: skip
-            self.visits.add(self.route.places[site], self.route.orders[site], test)
+            self.visits.add(self.route.places[sites[-1]], self.route.orders[sites[-1]], test)
 
     def _early(self, step: StepBase, when: When, edited: Dictionary) -> None:
         """Refuse a condition that the model reaches after the edit."""
@@ -253,16 +250,33 @@ class _Builder:
                 " condition after the edit. Try: condition on an earlier site, or edit a later one"
             )
 
-    def _source(self, site: Site, columns: dict[str, Any]) -> Source:
-        """Latents, read where the site's value is whole."""
+    def _source(self, sites: Sequence[Site], columns: dict[str, Any]) -> Source:
+        """Latents, read where the value of the last of their sites is whole."""
+        *earlier, site = sites
+        place = self._whole(site)
+        norm, encoder = Norm(kind=place.transform, eps=place.eps), encoder_of(columns)
+        if earlier:
+            keys = tuple(self._gather(one) for one in earlier)
+            return Gathered(encoder=encoder, norm=norm, plus=place.plus, keys=keys)
+        if not columns.get("prefix"):
+            return Source(encoder=encoder, norm=norm, plus=place.plus)
+        self.remembers = True
+        key = next(self._sources)
+        return LookingBack(encoder=encoder, norm=norm, plus=place.plus, key=key)
+
+    def _gather(self, site: Site) -> str:
+        """Hold an earlier site's value; the key by which it is found."""
+        place, key = self._whole(site), f"gathered-{next(self._sources)}"
+        norm = Norm(kind=place.transform, eps=place.eps)
+        self.visits.add(place, self.route.orders[site], Gather(key=key, norm=norm, plus=place.plus))
+        return key
+
+    def _whole(self, site: Site) -> Place:
+        """The site's place, where its whole value can be had."""
         place = self.route.places[site]
         if place.plus is not None:
             self.visits.stash(place.plus, self.route.starts[place.plus])
-        norm, encoder = Norm(kind=place.transform, eps=place.eps), encoder_of(columns)
-        if not columns.get("prefix"):
-            return Source(encoder=encoder, norm=norm, plus=place.plus)
-        self.remembers, self._reads = True, self._reads + 1
-        return LookingBack(encoder=encoder, norm=norm, plus=place.plus, key=self._reads)
+        return place
 
 
 class Visits:
@@ -270,10 +284,11 @@ class Visits:
 
     def __init__(self, visits: Iterable[Visit] = ()) -> None:
         self._orders: dict[tuple[str, str], Order] = {}
-        self._actions: dict[tuple[str, str], list[Action]] = {}
+        self._actions: dict[tuple[str, str], list[tuple[Part | None, Action]]] = {}
         for visit in visits:
             self._orders[visit.path, visit.end] = visit.order
-            self._actions[visit.path, visit.end] = list(visit.actions)
+            actions = self._actions.setdefault((visit.path, visit.end), [])
+            actions += ((visit.part, action) for action in visit.actions)
 
     def add(self, place: Place, order: Order, action: Action, *, first: bool = False) -> None:
         """An action at a place, behind those that are there, or ``first`` of all.
@@ -283,25 +298,30 @@ class Visits:
         key = (place.path, place.end)
         self._orders.setdefault(key, order)
         actions = self._actions.setdefault(key, [])
-        actions.insert(0 if first else len(actions), action)
+        actions.insert(0 if first else len(actions), (place.part, action))
 
     def stash(self, block: str, order: Order) -> None:
         """Keep a block's input until its attention's output is there, for resid_mid."""
         there = self._actions.get((block, "input"), ())
-        if not any(map(_stashes, there)):
+        if not any(_stashes(action) for _, action in there):
             self.add(Place(block, "input"), order, Stash(name=block))
 
     def ordered(self) -> tuple[Visit, ...]:
         """As a forward pass reaches them; stashing comes last: what is kept is what edits left."""
         visits = [
-            visit_at(*key, self._orders[key], tuple(sorted(actions, key=_stashes)))
+            visit_at(*key, self._orders[key], tuple(action for _, action in some), part)
             for key, actions in self._actions.items()
+            for part, some in groupby(sorted(actions, key=_late), key=itemgetter(0))
         ]
         return tuple(sorted(visits, key=lambda visit: visit.order))
 
 
 def _stashes(action: Action) -> bool:
     return isinstance(action, Stash)
+
+
+def _late(entry: tuple[Part | None, Action]) -> bool:
+    return _stashes(entry[1])
 
 
 def acts_at(where: Tokens | None, dictionary: Dictionary, model: TransformersModel) -> Tokens:
