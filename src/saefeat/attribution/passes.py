@@ -33,6 +33,7 @@ from ..metrics.evaluator import (
 )
 from ..model.route import Route
 from ..model.sites import Place, Site
+from ..model.wrappers import require_unwrapped
 from ..results.provenance import (
     HASH,
     Provenance,
@@ -191,6 +192,7 @@ class SitePasses:
         self.there: dict[str, str] = {}  # what the server said of itself in the last pass
         if remote:
             require_plain(job.semantics, job.backward)
+            require_unwrapped("Attribute", model)
             if remote != "local":
                 model_key(model)
         bases: list[tuple[Any, Any]] = list(job.target.parts)
