@@ -221,9 +221,18 @@ def width_at(module: nn.Module, site: Site) -> int:
 def _width(module: nn.Module, path: str, end: str) -> int:
     """What a projection takes or gives."""
     projection: Any = module.get_submodule(path)
-    if hasattr(projection, "in_features"):
-        return int(projection.in_features if end == "input" else projection.out_features)
-    return int(projection.weight.shape[0 if end == "input" else 1])  # GPT-2's Conv1D: [in, out]
+    sides = ("in_features", "infeatures") if end == "input" else ("out_features", "outfeatures")
+    for name in sides:  # the second is older GPTQ layers'
+        if hasattr(projection, name):
+            return int(getattr(projection, name))
+    weight = getattr(projection, "weight", None)
+    if hasattr(projection, "nf") and weight is not None:  # GPT-2's Conv1D: [in, out]
+        return int(weight.shape[0 if end == "input" else 1])
+    raise SiteError(
+        f"saefeat: `site` lies at the {end} of {path}, a {type(projection).__name__} that does not"
+        f" say how wide that is, wanted a layer with `{sides[0]}`. Likely cause: quantized weights,"
+        f' whose shape is not the layer\'s. Try: Site("{path}.{end}"), which is tried out'
+    )
 
 
 def check_ready(module: nn.Module, where: str) -> None:
