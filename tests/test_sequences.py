@@ -405,27 +405,6 @@ def test_a_part_of_the_model_called_alone_is_refused():
         model(IDS)
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: m.model, "peft"])
-def test_wrappers_and_parts_are_refused_by_name(wrap):
-    model = build("llama")
-    if wrap == "peft":
-
-        class PeftModel(torch.nn.Module):
-            def __init__(self, inside):
-                super().__init__()
-                self.base_model, self.config = inside, inside.config
-
-        wrap = PeftModel
-    outer = wrap(model)
-    outer.config = model.config
-    step = sf.Clamp(V(), add=1.0)
-    with (
-        pytest.raises(sf.errors.ModelError, match=r"without model\.layers"),
-        sf.hooked(outer, step),
-    ):
-        pass
-
-
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_virtual_tokens_of_a_wrapper_are_refused(kind):
     """Prefix tuning: first(1) selected none of 3. Prompt tuning: the virtual tokens counted."""

@@ -54,9 +54,13 @@ def _look(stack: ExitStack, function: str, model: nn.Module, once: bool = False)
 
 
 def _is_table(module: nn.Module) -> bool:
-    """Whether a module only gives constants, such as rotary angles: it reads its input's dtype."""
-    weights = next(module.parameters(), None)
-    return weights is None and next(module.buffers(), None) is not None
+    """Whether a module only gives constants, such as rotary angles: it reads its input's dtype.
+
+    A layer with packed weights has no parameters either, but matrices or integers for buffers.
+    """
+    buffers = list(module.buffers())
+    constants = all(buffer.is_floating_point() and buffer.ndim < 2 for buffer in buffers)
+    return next(module.parameters(), None) is None and bool(buffers) and constants
 
 
 class _Look:

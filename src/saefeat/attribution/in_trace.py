@@ -17,6 +17,7 @@ from ..kernel.program import generating, whole_run
 from ..kernel.state import Log
 from ..metrics.evaluator import NOTHING, Pass, References, require_finite
 from ..model.modules import require_tracing, takes_logits_to_keep, torch_module
+from ..model.wrappers import root
 from ..results.receipt import Receipt
 from ..text.texts import texts_of
 from ..verbs.base import Intervention
@@ -169,7 +170,7 @@ def watch(job: Job, model: TransformersModel, intervention: Intervention | None)
     gradients_on("Attribute", torch_module(model))
     # A generation runs without gradients and passes the sites many times.
     with suppress(OutOfOrderError):  # ``whole_run`` says what to do
-        inputs = model.inputs  # from here on the model's own gradient mode holds
+        inputs = root(model).inputs  # from here on the model's own gradient mode holds
         if generating(takes_logits_to_keep(torch_module(model)), inputs[1]):
             raise GradientError(
                 "Attribute.watch: `model` is in a generation, wanted a trace. Likely cause: it"
@@ -180,7 +181,7 @@ def watch(job: Job, model: TransformersModel, intervention: Intervention | None)
     program, log = lower(intervention or NOTHING, model, way=way), Log()
     # What came before the first site stays in the user's graph.
     program = passes.watched(program, way, passes.written, detach=False)
-    whole_run(model, program, log, None)
+    whole_run(root(model), program, log, None)
     looking = crossed_now("Attribute.watch", torch_module(model), log)
     return Watching(job, passes, log, looking)
 

@@ -34,6 +34,7 @@ from ..metrics.evaluator import (
 )
 from ..model.route import Route
 from ..model.sites import Place, Site
+from ..model.wrappers import require_unwrapped
 from ..results.provenance import (
     HASH,
     Provenance,
@@ -196,6 +197,7 @@ class SitePasses:
         self.there: list[dict[str, str]] = []  # what servers said of themselves, each once
         if on is not None:
             require_plain(job.semantics, job.backward)
+            require_unwrapped("Attribute", model)
             if not on.is_local:
                 model_key(model)
         bases: list[tuple[Any, Any]] = list(job.target.parts)
@@ -302,8 +304,8 @@ class SitePasses:
         nothing = lower(NOTHING, evaluator.model, slice(0, 0), way)
 
         def asked(move: M) -> tuple[M, RemotePass]:
-            moves = {"targets": move.targets, "steps": move.steps}
-            program = self.watched(nothing, way, (), **moves, copy=False)
+            targets, steps = move.targets, move.steps
+            program = self.watched(nothing, way, (), targets=targets, steps=steps, copy=False)
             return move, self._asked(move.batch, program, on)
 
         for group in requests(map(asked, moves)):

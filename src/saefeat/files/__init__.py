@@ -4,4 +4,5 @@
 * ``checkpoint``: the finished batches of a long job.
 * ``paths``: ``~`` in a path.
 * ``hashing``: the one content hash.
+* ``packed``: all numbers a module computes with, quantized weights included.
 """

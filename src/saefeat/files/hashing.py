@@ -22,6 +22,7 @@ from numpy import generic, ndarray
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
+from .packed import stored
 
 
 def content_hash(document: object, tensors: Mapping[str, Tensor]) -> str:
@@ -132,13 +133,16 @@ def _code(code: CodeType) -> Iterator[object]:
 
 
 def weights(module: nn.Module) -> str:
-    """A hash of every parameter and buffer, at the price of reading each once.
+    """A hash of every parameter, buffer and packed weight, at the price of reading each once.
 
     Hashed are the bit patterns of each row, summed with fixed random factors: integers, so that
     every device and order of summation gives the same, and no two entries can change places.
     """
-    sums = []
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    sums: list[object] = []
+    for name, tensor in stored(module):
+        if not isinstance(tensor, Tensor):  # what quantized weights say of themselves
+            sums.append((name, tensor))
+            continue
         if tensor.is_meta:
             raise ModelError(
                 "checkpoint: `model` is not loaded yet, wanted a model with its weights. Likely"

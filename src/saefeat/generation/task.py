@@ -17,6 +17,7 @@ from ..kernel.state import Ends, Log
 from ..model.alone import alone
 from ..model.modules import torch_module
 from ..model.route import Route
+from ..model.wrappers import require_logits, root
 from ..results.provenance import Provenance, provenance, together
 from ..results.readings import Readings, stack_readings
 from ..results.receipt import Events, Fired, Receipt, join_receipts, without_events
@@ -51,6 +52,7 @@ class Task:
         decoding: Decoding, batch_size: int, allow_unfired: bool, way: Route | None = None,
     ) -> None:  # fmt: skip
         require_beamable(function, intervention, decoding.beams)
+        require_logits(function, torch_module(model))
         self.function, self.model, self.intervention = function, model, intervention
         self.decoding, self.batch_size, self.allow_unfired = decoding, batch_size, allow_unfired
         self._way = way
@@ -181,17 +183,17 @@ def run_batch(
         with alone(module), torch.no_grad(), model.trace() as tracer:
             with tracer.invoke(batch):
                 log = nnsight.save(Log())
-                whole_run(model, program, log)
+                whole_run(root(model), program, log)
             with tracer.invoke():
-                logits = nnsight.save(model.output.logits[:, -1].float().clone())
+                logits = nnsight.save(root(model).output.logits[:, -1].float().clone())
         return log, batch["input_ids"], logits
     arguments = settings.arguments()
     with alone(module), seeded(settings.seed, module), model.generate(**arguments) as tracer:
         with tracer.invoke(batch):
             log = nnsight.save(Log())
-            whole_run(model, program, log)
+            whole_run(root(model), program, log)
         with tracer.invoke():
-            logits = nnsight.save(model.output.logits[:, -1].float().clone())
+            logits = nnsight.save(root(model).output.logits[:, -1].float().clone())
             tokens = nnsight.save(tracer.result)
     return log, tokens, logits[:: settings.beams]
 

@@ -258,8 +258,8 @@ def generating(keeps: bool, kwargs: dict[str, Any]) -> bool:
     """Whether a forward pass was made by transformers' generate; ``keeps`` as in ``Program``."""
     # It passes the first two always, and the third to a model that takes it (5.23). The first two
     # alone may be a trace by somebody who wants no cache: waiting there for a second pass would
-    # end their block.
-    both = "return_dict" in kwargs and "use_cache" in kwargs
+    # end their block. A PEFT model's own call passes return_dict=None.
+    both = kwargs.get("return_dict") is not None and "use_cache" in kwargs
     return both and ("logits_to_keep" in kwargs or not keeps)
 
 

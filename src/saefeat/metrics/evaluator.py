@@ -27,6 +27,7 @@ from ..model.alone import alone
 from ..model.modules import torch_module
 from ..model.route import Route, route
 from ..model.sites import Site
+from ..model.wrappers import require_logits, root
 from ..results.receipt import Receipt, join_receipts
 from ..text.limits import limits_of, require_fits
 from ..text.padding import left_padded, pad_of
@@ -162,9 +163,9 @@ def forward(
     with alone(torch_module(model)), model.trace(**options) as tracer:
         with tracer.invoke(batch.inputs):
             log = nnsight.save(Log())
-            whole_run(model, program, log, batch.lengths)
+            whole_run(root(model), program, log, batch.lengths)
         with tracer.invoke():
-            logits = nnsight.save(model.output.logits[:, -columns:])
+            logits = nnsight.save(root(model).output.logits[:, -columns:])
     return log, logits
 
 
@@ -189,6 +190,7 @@ class Evaluator:
         error: type[SaefeatError] = SaefeatError,
     ) -> None:
         self.model, self.metric, self.module = model, metric, torch_module(model)
+        require_logits(function, self.module)
         self.asker = Asker(function, metric, error)
         self._sites = [*sites, *([] if metric.site is None else [metric.site])]
         self._routes: dict[frozenset[Site], Route] = {}

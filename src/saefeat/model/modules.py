@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -13,14 +14,16 @@ from ..errors import ModelError, SiteError
 from .families import FAMILIES, NESTED, NORMS, SKIP, TEXT
 from .heads import heads_of, part_of
 from .sites import HEADS, Place, Site
+from .wrappers import inside, is_compiled
 
 
 def torch_module(model: object) -> nn.Module:
-    """The torch module behind an nnsight model, or the module itself.
+    """The torch module behind an nnsight model, or the module itself; of a wrapper, the one inside.
 
     Raises:
         ModelError: for anything else, and under another default device of torch: what is made
-            beside the model belongs on the CPU, or where the model says.
+            beside the model belongs on the CPU, or where the model says; for a wrapper that puts
+            virtual tokens before the text, or runs copies.
     """
     if (device := torch.get_default_device().type) != "cpu":
         raise ModelError(
@@ -30,7 +33,7 @@ def torch_module(model: object) -> nn.Module:
         )
     module = getattr(model, "_module", model)
     if isinstance(module, nn.Module):
-        return module
+        return inside(module)
     raise ModelError(
         f"saefeat: `model` is {type(model).__name__}, wanted an nnsight TransformersModel or a"
         " Hugging Face module. Likely cause: a tokenizer, a name or a pipeline was passed instead"
@@ -73,8 +76,7 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     if kind in NESTED and TEXT.get(text, text) in FAMILIES:
         found = NESTED[kind], FAMILIES[TEXT.get(text, text)][1]
     if found is not None:
-        _require_whole(module, found[0])
-        return found
+        return _standing(module, found[0]), found[1]
     got = f"of family {kind!r}" + (f" around {text!r}" if text else "")
     raise ModelError(
         f"saefeat: `model` is {got}, wanted one of {', '.join([*FAMILIES, *NESTED])}. Likely cause:"
@@ -83,20 +85,21 @@ def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
     )
 
 
-def _require_whole(module: nn.Module, blocks: str) -> None:
-    """Refuse a wrapper, or a part of a model: places are paths from the whole model."""
-    try:
-        module.get_submodule(blocks)
-    except AttributeError as error:
-        inside = getattr(module, "module", None) or getattr(module, "base_model", None)
-        cause, call = "the body of a model, without its head", "AutoModelForCausalLM, not AutoModel"
-        if isinstance(inside, nn.Module) and inside is not module:
-            cause = "a wrapper around it, such as a PeftModel or DataParallel"
-            call = "peft_model.merge_and_unload(), or data_parallel.module"
-        raise ModelError(
-            f"saefeat: `model` is a {type(module).__name__} without {blocks}, wanted the whole"
-            f" language model, where its blocks lie. Likely cause: {cause}. Try: {call}"
-        ) from error
+def _standing(module: nn.Module, blocks: str) -> str:
+    """The blocks' path from a model with its head, or from the body alone, as AutoModel gives it.
+
+    Raises:
+        ModelError: for what is neither, as an unknown wrapper is.
+    """
+    for path in (blocks, blocks.partition(".")[2]):
+        with suppress(AttributeError):
+            if path and module.get_submodule(path):
+                return path
+    raise ModelError(
+        f"saefeat: `model` is a {type(module).__name__} without {blocks}, wanted the whole"
+        " language model, or its body, where its blocks lie. Likely cause: a wrapper around it, or"
+        " a part of it. Try: the language model inside, as transformers loads it"
+    )
 
 
 def _example(module: nn.Module) -> str:
@@ -185,9 +188,7 @@ def _check_eager(module: nn.Module, path: str) -> None:
     names = path.split(".")
     for depth in range(len(names) + 1):
         part = module.get_submodule(".".join(names[:depth]))
-        compiled = getattr(part, "_compiled_call_impl", None) is not None
-        wrapped = hasattr(part, "_orig_mod") or hasattr(part.forward, "_torchdynamo_orig_callable")
-        if compiled or wrapped:
+        if is_compiled(part):
             raise ModelError(
                 f"saefeat: `model` is compiled at {'.'.join(names[:depth]) or 'its root'!r}, wanted"
                 f" {path} outside of compiled code. Likely cause: torch.compile: hooks that come"
@@ -220,9 +221,18 @@ def width_at(module: nn.Module, site: Site) -> int:
 def _width(module: nn.Module, path: str, end: str) -> int:
     """What a projection takes or gives."""
     projection: Any = module.get_submodule(path)
-    if hasattr(projection, "in_features"):
-        return int(projection.in_features if end == "input" else projection.out_features)
-    return int(projection.weight.shape[0 if end == "input" else 1])  # GPT-2's Conv1D: [in, out]
+    sides = ("in_features", "infeatures") if end == "input" else ("out_features", "outfeatures")
+    for name in sides:  # the second is older GPTQ layers'
+        if hasattr(projection, name):
+            return int(getattr(projection, name))
+    weight = getattr(projection, "weight", None)
+    if hasattr(projection, "nf") and weight is not None:  # GPT-2's Conv1D: [in, out]
+        return int(weight.shape[0 if end == "input" else 1])
+    raise SiteError(
+        f"saefeat: `site` lies at the {end} of {path}, a {type(projection).__name__} that does not"
+        f" say how wide that is, wanted a layer with `{sides[0]}`. Likely cause: quantized weights,"
+        f' whose shape is not the layer\'s. Try: Site("{path}.{end}"), which is tried out'
+    )
 
 
 def check_ready(module: nn.Module, where: str) -> None:

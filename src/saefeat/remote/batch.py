@@ -25,6 +25,7 @@ from ..kernel.pack import pack, unpack, whereabouts
 from ..kernel.program import Program, whole_run
 from ..kernel.state import Log
 from ..model.modules import torch_module
+from ..model.wrappers import require_unwrapped
 from ..results.provenance import called_there, elsewhere, model_key
 from ..results.run import Run
 from ..shipping.client import Client, Deadline
@@ -97,7 +98,8 @@ def with_stops(model: TransformersModel) -> None:
 
 
 def require_plain(model: TransformersModel, settings: Decoding, remote: bool | str) -> None:
-    """Refuse beams: edits follow them through the key-value cache, which stays with the model."""
+    """Refuse a wrapper, and beams: edits follow them through the cache, which stays there."""
+    require_unwrapped("run", model)
     if remote != "local":
         model_key(model)
     if settings.beams > 1:

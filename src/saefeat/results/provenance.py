@@ -155,7 +155,8 @@ def provenance(
         rest: other fields of ``Provenance``.
     """
     module = torch_module(model)
-    first = next(module.parameters(), torch.zeros(0, dtype=torch.float32))
+    floating = (weight for weight in module.parameters() if weight.is_floating_point())
+    first = next(floating, torch.zeros(0, dtype=torch.float32))  # packed weights are integers
     dictionaries: dict[str, dict[str, None]] = {}  # site → names, each once, in order
     for basis, indices in parts:
         every = len(indices) == basis.d_sae  # a file that is read whole is hashed once
@@ -255,14 +256,20 @@ def _adapters(module: nn.Module) -> tuple[str, ...]:
 
 
 def _quantization(module: nn.Module) -> str:
-    """The method that the configuration declares, or torch's own quantized layers."""
+    """The method that the configuration declares, or the library of its layers or weights."""
     declared = getattr(getattr(module, "config", None), "quantization_config", None)
     if declared is not None:
         own = declared.get if isinstance(declared, dict) else partial(getattr, declared)
         method = own("quant_method", None) or type(declared).__name__
         return f"quantized by {getattr(method, 'value', method)}"
-    parts = {type(part).__module__ for part in module.modules()}
-    return "quantized by torch" if any(".quantized" in name for name in parts) else ""
+    kinds = {type(part).__module__ for part in (*module.modules(), *module.parameters())}
+    names = sorted({name.partition(".")[0] for name in kinds} & _QUANTIZERS)
+    names += ["torch"] if any(".quantized" in name for name in kinds) else []
+    return f"quantized by {', '.join(names)}" if names else ""
+
+
+_QUANTIZERS = {"torchao", "bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "optimum"}
+"""Libraries whose layers and tensors hold quantized weights."""
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from ..errors import FiringError, ModelError
 from ..kernel.state import Log
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
+from ..model.wrappers import chain
 from ..shipping.program import Carried
 from ..verbs.base import Intervention
 from ..verbs.lower import lower
@@ -96,10 +97,11 @@ def hooked(model: nn.Module | TransformersModel, intervention: Intervention) -> 
         1
     """
     module = torch_module(model)
+    around = chain(getattr(model, "_module", model))
     program = lower(intervention, model)
     for visit in program.visits:
         require_whole(module, visit.path, visit.end)
-    hooks = Hooks(module, intervention, program)
+    hooks = Hooks(around, intervention, program)
     with ExitStack() as stack:
         hooks.put(stack)
         yield hooks.log

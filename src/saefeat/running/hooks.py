@@ -11,7 +11,7 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -41,9 +41,13 @@ class Hooks:
 
     broken: Tensor | None
 
-    def __init__(self, module: nn.Module, intervention: Intervention, program: Program) -> None:
+    def __init__(
+        self, around: Sequence[nn.Module], intervention: Intervention, program: Program
+    ) -> None:
         self.log, self.called, self.broken = Log(), False, None
-        self._module, self._intervention, self._program = module, intervention, program
+        self._around, self._module = around, around[-1]
+        self._intervention, self._program = intervention, program
+        self._entry: nn.Module | None = None  # what the pass that is under way began with
         self._sequences, self._ends = Sequences(), program.ends
         self._state: State | None = None  # of the forward pass that is under way
         self._thread = 0
@@ -53,12 +57,14 @@ class Hooks:
     def put(self, stack: ExitStack) -> None:
         """Put the hooks on the model until the stack is closed."""
         module = self._module
-        begin = module.register_forward_pre_hook(_Hook(module, self._begin), with_kwargs=True)
-        stack.callback(begin.remove)
+        for caller in self._around:
+            begin = caller.register_forward_pre_hook(_Hook(caller, self._begin), with_kwargs=True)
+            stack.callback(begin.remove)
         for visit in self._program.visits:
             stack.callback(self._at(visit).remove)
-        end = module.register_forward_hook(_Hook(module, self._end), always_call=True)
-        stack.callback(end.remove)
+        for caller in self._around:
+            end = caller.register_forward_hook(_Hook(caller, self._end), always_call=True)
+            stack.callback(end.remove)
         generate: Any = getattr(module, "generate", None)
         if generate is not None:
             before = vars(module).get("generate")
@@ -76,13 +82,16 @@ class Hooks:
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """At the start of a forward pass: where are we in which sequence?"""
         self.called = True
+        inner = self._entry is not None and module is not self._entry
+        if inner and self._thread == threading.get_ident():  # a wrapper's pass, under way
+            return
         if self._state is not None and self._thread != threading.get_ident():
             raise ModelError(
                 "hooked: `model` is called by two threads at once, wanted one forward pass after"
                 " the other. Likely cause: a server or a data loader that runs the model in"
                 " threads. Try: a lock around the calls, or a model for each"
             )
-        named = _by_name(module, args, kwargs)
+        named = _by_name(module, self._module, args, kwargs)
         require_sequential(named)
         ids, mask, cache = named.get("input_ids"), named.get("attention_mask"), cache_of(named)
         shown = ids if ids is not None else named["inputs_embeds"]
@@ -98,7 +107,7 @@ class Hooks:
             self._program.beams.follow(cache, memory)
         view = window(ids, mask, shape, past, memory, self._ends)
         self._state = State(view, self.log, self._program.placed)
-        self._thread = threading.get_ident()
+        self._thread, self._entry = threading.get_ident(), module
         self._left = {(visit.path, visit.end) for visit in self._program.visits}
         self.log.view = view
         self.log.passes += 1
@@ -107,7 +116,9 @@ class Hooks:
         """At the end of a forward pass, well or badly: was every site reached?"""
         if self._thread != threading.get_ident():  # of a call that was refused
             return
-        state, self._state = self._state, None
+        if self._entry is not None and module is not self._entry:  # within a wrapper's pass
+            return
+        state, self._state, self._entry = self._state, None, None
         if state is None or output is None:  # the pass has failed
             return
         cache, memory = cache_of(output), state.view.memory
@@ -182,12 +193,21 @@ def _settings(module: Any, kwargs: dict[str, Any]) -> Any:
     return config
 
 
-def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name: what stands second is Llama's mask, and GPT-2's cache."""
+def _by_name(
+    module: nn.Module, inside: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A call's arguments by name: what stands second is Llama's mask, and GPT-2's cache.
+
+    A wrapper that names none hands them on to the model inside.
+    """
+    names = _names(module) or _names(inside) or ["input_ids"]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _names(module: nn.Module) -> list[str]:
     # of the class: transformers' decorators make a bound method's signature begin with self
     _, *listed = inspect.signature(type(module).forward).parameters.values()
-    names = [one.name for one in listed if one.kind is one.POSITIONAL_OR_KEYWORD]
-    return dict(zip(names or ["input_ids"], args, strict=False)) | kwargs
+    return [one.name for one in listed if one.kind is one.POSITIONAL_OR_KEYWORD]
 
 
 # ---------------------------------------------------------------- copies

@@ -19,6 +19,7 @@ from ..kernel.pack import applied
 from ..kernel.program import Program, whole_run
 from ..model.modules import torch_module
 from ..model.requests import in_requests
+from ..model.wrappers import require_unwrapped, root
 from .narrow import narrowed
 from .payload import PAYLOAD_LIMIT, leaves, parts_of, require_known, strangers
 
@@ -41,7 +42,7 @@ class Carried:
     model: TransformersModel
 
     def __call__(self, copy: Any) -> None:
-        whole_run(copy, self.program, None)
+        whole_run(root(copy), self.program, None)
 
 
 def _carried(edit: Carried) -> Any:
@@ -66,6 +67,7 @@ def shipped(program: Program, model: TransformersModel) -> Program:
     Raises:
         RemoteError: for what no server can run.
     """
+    require_unwrapped("intervention(model)", model)
     program = narrowed(program)
     if program.beams is None:  # what does must follow beams, which only the cache tells of
         program = program.replace(embedding=embedding(model))

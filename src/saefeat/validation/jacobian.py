@@ -20,6 +20,7 @@ from ..metrics.evaluator import Batch, forward
 from ..model.modules import torch_module
 from ..model.route import Route
 from ..model.sites import Order, Place, Site
+from ..model.wrappers import require_logits
 from ..text.tokens import Tokens, plain
 from ..verbs.base import Chain
 from ..verbs.lower import Visits, acts_at, lower
@@ -103,7 +104,9 @@ class Jacobian:
             keep = Keep(number=number, plus=place.plus, gradient=gradient, first=first)
             visits.add(place, order, keep)
         program = program.replace(visits=visits.ordered())
-        with torch.enable_grad(), crossed("edges", torch_module(self._model)):
+        module = torch_module(self._model)
+        require_logits("edges", module)
+        with torch.enable_grad(), crossed("edges", module):
             log, _ = forward(self._model, batch, program, columns=1)
         return log
 

@@ -20,6 +20,7 @@ from ..kernel.program import whole_run
 from ..kernel.state import Log, last_position
 from ..model.modules import require_tracing
 from ..model.requests import in_requests
+from ..model.wrappers import root
 from ..results.readings import Readings, join_time
 from ..results.receipt import Fired, Receipt, record_events
 from ..shipping.program import as_shipped
@@ -86,7 +87,7 @@ class Intervention(ABC):
             require_memoryless(self)
         require_tracing("intervention", model)
         log = Log()
-        whole_run(model, lower(self, model), log, step=step)
+        whole_run(root(model), lower(self, model), log, step=step)
         return log
 
     def bind(self, model: TransformersModel) -> Self:
