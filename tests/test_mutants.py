@@ -68,9 +68,14 @@ MUTANTS = {
         "test_attribution.py::test_finite_differences[resid_post.1]",
     ),
     "a transcoder's gradient at its read site": Mutant(
-        "slope = part.read_at(values, mask), slopes[part.write]",
-        "slope = part.read_at(values, mask), slopes[sorted(slopes)[0]]",
+        "slope = part.read_at(values, mask), part.written_at(slopes, mask)",
+        "slope = part.read_at(values, mask), slopes[sorted(slopes)[0]][mask]",
         "test_attribution.py::test_every_architecture_against_the_naive_form[transcoder-AtP()-zero]",
+    ),
+    "a cross-layer latent written at one site": Mutant(
+        "(first | form.further(dictionary, indices)).items()",
+        "first.items()",
+        "test_cross_layer.py::test_an_edit_is_written_at_every_site[transcoder-relu-llama-ablate]",
     ),
     "no path between clean and baseline": Mutant(
         "torch.lerp(x.detach().to(dtype), target.to(dtype), share)",

@@ -28,8 +28,8 @@ class Dictionaries(Mapping[Site, Dictionary]):
         >>> v = torch.ones(8)
         >>> directions = [sf.Direction(v, site=f"resid_post.{layer}") for layer in range(3)]
         >>> at = sf.dictionaries.Dictionaries(directions)
-        >>> at[1].site
-        Site(kind='resid_post', layer=1)
+        >>> print(at[1].site)
+        resid_post.1
         >>> at.latents({0: [0], 2: [0]})
         Latents(2: resid_post.0 [0], resid_post.2 [0])
     """
