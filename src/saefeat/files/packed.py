@@ -45,7 +45,8 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 def _opened(name: str, tensor: Tensor) -> Iterator[tuple[str, object]]:
     """A tensor, or the parts of one of a class of its own."""
     if hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "placements"):
-        parts, context = tensor.__tensor_flatten__()
+        own: Any = tensor
+        parts, context = own.__tensor_flatten__()
         yield name, f"{type(tensor).__name__} {_text(context)}"
         for part in parts:
             yield from _opened(f"{name}.{part}", getattr(tensor, part))

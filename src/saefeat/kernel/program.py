@@ -156,6 +156,8 @@ class AnyBeside(Protocol):
 
     def beams(self, model: Any) -> int: ...
 
+    def check(self, model: Any) -> None: ...
+
 
 class Program(Frozen):
     """An intervention, lowered for one model."""
@@ -209,6 +211,7 @@ def whole_run(
     decodes = generating(program.keeps, inputs[1])
     if program.beside is not None:
         sequences = program.beside.sequences(memory)
+        program.beside.check(model)
         if decodes:
             memory.beams = program.beside.beams(model)
         if decodes and program.ends is not None:

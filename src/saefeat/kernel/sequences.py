@@ -133,6 +133,10 @@ class Beside(Frozen):
         """The sequences of one run, of which the first has this memory."""
         return Sequences(first)
 
+    def check(self, model: Any) -> None:
+        """Refuse loops of decoding that are not transformers' own."""
+        require_own_loop(arguments(model) or {})
+
     def ends(self, model: Any, ends: Ends) -> Ends:
         """How rows end, by the arguments of ``generate`` as well."""
         given = arguments(model)
@@ -156,6 +160,23 @@ class Beside(Frozen):
         given = arguments(model) or {}
         config = given.get("generation_config") or getattr(model._module, "generation_config", None)
         return given.get("num_beams") or getattr(config, "num_beams", None) or 1
+
+
+def require_own_loop(given: dict[str, Any]) -> None:
+    """Refuse arguments of ``generate`` that bring another loop: its passes may hold guesses.
+
+    Contrastive search runs its candidates side by side and drops all but one; DoLa, constrained and
+    group beam search come from the Hub as well (transformers 5.23).
+    """
+    named = next((n for n in ("custom_generate", "trust_remote_code") if given.get(n)), None)
+    if named is not None:
+        raise SaefeatError(
+            f"saefeat: generate is given {named}, whose passes may hold candidates that are dropped"
+            " later, which would be edited, read and counted. Likely cause: contrastive search,"
+            " DoLa, or constrained or group beam search, which transformers takes from the Hub."
+            " Try: greedy decoding, sampling or num_beams; or a loop of your own that feeds each"
+            " token once"
+        )
 
 
 def arguments(model: Any) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from ..errors import ModelError
 from ..generation.decoding import require_beamable
 from ..generation.task import no_numbers
 from ..kernel.program import Program, Visit, generating
-from ..kernel.sequences import Sequences
+from ..kernel.sequences import Sequences, require_own_loop
 from ..kernel.state import Log, State, cache_of, require_sequential, window
 from ..verbs.base import Intervention
 from ..verbs.lower import ends_of
@@ -170,6 +170,7 @@ class Hooks:
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``: each call begins a text of its own."""
+        require_own_loop(kwargs)
         config = _settings(self._module, kwargs)
         require_beamable("hooked", self._intervention, config.num_beams or 1)
         before = self._sequences, self._ends, self._decodes
