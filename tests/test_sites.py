@@ -275,6 +275,9 @@ def test_an_unknown_family():
         vocab_size=VOCAB, hidden_size=D, num_hidden_layers=2, num_attention_heads=4, is_decoder=True
     )
     model = transformers.BertLMHeadModel(config).eval()
+    model.others = torch.nn.ModuleList(
+        [torch.nn.Linear(2, 2) for _ in range(2)]
+    )  # are they blocks?
     with pytest.raises(sf.errors.ModelError) as caught, sf.hooked(model, sf.Ablate(make_sae())):
         pass
     assert "'bert'" in str(caught.value) and "gemma2" in str(caught.value)
