@@ -112,6 +112,12 @@ def written(model) -> list[str]:
     return [site for layer in {0, len(blocks(model)) - 1} for site in editable(model, layer)]
 
 
+def moved(model) -> list[str]:
+    """And those of the model itself, but logits, which are computed for the last token alone."""
+    sites = [site for site in [*written(model), *whole_of(model)] if site != "logits"]
+    return sorted(sites, key=lambda site: sf.Site.parse(site).order)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_an_edit_is_a_plain_hooks(name):
     """At each site; what is before the edited token stays as it is."""
@@ -134,7 +140,7 @@ def test_an_edit_is_a_plain_hooks(name):
 def test_edits_act_at_every_token_of_a_generation(name):
     """All sites of the first and the last layer at once: by nnsight, and by hooks uncached."""
     model, batch = model_of(name), batch_of()
-    sites = ["embed", *written(model), "final_norm"]
+    sites = moved(model)
     chain = clamps(model, *sites)
     out = sf.run(wrapped(model), RAGGED, chain, max_new_tokens=3)
     wanted = text_by_hand(model, batch, *sites)[:, batch["input_ids"].shape[1] :]
@@ -148,7 +154,7 @@ def test_edits_act_at_every_token_of_a_generation(name):
 @pytest.mark.parametrize("name", ALL)
 def test_scores_are_the_gradient(name):
     model = model_of(name)
-    sites = ["embed", *written(model), "final_norm"]
+    sites = moved(model)
     wanted = scores_by_hand(model, batch_of(), sites)
     close(scores(model, RAGGED, sites), wanted, atol=1e-5, rtol=1e-4)
     assert (wanted.abs().amax(1) > 1e-5).all()

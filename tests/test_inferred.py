@@ -122,3 +122,12 @@ def test_two_lists_of_blocks_are_none():
     model.model.others = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
     with pytest.raises(sf.errors.ModelError, match="no blocks that add up"):
         family(model)
+
+
+def test_in_train_mode_with_dropout_it_is_refused():
+    """Two passes differ there; in eval mode the same model shows all it has."""
+    model = hidden("gpt2").train()
+    with pytest.raises(sf.errors.ModelError, match=r"no two passes.*model\.eval\(\)"):
+        family(model)
+    model.eval()
+    assert set(table_of(model)) == set(table_of(hidden("gpt2"))) > {"attn_out"}

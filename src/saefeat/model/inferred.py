@@ -35,21 +35,35 @@ def inferred(module: nn.Module, config: Any) -> tuple[str, Table] | None:
     It is looked for once a model, with a warning.
 
     Raises:
-        ModelError: for a model without weights.
+        ModelError: for a model without weights, or with dropout in train mode.
     """
     held = vars(module)
-    if _NAME not in held:
-        held[_NAME] = _infer(module, config)
-        if held[_NAME] is not None:
-            warnings.warn(
-                f"saefeat: `model` is of type {config.model_type!r}, of which no table tells where"
-                f" sites lie. Inferred from its modules and a pass: {', '.join(held[_NAME][1])}."
-                " Each adds up and acts as it should on this model; say so where results are"
-                " reported. Sites by a module's path need no table",
-                InferredSitesWarning,
-                stacklevel=4,
-            )
-    return held[_NAME]
+    if _NAME in held:
+        return held[_NAME]
+    if _drops_out(module):
+        raise ModelError(
+            f"saefeat: `model` is of type {config.model_type!r}, of which no table tells where"
+            " sites lie, and in train mode with dropout, where no two passes are alike, wanted eval"
+            " mode. Likely cause: the model was built in this process. Try: model.eval()"
+        )
+    found = _infer(module, config)
+    if found is None:
+        return None
+    held[_NAME] = found
+    warnings.warn(
+        f"saefeat: `model` is of type {config.model_type!r}, of which no table tells where"
+        f" sites lie. Inferred from its modules and a pass: {', '.join(found[1])}."
+        " Each adds up and acts as it should on this model; say so where results are"
+        " reported. Sites by a module's path need no table",
+        InferredSitesWarning,
+        stacklevel=4,
+    )
+    return found
+
+
+def _drops_out(module: nn.Module) -> bool:
+    parts = module.modules()
+    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in parts)
 
 
 def is_inferred(module: nn.Module) -> bool:
