@@ -10,7 +10,6 @@ the error that it raised.
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import beartype  # noqa: F401  (before nnsight)
@@ -20,7 +19,6 @@ import torch
 import saefeat as sf
 from helpers import (
     ARCHITECTURES,
-    FAMILIES,
     RAGGED,
     TRANSCODERS,
     D,
@@ -31,10 +29,14 @@ from helpers import (
     tensors_for,
     wrapped,
 )
-from saefeat.model.modules import find, width_at
-from saefeat.model.sites import HOOKS
+from saefeat.model.modules import blocks, find, has_site, width_at
+from saefeat.model.sites import HOOKS, WHOLE
+from zoo import ZOO, model_of
+from zoo_checks import clamps, edit_by_hand, logits_of, plain_hook, read_all, seen_by_hand
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "guide" / "support.md"
+FAMILIES = ["gpt2", "gpt_neox", "llama", "gemma2"]
+"""Built unlike each other: in these every way of running is tried."""
 WAYS = ["trace", "generate", "edit", "run", "hooked"]
 NEW = 3
 EXACT, DIFFERS = "✓", "✗"
@@ -49,41 +51,6 @@ same tokens where tokens are generated), ✗ that it is not. – means that ther
 name is the error that the case raises: it is refused, and never run wrongly. That the places are
 the right ones is held against TransformerLens elsewhere, in `tests/test_sites.py`.
 """
-
-
-@contextmanager
-def plain_hook(model, site, move):
-    """x → move(x) at a site, by a hook written here; resid_mid is moved where attention ends."""
-    place = find(model, sf.Site.parse(site))
-    module, held = model.get_submodule(place.path), {}
-    with ExitStack() as stack:
-        if place.plus is not None:
-            block = model.get_submodule(place.plus)
-
-            def stash(_, args, kwargs):
-                held["x"] = args[0] if args else kwargs["hidden_states"]
-
-            stack.callback(block.register_forward_pre_hook(stash, with_kwargs=True).remove)
-
-        def moved(x):
-            return move(held["x"] + x) - held["x"] if place.plus is not None else move(x)
-
-        def before(_, args, kwargs):
-            if args:
-                return (moved(args[0]), *args[1:]), kwargs
-            name = next(iter(kwargs))
-            return args, {**kwargs, name: moved(kwargs[name])}
-
-        def after(_, __, output):
-            return (moved(output[0]), *output[1:]) if isinstance(output, tuple) else moved(output)
-
-        handle = (
-            module.register_forward_pre_hook(before, with_kwargs=True)
-            if place.end == "input"
-            else module.register_forward_hook(after)
-        )
-        stack.callback(handle.remove)
-        yield
 
 
 def outcome(act, *wanted: torch.Tensor) -> str:
@@ -214,6 +181,42 @@ def sites_table(families) -> str:
     return "\n".join(rows)
 
 
+KINDS = [*HOOKS, *WHOLE]
+READ, NONE = "read", "–"
+
+
+def families_table(names) -> str:
+    """Family x point: what a reading and an edit are, each against a plain hook's."""
+    rows = [f"| model type | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+    for name in names:
+        model = model_of(name)
+        rows.append(f"| {name} | {' | '.join(point(model, kind) for kind in KINDS)} |")
+    return "\n".join(rows)
+
+
+def point(model, kind: str) -> str:
+    """One kind in one model: at the last layer that has it, and at which layers, if not at all."""
+    every = [sf.Site(kind)] if kind in WHOLE else []
+    layers = range(len(blocks(model)))
+    every = every or [sf.Site(kind, layer) for layer in layers]
+    have = [site for site in every if has_site(model, site)]
+    if not have:
+        return NONE
+    site, place, batch = str(have[-1]), find(model, have[-1]), batch_of()
+    where = "" if len(have) == len(every) else f" in {', '.join(str(one.layer) for one in have)}"
+    real = batch["attention_mask"].bool()
+    if place.transform is not None:
+        return READ + where
+    read = read_all(model, batch, [site])[site][real], seen_by_hand(model, batch, site)[real]
+    found = outcome(lambda: read[:1], read[1])
+    if place.aside:
+        return READ + where if found == EXACT else found
+    with torch.no_grad(), sf.hooked(model, clamps(model, site)):
+        edited = logits_of(model, batch)
+    both = {found, outcome(lambda: (edited,), edit_by_hand(model, batch, site))}
+    return (EXACT if both == {EXACT} else DIFFERS) + where
+
+
 def dictionary(architecture: str):
     if architecture == "direction":
         return sf.Direction(torch.eye(D)[:8], site="resid_post.1")
@@ -333,8 +336,29 @@ SITES = """
 
 Each cell holds all five ways of running (inline in a trace and in `generate`, `edit`, `run`,
 `hooked`) and `Attribute`, whose scores are compared with the gradient of the model's own graph.
-`mlp_norm` is computed and not passed on: it is read (by probes and transcoders), and refused where
-something would be written.
+`attn_norm` and `mlp_norm` are computed and not passed on: they are read (by probes and
+transcoders), and refused where something would be written.
+"""
+
+POINTS = """
+## Families
+
+Each cell holds a reading and an edit in a model of two layers (four for gemma3n), held against
+plain hooks; `tests/test_families.py` holds generations, with and without a cache, and scores
+against the gradient at the same sites. "read" is a value that the model does not go on with: a
+norm's value without its weight, or a router's logits beside the experts already chosen; an edit
+there is a SiteError that says so. "in 0" names the layers that have it, where layers differ. A
+name in two parts says which setting of the family was tried.
+
+Not offered, and why: q, k and v of deepseek are one compressed value (`k`, `v`); what attention
+adds is beside other summands in gemma3n and falcon_h1 (`resid_mid`); zamba2 calls its attention
+several times in a pass, from one module; post-norm models of opt and bloom add to another stream
+than the block's (`attn_out`, `mlp_out`, `resid_mid`); the logits of gemma2 are capped behind the
+last module. In `generate`, `logits` is refused at the prompt's pass, of which a model computes the
+last token's alone. Attention scores and patterns are no site: they are not [batch, tokens, width];
+read them with `output_attentions=True` and `attn_implementation="eager"`.
+rwkv is not in the table: its cache does not say how many tokens it holds, its first block begins
+with a norm of the stream, and it halves the stream every six layers.
 """
 
 BASES = """
@@ -353,8 +377,9 @@ taken back, a static cache's mask, a prompt in chunks for a rule that needs its 
 """
 
 
-def page(families=FAMILIES, names=DICTIONARIES) -> str:
-    parts = [HEAD, SITES, sites_table(families), BASES, dictionaries_table(names)]
+def page(families=FAMILIES, names=DICTIONARIES, zoo=ZOO) -> str:
+    parts = [HEAD, SITES, sites_table(families), POINTS, families_table(zoo)]
+    parts += [BASES, dictionaries_table(names)]
     return "\n".join([*parts, DECODES, decoding_table(), ""]).replace("\n\n\n", "\n\n")
 
 

@@ -389,10 +389,13 @@ def test_another_width():
 
 
 def test_a_kind_of_site_on_a_model_outside_the_table_points_to_paths():
+    model = stranger("OPT")
+    model.config.model_type = "strange"
+    model.model.others = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])  # or these?
     with pytest.raises(sf.errors.ModelError) as caught:
-        sf.run(wrapped(stranger("OPT")), RAGGED, sf.Ablate(make_sae().latents([0])))
+        sf.run(wrapped(model), RAGGED, sf.Ablate(make_sae().latents([0])))
     path = str(caught.value).split('such as "')[1].split('"')[0]
-    sf.run(wrapped(stranger("OPT")), RAGGED, sf.Ablate(make_sae("standard", path).latents([0])))
+    sf.run(wrapped(model), RAGGED, sf.Ablate(make_sae("standard", path).latents([0])))
 
 
 def test_a_module_that_sees_part_of_the_tokens_is_refused_when_it_does():

@@ -7,7 +7,6 @@ import torch
 
 import support
 from helpers import build
-from saefeat.model.sites import HOOKS
 
 TEXT = support.PAGE.read_text(encoding="utf-8")
 
@@ -18,6 +17,11 @@ def test_a_model_types_row(family):
     assert support.sites_table([family]).splitlines()[2] in TEXT.splitlines()
 
 
+@pytest.mark.parametrize("name", ["falcon", "qwen3_next"])
+def test_a_familys_row(name):
+    assert support.families_table([name]).splitlines()[2] in TEXT.splitlines()
+
+
 @pytest.mark.parametrize("name", ["topk", "skip_transcoder", "error term"])
 def test_a_dictionarys_row(name):
     assert support.dictionaries_table([name]).splitlines()[2] in TEXT.splitlines()
@@ -25,9 +29,9 @@ def test_a_dictionarys_row(name):
 
 def test_the_page_holds_every_case_and_none_is_wrong():
     rows = [line.split(" | ")[0].strip("| ") for line in TEXT.splitlines() if line.startswith("|")]
-    for names in (support.FAMILIES, support.DICTIONARIES, support.DECODING):
+    for names in (support.FAMILIES, support.ZOO, support.DICTIONARIES, support.DECODING):
         assert set(names) <= set(rows)
-    assert all(kind in TEXT for kind in HOOKS)
+    assert all(kind in TEXT for kind in support.KINDS)
     assert TEXT.count(support.DIFFERS) == 1  # where the sign is explained
 
 

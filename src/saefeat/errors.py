@@ -16,6 +16,7 @@ __all__ = [
     "FileError",
     "FiringError",
     "GradientError",
+    "InferredSitesWarning",
     "LatentError",
     "ModelError",
     "PromptError",
@@ -137,4 +138,14 @@ class ConvergenceWarning(UserWarning):
         >>> import warnings
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("error", sf.errors.ConvergenceWarning)  # stop instead
+    """
+
+
+class InferredSitesWarning(UserWarning):
+    """A model type of which no table tells where sites lie: they were found by running it.
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", sf.errors.InferredSitesWarning)  # stop instead
     """

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import ModelError, SaefeatError
-from ..model.families import FAMILIES, NESTED
 from ..model.modules import blocks, family
 from ..model.sites import Site
 from .methods import Backward, Slopes, plain_slopes
+from .relp import CHECKED, CHECKED_NESTED
 
 _BRANCHES = {"gpt2": ("attn", "mlp"), "gpt_neox": ("attention", "mlp")}
 
@@ -68,12 +68,12 @@ class GradDrop(Backward):
 
     def applied(self, module: nn.Module) -> AbstractContextManager[Slopes]:
         kind = getattr(getattr(module, "config", None), "model_type", None)
-        if kind in FAMILIES or kind in NESTED:
+        if kind in (*CHECKED, *CHECKED_NESTED):
             return _dropping(module, self.signed)
         raise ModelError(
             f"GradDrop: `model` is of family {kind!r}, wanted one of"
-            f" {', '.join([*FAMILIES, *NESTED])}. Likely cause: the rule names a block's branches,"
-            " and is not checked on this family's. Try: AtP() or IG() without backward="
+            f" {', '.join([*CHECKED, *CHECKED_NESTED])}. Likely cause: the rule names a block's"
+            " branches, and is not checked on this family's. Try: AtP() or IG() without backward="
         )
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import ModelError
-from ..model.families import FAMILIES
 from ..model.modules import blocks, family
 from ..model.sites import Site
 from .methods import Backward, Slopes, plain_slopes
@@ -28,6 +27,13 @@ _NORMS = (
     *("pre_feedforward_layernorm", "post_feedforward_layernorm", "ln_1", "ln_2"),
 )
 _FINAL = ("norm", "ln_f", "final_layer_norm")
+CHECKED = (
+    *("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "olmo2"),
+    *("gemma2", "gemma3_text", "gemma3"),
+)
+"""Model types whose blocks the rules were checked on: the table of sites has more."""
+CHECKED_NESTED = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
+"""Multimodal ones that GradDrop was checked on, whose branches have the usual names."""
 
 
 @checked
@@ -44,8 +50,8 @@ class RelP(Backward):
     are, and branches that run side by side (gpt_neox) add up as they do forward.
 
     Scores are coefficients of the model linearized *as a whole* at the clean run, not slopes, so
-    they may be right where a gradient saturates, and wrong about a small change. For every
-    model type in the table of sites, fused projections (phi3, gpt_neox) included; others are
+    they may be right where a gradient saturates, and wrong about a small change. For the
+    model types it was checked on, fused projections (phi3, gpt_neox) included; others are
     refused, and so is a site at the input of a norm or an activation function, which is inside
     what a rule replaces.
 
@@ -56,10 +62,10 @@ class RelP(Backward):
 
     def applied(self, module: nn.Module) -> AbstractContextManager[Slopes]:
         kind = getattr(getattr(module, "config", None), "model_type", None)
-        if kind in FAMILIES:
+        if kind in CHECKED:
             return _linearized(module)
         raise ModelError(
-            f"RelP: `model` is of family {kind!r}, wanted one of {', '.join(FAMILIES)}. Likely"
+            f"RelP: `model` is of family {kind!r}, wanted one of {', '.join(CHECKED)}. Likely"
             " cause: the rules name the parts of a block, and have not been checked on this one."
             " Try: AtP() or IG() without backward="
         )

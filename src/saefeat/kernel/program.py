@@ -48,21 +48,25 @@ class Action(Protocol):
         ...
 
 
-Part = tuple[int, int, int]
+Part = tuple[int, int, int, float]
 """Some of a value's columns, one head's or the queries of a joint projection: the value is
-``groups`` equal spans side by side, and of each these are ``width`` columns from ``start`` on.
-(start, width, groups)"""
+``groups`` equal spans side by side, and of each these are ``width`` columns from ``start`` on,
+times ``scale``, by which the model multiplies them before it uses them.
+(start, width, groups, scale)"""
 
 
 def taken(x: Float[Tensor, "b t d"], part: Part) -> Float[Tensor, "b t part"]:
     """These columns of a value, as a tensor of their own."""
-    start, width, groups = part
-    return x.unflatten(-1, (groups, -1)).narrow(-1, start, width).flatten(-2).clone()
+    start, width, groups, scale = part
+    return x.unflatten(-1, (groups, -1)).narrow(-1, start, width).flatten(-2) * scale
 
 
 def put(x: Float[Tensor, "b t d"], part: Part, new: Tensor) -> Float[Tensor, "b t d"]:
     """The value with other numbers in these columns."""
-    start, width, groups = part
+    start, width, groups, scale = part
+    if scale != 1:  # what nobody changed keeps its bits
+        old = taken(x.detach(), (start, width, groups, 1.0))
+        new = old + (new - old * scale) / scale
     spans = x.clone().unflatten(-1, (groups, -1))
     spans.narrow(-1, start, width).copy_(new.unflatten(-1, (groups, -1)))
     return spans.flatten(-2)
@@ -90,7 +94,10 @@ class Visit(Frozen):
                 new = action.apply(new, state)
         if new is before:
             return x  # it need not be written back
-        return (new if self.part is None else put(whole, self.part, new)).reshape(x.shape)
+        new = new if self.part is None else put(whole, self.part, new)
+        if x.ndim == 4:
+            return new.unflatten(-1, (len(x), -1)).movedim(-2, 0)
+        return new.reshape(x.shape)
 
     def leave(self, envoy: Any, value: Any) -> None:
         """Put another value in its place."""
@@ -321,12 +328,14 @@ def locate(root: Any, path: str) -> Any:
     return root
 
 
-def by_token(x: Float[Tensor, "*batch d"], rows: int, tokens: int) -> Float[Tensor, "b t d"]:
+def by_token(x: Float[Tensor, "*batch d"], rows: int, tokens: int) -> Float[Tensor, "b t _"]:
     """The value with a row for each sequence: some modules are given all tokens in one row."""
     if x.ndim == 3 and tuple(x.shape[:2]) == (rows, tokens):
         return x
     if x.ndim == 2 and x.shape[0] == rows * tokens:
         return x.reshape(rows, tokens, -1)
+    if x.ndim == 4 and tuple(x.shape[1:3]) == (rows, tokens):  # several streams (Gemma 3n)
+        return x.movedim(0, -2).flatten(-2)
     raise SaefeatError(  # fewer tokens than the pass has would broadcast against their mask
         f"saefeat: a site's value is of shape {tuple(x.shape)}, and this pass has {rows} rows of"
         f" {tokens} tokens. Likely cause: a module that sees only part of them, as the unembedding"

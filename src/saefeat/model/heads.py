@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ..errors import SiteError
 from ..kernel.program import Part
-from .families import HEADWISE, JOINT
 from .sites import Site
+from .tables import GATED, HEADWISE, JOINT
 
 
 class Heads(NamedTuple):
@@ -21,7 +21,10 @@ class Heads(NamedTuple):
 def heads_of(config: Any) -> Heads:
     """Those that a language model's configuration tells of."""
     queries = int(config.num_attention_heads)
-    keys = int(getattr(config, "num_key_value_heads", None) or queries)
+    names = ("num_key_value_heads", "num_kv_heads")
+    keys = next((int(n) for name in names if (n := getattr(config, name, None))), queries)
+    if getattr(config, "multi_query", False):  # Falcon's newer blocks do not look at it
+        keys = keys if getattr(config, "new_decoder_architecture", False) else 1
     width = getattr(config, "head_dim", None) or config.hidden_size // queries
     return Heads(queries, keys, int(width))
 
@@ -42,9 +45,9 @@ def part_of(site: Site, how: str | None, heads: Heads, width: int) -> Part | Non
     first, some, groups = _layout(site.kind, how, heads)
     size = heads.width if how else width // count
     if site.head is None:
-        return (first * size, some * size, groups) if how else None
+        return (first * size, some * size, groups, 1.0) if how else None
     group, within = divmod(site.head, some)
-    return group * (width // groups) + (first + within) * size, size, 1
+    return group * (width // groups) + (first + within) * size, size, 1, 1.0
 
 
 def _layout(kind: str, how: str | None, heads: Heads) -> tuple[int, int, int]:
@@ -55,4 +58,6 @@ def _layout(kind: str, how: str | None, heads: Heads) -> tuple[int, int, int]:
     if how == HEADWISE:
         shared = heads.queries // heads.keys
         return {"q": (0, shared), "k": (shared, 1), "v": (shared + 1, 1)}[kind] + (heads.keys,)
+    if how == GATED:
+        return 0, 1, heads.queries
     return 0, heads.keys if kind in ("k", "v") else heads.queries, 1

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, SiteError
-from .families import FAMILIES, NESTED, NORMS, SKIP, TEXT
+from ..kernel.program import Part
+from .ends import place_without_layer, width_without_layer
+from .families import FAMILIES, NESTED, TEXT, table_of
 from .heads import heads_of, part_of
+from .inferred import inferred
 from .sites import HEADS, Place, Site
+from .tables import NORMS, OWN, SKIP, STREAM, TIMES, Table
 from .wrappers import inside, is_compiled
 
 
@@ -64,23 +68,28 @@ def text_config(module: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def family(module: nn.Module) -> tuple[str, dict[str, tuple]]:
+def family(module: nn.Module) -> tuple[str, Table]:
     """The blocks' path and the site table of a model's family.
 
+    Those of a type that is not in the table are inferred, with a warning.
+
     Raises:
-        ModelError: for a family that is not in the table.
+        ModelError: for a family that is not in the table and shows no blocks, or has no weights.
     """
     kind: Any = getattr(getattr(module, "config", None), "model_type", None)
     text = str(text_config(module).model_type) if kind in NESTED else ""
-    found = FAMILIES.get(kind)
-    if kind in NESTED and TEXT.get(text, text) in FAMILIES:
-        found = NESTED[kind], FAMILIES[TEXT.get(text, text)][1]
+    known = TEXT.get(text, text) if kind in NESTED else kind
+    if known in FAMILIES:
+        path = _standing(module, NESTED[kind] if kind in NESTED else FAMILIES[known][0])
+        return path, table_of(known, text_config(module))
+    found = inferred(module, text_config(module)) if kind is not None else None
     if found is not None:
-        return _standing(module, found[0]), found[1]
+        return found
     got = f"of family {kind!r}" + (f" around {text!r}" if text else "")
     raise ModelError(
         f"saefeat: `model` is {got}, wanted one of {', '.join([*FAMILIES, *NESTED])}. Likely cause:"
-        " sites have not been checked on this family's tensors yet. Try: a site by its module's"
+        " sites have not been checked on this family, and its modules and a pass over a few"
+        " tokens show no blocks that add up. Try: a site by its module's"
         f' path, such as "{_example(module)}"'
     )
 
@@ -128,9 +137,13 @@ def find(module: nn.Module, site: Site) -> Place:
         SiteError: for a layer or a module the model lacks.
         ModelError: for a kind of site in a family that is not in the table.
     """
-    if site.layer is None:
+    if site.is_path:
         return _module_at(module, site)
     container, places = family(module)
+    if site.layer is None:
+        place = place_without_layer(module, container, text_config(module), site)
+        _check_eager(module, place.path)
+        return place
     layers = len(blocks(module))
     if site.layer >= layers:
         raise SiteError(
@@ -145,18 +158,76 @@ def find(module: nn.Module, site: Site) -> Place:
             " dictionary trained on one of these sites, or a site by its module's path"
         )
     block = f"{container}.{site.layer}"
-    name, end, *rest = places[site.kind]
-    how = rest[0] if rest else None
-    path = f"{block}.{name}" if name else block
+    name, end, *how = places[site.kind]
+    path = _within(module, site, block, name)
     _check_eager(module, path)
-    if how == SKIP:
-        return Place(path, end, plus=block)
-    if how in NORMS:
-        return Place(path, end, how, _epsilon(module.get_submodule(path)))
-    if site.kind not in HEADS:
-        return Place(path, end)
-    width, heads = _width(module, path, end), heads_of(text_config(module))
-    return Place(path, end, part=part_of(site, how, heads, width))
+    if site.kind in HEADS:
+        width, heads = _width(module, path, end), heads_of(text_config(module))
+        return Place(path, end, part=part_of(site, how[0] if how else None, heads, width))
+    norm = next((kind for kind in how if kind in NORMS), None)
+    return Place(
+        path,
+        end,
+        norm,
+        0.0 if norm is None else _epsilon(module.get_submodule(path)),
+        plus=block if SKIP in how else None,
+        part=_part(text_config(module), how),
+        aside=site.kind == "router" and not isinstance(module.get_submodule(path), nn.Linear),
+    )
+
+
+def _within(module: nn.Module, site: Site, block: str, names: str) -> str:
+    """The path of the one of these modules that the site's layer has.
+
+    Raises:
+        SiteError: naming the layers that have one, if this has none.
+    """
+    if not names:
+        return block
+    stem = block.rpartition(".")[0]
+    layers = range(len(cast("nn.ModuleList", module.get_submodule(stem))))
+    have = {
+        layer: f"{stem}.{layer}.{name}"
+        for layer in layers
+        for name in reversed(names.split("|"))
+        if _has(module, f"{stem}.{layer}.{name}")
+    }
+    if site.layer in have:
+        return have[site.layer]
+    raise SiteError(
+        f"saefeat: `site` is {site}, wanted a layer with a module {names.replace('|', ' or ')}:"
+        f" {', '.join(map(str, have)) or 'none'} of {type(module).__name__}. Likely cause: its"
+        " layers differ, as attention and state-space layers do, or dense layers and mixtures of"
+        " experts. Try: a site of one of these layers, or a module's path"
+    )
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _part(config: Any, how: list[str]) -> Part | None:
+    """All columns of a value that the model multiplies or changes, or those of its stream."""
+    width = int(config.hidden_size)
+    scale = next((name.removeprefix(TIMES) for name in how if name.startswith(TIMES)), None)
+    if scale is not None:
+        return 0, width, 1, float(getattr(config, scale))
+    if STREAM in how:
+        return config.altup_active_idx * width, width, 1, 1.0
+    return (0, width, 1, 1.0) if OWN in how else None
+
+
+def has_site(module: nn.Module, site: Site) -> bool:
+    """Whether the model has a table's site."""
+    try:
+        find(module, site)
+    except SiteError:
+        return False
+    return True
 
 
 def _module_at(module: nn.Module, site: Site) -> Place:
@@ -196,11 +267,17 @@ def _check_eager(module: nn.Module, path: str) -> None:
             )
 
 
+_EPSILONS = {"OlmoLayerNorm": 1e-5}
+"""Of norms that keep theirs in their code."""
+
+
 def _epsilon(norm: nn.Module) -> float:
     """The norm's own epsilon: modules call it by three names."""
     for name in ("variance_epsilon", "eps", "epsilon"):
         if hasattr(norm, name):
             return float(getattr(norm, name))
+    if type(norm).__name__ in _EPSILONS:
+        return _EPSILONS[type(norm).__name__]
     raise ModelError(
         f"saefeat: `model` is a {type(norm).__name__} without an epsilon, wanted a norm with `eps`"
         " or `variance_epsilon`. Likely cause: a custom norm. Try: a site that is a module's input"
@@ -211,10 +288,14 @@ def _epsilon(norm: nn.Module) -> float:
 def width_at(module: nn.Module, site: Site) -> int:
     """How wide a table's site is: d_model, or what a projection takes or gives."""
     place = find(module, site)
+    if site.layer is None:
+        return width_without_layer(module, text_config(module), site)
     if place.part is not None:
         return place.part[1] * place.part[2]
     if site.kind in (*HEADS, "mlp_post"):
         return _width(module, place.path, place.end)
+    if site.kind == "router":
+        return int(cast("Any", module.get_submodule(place.path)).weight.shape[0])
     return int(text_config(module).hidden_size)
 
 

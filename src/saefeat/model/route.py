@@ -11,9 +11,8 @@ first trace) is run on shapes alone, which its code must allow; mixtures of expe
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, SiteError
+from .aside import hooks_aside
 from .modules import find, text_config, torch_module, width_at
 from .sites import Order, Place, Site
 
@@ -102,6 +102,12 @@ class Route:
                 the norm's input, whose gradient belongs to other directions.
         """
         place = self.places[site]
+        if place.aside:
+            raise SiteError(
+                f"{where}: `latents` is written at {site}, wanted a site that the model goes on"
+                f" with. Likely cause: {place.path} gives its logits beside the experts it has"
+                " chosen by them, and nothing reads them again. Try: mlp_out, or Probe"
+            )
         if place.transform is None:
             return place
         raise SiteError(
@@ -127,7 +133,7 @@ def route(model: TransformersModel, sites: Iterable[Site]) -> Route:
     module = torch_module(model)
     listed = list(dict.fromkeys(sites))
     places = {site: find(module, site) for site in listed}
-    if any(site.layer is None for site in listed):
+    if any(site.is_path for site in listed):
         return _tried(model, module, places)
     return Route(
         module,
@@ -154,15 +160,12 @@ def _tried(model: TransformersModel, module: nn.Module, places: dict[Site, Place
     blocks = {place.plus for place in places.values() if place.plus is not None}
     stops = {Place(place.path, place.end) for place in places.values()}
     seen = _dry_run(model, module, stops | {Place(block, "input") for block in blocks})
-    found = {site: _once(site, seen[Place(at.path, at.end)]) for site, at in places.items()}
+    found = {site: _once(module, site, seen[Place(at.path, at.end)]) for site, at in places.items()}
     starts = {block: seen[Place(block, "input")][0].moment for block in blocks}
     return Route(
         module,
         places,
-        widths={
-            site: width if (part := places[site].part) is None else part[1] * part[2]
-            for site, (_, width) in found.items()
-        },
+        widths={site: width for site, (_, width) in found.items()},
         # several kinds of site may lie at one place: then as the table has them
         orders={site: (0, moment, site.order[2], "") for site, (moment, _) in found.items()},
         starts={block: (0, moment, 0, "") for block, moment in starts.items()},
@@ -175,12 +178,16 @@ def _centers(module: nn.Module) -> bool:
     return any("LayerNorm" in name for name in names) and not any("RMSNorm" in n for n in names)
 
 
-def _once(site: Site, seen: list[Seen]) -> tuple[int, int]:
+def _once(module: nn.Module, site: Site, seen: list[Seen]) -> tuple[int, int]:
     """The moment and the width of a site reached once, with a value for every token.
+
+    The table says how wide its own sites are, and what of a value they are.
 
     Raises:
         SiteError: saying what is wrong with it otherwise.
     """
+    if len(seen) == 1 and not site.is_path:
+        return seen[0].moment, width_at(module, site)
     shape = seen[0].shape if len(seen) == 1 else None
     if shape is not None and shape[:-1] in ((ROWS, TOKENS), (ROWS * TOKENS,)):
         return seen[0].moment, shape[-1]
@@ -225,23 +232,6 @@ def _dry_run(
         except Exception as error:
             raise ModelError(_no_run(module, error)) from error
     return seen
-
-
-@contextmanager
-def hooks_aside(module: nn.Module) -> Iterator[None]:
-    """Every forward hook put aside: a user's would count, record or edit a pass nobody asked for.
-
-    accelerate and tensor parallelism wrap ``forward`` itself, and stay.
-    """
-    parts = list(module.modules())
-    held = [(part._forward_hooks, part._forward_pre_hooks) for part in parts]
-    try:
-        for part in parts:
-            part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
-        yield
-    finally:
-        for part, (after, before) in zip(parts, held, strict=True):
-            part._forward_hooks, part._forward_pre_hooks = after, before
 
 
 def _tiny_pass(model: TransformersModel, module: nn.Module) -> None:

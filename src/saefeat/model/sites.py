@@ -12,6 +12,7 @@ tries those out, since nothing tells when a model reaches them, nor how wide the
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ from ..kernel.program import Part
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
+    "attn_norm": "ln1.hook_normalized",
     "q": "attn.hook_q",
     "k": "attn.hook_k",
     "v": "attn.hook_v",
@@ -31,14 +33,22 @@ HOOKS = {
     "resid_mid": "hook_resid_mid",
     "mlp_norm": "ln2.hook_normalized",
     "mlp_in": "mlp.hook_in",
+    "router": "mlp.gate.hook_out",
     "mlp_post": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
 }
 """Site kind → TransformerLens hook, in the order a block reaches them."""
 
+WHOLE = {"embed": "hook_embed", "final_norm": "ln_final.hook_out", "logits": "unembed.hook_out"}
+"""Kinds of which a model has one, whatever its layers, in the order it reaches them."""
+
 
 _ORDER = {kind: order for order, kind in enumerate(HOOKS)}
+
+
+_AROUND = {"embed": -1, "final_norm": sys.maxsize - 1, "logits": sys.maxsize}
+"""The layer that each of the model's own would have."""
 
 
 HEADS = ("q", "k", "v", "z")
@@ -64,14 +74,19 @@ class Site:
     """A place in the model: a kind (``resid_post``, ``mlp_out``, ...) and a layer, or a module.
 
     Args:
-        kind: one of ``resid_pre``; ``q``, ``k`` and ``v``, what attention projects, all heads side
-            by side, before any norm or rotation of theirs; ``z``, all heads side by side before
-            the output projection; ``attn_out``; ``resid_mid``; ``mlp_norm``, the MLP's input
-            normalized without the norm's weight; ``mlp_in``, what the MLP is given; ``mlp_post``,
-            after its activation; ``mlp_out``; ``resid_post``. Or, without a layer, a module's path
-            as the model names it and ``.input`` or ``.output``: the first thing it is given or
-            returns, which must be [batch, tokens, width] and come once a forward pass.
-        layer: 0-based; None for a module's path.
+        kind: one of ``resid_pre``; ``attn_norm``, the attention's input normalized without the
+            norm's weight (or a state-space mixer's, in a layer that has one); ``q``, ``k`` and
+            ``v``, what attention projects, all heads side by side, before any norm or rotation of
+            theirs; ``z``, all heads side by side before the output projection; ``attn_out``, what
+            is added to the stream; ``resid_mid``; ``mlp_norm``, the MLP's input normalized without
+            the norm's weight; ``mlp_in``, what the MLP is given; ``router``, the logits by which
+            experts are chosen; ``mlp_post``, after its activation; ``mlp_out``, what is added to
+            the stream; ``resid_post``. Without a layer, one of ``embed``, what the token embedding
+            gives; ``final_norm``, what the last norm gives, its weight included; ``logits``. Or,
+            without a layer, a module's path as the model names it and ``.input`` or ``.output``:
+            the first thing it is given or returns, which must be [batch, tokens, width] and come
+            once a forward pass.
+        layer: 0-based; None for a module's path and for the last three.
         head: one head of ``q``, ``k``, ``v`` or ``z``, 0-based; None for all of them. Where
             queries share keys and values, these have fewer heads.
 
@@ -96,18 +111,24 @@ class Site:
 
     def __post_init__(self) -> None:
         path = _PATH.fullmatch(self.kind)
-        if not path and self.kind not in HOOKS:
+        if not path and self.kind not in HOOKS and self.kind not in WHOLE:
             call = f'Site("{_nearest(self.kind, HOOKS)}", 3) or Site("model.layers.3.mlp.output")'
             raise SiteError(
-                f"Site: `kind` is {self.kind!r}, wanted one of {', '.join(HOOKS)}, or a module's"
-                f" path and its end. Likely cause: a misspelt or unsupported site. Try: {call}"
+                f"Site: `kind` is {self.kind!r}, wanted one of {', '.join((*HOOKS, *WHOLE))}, or"
+                " a module's path and its end. Likely cause: a misspelt or unsupported site. Try:"
+                f" {call}"
             )
         if path and self.layer is not None:
             raise SiteError(
                 f"Site: `layer` is {self.layer!r}, wanted none beside a module's path. Likely"
                 f" cause: the path names its layer itself. Try: Site({self.kind!r})"
             )
-        if not path and (type(self.layer) is not int or self.layer < 0):
+        if self.kind in WHOLE and self.layer is not None:
+            raise SiteError(
+                f"Site: `layer` is {self.layer!r} for {self.kind}, wanted none. Likely cause: a"
+                f" model has one of these, and not one a layer. Try: Site({self.kind!r})"
+            )
+        if not path and self.kind not in WHOLE and (type(self.layer) is not int or self.layer < 0):
             raise SiteError(
                 f"Site: `layer` is {self.layer!r}, wanted an integer from 0. Likely cause: layers"
                 ' are counted from the first, never from the last. Try: Site("resid_post", 3)'
@@ -139,8 +160,9 @@ class Site:
         if match and (kind := kinds.get(match["hook"]) or match["kind"]) in HOOKS:
             layer, head = match["at"] or match["layer"], match["its"] or match["head"]
             return cls(kind, int(layer), None if head is None else int(head))
-        if _PATH.fullmatch(name):
-            return cls(name)
+        whole = {hook: kind for kind, hook in WHOLE.items()}
+        if name in WHOLE or name in whole or _PATH.fullmatch(name):
+            return cls(whole.get(name, name))
         raise SiteError(
             f"Site.parse: `name` is {name!r}, wanted blocks.<layer>.<hook> with hook in"
             f" {', '.join(HOOKS.values())}, or a module's path that ends in .input or .output."
@@ -149,10 +171,15 @@ class Site:
         )
 
     @property
+    def is_path(self) -> bool:
+        """Whether it is a module's path, of which the table says nothing."""
+        return self.layer is None and self.kind not in WHOLE
+
+    @property
     def hook(self) -> str:
         """The TransformerLens hook name; a module's path as it is."""
         if self.layer is None:
-            return self.kind
+            return WHOLE.get(self.kind, self.kind)
         return f"blocks.{self.layer}{self._ending()}.{HOOKS[self.kind]}"
 
     @property
@@ -161,6 +188,8 @@ class Site:
 
         In which order a model reaches a path is for ``route`` to find out.
         """
+        if self.kind in WHOLE:
+            return (0, _AROUND[self.kind], 0, self.kind)
         if self.layer is None:
             return (1, 0, 0, re.sub(r"\d+", lambda number: number[0].zfill(6), self.kind))
         return (0, self.layer, _ORDER[self.kind], "")
@@ -200,7 +229,10 @@ class Place(NamedTuple):
         eps: that norm's epsilon.
         plus: the path of the block whose input is added to the value found here. resid_mid has no
             module: it is the block's input plus the attention's output, and is written there.
-        part: the columns that are the site's, if they are not all.
+        part: the columns that are the site's and what they are multiplied by, if the value is not
+            the site's as it stands.
+        aside: whether the model goes on with another value, computed before this one: it can be
+            read, and an edit would do nothing.
     """
 
     path: str
@@ -209,6 +241,7 @@ class Place(NamedTuple):
     eps: float = 0.0
     plus: str | None = None
     part: Part | None = None
+    aside: bool = False
 
     def plain(self) -> Place:
         """Where the value itself lies, which sites with and without a norm share."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import ModelError, RemoteError
 from ..files.hashing import computation, content_hash, digest, weights
+from ..model.inferred import is_inferred
 from ..model.modules import torch_module
 from .result import Result
 
@@ -163,6 +164,8 @@ def provenance(
         name = f"{_source(basis)} {basis.fingerprint(range(basis.d_sae) if every else indices)}"
         dictionaries.setdefault(str(basis.site), {})[name] = None
     found: dict[str, Any] = {"intervention": "", "latents": (), **rest}
+    if is_inferred(module):
+        found["settings"] = {**found.get("settings", {}), "sites": "inferred from the modules"}
     return Provenance(
         model=_name(module),
         dtype=str(first.dtype).removeprefix("torch."),

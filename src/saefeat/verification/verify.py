@@ -19,7 +19,7 @@ from ..dictionaries.by_site import Dictionaries
 from ..dictionaries.latents import Dictionary
 from ..errors import DictionaryError, SiteError
 from ..loading.declaration import missed, notes
-from ..model.modules import blocks, check_ready, family, torch_module, width_at
+from ..model.modules import blocks, check_ready, has_site, torch_module, width_at
 from ..model.route import route
 from ..model.sites import HOOKS, Site
 from ..results.provenance import provenance
@@ -129,7 +129,8 @@ def _candidates(module: nn.Module, sae: Any) -> list[Site]:
         return [site, *_neighbors(module, site)]
     layers = len(blocks(module))
     near = [Site(site.kind, n) for n in (site.layer - 1, site.layer + 1) if 0 <= n < layers]
-    same = [Site(kind, site.layer) for kind in HOOKS if kind in family(module)[1]]
+    same = [one for kind in HOOKS if has_site(module, one := Site(kind, site.layer))]
+    near = [one for one in near if has_site(module, one)]
     return [site, *near, *(s for s in same if s != site and width_at(module, s) == sae.d_in)]
 
 
