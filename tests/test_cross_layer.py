@@ -13,7 +13,8 @@ from saefeat.dictionaries import CrossLayer
 from saefeat.remote import Server
 
 N = 24
-FAMILIES = ["gpt2", "llama", "gemma2"]
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("gpt2", "gemma2", "qwen3")]
+FAMILIES = ["llama", *SLOW]
 READS = {
     "transcoder": ["resid_mid.0"],
     "crosscoder": ["resid_pre.0", "resid_mid.1", "resid_post.1"],
