@@ -75,6 +75,12 @@ def peft_model(kind: str = "lora", family: str = "llama"):
                 init_ia3_weights=False, **task,
             ),
             "loha": lambda: peft.LoHaConfig(r=2, init_weights=False, **some, **task),
+            "oft": lambda: peft.OFTConfig(
+                r=0, oft_block_size=8, init_weights=False, **some, **task
+            ),
+            "vera": lambda: peft.VeraConfig(
+                r=2, init_weights=False, target_modules=["q_proj"], **task
+            ),
             "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], **task),
             "prompt": lambda: peft.PromptTuningConfig(**virtual),
             "prefix": lambda: peft.PrefixTuningConfig(**virtual),
@@ -167,7 +173,9 @@ def test_so_is_one_of_peft(family):
 
 @needs_peft
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["no task", "dora", "saved head", "ia3", "loha", "norms"])
+@pytest.mark.parametrize(
+    "kind", ["no task", "dora", "saved head", "ia3", "loha", "oft", "vera", "norms"]
+)
 def test_so_are_its_other_adapters(kind):
     check_edits(peft_model(kind), "llama")
     check_gradients(peft_model(kind))
