@@ -12,6 +12,7 @@ import saefeat as sf
 from helpers import RAGGED, batch_of, wrapped
 from saefeat.model.modules import blocks, family, find, has_site
 from saefeat.model.sites import HOOKS
+from saefeat.results.provenance import model_identity
 from zoo import ZOO, model_of
 from zoo_checks import edit_by_hand, read_all, unit_of
 
@@ -131,3 +132,11 @@ def test_in_train_mode_with_dropout_it_is_refused():
         family(model)
     model.eval()
     assert set(table_of(model)) == set(table_of(hidden("gpt2"))) > {"attn_out"}
+
+
+def test_a_model_is_the_same_before_and_after():
+    """A checkpoint goes on in a process that has inferred nothing yet."""
+    model = wrapped(hidden("llama"))
+    before = model_identity(model)
+    table_of(model._module)
+    assert model_identity(model) == before

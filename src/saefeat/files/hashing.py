@@ -176,8 +176,9 @@ _ORIGINS = {"name_or_path", "_name_or_path"}
 """Attributes that only say where a module, or its configuration, was loaded from."""
 
 _SKIPPED = {*nn.Module().__dict__, *_ORIGINS, "forward", "generation_config"}
-_SKIPPED |= {"__nnsight__", "_hf_hook"}
-"""Attributes of a module that libraries keep for themselves, or that are hashed elsewhere."""
+_SKIPPED |= {"__nnsight__", "_hf_hook", "_saefeat_sites"}
+"""Attributes of a module that libraries, and ``model.inferred``, keep for themselves, or that are
+hashed elsewhere."""
 
 _LOOKING = ("nnsight.", "saefeat.attribution.crossing.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
