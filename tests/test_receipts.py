@@ -206,7 +206,7 @@ def test_long_runs_keep_counts_alone(monkeypatch):
     whole = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert len(whole.events) == whole.changed == 44
     # of the function itself: a request that was rebuilt in this process brings its own copy
-    monkeypatch.setitem(inspect.unwrap(edit.Write.apply).__globals__, "PAIRS", 40)
+    monkeypatch.setitem(inspect.unwrap(edit.Write.note).__globals__, "PAIRS", 40)
     cut = sf.run(nn, RAGGED, step, max_new_tokens=4).receipt.rows[0]
     assert cut == whole and cut.events is None
     monkeypatch.undo()

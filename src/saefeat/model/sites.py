@@ -197,6 +197,10 @@ class Site:
     def _ending(self) -> str:
         return "" if self.head is None else f":{self.head}"
 
+    def __repr__(self) -> str:
+        head = "" if self.head is None else f", head={self.head}"
+        return f"Site(kind={self.kind!r}, layer={self.layer!r}{head})"
+
     def __str__(self) -> str:
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}{self._ending()}"
 

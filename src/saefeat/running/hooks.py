@@ -50,7 +50,7 @@ class Hooks:
         self._entry: nn.Module | None = None  # what the pass that is under way began with
         self._sequences, self._ends = Sequences(), program.ends
         self._state: State | None = None  # of the forward pass that is under way
-        self._thread = 0
+        self._running: dict[str, int] = {}  # "thread": the one whose pass is under way
         self._decodes = False  # whether a generation is under way
         self._left: set[tuple[str, str]] = set()
 
@@ -82,15 +82,15 @@ class Hooks:
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """At the start of a forward pass: where are we in which sequence?"""
         self.called = True
-        inner = self._entry is not None and module is not self._entry
-        if inner and self._thread == threading.get_ident():  # a wrapper's pass, under way
-            return
-        if self._state is not None and self._thread != threading.get_ident():
+        own = threading.get_ident()
+        if self._running.setdefault("thread", own) != own:  # in one step: no thread comes between
             raise ModelError(
                 "hooked: `model` is called by two threads at once, wanted one forward pass after"
                 " the other. Likely cause: a server or a data loader that runs the model in"
                 " threads. Try: a lock around the calls, or a model for each"
             )
+        if self._entry is not None and module is not self._entry:  # a wrapper's pass, under way
+            return
         named = _by_name(module, self._module, args, kwargs)
         require_sequential(named)
         ids, mask, cache = named.get("input_ids"), named.get("attention_mask"), cache_of(named)
@@ -107,18 +107,19 @@ class Hooks:
             self._program.beams.follow(cache, memory)
         view = window(ids, mask, shape, past, memory, self._ends)
         self._state = State(view, self.log, self._program.placed)
-        self._thread, self._entry = threading.get_ident(), module
+        self._entry = module
         self._left = {(visit.path, visit.end) for visit in self._program.visits}
         self.log.view = view
         self.log.passes += 1
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
         """At the end of a forward pass, well or badly: was every site reached?"""
-        if self._thread != threading.get_ident():  # of a call that was refused
+        if self._running.get("thread") != threading.get_ident():  # of a call that was refused
             return
         if self._entry is not None and module is not self._entry:  # within a wrapper's pass
             return
         state, self._state, self._entry = self._state, None, None
+        self._running.clear()
         if state is None or output is None:  # the pass has failed
             return
         cache, memory = cache_of(output), state.view.memory
@@ -157,7 +158,7 @@ class Hooks:
 
     def _act(self, visit: Visit, x: Tensor) -> Tensor:
         """At one place."""
-        if self._state is None or self._thread != threading.get_ident():
+        if self._state is None or self._running.get("thread") != threading.get_ident():
             raise ModelError(
                 f"hooked: `model` is called in part: {visit.path} runs outside of a forward pass of"
                 f" the {type(self._module).__name__}, wanted calls of the whole model, which say"
