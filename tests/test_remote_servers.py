@@ -89,7 +89,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+FIRST = ("run", "Attribute")  # of the two ways to wait
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in CALLS if name not in FIRST]
+
+
+@pytest.mark.parametrize("name", [*FIRST, *LATER])
 def test_a_server_that_never_answers(name, model):
     with answering(mute) as url:
         begun = time.monotonic()
@@ -99,7 +103,7 @@ def test_a_server_that_never_answers(name, model):
 
 
 @pytest.mark.parametrize("answer", [page, other])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*FIRST, *LATER])
 def test_a_server_that_is_none(name, answer, model):
     with answering(answer) as url, pytest.raises(sf.errors.RemoteError, match=r"Try: "):
         CALLS[name](named(model), Server(url, timeout=20))
