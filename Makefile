@@ -25,7 +25,7 @@ SERVER := $(MAKE) --no-print-directory $(RELEASED) || \
 	echo "without NDIF's server code: the tests that send jobs to it are skipped" >&2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs slow real ndif ndif-up bench format clean
+.PHONY: help demo test check docs slow real ndif ndif-queue ndif-up bench format clean
 
 help:
 	@echo "make demo    the refusal case study; results in demo-output/"
@@ -35,6 +35,7 @@ help:
 	@echo "make slow    the slow tests: mutants, servers, a real model, training anew"
 	@echo "make real    the tests on the real model alone"
 	@echo "make ndif    every verb in every way on the released NDIF server, brought up here"
+	@echo "make ndif-queue a sweep of 200 jobs there, through a restart of its API"
 	@echo "make ndif-up that server alone, until Ctrl-C"
 	@echo "make bench   the benchmarks"
 	@echo "make format  let ruff repair style and format"
@@ -61,14 +62,18 @@ docs: $(DEV)
 slow: $(DEV)
 	@$(MAKE) --no-print-directory $(REAL) || echo "make slow goes on without the real model" >&2
 	@$(SERVER)
-	$(BIN)/python $(PYTEST) -m slow $(ARGS)
+	$(BIN)/python $(PYTEST) -m "slow and not ndif" $(ARGS)
 
 real: $(DEV) $(REAL)
 	$(BIN)/python -m pytest -m slow tests/test_real_model.py tests/test_real_convergence.py $(ARGS)
 
 # The server is up once for all of them, and down again after Ctrl-C or a failure too.
 ndif: $(DEV) $(CLUSTER)/.stamp
-	$(BIN)/python -m pytest -m ndif tests/ndif $(ARGS)
+	$(BIN)/python -m pytest -m "ndif and not slow" tests/ndif $(ARGS)
+
+# A sweep of 200 jobs through a restart of the API takes minutes of its own.
+ndif-queue: $(DEV) $(CLUSTER)/.stamp
+	$(BIN)/python -m pytest -m "ndif and slow" tests/ndif $(ARGS)
 
 ndif-up: $(BASE) $(CLUSTER)/.stamp
 	$(BIN)/python -m tools.ndif $(ARGS)

@@ -229,6 +229,7 @@ def test_the_queue_is_full(model, server):
     same(sf.run(model, prompts, probe, batch_size=1), theirs, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_200_jobs_outlives_a_restart_of_the_api(stack, model, server, tmp_path):
     """Throttled to 8 at once; the API dies in the middle, and no setting is run twice."""
     chat, probe = CHATS[:1], sf.Probe(latents(2), reduce="max")
