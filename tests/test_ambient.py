@@ -222,6 +222,31 @@ def at_once(*calls):
     return found
 
 
+def test_a_block_of_another_thread_is_refused():
+    """Its edits would act on this thread's passes as well."""
+    model, batch = build("llama"), batch_of()
+    entered, leave = threading.Event(), threading.Event()
+    edit = sf.Clamp(sf.Direction(torch.ones(D), site="resid_post.1"), add=3.0)
+
+    def other():
+        with sf.hooked(model, edit):
+            entered.set()
+            leave.wait(60)
+            model(**batch)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    with pytest.raises(sf.errors.ModelError, match="two threads"), sf.hooked(model, edit):
+        model(**batch)
+    with pytest.raises(sf.errors.ModelError, match="two threads"):
+        sf.run(wrapped(model), RAGGED)
+    leave.set()
+    thread.join()
+    with sf.hooked(model, edit):
+        model(**batch)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_threads_on_one_model_are_refused_or_right(case):
     """nnsight mixes them: results were lost, or another run's, without a word."""

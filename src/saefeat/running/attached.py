@@ -11,6 +11,7 @@ from torch import nn
 from ..arguments import checked
 from ..errors import FiringError, ModelError
 from ..kernel.state import Log
+from ..model.alone import alone
 from ..model.modules import torch_module
 from ..model.sharded import require_whole
 from ..model.wrappers import chain
@@ -102,7 +103,8 @@ def hooked(model: nn.Module | TransformersModel, intervention: Intervention) -> 
     for visit in program.visits:
         require_whole(module, visit.path, visit.end)
     hooks = Hooks(around, intervention, program)
-    with ExitStack() as stack:
+    # hooks act on whatever pass comes: a block, or a run, of another thread would be edited too
+    with alone(module), ExitStack() as stack:
         hooks.put(stack)
         yield hooks.log
     if not hooks.called:
