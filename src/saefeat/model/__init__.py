@@ -2,7 +2,7 @@
 
 * ``families``: the blocks of each model family, and its table of sites, one line a family.
 * ``tables``: where each kind of site lies in a block, one table for all that are built alike.
-* ``ends``: the sites that have no layer: embedding, last norm, logits.
+* ``outside_blocks``: the sites that have no layer: embedding, last norm, logits.
 * ``sites``: a ``Site`` by name, and the ``Place`` in a module tree that it stands for.
 * ``inferred``: tables of models of an unknown type, found by running them.
 * ``aside``: a model's own hooks, put aside while it is tried out.

@@ -12,10 +12,10 @@ from torch import nn
 
 from ..errors import ModelError, SiteError
 from ..kernel.program import Part
-from .ends import place_without_layer, width_without_layer
 from .families import FAMILIES, NESTED, TEXT, table_of
 from .heads import heads_of, part_of
 from .inferred import inferred
+from .outside_blocks import place_without_layer, width_without_layer
 from .sites import HEADS, Place, Site
 from .tables import NORMS, OWN, SKIP, STREAM, TIMES, Table
 from .wrappers import inside, is_compiled
